@@ -41,7 +41,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_config.ipynb #b1ef5480
+# %% ../nbs/00_config.ipynb #82765553
 class LearningRate(Strict):
     "Guide 9.1, learning rate schedule and freeze strategy"
     frozen_lr: Positive = Field(1e-3, description='decoder rate while the backbone is frozen (phase 1)')
@@ -76,6 +76,7 @@ class Checkpoints(Strict):
     "Guide 9.1, checkpointing; the best checkpoint is always kept"
     every: Count = Field(10, description='save every N epochs')
     keep_last: Count = Field(3, description='how many of those to keep')
+    resume_minutes: Positive = Field(5, description='minutes between the resume checkpoints that bound what a kill can cost')
 
 class Loader(Strict):
     "Guide 9.1, data loading"
