@@ -8,10 +8,11 @@ __all__ = ['Share', 'Positive', 'Count', 'Source', 'PATHS', 'UNDECIDING', 'Confi
            'Field_', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
            'RandomScale', 'Augment', 'CurriculumRow', 'Sampler', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
            'Tracker', 'Config', 'read_yaml', 'load', 'config_hash', 'run_folder', 'write_atomic', 'to_yaml',
-           'write_schema']
+           'write_schema', 'settings', 'check_parameters', 'git_state', 'environment']
 
-# %% ../nbs/00_config.ipynb #919c4372
-import difflib, hashlib, io, json, os
+# %% ../nbs/00_config.ipynb #6bb1b2e5
+import difflib, hashlib, io, json, os, platform, subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -347,7 +348,7 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
-# %% ../nbs/00_config.ipynb #1219f914
+# %% ../nbs/00_config.ipynb #9a76f39f
 def _merge(low, high):
     "Lay one tree over another: mappings join, everything else replaces. A source of another kind replaces the old one whole"
     if not (isinstance(low, dict) and isinstance(high, dict)) or low.get('kind') != high.get('kind', low.get('kind')): return high
@@ -364,12 +365,12 @@ def _override(text):
 
 def _fields(tree, where):
     "Names that would have been valid at a place of the tree"
-    for part in where:
-        args = [a for f in [tree.model_fields.get(part)] if f for a in (getattr(f.annotation, '__args__', None) or (f.annotation,))]
-        args = [b for a in args for b in (getattr(a, '__args__', None) or (a,))]
-        tree = next((a for a in args if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if tree is None: return []
-    return tree.model_fields
+    def models(t): return [t] if isinstance(t, type) and issubclass(t, BaseModel) else [m for a in getattr(t, '__args__', ()) for m in models(a)]
+    found = [tree]
+    for part in where:      # a source's kind stands in the path of the error: it picks one of the sources
+        kinds = [t for t in found if 'kind' in t.model_fields and t.model_fields['kind'].default == part]
+        found = kinds or [m for t in found if part in t.model_fields for m in models(t.model_fields[part].annotation)]
+    return [name for t in found for name in t.model_fields]
 
 def _explain(error, source, cls):
     "One line a problem: where, what, and what comes close"
@@ -377,7 +378,7 @@ def _explain(error, source, cls):
     for e in error.errors():
         where = '.'.join(map(str, e['loc'])) or 'config'
         if e['type'] == 'extra_forbidden':
-            names = _fields(cls, [p for p in e['loc'][:-1] if isinstance(p, str) and p not in ('toy', 'table', 'field')])
+            names = _fields(cls, [p for p in e['loc'][:-1] if isinstance(p, str)])
             lines.append(f"{where}: no such setting{nearest(str(e['loc'][-1]), names) if names else ''}")
         else: lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}" + ('' if isinstance(e['input'], (dict, BaseModel)) else f" (given: {e['input']!r})"))
     return ConfigError(f'{source}: ' + '\n'.join(lines))
@@ -390,7 +391,7 @@ def _anchor(tree, folder):
         node = tree
         for p in parents: node = node.get(p) if isinstance(node, dict) else None
         value = node.get(leaf) if isinstance(node, dict) else None
-        if isinstance(value, (str, Path)) and '://' not in str(value) and (leaf != 'weights' or '/' in str(value)):
+        if isinstance(value, (str, Path)) and '://' not in str(value) and (leaf != 'weights' or '/' in str(value) or str(value).endswith(('.pt', '.safetensors'))):
             node[leaf] = os.path.abspath(folder/os.path.expanduser(value))
     return tree
 
@@ -457,3 +458,41 @@ def write_schema(path:str|Path,              # where the JSON schema goes
                 ) -> Path:
     "Write the JSON schema that an editor completes configs from"
     return write_atomic(path, json.dumps(cls.model_json_schema(), indent=1) + '\n')
+
+# %% ../nbs/00_config.ipynb #609866b3
+def settings(config:str|Path|list,       # a YAML file, or several that are laid over each other
+             manifest:str='',            # another manifest than the config's
+             name:str='',                # another name for the run
+             epochs:int|None=None,       # another number of epochs
+             seed:int|None=None,         # another seed
+             overrides:str|list=()       # 'section.field=value' texts, or a JSON list of them
+            ) -> Config:                 # the checked tree
+    "The config of a stage of the main job, from the parameters that all stages share; raises `ConfigError`"
+    if isinstance(overrides, str):
+        try: overrides = json.loads(overrides or '[]')
+        except ValueError: raise ConfigError(f"""overrides: a JSON list was expected, as '["lr.base_lr=3e-4"]', not {overrides!r}""") from None
+    given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
+    return load(*([config] if isinstance(config, (str, Path)) else config), overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})
+
+def check_parameters(namespace:dict,     # globals() of the notebook, below its parameters
+                     before:set,         # the names that were there above them
+                     known               # names of the parameters it has
+                    ):
+    "Raise `ConfigError` on a papermill parameter that the notebook does not have"
+    for name in sorted(set(namespace) - set(before) - set(known)):
+        if not name.startswith('_') and name != 'before': raise ConfigError(f'no such parameter: {name!r}{nearest(name, known)}')
+
+# %% ../nbs/00_config.ipynb #a4b7a80c
+def git_state(folder:str|Path='.'   # any folder of a checkout
+             ) -> dict:             # commit and whether files differ from it; empty outside a checkout
+    "The commit that is checked out"
+    def git(*a): return subprocess.run(['git', '-C', str(folder), *a], capture_output=True, text=True, timeout=20)
+    try: head = git('rev-parse', 'HEAD')
+    except (OSError, subprocess.TimeoutExpired): return {}
+    return dict(git_commit=head.stdout.strip(), git_clean=not git('status', '--porcelain').stdout.strip()) if head.returncode == 0 else {}
+
+def environment() -> dict:
+    "Commit, versions and machine, for environment.json (guide 10.1)"
+    names = 'torch torchvision segmentation-models-pytorch timm albumentations opencv-python-headless numpy scipy rasterio geopandas accelerate'.split()
+    return dict(rtsseg=version('rtsseg'), python=platform.python_version(), system=platform.system(), processor=platform.machine(), cpus=os.cpu_count(),
+                versions={n: version(n) for n in names}, **git_state(Path(__file__).parent if '__file__' in globals() else '.'))

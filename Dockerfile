@@ -1,0 +1,7 @@
+# docker build -t rtsseg . && docker run --rm -v "$PWD/runs:/rtsseg/runs" rtsseg          (add --gpus all for a GPU, or end with: make test)
+FROM python:3.11-slim
+RUN apt-get update && apt-get install -y --no-install-recommends git make libexpat1 && rm -rf /var/lib/apt/lists/*
+WORKDIR /rtsseg
+COPY . .
+RUN make install
+CMD ["make", "demo"]
