@@ -10,8 +10,10 @@ SCHEMA = "from rtsseg.config import write_schema; write_schema('configs/schema.j
 
 def readme(root):
     "nbs/index.ipynb as Markdown; links that are right beside the notebook are made right for the top of the repository"
+    import nbformat
     from nbconvert import MarkdownExporter
-    text, _ = MarkdownExporter().from_filename(str(root/'nbs/index.ipynb'))
+    notebook = nbformat.read(root/'nbs/index.ipynb', 4); notebook.metadata.language_info = {'name': 'python'}
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r'^#\| .*\n', '', text, flags=re.M)
     text = re.sub(r'\]\((?!\w+:|#)([^)]+)\)', lambda m: f']({os.path.normpath(os.path.join("nbs", m[1]))})', text)
     (root/'README.md').write_text(text.strip() + '\n')

@@ -10,10 +10,10 @@ __all__ = ['MAX_VALUES', 'GDAL', 'SPLITS', 'TEXT', 'BOX', 'COLUMNS', 'GEOD', 'LE
            'balanced_correlation', 'check_files', 'failed', 'show_findings', 'check_batches', 'show_batch', 'checklist',
            'verdict']
 
-# %% ../nbs/01_data.ipynb #95631467
+# %% ../nbs/01_data.ipynb #2ccfae8f
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Iterable, NamedTuple
 
@@ -161,7 +161,7 @@ def _read(root, row, names=()):
     label[~valid] = 255
     return Raw(rgb, extra, label, valid)
 
-# %% ../nbs/01_data.ipynb #c4851b1d
+# %% ../nbs/01_data.ipynb #bd707014
 def show_tile(image:np.ndarray,         # H × W × 3 in [0, 1], or raw
               mask:np.ndarray=None,     # H × W: 0, 1, 255 (or a soft target)
               ax=None,                  # matplotlib axes; None: a new figure
@@ -174,7 +174,7 @@ def show_tile(image:np.ndarray,         # H × W × 3 in [0, 1], or raw
     ignored = np.zeros(image.shape[:2], bool) if mask is None else np.asarray(mask) == 255
     lo, hi = np.percentile(image[~ignored] if (~ignored).any() else image, [2, 98])
     ax.imshow(((image - lo) / max(hi - lo, 1e-6)).clip(0, 1) * np.where(ignored, .35, 1)[..., None])
-    if ignored.any(): ax.contourf(ignored, [.5, 1.5], colors='none', hatches=['////'])
+    if ignored.any(): ax.contourf(ignored, [.5, 1.5], colors='none', hatches=['////']).set(edgecolor='w', linewidth=0)
     if mask is not None and ((np.asarray(mask) > .5) & ~ignored).any(): ax.contour((np.asarray(mask) > .5) & ~ignored, [.5], colors='#ffd400', linewidths=1.2)
     ax.set_title(title, fontsize=8); ax.axis('off')
     return ax
@@ -432,7 +432,7 @@ def make_splits(table:pd.DataFrame,                 # a completed table
         warnings.warn('splits: ' + '; '.join(problems), stacklevel=2)
     return t
 
-# %% ../nbs/01_data.ipynb #2134f429
+# %% ../nbs/01_data.ipynb #3300895a
 LEVELS = ('ok', 'note', 'warning', 'error')
 
 @dataclass
@@ -456,10 +456,11 @@ def audit(manifest:Manifest       # all splits
     "Leaks between splits: overlapping footprints, equal files, shared blocks. Buffer tiles may overlap others, but must not be copies"
     t, out = manifest.table, []
     split, ids = t.split.to_numpy(), t.tile_id.to_numpy()
-    pairs = overlaps(t); pairs = pairs[(split[pairs[:, 0]] != split[pairs[:, 1]]) & (split[pairs] != 'buffer').all(1)]
-    mapped = int((t.crs != 'none').sum())
+    pairs = overlaps(t); pairs = pairs[(split[pairs] != 'buffer').all(1)]; same = split[pairs[:, 0]] == split[pairs[:, 1]]
+    mapped, within, pairs = int((t.crs != 'none').sum()), int(same.sum()), pairs[~same]
     if mapped: out.append(Finding('error' if len(pairs) else 'ok', 'leak: footprints', f'{len(pairs)} overlapping pairs across splits, of {mapped} tiles with a CRS',
                                   _some(f'{ids[a]} ({split[a]}) and {ids[b]} ({split[b]})' for a, b in pairs)))
+    if within: out.append(Finding('note', 'overlap inside splits', f'{within} pairs of tiles', 'some ground is counted more than once: intervals by block allow for that, counts do not'))
     used = t[t.split != 'buffer']
     for none in (True, False):
         part = used[(used.crs == 'none') == none]; shared = part.groupby('block').split.nunique(); shared = list(shared.index[shared > 1])
@@ -703,7 +704,7 @@ def import_field(source:Field_,                 # the folder
     write_manifest(table, path)
     return read_manifest(path, block_size)
 
-# %% ../nbs/01_data.ipynb #1933df69
+# %% ../nbs/01_data.ipynb #51e2c243
 def balanced_correlation(negative:Moments, positive:Moments) -> np.ndarray:   # one value a channel, NaN without one of the classes
     "Correlation of each channel with the mask, as if half of the pixels were positive"
     if not (negative.n and positive.n): return np.full(np.size(negative.mean), np.nan)
@@ -787,7 +788,7 @@ def check_files(manifest:Manifest,     # all splits
         median = float(np.median(areas)); alike = (np.abs(areas - median) <= max(1, .15 * median)).mean()
         points = len(areas) >= 10 and median <= 64 and alike > .5
         add('note' if points or median < 9 else 'ok', 'label shape', f'{len(areas)} objects, median {median:.0f} pixels',
-            f'{alike:.0%} of them have the same size: these look like sparse points with a buffer, so unlabelled slumps may count as false alarms' if points else 'mostly specks of a few pixels' if median < 9 else '')
+            f'{alike:.0%} of them have the same size: these look like sparse points with a buffer, so objects without a label may count as false alarms' if points else 'mostly specks of a few pixels' if median < 9 else '')
     for problem in thin(t): add('error' if cfg.data.split_check == 'error' else 'warning', 'thin split', problem, 'data.split_check: warn goes on')
     return out + audit(manifest)
 
