@@ -43,8 +43,8 @@ docs: $(STAMP)
 	nbdev_docs && echo "_docs/index.html"
 
 sync readme: $(STAMP)
-	@python sync.py
+	@.venv/bin/python sync.py
 
 clean:
-	rm -rf _proc _docs build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml nbs/mlruns nbs/mlflow.db
+	rm -rf _proc _docs build dist nbs/nbdev.yml nbs/sidebar.yml nbs/mlruns nbs/mlflow.db
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache -o -name .hypothesis \) -type d -print0 | xargs -0 rm -rf

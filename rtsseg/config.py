@@ -408,8 +408,8 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
     try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path()))
     except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
 
-# %% ../nbs/00_config.ipynb #4c656df8
-UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('data', 'manifest'), ('data', 'source')]
+# %% ../nbs/00_config.ipynb #26319140
+UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source')]
 
 def config_hash(cfg:LoopConfig,        # the tree
                 manifest_hash:str=''   # hash of the manifest's content

@@ -29,7 +29,7 @@ from rasterio.transform import Affine
 
 from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, write_atomic
 
-# %% ../nbs/01_data.ipynb #43d4242b
+# %% ../nbs/01_data.ipynb #da328921
 class DataError(ValueError):
     "Data that cannot be meant: the message names file, row (tile_id) and field, one line a problem"
 
@@ -38,6 +38,11 @@ def _refuse(source, problems, most=20):
     if not problems: return
     more = [f'… and {len(problems) - most} more'] if len(problems) > most else []
     raise DataError('\n'.join(f'{source}: {p}' for p in [*problems[:most], *more]))
+
+def _some(names, most=3):
+    "A few names of many"
+    names = [str(n) for n in names]
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 def _progress(items, what, every=5.):
     "Pass items on; say on stderr every few seconds how far it is (quick jobs say nothing)"
@@ -96,7 +101,7 @@ def write_raster(path:str|Path,             # the GeoTIFF
             for i, name in enumerate(names): ds.set_band_description(i + 1, name)
             if valid is not None and not valid.all(): ds.write_mask(valid)
 
-# %% ../nbs/01_data.ipynb #09fb86b6
+# %% ../nbs/01_data.ipynb #0f5791dc
 class Raw(NamedTuple):
     "A tile as it lies in its files"
     rgb: np.ndarray     # 3 × H × W, uint8 or uint16
@@ -153,7 +158,7 @@ def _read(root, row, names=()):
                 with _open(root/row['extra']) as e:
                     _same_grid(ds, e, 'the EXTRA raster')
                     for n in names:
-                        if n not in e.descriptions: raise DataError(f'no band is described as {n!r}' + nearest(n, [x for x in e.descriptions if x] or ['none has a description']))
+                        if n not in e.descriptions: raise DataError(f'no band is described as {n!r}' + nearest(n, [x or '(no description)' for x in e.descriptions]))
                     extra = e.read([e.descriptions.index(n) + 1 for n in names])
                     good = np.isfinite(extra).all(0) if e.nodata is None else (np.isfinite(extra) & (extra != e.nodata)).all(0)
                     valid, extra = valid & good, extra.astype('float32')
@@ -161,7 +166,7 @@ def _read(root, row, names=()):
     label[~valid] = 255
     return Raw(rgb, extra, label, valid)
 
-# %% ../nbs/01_data.ipynb #bd707014
+# %% ../nbs/01_data.ipynb #ac8096af
 def show_tile(image:np.ndarray,         # H × W × 3 in [0, 1], or raw
               mask:np.ndarray=None,     # H × W: 0, 1, 255 (or a soft target)
               ax=None,                  # matplotlib axes; None: a new figure
@@ -173,7 +178,7 @@ def show_tile(image:np.ndarray,         # H × W × 3 in [0, 1], or raw
     image = np.asarray(image, 'float32')[..., :3]
     ignored = np.zeros(image.shape[:2], bool) if mask is None else np.asarray(mask) == 255
     lo, hi = np.percentile(image[~ignored] if (~ignored).any() else image, [2, 98])
-    ax.imshow(((image - lo) / max(hi - lo, 1e-6)).clip(0, 1) * np.where(ignored, .35, 1)[..., None])
+    ax.imshow(((image - lo) / max(hi - lo, 1e-6)).clip(0, 1) * np.where(ignored, .35, 1)[..., None], interpolation='nearest')
     if ignored.any(): ax.contourf(ignored, [.5, 1.5], colors='none', hatches=['////']).set(edgecolor='w', linewidth=0)
     if mask is not None and ((np.asarray(mask) > .5) & ~ignored).any(): ax.contour((np.asarray(mask) > .5) & ~ignored, [.5], colors='#ffd400', linewidths=1.2)
     ax.set_title(title, fontsize=8); ax.axis('off')
@@ -228,16 +233,53 @@ def grid_blocks(table:pd.DataFrame,   # with region, footprint and crs
         out[g.index] = [f'{region}/{int(c)}_{int(r)}' for c, r in zip(np.floor(x / size), np.floor(y / size))]
     return out
 
-# %% ../nbs/01_data.ipynb #c1c56343
+# %% ../nbs/01_data.ipynb #3ac9991e
 def _text(column): return column.map(lambda v: '' if v is None or v != v else str(v).strip()).astype('str')
 
-def _number(t, c, where, problems):
+def _row(t, i): return f'row {i + 1} (tile_id {t.tile_id.iloc[i]!r})'
+
+def _number(t, c, problems):
     "A column of numbers, NaN where empty"
     out = np.full(len(t), np.nan)
     for i, v in enumerate(t[c]):
-        try: out[i] = float(v) if v is not None and v == v and v != '' else np.nan
-        except (ValueError, TypeError): problems.append(f'{where(i)}, {c}: {v!r} is no number')
+        try: out[i] = np.nan if v is None or v == '' else float(v)
+        except (ValueError, TypeError): problems.append(f'{_row(t, i)}, {c}: {v!r} is no number')
     return out
+
+def _tidy(t, root):
+    "Types, names and paths of a table: the tidy table, and its problems"
+    problems, has_split = [], 'split' in t
+    for c in [*TEXT, 'crs']: t[c] = _text(t[c]) if c in t else ''
+    for c in ('n_positive', *BOX, 'pixel_size'): t[c] = _number(t, c, problems) if c in t else np.nan
+    def told(bad, text): problems.extend(f'{_row(t, i)}, {text}' for i in np.flatnonzero(bad))
+    told(t.tile_id == '', 'tile_id: empty')
+    for tid, at in t.groupby('tile_id').indices.items():
+        lines = ', '.join(str(i + 1) for i in at)
+        if len(at) > 1 and tid: problems.append(f'rows {lines}, tile_id: {tid!r} stands {len(at)} times, in {_some(sorted(set(t.split.iloc[at])))}')
+    if has_split: told(~t.split.isin(SPLITS), f'split: none of {", ".join(SPLITS)}')
+    told(t.image == '', 'image: empty')
+    told((t['mask'] == '') & (t.n_positive > 0), 'mask: empty, but n_positive is not 0')
+    told(t.n_positive.notna() & ((t.n_positive < 0) | (t.n_positive % 1 != 0)), 'n_positive: no count')
+    told((t.xmax <= t.xmin) | (t.ymax <= t.ymin) | np.isinf(t[BOX]).any(axis=1), 'xmin to ymax: no footprint')
+    told((t.pixel_size <= 0) | np.isinf(t.pixel_size), 'pixel_size: not above 0')
+    told((t.block == '') & (t.crs == 'none'), 'block: cannot be computed without a CRS: name the image that the tile was cut from')
+    for crs, at in t.groupby('crs').indices.items():
+        try: t.loc[at, 'crs'] = crs if crs in ('', 'none') else crs_name(crs)
+        except DataError as e: problems.append(f'{_row(t, at[0])}, crs: {e}')
+    for c in ('image', 'mask', 'extra'):
+        for i in np.flatnonzero(t[c] != ''):
+            try: contained(root, t[c].iloc[i])
+            except DataError as e: problems.append(f'{_row(t, i)}, {c}: {e}')
+    return t, problems
+
+def _measure(file):
+    "Footprint, CRS and geodesic pixel size of a raster"
+    with _open(file) as ds:
+        if ds.crs is None: raise DataError('the raster has no CRS: give it one, or write none into the column crs')
+        crs, b, t = crs_name(ds.crs), ds.bounds, ds.transform
+        size = np.sqrt(np.prod(ground(crs, (b.left + b.right) / 2, (b.bottom + b.top) / 2, abs(t.a), abs(t.e))))
+    if not np.isfinite(size): raise DataError('the raster lies outside of its CRS')
+    return dict(zip([*BOX, 'crs'], (b.left, min(b.bottom, b.top), b.right, max(b.bottom, b.top), crs))), round(float(size), 6)
 
 def complete(table:pd.DataFrame,           # one row a tile
              root:str|Path,                # folder that its paths are relative to
@@ -245,55 +287,26 @@ def complete(table:pd.DataFrame,           # one row a tile
              source:str='table'            # what to call it in messages
             ) -> pd.DataFrame:             # all columns, sorted by tile_id
     "Check a table and compute its missing columns; raises one `DataError` with all that is wrong"
-    root, problems, t = Path(root), [], table.reset_index(drop=True).copy()
-    required = ['tile_id', 'image', 'mask', 'region']
-    _refuse(source, [f'column {c!r} is missing' + (nearest(c, t.columns) if len(t.columns) else '') for c in required if c not in t])
-    if not len(t): raise DataError(f'{source}: no rows')
-    for c in [*TEXT, 'crs']: t[c] = _text(t[c]) if c in t else ''
-    where = lambda i: f'row {i + 1} (tile_id {t.tile_id.iloc[i]!r})'
-    for i in np.flatnonzero(t.tile_id == ''): problems.append(f'row {i + 1}, tile_id: empty')
-    for tid, at in t[t.tile_id != ''].groupby('tile_id').indices.items():
-        if len(at) > 1: at = t.index[t.tile_id == tid]; problems.append(f'rows {", ".join(str(i + 1) for i in at)}, tile_id: {tid!r} stands {len(at)} times (split {", ".join(sorted(set(t.split[at])))})')
-    if 'split' in table:
-        for i in np.flatnonzero(~t.split.isin(SPLITS)): problems.append(f'{where(i)}, split: {t.split[i]!r} is none of {", ".join(SPLITS)}')
-    for c in ('n_positive', *BOX, 'pixel_size'): t[c] = _number(t, c, where, problems) if c in t else np.nan
-    for crs in set(t.crs) - {'', 'none'}:
-        try: t.loc[t.crs == crs, 'crs'] = crs_name(crs)
-        except DataError as e: problems.append(f'{where(int(np.flatnonzero(t.crs == crs)[0]))}, crs: {e}')
-    for c in ('image', 'mask', 'extra'):
-        for i, v in enumerate(t[c]):
-            try: v and contained(root, v)
-            except DataError as e: problems.append(f'{where(i)}, {c}: {e}')
-            if not v and (c == 'image' or c == 'mask' and t.n_positive[i] > 0): problems.append(f'{where(i)}, {c}: empty' + ('' if c == 'image' else ', but n_positive is not 0'))
-    for i in np.flatnonzero(t.n_positive.notna() & ((t.n_positive < 0) | (t.n_positive % 1 != 0))): problems.append(f'{where(i)}, n_positive: {t.n_positive[i]:g} is no count')
-    for i in np.flatnonzero((t.xmax <= t.xmin) | (t.ymax <= t.ymin)): problems.append(f'{where(i)}, xmin … ymax: an empty footprint')
-    for i in np.flatnonzero(~np.isfinite(t[[*BOX, 'pixel_size']].fillna(0)).all(axis=1) | (t.pixel_size <= 0)): problems.append(f'{where(i)}, footprint: not finite, or pixel_size not above 0')
+    root = Path(root)
+    _refuse(source, [f'column {c!r} is missing' + nearest(c, table.columns) for c in ('tile_id', 'image', 'mask', 'region') if c not in table])
+    if not len(table): raise DataError(f'{source}: no rows')
+    t, problems = _tidy(table.reset_index(drop=True).copy(), root)
     _refuse(source, problems)
-    missing = (t.crs == '') | t[[*BOX, 'pixel_size']].isna().any(axis=1) & (t.crs != 'none')
-    for i in _progress(np.flatnonzero(missing), 'reading footprints'):
-        try:
-            with _open(root/t.image[i]) as ds:
-                if ds.crs is None: raise DataError('the raster has no CRS: give it one, or write none into the column crs')
-                crs, b = crs_name(ds.crs), ds.bounds
-                x, y = (b.left + b.right) / 2, (b.bottom + b.top) / 2
-                size = float(np.sqrt(np.prod(ground(crs, x, y, abs(ds.transform.a), abs(ds.transform.e)))))
-            if not np.isfinite(size): raise DataError('its corners lie outside of its CRS')
-            found = dict(zip(BOX, (b.left, min(b.bottom, b.top), b.right, max(b.bottom, b.top)))) | {'pixel_size': round(size, 6)}
-            if t.crs[i] == '' or t.loc[i, BOX].isna().any(): found['crs'] = crs
-            else: found = {'pixel_size': found['pixel_size']}
-            for k, v in found.items():
-                if k == 'crs' or k in BOX or np.isnan(t.at[i, k]): t.at[i, k] = v
-        except DataError as e: problems.append(f'{where(i)}, image: {e}')
+    placed = (t.crs != '') & t[BOX].notna().all(axis=1)
+    for i in _progress(np.flatnonzero((t.crs != 'none') & ~(placed & t.pixel_size.notna())), 'reading footprints'):
+        try: place, size = _measure(root/t.image[i])
+        except DataError as e: problems.append(f'{_row(t, i)}, image: {e}'); continue
+        if not placed[i]: t.loc[i, list(place)] = list(place.values())
+        if np.isnan(t.pixel_size[i]): t.at[i, 'pixel_size'] = size
     for i in _progress(np.flatnonzero(t.n_positive.isna()), 'counting positives'):
         try: t.at[i, 'n_positive'] = (_read(root, t.loc[i]).label == 1).sum()
         except DataError as e: problems.append(f'row {i + 1}, {e}')
-    for i in np.flatnonzero((t.block == '') & (t.crs == 'none')): problems.append(f'{where(i)}, block: cannot be computed without a CRS: name the image that the tile was cut from')
     _refuse(source, problems)
     if (rows := t.block == '').any(): t.loc[rows, 'block'] = grid_blocks(t[rows], block_size)
     t['n_positive'] = t.n_positive.astype('int64'); t['positive'] = t.n_positive > 0
     return t[[*COLUMNS, 'positive', *(c for c in t if c not in COLUMNS and c != 'positive')]].sort_values('tile_id', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #ff10469e
+# %% ../nbs/01_data.ipynb #cdb7f103
 def _rows(path):
     "A table file as it is"
     import pyarrow.parquet as pq
@@ -329,7 +342,8 @@ class Manifest:
     def hash(self) -> str:   # 16 hexadecimal digits
         "Hash of the content: whatever the format, the order of rows or the place"
         digest = hashlib.sha256()
-        for r in self.table.sort_values('tile_id')[COLUMNS].itertuples(index=False): digest.update((json.dumps([f'{v:.12g}' if isinstance(v, float) else v for v in r]) + '\n').encode())
+        for r in self.table.sort_values('tile_id')[COLUMNS].itertuples(index=False):
+            digest.update((json.dumps([f'{v:.12g}' if isinstance(v, float) else v for v in r]) + '\n').encode())
         return digest.hexdigest()[:16]
 
 def read_manifest(path:str|Path,                # .csv, .parquet, .geoparquet or .gpkg
@@ -432,7 +446,7 @@ def make_splits(table:pd.DataFrame,                 # a completed table
         warnings.warn('splits: ' + '; '.join(problems), stacklevel=2)
     return t
 
-# %% ../nbs/01_data.ipynb #3300895a
+# %% ../nbs/01_data.ipynb #3bbf8121
 LEVELS = ('ok', 'note', 'warning', 'error')
 
 @dataclass
@@ -443,11 +457,6 @@ class Finding:
     value: str = ''  # what was seen
     note: str = ''   # what it means, or what to do
 
-def _some(names, most=3):
-    "A few names of many"
-    names = [str(n) for n in names]
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-
 def _digest(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -456,25 +465,26 @@ def audit(manifest:Manifest       # all splits
     "Leaks between splits: overlapping footprints, equal files, shared blocks. Buffer tiles may overlap others, but must not be copies"
     t, out = manifest.table, []
     split, ids = t.split.to_numpy(), t.tile_id.to_numpy()
+    def add(bad, level, what, value, names=(), note=''): out.append(Finding(level if bad else 'ok', what, value, _some(names) or note))
     pairs = overlaps(t); pairs = pairs[(split[pairs] != 'buffer').all(1)]; same = split[pairs[:, 0]] == split[pairs[:, 1]]
-    mapped, within, pairs = int((t.crs != 'none').sum()), int(same.sum()), pairs[~same]
-    if mapped: out.append(Finding('error' if len(pairs) else 'ok', 'leak: footprints', f'{len(pairs)} overlapping pairs across splits, of {mapped} tiles with a CRS',
-                                  _some(f'{ids[a]} ({split[a]}) and {ids[b]} ({split[b]})' for a, b in pairs)))
-    if within: out.append(Finding('note', 'overlap inside splits', f'{within} pairs of tiles', 'some ground is counted more than once: intervals by block allow for that, counts do not'))
-    used = t[t.split != 'buffer']
-    for none in (True, False):
-        part = used[(used.crs == 'none') == none]; shared = part.groupby('block').split.nunique(); shared = list(shared.index[shared > 1])
-        if none and len(part): out.append(Finding('error' if shared else 'ok', 'leak: blocks without CRS', f'{len(shared)} blocks in more than one split', _some(shared)))
-        elif shared: out.append(Finding('note', 'leak: blocks', f'{len(shared)} grid blocks in more than one split', 'neighbours in two splits may look alike, even without overlap'))
+    mapped, across, used = (t.crs != 'none').to_numpy(), pairs[~same], (split != 'buffer')
+    if mapped.any():
+        add(len(across), 'error', 'leak: footprints', f'{len(across)} overlapping pairs across splits, of {mapped.sum()} tiles with a CRS',
+            [f'{ids[a]} ({split[a]}) and {ids[b]} ({split[b]})' for a, b in across])
+        if same.any(): add(True, 'note', 'overlap inside splits', f'{same.sum()} pairs of tiles', note='some ground is counted more than once')
+    def shared(part): n = part.groupby('block').split.nunique(); return list(n.index[n > 1])
+    if (~mapped).any(): s = shared(t[used & ~mapped]); add(s, 'error', 'leak: blocks without CRS', f'{len(s)} blocks in more than one split', s)
+    if s := shared(t[used & mapped]): add(True, 'note', 'leak: blocks', f'{len(s)} grid blocks in more than one split', note='neighbours look alike')
     seen, sizes = {}, pd.Series([os.path.getsize(manifest.root/f) for f in t.image])
     for i in sizes.index[sizes.duplicated(keep=False)]: seen.setdefault(_digest(manifest.root/t.image[i]), []).append(i)   # files of unlike size differ
-    equal = [at for at in seen.values() if len(at) > 1]; across = [at for at in equal if len(set(split[at])) > 1]
-    show = lambda groups: _some(' = '.join(f'{ids[i]} ({split[i]})' for i in at) for at in groups)
-    out.append(Finding('error' if across else 'ok', 'leak: equal files', f'{len(across)} images stand in more than one split', show(across)))
-    if inside := [at for at in equal if at not in across]: out.append(Finding('warning', 'duplicates', f'{len(inside)} images stand twice in one split', show(inside)))
+    equal = [at for at in seen.values() if len(at) > 1]
+    names = lambda groups: [' = '.join(f'{ids[i]} ({split[i]})' for i in at) for at in groups]
+    far, near = [at for at in equal if len(set(split[at])) > 1], [at for at in equal if len(set(split[at])) == 1]
+    add(far, 'error', 'leak: equal files', f'{len(far)} images stand in more than one split', names(far))
+    if near: add(True, 'warning', 'duplicates', f'{len(near)} images stand twice in one split', names(near))
     return out
 
-# %% ../nbs/01_data.ipynb #39fd59e1
+# %% ../nbs/01_data.ipynb #03bd9a56
 class Moments(NamedTuple):
     "Count, mean and sum of squared deviations of each channel"
     n: float = 0
@@ -482,17 +492,20 @@ class Moments(NamedTuple):
     m2: np.ndarray = 0.
     @property
     def std(self): return np.sqrt(self.m2 / max(self.n, 1))
+    @property
+    def constant(self): return self.std <= 1e-6 * np.maximum(np.abs(self.mean), 1e-3)   # up to rounding
 
 def moments(planes:np.ndarray,   # channels × H × W, any number type
             where:np.ndarray     # H × W bool: pixels that count
            ) -> Moments:
     "Moments of one tile over the pixels that count"
-    n = int(np.count_nonzero(where))
-    if n == 0: return Moments(0, np.zeros(len(planes)), np.zeros(len(planes)))
-    shift = planes.reshape(len(planes), -1)[:, where.argmax()] if planes.dtype.kind == 'f' else 0   # sums of squares of whole numbers are exact, of others they cancel
-    if planes.dtype.kind == 'f': planes = planes - shift[:, None, None]
-    mean, std = cv2.meanStdDev(cv2.merge(list(planes)), mask=None if n == where.size else where.view('uint8'))
-    return Moments(n, mean.ravel() + shift, std.ravel()**2 * n)
+    n = int(np.count_nonzero(where)); shift = np.zeros(len(planes))
+    if n == 0: return Moments(0, shift, shift)
+    if planes.dtype.kind == 'f':   # sums of squares of whole numbers are exact; others are taken around a value that occurs, or they cancel
+        shift = planes.reshape(len(planes), -1)[:, where.argmax()].astype('float64'); planes = np.where(where, planes - shift[:, None, None].astype(planes.dtype), 0)
+    elif n < where.size: planes = planes * where
+    total, squares = (np.array([f(p) for p in planes]) for f in (lambda p: cv2.sumElems(p)[0], lambda p: cv2.norm(p, cv2.NORM_L2SQR)))
+    return Moments(n, total / n + shift, np.maximum(squares - total**2 / n, 0))
 
 def merge(a:Moments, b:Moments) -> Moments:
     "Moments of two sets together (Chan, Golub and LeVeque 1979)"
@@ -501,7 +514,7 @@ def merge(a:Moments, b:Moments) -> Moments:
     d = b.mean - a.mean
     return Moments(n, a.mean + d * (b.n / n), a.m2 + b.m2 + d**2 * (a.n * b.n / n))
 
-# %% ../nbs/01_data.ipynb #504a018f
+# %% ../nbs/01_data.ipynb #9a27830d
 @dataclass
 class Stats:
     "What normalises a tile; `normalization_stats.json` in every model directory"
@@ -516,7 +529,8 @@ class Stats:
     def __post_init__(self):
         numbers = [self.scale, *self.mean, *self.std]
         if not len(self.channels) == len(self.mean) == len(self.std) >= 3: raise DataError('statistics: channels, mean and std differ in length')
-        if not np.isfinite(numbers).all() or min(self.scale, *self.std) <= 0: raise DataError(f'statistics: not finite, or a standard deviation of 0 (channels {self.channels}, std {self.std})')
+        if not np.isfinite(numbers).all() or min(self.scale, *self.std) <= 0:
+            raise DataError(f'statistics: not finite, or a standard deviation of 0 (channels {self.channels}, std {self.std})')
 
     def save(self, path:str|Path) -> Path:   # the file
         "Write as JSON"
@@ -527,7 +541,8 @@ class Stats:
         "Read from JSON; raises `DataError` on anything but exactly these fields, finite, with positive std"
         try: d = json.loads(Path(path).read_text())
         except (OSError, ValueError) as e: raise DataError(f'{path}: cannot be read: {e}') from None
-        if not isinstance(d, dict) or set(d) != {f.name for f in fields(cls)}: raise DataError(f'{path}: exactly the fields {[f.name for f in fields(cls)]} were expected')
+        want = [f.name for f in fields(cls)]
+        if not isinstance(d, dict) or set(d) != set(want): raise DataError(f'{path}: exactly the fields {want} were expected')
         try: return cls(**d)
         except (TypeError, DataError) as e: raise DataError(f'{path}: {e}') from None
 
@@ -539,7 +554,7 @@ class Stats:
 def compute_stats(manifest:Manifest,              # the training split
                   extra_bands:list[str]=()        # EXTRA bands that the model sees
                  ) -> Stats:
-    "One streaming pass over the valid pixels; raises `DataError` where there are none, or types differ"
+    "One streaming pass over the valid pixels; raises `DataError` where there are none, types differ or a band is constant"
     total, dtypes = Moments(), set()
     for i in _progress(range(len(manifest)), 'statistics'):
         t = _read(manifest.root, manifest.table.loc[i], extra_bands); dtypes.add(str(t.rgb.dtype))
@@ -548,12 +563,14 @@ def compute_stats(manifest:Manifest,              # the training split
         total = merge(total, m)
     if total.n == 0: raise DataError('statistics: no valid pixel in the training split')
     if len(dtypes) > 1: raise DataError(f'statistics: images of different types ({", ".join(sorted(dtypes))})')
+    channels = ['R', 'G', 'B', *extra_bands]
+    _refuse('statistics', [f'channel {c} is constant over the training split' for c, bad in zip(channels, total.constant) if bad])
     dtype = dtypes.pop(); mean, std = total.mean, total.std
     scale = 255. if dtype == 'uint8' else float((mean[:3] + 4 * std[:3]).max())
     by = np.r_[[scale] * 3, [1.] * len(extra_bands)]
-    return Stats(['R', 'G', 'B', *extra_bands], dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash)
+    return Stats(channels, dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash)
 
-# %% ../nbs/01_data.ipynb #4eb882b1
+# %% ../nbs/01_data.ipynb #28d02ee2
 def read_tile(manifest:Manifest,              # where
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
@@ -561,7 +578,8 @@ def read_tile(manifest:Manifest,              # where
              ) -> tuple:                      # image float32 H × W × 3, EXTRA float32 H × W × n, mask uint8 H × W (0, 1, 255)
     "One tile in memory: scaled, nodata at the channel mean and 255 in the mask; raises `DataError` naming tile and field"
     t = _read(manifest.root, manifest.table.loc[i], extra_bands)
-    if stats is not None and str(t.rgb.dtype) != stats.dtype: raise DataError(f'tile {manifest.table.tile_id[i]!r}, image: {t.rgb.dtype}, but the statistics are of {stats.dtype}')
+    if stats is not None and str(t.rgb.dtype) != stats.dtype:
+        raise DataError(f'tile {manifest.table.tile_id[i]!r}, image: {t.rgb.dtype}, but the statistics are of {stats.dtype}')
     image, extra = np.empty((*t.label.shape, 3), 'float32'), np.ascontiguousarray(t.extra.transpose(1, 2, 0))
     np.multiply(t.rgb.transpose(1, 2, 0), np.float32(1 if stats is None else 1 / stats.scale), out=image, casting='unsafe')
     if stats is not None and not t.valid.all(): image[~t.valid], extra[~t.valid] = stats.mean[:3], stats.mean[3:]
@@ -587,7 +605,7 @@ def cuts(size:int, tile:int, stride:int) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
 
-# %% ../nbs/01_data.ipynb #6baada8d
+# %% ../nbs/01_data.ipynb #ab9b389b
 def _source(root, row, source):
     "An image of somebody else: planes, EXTRA, label, valid, transform, crs (None where it has none)"
     with _open(contained(root, source.image.format_map(row)), pictures=True) as ds:
@@ -604,7 +622,8 @@ def _source(root, row, source):
             _same_grid(ds, m, 'the mask')
             if m.count != 1: raise DataError(f'a mask has one band, this one has {m.count}')
             theirs = m.read(1)
-        if unknown := set(np.unique(theirs).tolist()) - set(source.classes): raise DataError(f'mask values {sorted(unknown)[:6]} are not in classes {sorted(source.classes)}')
+        unknown = set(np.unique(theirs).tolist()) - set(source.classes)
+        if unknown: raise DataError(f'mask values {sorted(unknown)[:6]} are not in classes {sorted(source.classes)}')
         label = np.full(theirs.shape, 255, 'uint8')
         for a, b in source.classes.items(): label[theirs == a] = b
         label[~valid] = 255
@@ -620,6 +639,21 @@ def _cut(rgb, extra, label, valid, y, x, size):
     out = [np.full((*a.shape[:-2], size, size), fill, a.dtype) for a, fill in ((rgb, 0), (extra, np.nan), (label, 255), (valid, False))]
     for o, a in zip(out, (rgb, extra, label, valid)): part = a[..., y:y + size, x:x + size]; o[..., :part.shape[-2], :part.shape[-1]] = part
     return out
+
+def _tiles(tile, row, source, work):
+    "Write the tiles of one image; their rows"
+    *arrays, transform, crs = tile; h, w = arrays[2].shape; size, rows = source.tile_size, []
+    step = source.stride if source.stride and row.get('split') == 'train' else size
+    for y, x in itertools.product(cuts(h, size, step), cuts(w, size, step)) if size else [(0, 0)]:
+        rgb, extra, label, valid = _cut(*arrays, y, x, size) if size else arrays
+        tid = f"{row['tile_id']}_{y:05d}_{x:05d}" if size else row['tile_id']; place = transform * Affine.translation(x, y)
+        write_raster(work/f'images/{tid}.tif', rgb, place, crs, valid)
+        write_raster(work/f'masks/{tid}.tif', label[None], place, crs)
+        if len(extra): write_raster(work/f'extra/{tid}.tif', extra, place, crs, names=source.extra_bands, nodata=np.nan)
+        rows.append({'block': '' if crs else row['tile_id'], **{c: row[c] for c in ('split', 'region', 'block') if c in row}, 'tile_id': tid,
+                     'image': f'tiles/images/{tid}.tif', 'mask': f'tiles/masks/{tid}.tif', 'extra': f'tiles/extra/{tid}.tif' if len(extra) else '',
+                     'crs': '' if crs else 'none', 'n_positive': int((label == 1).sum())})
+    return rows
 
 def import_table(source:Table,                  # what to map, and how
                  path:str|Path,                 # the manifest to make; tiles go to the folder tiles beside it
@@ -644,19 +678,11 @@ def import_table(source:Table,                  # what to map, and how
         for sub in ('images', 'masks', 'extra')[:2 + bool(source.extra_bands)]: (work/sub).mkdir()
         for n, row in _progress(enumerate(t.to_dict('records')), 'importing images'):
             try:
-                if not re.fullmatch(r'[\w.-]+', row['tile_id']): raise DataError('a name of letters, digits, _, - and . was expected')
-                if problems: _source(root, row, source); continue            # one more problem may show, but nothing is written any more
-                tile = _source(root, row, source); transform, crs = tile[4:]; h, w = tile[2].shape
-                size = source.tile_size; step = size and (source.stride if source.stride and row.get('split') == 'train' else size)
-                for y, x in itertools.product(cuts(h, size, step), cuts(w, size, step)) if size else [(0, 0)]:
-                    rgb, extra, label, valid = _cut(*tile[:4], y, x, size) if size else tile[:4]
-                    tid = f"{row['tile_id']}_{y:05d}_{x:05d}" if size else row['tile_id']; place = transform * Affine.translation(x, y)
-                    write_raster(work/f'images/{tid}.tif', rgb, place, crs, valid); write_raster(work/f'masks/{tid}.tif', label[None], place, crs)
-                    if len(extra): write_raster(work/f'extra/{tid}.tif', extra, place, crs, names=source.extra_bands, nodata=np.nan)
-                    rows.append({c: row[c] for c in ('split', 'region', 'block') if c in row} | {'tile_id': tid, 'image': f'tiles/images/{tid}.tif', 'mask': f'tiles/masks/{tid}.tif',
-                                 'extra': f'tiles/extra/{tid}.tif' if len(extra) else '', 'crs': '' if crs else 'none', 'n_positive': int((label == 1).sum())})
-                    if not crs: rows[-1].setdefault('block', row['tile_id'])
-            except (DataError, KeyError) as e: problems.append(f"row {n + 1} (tile_id {row['tile_id']!r}): " + (f'no column {e} for the pattern' if isinstance(e, KeyError) else str(e)))
+                if not re.fullmatch(r'[\w.-]+', row['tile_id']): raise DataError('tile_id: letters, digits, _, - and . were expected')
+                tile = _source(root, row, source)
+                if not problems: rows += _tiles(tile, row, source, work)      # once a row is bad, the others are only checked
+            except KeyError as e: problems.append(f'{_row(t, n)}: the pattern asks for a column {e}')
+            except DataError as e: problems.append(f'{_row(t, n)}: {e}')
         _refuse(name, problems)
         os.rename(work, target)
         table = pd.DataFrame(rows)
@@ -670,7 +696,7 @@ def import_table(source:Table,                  # what to map, and how
         raise
     return read_manifest(path, block_size)
 
-# %% ../nbs/01_data.ipynb #52ac0e9a
+# %% ../nbs/01_data.ipynb #95d97509
 def import_field(source:Field_,                 # the folder
                  path:str|Path,                 # the manifest to make; inside the folder, since its paths must not leave it
                  block_size:float=10_000.       # side of a block, metres
@@ -692,11 +718,11 @@ def import_field(source:Field_,                 # the folder
     for r in sorted(set(meta.regionname) - set(split)): problems.append(f'splits.yaml: region {r!r} is in no split (buffer: [{r}] leaves it out)')
     rows = []
     for i, m in enumerate(meta.to_dict('records')):
-        tid = m['tile_id']; label = root/'labels'/f'{tid}.tif'
-        if m['trainclass'] not in ('positive', 'negative'): problems.append(f"metadata.csv: row {i + 1} (tile_id {tid!r}), TrainClass: {m['trainclass']!r} is neither positive nor negative")
-        if m['trainclass'] == 'positive' and not label.is_file(): problems.append(f'metadata.csv: row {i + 1} (tile_id {tid!r}): a positive tile without a file in labels')
-        rows.append({'tile_id': tid, 'image': f'PLANET-RGB/{tid}.tif', 'mask': f'labels/{tid}.tif' if label.is_file() else '', 'extra': f'EXTRA/{tid}.tif' if (root/f'EXTRA/{tid}.tif').is_file() else '',
-                     'split': split.get(m['regionname'], ''), 'region': m['regionname']} | ({'uids': m['uids']} if 'uids' in m else {}))
+        tid, has = m['tile_id'], lambda sub: f'{sub}/{tid}.tif' if (root/sub/f'{tid}.tif').is_file() else ''
+        if m['trainclass'] not in ('positive', 'negative'): problems.append(f'metadata.csv: {_row(meta, i)}, TrainClass: neither positive nor negative')
+        if m['trainclass'] == 'positive' and not has('labels'): problems.append(f'metadata.csv: {_row(meta, i)}: a positive tile without a file in labels')
+        rows.append({'tile_id': tid, 'image': f'PLANET-RGB/{tid}.tif', 'mask': has('labels'), 'extra': has('EXTRA'), 'split': split.get(m['regionname'], ''),
+                     'region': m['regionname'], 'uids': m.get('uids', '')})
     _refuse(root.name, problems)
     table = complete(pd.DataFrame(rows), root, block_size, 'metadata.csv')
     claims = table.tile_id.map(dict(zip(meta.tile_id, meta.trainclass))) == 'positive'
@@ -704,7 +730,7 @@ def import_field(source:Field_,                 # the folder
     write_manifest(table, path)
     return read_manifest(path, block_size)
 
-# %% ../nbs/01_data.ipynb #51e2c243
+# %% ../nbs/01_data.ipynb #d178a30f
 def balanced_correlation(negative:Moments, positive:Moments) -> np.ndarray:   # one value a channel, NaN without one of the classes
     "Correlation of each channel with the mask, as if half of the pixels were positive"
     if not (negative.n and positive.n): return np.full(np.size(negative.mean), np.nan)
@@ -715,81 +741,86 @@ def _objects(label):
     "Areas, in pixels, of the 8-connected objects of a mask"
     return cv2.connectedComponentsWithStats((label == 1).view('uint8'), connectivity=8)[2][1:, cv2.CC_STAT_AREA] if (label == 1).any() else np.empty(0, int)
 
-def _grid_problem(manifest, row):
+def _misplaced(manifest, row):
     "What a raster's header says against its row of the manifest"
-    with _open(manifest.root/row['image']) as ds:
-        if row['crs'] == 'none': return 'has a CRS, but the manifest says none' if ds.crs else ''
-        if ds.crs is None: return 'has no CRS'
-        b, crs = ds.bounds, crs_name(ds.crs)
-        if crs == row['crs']: return '' if np.abs(np.subtract((b.left, min(b.top, b.bottom), b.right, max(b.top, b.bottom)), [row[c] for c in BOX])).max() <= abs(ds.transform.a) else 'lies elsewhere than the manifest says'
-        real = _footprints(pd.DataFrame([dict(zip(BOX, b)) | {'crs': crs}]), row['crs'])[0]
-        return '' if shapely.area(shapely.intersection(real, shapely.box(*[row[c] for c in BOX]))) > .9 * real.area else f"lies elsewhere than the manifest says (CRS {crs}, {row['crs']})"
+    with _open(manifest.root/row['image']) as ds: crs, b, pixel = ds.crs, ds.bounds, abs(ds.transform.a)
+    if 'none' in (row['crs'], str(crs).lower()): return '' if row['crs'] == str(crs).lower() else f"the manifest says CRS {row['crs']}, the raster {crs}"
+    crs, box = crs_name(crs), shapely.box(*row[BOX])
+    real = _footprints(pd.DataFrame([dict(zip(BOX, (b.left, min(b.bottom, b.top), b.right, max(b.bottom, b.top)))) | {'crs': crs}]), row['crs'])[0]
+    near = np.abs(np.subtract(real.bounds, box.bounds)).max() <= pixel if crs == row['crs'] else real.intersection(box).area > .9 * real.area
+    return '' if near else f"lies elsewhere than the manifest says (CRS {crs} and {row['crs']})"
 
+def _survey(manifest, names):
+    "Read every tile once: a row of counts for each, and what must be kept beside them"
+    rows, unread, by_split, by_class, areas = [], [], {}, [Moments(), Moments()], [np.empty(0, int)]
+    for i in _progress(manifest.table.index, 'checking files'):
+        row = manifest.table.loc[i]
+        try: tile = _read(manifest.root, row, names); place = _misplaced(manifest, row)
+        except DataError as e: unread.append(str(e)); continue
+        planes = np.concatenate([tile.rgb.astype('float32'), tile.extra]) if len(tile.extra) else tile.rgb
+        data = tile.rgb[:, tile.valid]; label = tile.label; black = int((~data.any(0)).sum())
+        rows.append(dict(tile_id=row.tile_id, split=row.split, region=row.region, told=row.n_positive, place=place, shape='{} × {}'.format(*label.shape),
+                         dtype=str(data.dtype), pixels=label.size, nodata=int((~tile.valid).sum()), ignored=int((label == 255).sum()),
+                         positive=int((label == 1).sum()), black=black, low=data.min() if data.size else np.nan, high=data.max() if data.size else np.nan, infinite=bool(np.isinf(tile.extra).any())))
+        by_split[row.split] = merge(by_split.get(row.split, Moments()), moments(planes, tile.valid))
+        if row.split != 'buffer':
+            by_class = [merge(m, moments(planes, tile.label == v)) for m, v in zip(by_class, (0, 1))]; areas.append(_objects(tile.label))
+    return pd.DataFrame(rows), unread, by_split, by_class, np.concatenate(areas)
+
+def _label_shape(areas):
+    "Whether the labels look like objects, specks or buffered points"
+    if not len(areas): return []
+    median = np.median(areas); alike = (np.abs(areas - median) <= max(1, .15 * median)).mean()
+    points = f'{alike:.0%} have the same size: sparse points with a buffer? Objects without a label may count as false alarms'
+    note = points if len(areas) >= 10 and median <= 64 and alike > .5 else 'mostly specks of a few pixels' if median < 9 else ''
+    return [Finding('note' if note else 'ok', 'label shape', f'{len(areas)} objects, median {median:.0f} pixels', note)]
+
+# %% ../nbs/01_data.ipynb #1be44fdc
 def check_files(manifest:Manifest,     # all splits
                 cfg:Config             # data: tile size, EXTRA bands, what a thin split means
                ) -> list[Finding]:
     "Read every tile once and say what was seen; guide 10.1, data validation"
-    t, names, out = manifest.table, ['R', 'G', 'B', *cfg.data.extra_bands], []
+    names, out = ['R', 'G', 'B', *cfg.data.extra_bands], []
+    s, unread, by_split, by_class, areas = _survey(manifest, cfg.data.extra_bands)
     def add(level, what, value='', note=''): out.append(Finding(level, what, value, note))
-    def listed(what, bad, level, good='none', note=''): add(level if bad else 'ok', what, _some(bad) if bad else good, note if bad else '')
-    failed_, grid, shapes, infinite, wrong, empty, ignored, black = [], [], {}, [], [], [], [], []
-    seen, classes, areas, ranges, dtypes = {}, [Moments(), Moments()], [], {}, {}
-    counts = pd.DataFrame(0, t.index, ['pixels', 'nodata', 'ignored', 'positive'])
-    for i in _progress(t.index, 'checking files'):
-        row = t.loc[i]; tid = row.tile_id
-        try: tile = _read(manifest.root, row, cfg.data.extra_bands); problem = _grid_problem(manifest, row)
-        except DataError as e: failed_.append(str(e)); continue
-        if problem: grid.append(f'{tid}: {problem}')
-        n1 = int((tile.label == 1).sum()); counts.loc[i] = tile.label.size, (~tile.valid).sum(), (tile.label == 255).sum(), n1
-        shapes.setdefault(tile.label.shape, []).append(tid); dtypes.setdefault(str(tile.rgb.dtype), []).append(tid)
-        if np.isinf(tile.extra).any(): infinite.append(tid)
-        if n1 != row.n_positive: (empty if not n1 and row.n_positive else wrong).append(f'{tid} ({row.n_positive} in the manifest, {n1} in the mask)')
-        if (tile.label == 255).all(): ignored.append(tid)
-        if tile.valid.any() and (~tile.rgb.any(0) & tile.valid).sum() > .5 * tile.valid.sum(): black.append(tid)
-        planes = np.concatenate([tile.rgb.astype('float32'), tile.extra]) if len(tile.extra) else tile.rgb
-        seen[row.split] = merge(seen.get(row.split, Moments()), moments(planes, tile.valid))
-        if tile.valid.any():
-            lo, hi = ranges.get(row.split, (np.inf, -np.inf)); ranges[row.split] = min(lo, int(tile.rgb[:, tile.valid].min())), max(hi, int(tile.rgb[:, tile.valid].max()))
-        if row.split != 'buffer':
-            classes = [merge(m, moments(planes, tile.label == v)) for m, v in zip(classes, (0, 1))]; areas.append(_objects(tile.label))
-    n = len(t) - len(failed_); areas = np.concatenate(areas) if areas else np.empty(0, int)
-    add('error' if failed_ else 'ok', 'files', f'{n} of {len(t)} tiles read', '; '.join(failed_[:5]) + (f'; and {len(failed_) - 5} more' if len(failed_) > 5 else ''))
-    listed('grid', grid, 'error', 'CRS and footprint as in the manifest')
-    want = (cfg.data.tile_size,) * 2; odd = [f'{h} × {w}: {_some(ids)}' for (h, w), ids in shapes.items() if (h, w) != want]
-    listed('tile size', odd, 'error', f'all {want[0]} × {want[1]}', f'data.tile_size is {want[0]}')
-    add('error' if len(dtypes) > 1 else 'ok', 'dtype', '; '.join(f'{k}: {len(v)} tiles' for k, v in dtypes.items()))
-    for s, (lo, hi) in ranges.items(): add('ok', f'range {s}', f'R, G, B from {lo} to {hi}')
-    listed('EXTRA not finite', infinite, 'error', note='infinite values are no nodata')
-    full = t[['split', 'region', 'n_positive']].join(counts)
-    def balance(what, g, level='ok', note=''):
-        known = (g.pixels - g.ignored).sum(); pos = int((g.n_positive > 0).sum())
-        add(level, what, f'{pos} of {len(g)} tiles positive ({pos / len(g):.1%} of tiles), {g.positive.sum() / max(known, 1):.3%} of pixels', note)
-    for s in SPLITS:
-        g = full[full.split == s]
-        if not len(g):
-            if s != 'buffer': add('error' if s != 'test' else 'warning', f'split {s}', 'no tiles')
-            continue
-        none = s != 'buffer' and not (g.n_positive > 0).any()
-        balance(f'split {s}', g, ('warning' if s == 'test' else 'error') if none else 'ok', 'no positive tile' if none else '')
-        if g.region.nunique() > 1:
-            for r, part in g.groupby('region'): balance(f'split {s}, {r}', part)
-        share = g.nodata.sum() / max(g.pixels.sum(), 1)
-        add('note' if share > .25 else 'ok', f'nodata {s}', f'{share:.1%} of pixels', f'up to {(g.nodata / g.pixels.clip(lower=1)).max():.0%} of a tile' if share else '')
-    listed('black tiles', black, 'warning', note='mostly 0 0 0 that is not declared as nodata')
-    listed('wholly ignored', ignored, 'note', note=f'{len(ignored)} tiles whose mask is 255 everywhere')
-    listed('n_positive', wrong, 'warning', 'agrees with the masks')
-    listed('positive without positives', empty, 'error')
-    if (full.ignored - full.nodata).sum() and not full.positive.sum(): add('error', 'mask values', '0 and 255, never 1', 'if 255 means positive, import with classes {0: 0, 255: 1}')
-    for s, m in seen.items():
-        if m.n: listed(f'constant bands {s}', [c for c, v in zip(names, m.std) if v == 0], 'error')
-    r = balanced_correlation(*classes); top = np.nanmax(np.abs(r)) if np.isfinite(r).any() else 0
-    add('error' if top > .95 else 'warning' if top > .85 else 'ok', 'band-mask correlation', ', '.join(f'{c} {v:+.2f}' for c, v in zip(names, r)), 'a band may hold the label' if top > .85 else 'balanced: ±1 is a copy of the label')
-    if len(areas):
-        median = float(np.median(areas)); alike = (np.abs(areas - median) <= max(1, .15 * median)).mean()
-        points = len(areas) >= 10 and median <= 64 and alike > .5
-        add('note' if points or median < 9 else 'ok', 'label shape', f'{len(areas)} objects, median {median:.0f} pixels',
-            f'{alike:.0%} of them have the same size: these look like sparse points with a buffer, so objects without a label may count as false alarms' if points else 'mostly specks of a few pixels' if median < 9 else '')
-    for problem in thin(t): add('error' if cfg.data.split_check == 'error' else 'warning', 'thin split', problem, 'data.split_check: warn goes on')
+    def listed(what, bad, level, good='none', note=''): add(level if len(bad) else 'ok', what, _some(bad) if len(bad) else good, note if len(bad) else '')
+    add('error' if unread else 'ok', 'files', f'{len(s)} of {len(manifest)} tiles read', _some(unread, 5))
+    if not len(s): return out
+    listed('grid', [f'{r.tile_id}: {r.place}' for r in s[s.place != ''].itertuples()], 'error', 'CRS and footprint as in the manifest')
+    want = f'{cfg.data.tile_size} × {cfg.data.tile_size}'
+    listed('tile size', [f'{k}: {_some(g.tile_id)}' for k, g in s.groupby('shape') if k != want], 'error', f'all {want}', f'data.tile_size is {cfg.data.tile_size}')
+    add('ok' if s.dtype.nunique() == 1 else 'error', 'dtype', '; '.join(f'{k}: {n} tiles' for k, n in s.dtype.value_counts().items()))
+    listed('EXTRA infinite', s.tile_id[s.infinite], 'error', note='infinite values are no nodata')
+    def balance(what, g, need=''):
+        n, pos, share = len(g), (g.positive > 0).sum(), g.positive.sum() / max((g.pixels - g.ignored).sum(), 1)
+        level, note = (need, 'no positive tile') if need and not pos else ('ok', '')
+        add(level, what, f'{pos} of {n} tiles positive ({pos / n:.1%} of tiles), {share:.3%} of pixels', note)
+    for name in SPLITS:
+        g = s[s.split == name]; need = {'test': 'warning', 'buffer': ''}.get(name, 'error')
+        if not len(g) and need: add(need, f'split {name}', 'no tiles')
+        if not len(g): continue
+        balance(f'split {name}', g, need)
+        if 1 < g.region.nunique() <= 12:
+            for r, part in g.groupby('region'): balance(f'split {name}, {r}', part)
+        elif g.region.nunique() > 12:
+            r = g.positive.gt(0).groupby(g.region).mean(); add('ok', f'split {name}, regions', f'{len(r)}, with {r.min():.1%} to {r.max():.1%} positive tiles')
+        share = g.nodata.sum() / g.pixels.sum()
+        add('note' if share > .25 else 'ok', f'nodata {name}', f'{share:.1%} of pixels', f'up to {(g.nodata / g.pixels).max():.0%} of a tile' if share else '')
+        if not by_split[name].n: continue
+        add('ok', f'range {name}', f'R, G, B from {g.low.min():.0f} to {g.high.max():.0f}')
+        listed(f'constant bands {name}', [c for c, v in zip(names, by_split[name].constant) if v], 'error')
+    listed('black tiles', s.tile_id[s.black > .5 * (s.pixels - s.nodata)], 'warning', note='mostly 0 0 0 that is not declared as nodata')
+    listed('wholly ignored', s.tile_id[s.ignored == s.pixels], 'note', note='the mask is 255 everywhere')
+    tell = lambda g: [f'{r.tile_id} ({r.told} in the manifest, {r.positive} in the mask)' for r in g.itertuples()]
+    listed('positive without positives', tell(s[(s.told > 0) & (s.positive == 0)]), 'error')
+    listed('n_positive', tell(s[(s.told != s.positive) & (s.positive > 0)]), 'warning', 'agrees with the masks')
+    if s.ignored.sum() > s.nodata.sum() and not s.positive.sum():
+        add('error', 'mask values', '0 and 255, never 1', 'if 255 means positive, import with classes {0: 0, 255: 1}')
+    r = balanced_correlation(*by_class); top = np.nanmax(np.abs(r), initial=0)
+    add('error' if top > .95 else 'warning' if top > .85 else 'ok', 'band-mask correlation', ', '.join(f'{c} {v:+.2f}' for c, v in zip(names, r)),
+        'a band may hold the label' if top > .85 else 'balanced: ±1 is a copy of the label')
+    out += _label_shape(areas)
+    for problem in thin(manifest.table): add('error' if cfg.data.split_check == 'error' else 'warning', 'thin split', problem, 'a number from few tiles says little')
     return out + audit(manifest)
 
 def failed(findings:list[Finding]) -> bool:
@@ -813,7 +844,7 @@ def show_findings(findings:list[Finding]):   # an object that shows as text or H
     "Findings as one table"
     return _Table(findings)
 
-# %% ../nbs/01_data.ipynb #91278121
+# %% ../nbs/01_data.ipynb #b18c20da
 def check_batches(batches,                      # iterable of dicts: image (B, C, H, W), target (B, H, W)
                   stats:Stats,                  # what they were normalised with
                   names:list[str]=None          # channel names; None: those of stats
@@ -836,15 +867,18 @@ def check_batches(batches,                      # iterable of dicts: image (B, C
     def add(level, what, value='', note=''): out.append(Finding(level, what, value, note))
     inner = {(a[1:], b[1:]) for a, b in shapes}; x, y = next(iter(shapes))
     fits = len(inner) == 1 and len(x) == 4 and x[1] == len(names) and y == (x[0], *x[2:])
-    add('ok' if fits else 'error', 'batches', f'{len(seconds)} of ' + ', '.join(f'image {a} target {b}' for a, b in shapes), '' if fits else f'{len(names)} channels and one shape were expected')
+    add('ok' if fits else 'error', 'batches', f'{len(seconds)} of ' + ', '.join(f'image {a} target {b}' for a, b in shapes),
+        '' if fits else f'{len(names)} channels and one shape were expected')
     add('ok' if kinds == {'float32 float32'} else 'error', 'batch dtypes', ', '.join(sorted(kinds)))
     add('error' if bad else 'ok', 'finite', f'{bad} pixels are not' if bad else 'all')
     add('error' if values else 'ok', 'target values', f'{sorted(values)}' if values else '0, 1, 255' + (f', and {soft} soft pixels' if soft else ''))
     for c, m, s in zip(names, np.atleast_1d(total.mean), np.atleast_1d(total.std)):
         far, off = abs(m) > 3 or not .1 < s < 5, abs(m) > .75 or not .4 < s < 2
-        add('error' if far else 'warning' if off else 'ok', f'normalised {c}', f'mean {m:+.2f}, std {s:.2f}', 'not normalised by these statistics?' if far else 'far from 0 and 1' if off else '')
+        level, note = ('error', 'not normalised by these statistics?') if far else ('warning', 'far from 0 and 1') if off else ('ok', '')
+        add(level, f'normalised {c}', f'mean {m:+.2f}, std {s:.2f}', note)
     some = any(t > 0 for t in tiles)
-    add('ok' if some else 'warning', 'positive tiles a batch', f'mean {np.mean(tiles):.0%}, from {min(tiles):.0%} to {max(tiles):.0%}', '' if some else 'no batch holds a positive pixel')
+    add('ok' if some else 'warning', 'positive tiles a batch', f'mean {np.mean(tiles):.0%}, from {min(tiles):.0%} to {max(tiles):.0%}',
+        '' if some else 'no batch holds a positive pixel')
     add('ok', 'positive pixels', f'{np.mean(positive):.3%} of those that count')
     add('warning' if np.mean(ignored) > .5 else 'ok', 'ignored pixels', f'{np.mean(ignored):.1%}')
     add('ok', 'seconds a batch', f'median {np.median(seconds):.3f}, first {seconds[0]:.3f}')
@@ -863,7 +897,7 @@ def show_batch(batch:dict,       # image (B, C, H, W), target (B, H, W)
         show_tile(a[:3].transpose(1, 2, 0) * stats.std[:3] + stats.mean[:3], b, ax, f"tile {int(batch['tile'][k])}" if 'tile' in batch else '')
     return fig
 
-# %% ../nbs/01_data.ipynb #af3b1fa1
+# %% ../nbs/01_data.ipynb #329e152e
 ELSEWHERE = ('container built and tested', 'GPU memory profiled, batch size confirmed', 'tracker reachable', 'library versions pinned',
              'config under version control', 'git commit recorded', 'baseline config validated', 'noise floor measured')
 
@@ -877,14 +911,16 @@ def checklist(files:list[Finding],               # of check_files
     out, extra = [], dict(extra or {})
     def line(what, findings, value='', note=''):
         worst = max((LEVELS.index(f.level) for f in findings), default=0)
-        out.append(Finding(LEVELS[worst], what, value or ('passed' if worst < 2 else LEVELS[worst]), note or _some(f.what for f in findings if f.level in LEVELS[2:])))
+        note = note or _some(dict.fromkeys(f.what for f in findings if f.level in LEVELS[2:]))
+        out.append(Finding(LEVELS[worst], what, value or ('passed' if worst < 2 else LEVELS[worst]), note))
     line('data validation', [*files, *batches])
     try: s = Stats.load(stats_path); line('normalisation statistics saved', [], f'{len(s.channels)} channels, {s.pixels} pixels')
     except DataError as e: line('normalisation statistics saved', [Finding('error', 'statistics')], 'missing', str(e))
-    width = {'none': '', 'ignore': f', {cfg.loss.boundary_ignore_width:g} pixels', 'soft_labels': f', {cfg.loss.boundary_soft_width:g} pixels'}[cfg.loss.boundary_handling]
-    line('boundary handling', [], f'{cfg.loss.boundary_handling}{width}', 'made in the loader, training only')
+    width = {'none': '', 'ignore': f', {cfg.loss.boundary_ignore_width:g} pixels', 'soft_labels': f', {cfg.loss.boundary_soft_width:g} pixels'}
+    line('boundary handling', [], cfg.loss.boundary_handling + width[cfg.loss.boundary_handling], 'made in the loader, training only')
     rows = cfg.sampler.curriculum; mixed = [f for f in batches if f.what == 'positive tiles a batch']
-    line('batch sampler', mixed, f'positive_fraction {cfg.sampler.positive_fraction}, curriculum 1:{rows[0].ratio} to 1:{rows[-1].ratio}', mixed[0].value if mixed else '')
+    line('batch sampler', mixed, f'positive_fraction {cfg.sampler.positive_fraction}, curriculum 1:{rows[0].ratio} to 1:{rows[-1].ratio}',
+         f'positive tiles a batch: {mixed[0].value}' if mixed else '')
     leaks = [f for f in files if f.what.startswith('leak')]
     line('spatial blocking', leaks or [Finding('error', 'no audit')], '; '.join(f.value for f in leaks))
     for name in [*ELSEWHERE, *(k for k in extra if k not in ELSEWHERE)]:

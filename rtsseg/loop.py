@@ -7,8 +7,8 @@ __all__ = ['MAGIC', 'HOOKS', 'Task', 'stages', 'rate', 'Average', 'Stopper', 'Ch
            'newest_state', 'Share', 'Observers', 'Run', 'key_seed', 'reseed', 'make_deterministic', 'accelerator',
            'evaluate', 'fit']
 
-# %% ../nbs/04a_loop.ipynb #eced19c3
-import contextlib, copy, hashlib, io, itertools, math, os, re, time
+# %% ../nbs/04a_loop.ipynb #7a1d4342
+import copy, hashlib, io, itertools, math, os, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast, convert_to_fp32, gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -109,13 +109,14 @@ class Average:
         torch._foreach_lerp_(self.to, self.of, 1 - decay)
         for to, of in self.copies: to.copy_(of)
 
-# %% ../nbs/04a_loop.ipynb #3c1c8b64
+# %% ../nbs/04a_loop.ipynb #6e4fe675
 @dataclass
 class Stopper:
     "Early stopping and the plateau factor, as plain numbers that a checkpoint can hold"
     best: float = -math.inf          # best moving average since the start epoch (larger is better)
     since: int = 0                   # epoch of that best
     recent: list = field(default_factory=list)   # the last validations
+    plateau: int = 0                 # first epoch of the plateau stage that the next three belong to
     plateau_best: float = -math.inf
     plateau_since: int = 0
     factor: float = 1.               # what the plateau schedule multiplies rates by
@@ -124,20 +125,23 @@ class Stopper:
                cfg:LoopConfig,       # early_stopping and lr
                epoch:int,            # the epoch that was validated
                value:float,          # the monitored value
-               mode:str              # 'max' or 'min'
+               mode:str,             # 'max' or 'min'
+               stage:Stage|None=None # the stage of that epoch; only its plateau schedule, and only after its warm-up, changes the factor
               ) -> bool:             # whether to stop
         "Take in a validation"
         value, es = value if mode == 'max' else -value, cfg.early_stopping
         if math.isfinite(value): self.recent = (self.recent + [value])[-es.window:]
-        if value > self.plateau_best: self.plateau_best, self.plateau_since = value, epoch
-        elif epoch - self.plateau_since >= cfg.lr.plateau_patience and epoch > cfg.lr.warmup_epochs:
-            self.factor, self.plateau_since = self.factor * cfg.lr.plateau_factor, epoch
+        if stage and stage.schedule == 'plateau' and epoch >= stage.first + stage.warmup_epochs:
+            if self.plateau != stage.first: self.plateau, self.plateau_best, self.plateau_since, self.factor = stage.first, -math.inf, epoch, 1.
+            if value > self.plateau_best: self.plateau_best, self.plateau_since = value, epoch
+            elif epoch - self.plateau_since >= cfg.lr.plateau_patience:
+                self.factor, self.plateau_since = self.factor * cfg.lr.plateau_factor, epoch
         if es.patience is None or epoch < es.start_epoch: return False
         mean = sum(self.recent) / len(self.recent) if self.recent else -math.inf
         if not self.since or mean > self.best + es.min_delta: self.best, self.since = mean, epoch
         return epoch - self.since >= es.patience
 
-# %% ../nbs/04a_loop.ipynb #a107bd08
+# %% ../nbs/04a_loop.ipynb #cb1e1531
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be read, or none that can"
 
@@ -148,7 +152,10 @@ def save_state(path:str|Path,   # the target
               ) -> Path:
     "Write a sealed checkpoint atomically"
     out = io.BytesIO(); torch.save(state, out); payload = out.getvalue()
-    return write_atomic(path, MAGIC + state.get('step', 0).to_bytes(8) + hashlib.sha256(payload).digest() + payload)
+    head = MAGIC + state.get('step', 0).to_bytes(8)
+    return write_atomic(path, head + _seal(head, payload) + payload)
+
+def _seal(head, payload): h = hashlib.sha256(head); h.update(payload); return h.digest()
 
 def load_state(path:str|Path    # a file of `save_state`
               ) -> dict:        # the state, on the CPU
@@ -156,7 +163,7 @@ def load_state(path:str|Path    # a file of `save_state`
     data = Path(path).read_bytes()
     digest, payload = data[16:48], data[48:]
     if not data.startswith(MAGIC): raise CheckpointError(f'{Path(path).name} is no checkpoint of this library')
-    if hashlib.sha256(payload).digest() != digest: raise CheckpointError(f'{Path(path).name} is damaged: its content does not match its seal')
+    if _seal(data[:16], payload) != digest: raise CheckpointError(f'{Path(path).name} is damaged: its content does not match its seal')
     try: return torch.load(io.BytesIO(payload), map_location='cpu', weights_only=True)
     except Exception as e: raise CheckpointError(f'{Path(path).name} cannot be read: {type(e).__name__}') from None
 
@@ -172,7 +179,7 @@ def newest_state(folder:str|Path   # the checkpoints folder
     if files and not states: raise CheckpointError(f'{len(failed)} checkpoints, none of which can be read: ' + '; '.join(failed))
     return states[0] if states else None
 
-# %% ../nbs/04a_loop.ipynb #5f8486a7
+# %% ../nbs/04a_loop.ipynb #2247ff51
 class Share:
     "Every P-th batch of a batch sampler, from `skip` on"
     def __init__(self, batches, rank:int=0, world:int=1, even:bool=True): self.batches, self.rank, self.world, self.even, self.skip = batches, rank, world, even, 0
@@ -183,7 +190,8 @@ def _shared(loader, acc, even):
     "The same loader over this process's share"
     return DataLoader(loader.dataset, batch_sampler=Share(loader.batch_sampler, acc.process_index, acc.num_processes, even), num_workers=loader.num_workers,
                       collate_fn=loader.collate_fn, pin_memory=loader.pin_memory and acc.device.type == 'cuda', prefetch_factor=loader.prefetch_factor,
-                      persistent_workers=loader.persistent_workers, worker_init_fn=loader.worker_init_fn, generator=torch.Generator())
+                      persistent_workers=loader.persistent_workers, worker_init_fn=loader.worker_init_fn, timeout=loader.timeout,
+                      multiprocessing_context=loader.multiprocessing_context, generator=torch.Generator())
 
 # %% ../nbs/04a_loop.ipynb #976d288e
 HOOKS = {'on_start': 'the run is about to train (or to go on)', 'on_stage': 'a stage begins', 'on_step': 'an optimizer step was taken',
@@ -201,7 +209,7 @@ class Observers:
     def __call__(self, hook, *args):
         for f in self.hooks[hook]: f(*args)
 
-# %% ../nbs/04a_loop.ipynb #3b65061d
+# %% ../nbs/04a_loop.ipynb #cf9bd506
 @dataclass
 class Run:
     "The state of a training run: what observers see, and what a checkpoint saves"
@@ -221,7 +229,8 @@ class Run:
     history: list = field(default_factory=list)   # a row an epoch
     best: dict = field(default_factory=dict)      # epoch and metrics of the best validation
     stopper: Stopper = field(default_factory=Stopper)
-    reason: str = ''                        # why the run stopped, '' while it goes on
+    asked: str = ''                         # why this process was asked to stop
+    reason: str = ''                        # why the run stopped, '' while it goes on: the same in all processes
     finished: bool = False                  # nothing is left to do
 
     SAVED = ('epoch', 'batch', 'step', 'skipped', 'sums', 'counts', 'history', 'best', 'finished')
@@ -232,8 +241,14 @@ class Run:
         return self.average.module if self.average else self.model
 
     def stop(self, why:str):
-        "Ask the run to stop after the present step, in a state that can be resumed"
-        self.reason = self.reason or why
+        "Ask the run to stop after the present step, in a state that can be resumed; one process that asks stops all"
+        self.asked = self.asked or why
+
+    def agree(self):
+        "Settle between processes whether to stop: one that stopped alone would leave the others waiting for ever"
+        if self.accelerator.num_processes == 1: self.reason = self.asked
+        elif self.accelerator.reduce(torch.tensor(float(bool(self.asked)), device=self.accelerator.device)) > 0:
+            self.reason = next(filter(None, gather_object([self.asked])))
 
     def state(self) -> dict:
         "What a resume needs"
@@ -255,7 +270,7 @@ class Run:
         "Write checkpoints/<name>.ckpt from the main process"
         return save_state(self.folder/'checkpoints'/f'{name}.ckpt', self.state()) if self.accelerator.is_main_process else None
 
-# %% ../nbs/04a_loop.ipynb #10801907
+# %% ../nbs/04a_loop.ipynb #f84b824b
 def key_seed(*key) -> int:
     "A 63-bit seed from integers: equal keys give equal seeds, close keys give unrelated ones"
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
@@ -278,10 +293,15 @@ def accelerator(cfg:LoopConfig   # device and precision
     "Device, precision and processes; a CPU computes in fp32"
     if cfg.device == 'cuda' and not torch.cuda.is_available(): raise ConfigError('device: cuda was asked for, and no GPU is at hand')
     cpu = cfg.device == 'cpu' or not torch.cuda.is_available()
-    AcceleratorState._reset_state()   # a notebook may train twice with different precisions
+    AcceleratorState._reset_state(reset_partial_state=True)   # a notebook may train twice, with another device or precision
     return Accelerator(mixed_precision='no' if cpu or cfg.precision == 'fp32' else cfg.precision, cpu=cpu)
 
-# %% ../nbs/04a_loop.ipynb #ef6ca3c3
+# %% ../nbs/04a_loop.ipynb #99113d7f
+def _forward(task, model, batch, acc):
+    "Half precision stays inside the model: losses and meters see fp32"
+    if acc is None or acc.mixed_precision == 'no': return task.forward(model, batch)
+    with acc.autocast(): return convert_to_fp32(task.forward(model, batch))
+
 def evaluate(task:Task,                    # what things mean
              model:nn.Module,              # weights to judge; left in eval mode
              loader,                       # batches, each once
@@ -294,7 +314,7 @@ def evaluate(task:Task,                    # what things mean
     with torch.inference_mode():
         for batch in loader:
             n = task.count(batch); batch = send_to_device(batch, device, non_blocking=True)
-            with acc.autocast() if acc else contextlib.nullcontext(): out = task.forward(model, batch)
+            out = _forward(task, model, batch, acc)
             for p, v in task.loss(out, batch).items():
                 if n[p]: sums[p], counts[p] = sums.get(p, 0.) + float(v) * float(n[p]), counts.get(p, 0.) + float(n[p])
             meter.update(out, batch)
@@ -306,44 +326,52 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #1778d390
+# %% ../nbs/04a_loop.ipynb #944d674e
+def _alike(tensors):
+    "Every process takes the first one's values"
+    with torch.no_grad(): broadcast(list(tensors))
+
+def _sum(tensors, acc):
+    "Sum tensors over processes, in one message"
+    flat = acc.reduce(torch.cat([t.detach().float().flatten() for t in tensors]))
+    return [v.view_as(t) for v, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
 def _enter(run, stage, parts):
-    "Freeze what the stage freezes; the wrapped model, for gradients are exchanged only between parameters that train"
+    "Freeze what the stage freezes, its statistics alike everywhere"
     for p, modules in parts.items():
         for m in modules: m.requires_grad_(p not in stage.frozen)
-    return nn.parallel.DistributedDataParallel(run.model) if run.accelerator.num_processes > 1 else run.model
+    _alike(run.model.buffers())
 
 def _train_mode(run, stage, parts):
     "Training mode, but frozen parts keep their statistics and draw no dropout (guide 9.1; decisions on the schedule)"
     run.model.train()
-    for p in stage.frozen:
-        for m in parts[p]: m.eval()
+    for p, modules in parts.items():
+        for m in modules: m.train(p not in stage.frozen)
 
-def _step(run, net, group, stage, trained):
+def _step(run, group, stage, trained):
     "One optimizer step from a group of micro-batches: accumulated means equal the mean over the whole group"
     cfg, task, acc = run.cfg, run.task, run.accelerator
     counts = [task.count(b) for b in group]
     N = {p: float(sum(float(c[p]) for c in counts)) for p in counts[0]}
-    if acc.num_processes > 1:          # one exchange tells every process the totals, and whether any of them wants to stop
-        total = acc.reduce(torch.tensor([*N.values(), float(bool(run.reason))], dtype=torch.float64, device=acc.device))
-        N = dict(zip(N, total.tolist()))
-        if total[-1] > 0: run.stop('another process asked to stop')
-    weight = {p: stage.loss_weights.get(p, cfg.loss_weights.get(p, 1.)) for p in N}
+    if acc.num_processes > 1: N = dict(zip(N, acc.reduce(torch.tensor(list(N.values()), dtype=torch.float64, device=acc.device)).tolist()))
+    weight, seen = {p: stage.loss_weights.get(p, cfg.loss_weights.get(p, 1.)) for p in N}, {p: 0. for p in N}
     for m, (batch, n) in enumerate(zip(group, counts)):
         reseed(acc.device, cfg.seed, run.step, acc.process_index, m)
         batch = send_to_device(batch, acc.device, non_blocking=True) if acc.device.type != 'cpu' else batch
-        with acc.no_sync(net) if m + 1 < len(group) else contextlib.nullcontext():
-            with acc.autocast(): out = task.forward(net, batch)
-            values = task.loss(out, batch)
-            # divided by N before the backward pass: value·n would overflow fp16. Gradients are averaged over processes, hence the factor
-            loss = sum(weight[p] * v * (float(n[p]) * acc.num_processes / N[p]) for p, v in values.items() if N[p])
-            if not isinstance(loss, torch.Tensor): continue
-            (acc.scaler.scale(loss) if acc.scaler else loss).backward()
+        values = task.loss(_forward(task, run.model, batch, acc), batch)
+        # divided by N before the backward pass: value·n would overflow fp16
+        loss = sum(weight[p] * v * (float(n[p]) / N[p]) for p, v in values.items() if N[p])
+        if isinstance(loss, torch.Tensor): (acc.scaler.scale(loss) if acc.scaler else loss).backward()
         for p, v in values.items():
-            if n[p]: run.sums[p], run.counts[p] = run.sums.get(p, 0.) + v.detach().double() * float(n[p]), run.counts.get(p, 0.) + float(n[p])
-    if (helpers := task.modules()) and acc.num_processes > 1:
-        for p in helpers.parameters():
-            if p.grad is not None: p.grad = acc.reduce(p.grad, reduction='mean')
+            if n[p]: seen[p] = seen[p] + v.detach().double() * float(n[p])
+    if acc.num_processes > 1:          # gradients are summed, for N counted all processes; a parameter that none of them used keeps none
+        live = [p for p in trained if p.requires_grad]
+        used, sums = (torch.tensor([float(x) for x in v], device=acc.device) for v in ([p.grad is not None for p in live], seen.values()))
+        *grads, used, sums = _sum([*(torch.zeros_like(p) if p.grad is None else p.grad for p in live), used, sums], acc)
+        for p, g, u in zip(live, grads, used.tolist()): p.grad = torch.empty_like(p).copy_(g) if u else None
+        seen = dict(zip(seen, sums.double()))
+    for p in N:
+        if N[p]: run.sums[p], run.counts[p] = run.sums.get(p, 0.) + seen[p], run.counts.get(p, 0.) + N[p]
     good = any(N.values())
     if good:
         if acc.scaler: acc.scaler.unscale_(run.optimizer)
@@ -357,6 +385,7 @@ def _step(run, net, group, stage, trained):
 
 def _validate(run, val, stage):
     "Judge the averaged weights; the best so far are kept at once"
+    _alike(run.judged.buffers())       # batch statistics are each process's own: the first one's are judged, and saved
     metrics, meter = evaluate(run.task, run.judged, val, run.accelerator, {**run.cfg.loss_weights, **stage.loss_weights})
     if run.task.monitor not in metrics: raise ConfigError(f'monitor: validation gives no {run.task.monitor!r}{nearest(run.task.monitor, metrics)}')
     value, sign = metrics[run.task.monitor], 1 if run.task.mode == 'max' else -1
@@ -385,26 +414,28 @@ def fit(cfg:LoopConfig,       # what to do
     missing = {id(p) for p in model.parameters()} - {id(p) for g in groups for p in g['params']}
     if missing: raise ConfigError(f'{type(task).__name__}.parts leaves out {len(missing)} parameters: they would never train')
     optimizer = torch.optim.AdamW(groups, lr=0., weight_decay=cfg.optimizer.weight_decay, fused=True)
+    _alike(p.detach() for m in ([model, helpers] if helpers else [model]) for p in [*m.parameters(), *m.buffers()])
     run = Run(cfg, task, model, Average(model, cfg.ema.decay) if cfg.ema.enabled else None, Path(folder), acc, optimizer)
     if state := newest_state(run.folder/'checkpoints'): run.load(state)
     train, val = _shared(train, acc, even=True), _shared(val, acc, even=False)
     trained = [p for g in groups for p in g['params']]
-    stage = net = None
+    stage = None
     tell('on_start', run)
     while run.epoch <= cfg.epochs and not run.finished and not run.reason:
         if stage is not (now := next(s for s in plan if s.first <= run.epoch <= s.last)):
-            stage, net = now, _enter(run, now, parts); tell('on_stage', run, stage)
+            stage = now; _enter(run, stage, parts); tell('on_stage', run, stage)
         batches, began = train.batch_sampler.batches, time.monotonic()
         if hasattr(batches, 'set_epoch'): batches.set_epoch(run.epoch)
-        reseed(acc.device, cfg.seed, run.epoch)                   # a plain shuffled loader draws its order from here
+        reseed(acc.device, cfg.seed, run.epoch)                   # a plain shuffled loader draws its order from here, or from a generator of its own
+        if own := getattr(getattr(batches, 'sampler', None), 'generator', None): own.manual_seed(key_seed(cfg.seed, run.epoch))
         train.batch_sampler.skip, length = run.batch, len(train)
         if not length: raise ConfigError(f'epoch {run.epoch} holds no batch: fewer samples than batch_size {cfg.batch_size}')
         _train_mode(run, stage, parts); stream, started = iter(train), run.batch
         while group := list(itertools.islice(stream, cfg.accumulate)):
             for g in optimizer.param_groups: g['lr'] = rate(stage, g['name'], run.epoch - 1 + run.batch / length, run.stopper.factor if stage.schedule == 'plateau' else 1.)
-            _step(run, net, group, stage, trained)
+            _step(run, group, stage, trained)
             run.batch += len(group)
-            tell('on_step', run)
+            tell('on_step', run); run.agree()
             if run.reason: break
             if time.monotonic() - clock > 60 * cfg.checkpoint.resume_minutes: run.save('resume'); clock = time.monotonic()
         if run.reason: break                                       # the epoch's validation is done after the resume
@@ -414,10 +445,10 @@ def fit(cfg:LoopConfig,       # what to do
         if run.epoch % cfg.val_frequency == 0 or run.epoch == cfg.epochs:
             metrics, meter = _validate(run, val, stage)
             row.update({f'val/{k}': v for k, v in metrics.items()})
-            run.finished = run.stopper.update(cfg, run.epoch, metrics[task.monitor], task.mode)
+            run.finished = run.stopper.update(cfg, run.epoch, metrics[task.monitor], task.mode, stage)
             tell('on_validation', run, metrics, meter)
             if run.finished: run.stop(f'early stopping: no gain for {cfg.early_stopping.patience} epochs')
-        tell('on_epoch', run)
+        tell('on_epoch', run); run.agree()
         run.epoch, run.batch, run.sums, run.counts = run.epoch + 1, 0, {}, {}
         if run.epoch > cfg.epochs: run.finished = True
         if (run.epoch - 1) % cfg.checkpoint.every == 0:
@@ -425,7 +456,7 @@ def fit(cfg:LoopConfig,       # what to do
                 for old in sorted(path.parent.glob('epoch-*.ckpt'))[:-cfg.checkpoint.keep_last]: old.unlink()
                 tell('on_checkpoint', run, path)
     run.save('resume')
-    if not run.reason: run.reason = 'all epochs done'
+    if not run.reason: run.reason = 'all epochs done' if run.epoch > cfg.epochs else 'it had stopped early before'
     tell('on_end', run)
     acc.wait_for_everyone()
     return run

@@ -8,7 +8,7 @@ __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'IOUS', 'SU
            'ap_bounds', 'rates', 'pixel_metrics', 'Matches', 'match', 'object_metrics', 'summary', 'subsample',
            'Estimate', 'resample', 'bootstrap', 'Meter']
 
-# %% ../nbs/03a_metrics.ipynb #82a792e4
+# %% ../nbs/03a_metrics.ipynb #f37fe31d
 import hashlib, io, json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,11 +17,11 @@ from pathlib import Path
 import cv2
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from scipy.special import digamma, expit, logit
+from scipy.special import digamma, expit
 
 from .config import write_atomic
 
-# %% ../nbs/03a_metrics.ipynb #9c4f1776
+# %% ../nbs/03a_metrics.ipynb #0487f4b1
 Bins = str|tuple[float, float]    # 'float16', or the (low, high) of evenly laid bins
 CODES = 1 << 16
 
@@ -53,15 +53,14 @@ def decode(bins:Bins='float16'   # the grid
     values.flags.writeable = False
     return values
 
+@lru_cache
+def _probability(bins): return np.maximum.accumulate(np.nan_to_num(expit(decode(bins))))
+
 def first_code(threshold:float,     # a probability
                bins:Bins='float16'  # the grid
-              ) -> int:             # pixels with this code or a higher one are predicted
+              ) -> int:             # pixels with this code or a higher one are predicted; 65536: none is
     "The first score of the grid whose probability is at least the threshold"
-    score, values = logit(threshold), decode(bins)
-    code = int(encode(np.array([score]), bins)[0])
-    if np.isinf(score) or values[code] >= score: return code
-    nearly = score - values[code] < 1e-4 * (values[code + 1] - values[code])   # a threshold that was a score once, but for a double's rounding
-    return code if nearly else code + 1
+    return 1 + int(np.searchsorted(_probability(bins)[1:], threshold))
 
 # %% ../nbs/03a_metrics.ipynb #92cce3ab
 def average_precision(hist   # (2, …, codes): mass of negative and of positive pixels, codes ascending
@@ -98,16 +97,13 @@ def objects(mask   # bool (H, W)
     for i in np.flatnonzero(runs > 1): size[i] = max(cv2.minAreaRect(corners[end[i] - runs[i]:end[i]].reshape(-1, 2))[1])
     return labels, dict(id=np.arange(1, n, dtype=np.int32), area=area, size=size, edge=edge)
 
-# %% ../nbs/03a_metrics.ipynb #08a76005
+# %% ../nbs/03a_metrics.ipynb #1bd476f2
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
 
 def _columns(parts, dtypes):
     return {k: np.concatenate([p[k] for p in parts] or [[]]).astype(d) for k, d in dtypes.items()}
-
-@lru_cache
-def _probability(bins): return np.nan_to_num(expit(decode(bins)))
 
 def tile_evidence(logits,                # float (H, W)
                   mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
@@ -127,7 +123,7 @@ def tile_evidence(logits,                # float (H, W)
 
     codes[ignored] = 0                                                             # neither predicted nor true
     first = {t: first_code(t, bins) for t in sorted(thresholds)}
-    seen = truth | (codes >= min(first.values()))
+    seen = truth | (codes >= min(first.values(), default=CODES))
     y, x = (np.flatnonzero(seen.any(a)) for a in (1, 0))
     window = tuple(slice(max(i[0] - 1, 0), i[-1] + 2) if len(i) else slice(1) for i in (y, x))   # with a margin, so that only the tile's edge is an edge
     codes, truth, predicted, pairs = codes[window], truth[window], [], []
@@ -143,7 +139,7 @@ def tile_evidence(logits,                # float (H, W)
         pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
     return row | dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
 
-# %% ../nbs/03a_metrics.ipynb #72fc41e2
+# %% ../nbs/03a_metrics.ipynb #996370c7
 FORMAT = 1
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels', size='pixels, longest side of the minimum rotated rectangle',
              score='mean probability', threshold='probability', pixel_size='metres')
@@ -194,7 +190,7 @@ class Evidence:
     def from_rows(cls, rows, **meta):
         "From dicts that hold a tile's identity and its `tile_evidence`"
         rows = list(rows)
-        columns = {k: pa.array([r[k] for r in rows], t) for k, t in IDENTITY.items()} | dict(n_valid=pa.array([r['n_valid'] for r in rows], pa.int64()))
+        columns = {k: pa.array([r[k] for r in rows], t, from_pandas=True) for k, t in IDENTITY.items()} | dict(n_valid=pa.array([r['n_valid'] for r in rows], pa.int64()))
         for k in ('pos_codes', 'pos_counts', 'neg_codes', 'neg_counts'):
             dtype = np.uint16 if k.endswith('codes') else np.uint32
             columns[k] = _lists(np.concatenate([np.asarray(r[k], dtype) for r in rows] or [np.empty(0, dtype)]), [len(r[k]) for r in rows])
@@ -273,6 +269,7 @@ class Evidence:
 
     def nearest(self, threshold):
         "The threshold of the evidence's grid next to a probability: objects exist at those only"
+        if not self.thresholds: raise ValueError('this evidence holds no objects: it was made without thresholds')
         return min(self.thresholds, key=lambda t: abs(t - threshold))
 
 def _pixels(evidence, weight, rows=2048):
@@ -384,7 +381,7 @@ def object_metrics(evidence,              # `Evidence`
     scores = {k: float(v) for k, v in rates(**counts).items() if k != 'iou'}
     return dict(threshold=m.threshold, **counts, **scores, edge={k: float(w @ v) for k, v in m.edge.items()})
 
-# %% ../nbs/03a_metrics.ipynb #0e0287e7
+# %% ../nbs/03a_metrics.ipynb #1eb1006a
 IOUS = (0.1, 0.3, 0.5)     # guide 6.2; 0.3 is the headline
 SUPPORT = 30               # negative tiles that have to stand behind a reweighted number
 
@@ -403,10 +400,11 @@ def summary(evidence,                    # `Evidence`
            ) -> dict:                    # {ratio: {name: number}}
     "Everything at each ratio, reweighted: pixel metrics, objects at each IoU (`object_f1_30`), and what they rest on"
     positive, out, matched = evidence['positive'], {}, {}
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     for r in ratios:
         hist, w, t = histogram(evidence, r), weight(evidence, r), _at(thresholds, r)
-        row = dict(n_pos_tiles=int(positive.sum()), n_neg_tiles=int((~positive).sum()), w=w, prevalence=float(hist[1].sum() / hist.sum()) if hist.sum() else np.nan, threshold=float(t),
-                   pr_auc=float(average_precision(hist)))
+        row = dict(n_pos_tiles=n_pos, n_neg_tiles=n_neg, tile_ratio=w * n_neg / n_pos if n_pos else np.nan, w=w,
+                   prevalence=float(hist[1].sum() / hist.sum()) if hist.sum() else np.nan, threshold=float(t), pr_auc=float(average_precision(hist)))
         row['pr_auc_low'], row['pr_auc_high'] = ap_bounds(hist, evidence.exact)
         row |= pixel_metrics(evidence, r, t)
         above = lambda c: int((evidence.top[~positive] >= max(c, 1)).sum())
@@ -435,7 +433,7 @@ def subsample(evidence,              # `Evidence`
         found.append(dict(pr_auc=float(average_precision(histogram(evidence, w)))) | pixel_metrics(evidence, w, threshold))
     return {k: (float(m), float(s)) for k, m, s in zip(found[0], *(f([list(d.values()) for d in found], axis=0) for f in (np.mean, np.std)))}
 
-# %% ../nbs/03a_metrics.ipynb #11e2abcf
+# %% ../nbs/03a_metrics.ipynb #17dc446e
 @dataclass(frozen=True)
 class Estimate:
     "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
@@ -473,7 +471,7 @@ def resample(evidence,                   # `Evidence`
             sums = np.zeros((len(names), *values.shape[1:])); np.add.at(sums, block[positive == k], values[positive == k]); out.append(draws @ sums)
         return np.stack(out)
     n_neg, n_pos = tally(np.ones(len(positive)))
-    lost = (n_pos == 0) | ((n_neg == 0) & bool((~positive).any()))
+    lost = (n_pos == 0) | ((n_neg == 0) & bool((~positive).any())) | evidence.pool[..., 0].any()
 
     bins, n = _steps(evidence.pool[:, 1].sum(0))
     hist = np.zeros((2, 2, replicates, n))                                          # tile, label, replicate, bin
@@ -525,17 +523,17 @@ def bootstrap(evidence,                   # `Evidence`
         for name in ['pr_auc', 'precision', 'recall', 'f1', 'iou'] + [k for k in row if k.startswith('object_') and k != 'object_threshold']:
             support = row['support_pr_auc' if name == 'pr_auc' else f'support_object_{name[-2:]}' if name.startswith('object_') else 'support']
             finite = lambda x: float(x) if np.isfinite(x) else None
-            if np.isnan(row[name]): e = Estimate(None, why='undefined: nothing to divide by')
+            if np.isnan(row[name]): e = Estimate(None, why='undefined: nothing to divide by, or scores that are no numbers')
             elif row['w'] > 1 and support < SUPPORT and 'recall' not in name:
                 e = Estimate(None, None, finite(own[name]), f'{support} negative tiles decide it, {SUPPORT} are needed at w = {row["w"]:.3g}; bound: the value at the native ratio')
             elif spread is None: e = Estimate(row[name], why=why)
             else:
                 x = spread[r][name]; x = x[~np.isnan(x)]
-                e = Estimate(row[name], *np.percentile(x, [2.5, 97.5]).tolist(), f'{replicates - len(x)} of {replicates} replicates left out' if len(x) < replicates else '')
+                e = Estimate(row[name], *(np.percentile(x, [2.5, 97.5]).tolist() if len(x) else ()), f'{replicates - len(x)} of {replicates} replicates left out' if len(x) < replicates else '')
             out[r][name] = e
     return out
 
-# %% ../nbs/03a_metrics.ipynb #2272e123
+# %% ../nbs/03a_metrics.ipynb #58d69b93
 def _array(x):
     "Tensor or array → array; bfloat16, which NumPy lacks, by way of float32"
     if not hasattr(x, 'detach'): return np.asarray(x)
@@ -550,7 +548,7 @@ class Meter:
                  bins:Bins='float16',    # the grid of scores
                  views:str='none'        # the views that were averaged
                 ):
-        self.identity = table[list(IDENTITY)].to_dict('list')
+        self.identity = table[list(IDENTITY)].astype({k: str for k, t in IDENTITY.items() if t == pa.string()}).to_dict('list')
         self.meta, self.rows = dict(thresholds=tuple(thresholds), bins=bins, views=views), []
 
     def update(self,

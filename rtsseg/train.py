@@ -6,8 +6,8 @@
 __all__ = ['Log', 'read_log', 'flat', 'Tracker', 'RunError', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #6370ab78
-import fcntl, json, math, os, signal, subprocess, sys, threading, time
+# %% ../nbs/05_train.ipynb #10718f18
+import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def read_log(folder:str|Path      # a run folder
     rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
     return list({r['epoch']: r for r in rows if r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #79268d22
+# %% ../nbs/05_train.ipynb #26f65489
 def flat(tree:dict, prefix:str='') -> dict:
     "{'a': {'b': 1}} → {'a.b': 1}"
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}).items()}
@@ -77,6 +77,7 @@ class Tracker:
     def on_start(self, run):
         if not run.accelerator.is_main_process: return
         with self._safely('starting'):
+            logging.getLogger('mlflow').setLevel(logging.WARNING)      # it tells of every table that it makes
             from mlflow import MlflowClient
             from mlflow.entities import Param
             uri = self.cfg.tracker.uri or f"sqlite:///{self.cfg.runs/'mlflow.db'}"

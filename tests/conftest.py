@@ -1,0 +1,23 @@
+"What tests share. Environment variables are set before torch or albumentations are imported"
+import os
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+for v in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(v, '2')
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='session')
+def data_dir():
+    "Real data beside the project, where there is any"
+    path = ROOT.parent/'shared'/'data'
+    if not path.is_dir(): pytest.skip('the real data sets are not on this machine')
+    return path
+
+@pytest.fixture(scope='session')
+def tiny_world(tmp_path_factory):
+    "Manifest of a small toy world, made once. Tests read it and write elsewhere"
+    from rtsseg.toy import tiny_toy
+    return Path(tiny_toy(tmp_path_factory.mktemp('toy')))

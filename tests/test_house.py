@@ -1,0 +1,155 @@
+"The house rules that a machine can check: imports point backwards, notebooks are clean and buildable, commands explain themselves"
+import ast, configparser, importlib, inspect, os, re, shutil, subprocess, sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import nbformat, pytest, yaml
+from fastcore.docments import docments
+from fastcore.script import anno_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = 'config data toy augment sampler losses metrics models loop segment infer train evaluate calibrate report'.split()
+CHAIN = ['01_data', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
+PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
+settings = configparser.ConfigParser(delimiters=['=']); settings.read(ROOT/'settings.ini'); settings = settings['DEFAULT']
+scripts = [l.strip().split('=') for l in settings['console_scripts'].splitlines() if l.strip()]
+
+def git(*args): return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+def tracked(): return [f for f in git('ls-files', '-co', '--exclude-standard') if (ROOT/f).is_file()]
+
+notebooks = sorted((p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: (p.stem != 'index', p.name))
+chapters = [p for p in notebooks if p.stem != 'index']
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+
+def code(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+
+def directives(cell): return {m[1] for m in re.finditer(r'^#\| *(\S+)', cell.source, re.M)}
+
+def module(path): return next((m[1] for c in code(path) if (m := re.search(r'^#\| *default_exp +(\S+)', c.source, re.M))), None)
+
+def siblings(name):
+    "Modules of the house that an exported module imports, anywhere in it"
+    tree, found = ast.parse((ROOT/'rtsseg'/f'{name}.py').read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.split('.')[0] == 'rtsseg'}
+        if isinstance(node, ast.ImportFrom) and node.level: found |= {f'rtsseg.{node.module}'} if node.module else {f'rtsseg.{a.name}' for a in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or '').split('.')[0] == 'rtsseg':
+            found |= {node.module} if node.module != 'rtsseg' else {f'rtsseg.{a.name}' for a in node.names}
+    return {f.split('.')[1] for f in found}
+
+def test_every_room_stands():
+    assert [module(p) for p in chapters if '/recipes/' not in p.as_posix()] == ORDER
+    assert sorted(p.stem for p in (ROOT/'rtsseg').glob('*.py') if not p.stem.startswith('_')) == sorted(ORDER)
+
+@pytest.mark.parametrize('name', ORDER)
+def test_imports_point_backwards(name):
+    used, before = siblings(name), set(ORDER[:ORDER.index(name)])
+    assert used <= before, f'{name} imports {sorted(used - before)}, which come after it'
+    if name in ('sampler', 'augment', 'losses', 'metrics'): assert used <= {'config'}
+    if name == 'loop': assert not used & {'data', 'models', 'losses', 'metrics', 'recipes'}
+    if name in ('calibrate', 'report'): assert not used & {'train', 'loop', 'infer'}
+
+def test_a_module_has_one_notebook():
+    "A second notebook with the same default_exp would take the module over at the next export"
+    names = [module(p) for p in chapters]
+    assert None not in names and len(set(names)) == len(names)
+
+def test_only_known_notebooks():
+    assert {p.relative_to(ROOT).as_posix() for p in notebooks} == {f for f in tracked() if f.endswith('.ipynb')}
+
+@each_notebook
+def test_a_notebook_is_clean(path):
+    nb = nbformat.read(path, 4); text = path.read_text()
+    first = nb.cells[0]
+    assert first.cell_type == 'markdown' and re.match(r'# \S.*\n> \S', first.source), 'a chapter opens with its title and a one-line description'
+    assert nb.metadata.kernelspec.name == 'python3' and nb.metadata.kernelspec.language == 'python'
+    assert len(text) < 800_000, f'{len(text)//1000} KB: fewer or smaller pictures'
+    if path.stem == 'index': return
+    assert 'default_exp' in code(path)[0].source
+    assert any(o.get('output_type') == 'display_data' and 'image/png' in o.get('data', {}) for c in code(path) for o in c.outputs), 'a picture'
+    assert not any(o.output_type == 'error' for c in code(path) for o in c.outputs)
+    exported = [c for c in code(path) if 'export' in directives(c)]
+    assert not any(isinstance(n, ast.ImportFrom) and any(a.name == '*' for a in n.names) for c in exported for n in ast.walk(ast.parse(c.source)))
+
+@each_notebook
+def test_imports_stand_in_cells_of_their_own(path):
+    "The site's build runs every cell that imports, and only those and the exported ones: other code in such a cell would lack what it needs"
+    for c in code(path):
+        if directives(c) & {'export', 'exporti', 'exports', 'eval:'} or c.source.lstrip().startswith(('%', '!')): continue
+        nodes = list(ast.walk(ast.parse(c.source)))
+        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes):
+            assert not any(isinstance(n, (ast.Expr, ast.Assign)) for n in nodes), c.source
+
+@pytest.mark.parametrize('stem', CHAIN)
+def test_notebooks_of_the_chain_take_the_same_parameters(stem):
+    tagged = [c for c in code(ROOT/'nbs'/f'{stem}.ipynb') if 'parameters' in c.metadata.get('tags', [])]
+    assert len(tagged) == 1
+    assert PARAMETERS <= {t.id for n in ast.parse(tagged[0].source).body if isinstance(n, ast.Assign) for t in n.targets}
+
+def test_no_trace_of_a_machine():
+    "No absolute path and no host of whoever built this stands in what is published"
+    places = re.compile(r'(?<![\w.])/(?:work|tmp|root|home|Users|opt)/\w|/site-packages/')
+    hosts = re.compile(r'index-url|find-links|trusted-host|://(?!quarto\.org)')
+    found = []
+    for f in tracked():
+        if Path(f).suffix in ('.png', '.tif', '.safetensors'): continue
+        text = re.sub(r'"image/png": "[^"]*"', '', (ROOT/f).read_text())
+        if f != 'tests/test_house.py': found += [f'{f}: {m[0]}' for m in places.finditer(text)]
+        if f.startswith('requirements') or f in ('Makefile', 'Dockerfile', 'setup.py', 'settings.ini'): found += [f'{f}: {m[0]}' for m in hosts.finditer(text)]
+    assert not found, '\n'.join(found)
+
+def test_requirements_are_pinned():
+    norm = lambda s: re.sub(r'[-_.]+', '-', s).lower()
+    read = lambda f: {norm(n): v for n, v in (l.split('==') for l in (ROOT/f).read_text().splitlines() if l and not l.startswith('#'))}
+    direct, whole = read('requirements.in'), read('requirements.txt')
+    assert direct.items() <= whole.items()
+    assert {n: version(n) for n in direct} == direct
+
+@pytest.mark.parametrize('command, target', scripts, ids=[c for c, _ in scripts])
+def test_a_command_explains_its_arguments(command, target):
+    name, function = target.split(':'); function = getattr(importlib.import_module(name), function)
+    lines, text = docments(inspect.unwrap(function), full=True), anno_parser(inspect.unwrap(function), prog=command).format_help()
+    for arg in inspect.signature(inspect.unwrap(function)).parameters:
+        assert lines[arg].docment and f'--{arg}' in text, f'{command}: --{arg} has no line of help'
+
+def test_commands_are_installed():
+    installed = {e.name: e.value for e in entry_points(group='console_scripts') if e.name.startswith('rtsseg-')}
+    assert installed == {c.strip(): t.strip() for c, t in scripts}
+    done = subprocess.run([Path(sys.executable).parent/'rtsseg-report', '--help'], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and 'usage: rtsseg-report' in done.stdout, done.stderr
+
+def test_readme_opens_with_the_two_commands():
+    text = (ROOT/'README.md').read_text(); top = text[:1500]
+    assert 0 < top.index('make demo') < top.index('make test') < top.index('![') < top.index('```python')
+    assert len(re.search(r'```python\n(.*?)```', text, re.S)[1].strip().splitlines()) == 5
+    for target in re.findall(r'\]\((?!\w+:|#)([^)]+)\)', text): assert (ROOT/target).is_file(), target
+    picture = ROOT/re.search(r'!\[[^]]*\]\(([^)]+)\)', text)[1]; assert picture.stat().st_size < 150_000
+    for p in chapters: assert f'({p.relative_to(ROOT).as_posix()})' in text, f'the table of chapters lacks {p.name}'
+    for command, _ in scripts: assert command in text
+
+def test_the_site_can_be_built(tmp_path):
+    "All of nbdev's work for the site, in a copy, with a Quarto that only says that it was called"
+    site = tmp_path/'site'
+    for f in tracked(): (site/f).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/f, site/f)
+    quarto = tmp_path/'bin'/'quarto'; quarto.parent.mkdir()
+    quarto.write_text('#!/bin/sh\nmkdir -p _docs && echo "$@" > _docs/called\n'); quarto.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PATH': f'{quarto.parent}:{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    readme = (site/'README.md').read_text(); (site/'README.md').touch()   # as make docs does
+    done = subprocess.run(['nbdev_docs', '--n_workers', '2'], cwd=site, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (site/'_docs/called').read_text().split()[0] == 'render' and (site/'README.md').read_text() == readme
+    stub = yaml.safe_load((site/'_proc/_quarto.yml').read_text()); files = [site/'_proc'/f for f in stub['metadata-files']]
+    whole = [yaml.safe_load(f.read_text()) for f in files]
+    assert stub['project']['output-dir'] == '_docs' and all(w.get('project', {}).get('type', 'website') == 'website' for w in whole)
+    assert any(w.get('website', {}).get('title') == 'rtsseg' for w in whole)
+    assert not any('commonmark' in w.get('format', {}) for w in whole)
+    names = [p.relative_to(ROOT/'nbs').as_posix() for p in notebooks]
+    listed = next(w['website']['sidebar']['contents'] for w in whole if 'contents' in w.get('website', {}).get('sidebar', {}))
+    assert [l for l in listed if isinstance(l, str)] == [n for n in names if '/' not in n] and listed[0] == 'index.ipynb'
+    for name in names:
+        nb = nbformat.read(site/'_proc'/name, 4); head = nb.cells[0].source
+        assert head.startswith('---') and yaml.safe_load(head.strip().strip('-'))['title']
+        for c in nb.cells:
+            if c.cell_type != 'markdown': continue
+            for target in re.findall(r'\]\((?!\w+:|#)([^)#]+)', c.source): assert (site/'_proc'/Path(name).parent/target).exists(), f'{name}: {target}'

@@ -1,0 +1,198 @@
+"Evidence and what is computed from it, against scikit-learn and against loops, on inputs that hypothesis makes up"
+import numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+from scipy.special import expit
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
+
+from rtsseg import metrics
+from rtsseg.metrics import (Estimate, Evidence, Meter, ap_bounds, average_precision, bootstrap, decode, encode, first_code, histogram, match,
+                            object_metrics, pixel_metrics, pr_curve, resample, summary, tile_evidence, weight, weights)
+
+THRESHOLDS = (0.25, 0.5, 0.8)
+quick = settings(max_examples=25, deadline=None)
+
+def tile(seed, side=14, ignore=True):
+    "A small tile whose scores have ties, whose objects touch edges and each other's corners"
+    rng = np.random.default_rng(seed)
+    mask = (ndimage.gaussian_filter(rng.normal(size=(side, side)), 1.2) > rng.uniform(0.05, 0.6)).astype(np.uint8)
+    if seed % 3 == 0: mask[:] = 0
+    logits = np.round(3 * ndimage.gaussian_filter(mask + rng.normal(size=mask.shape), 1) + rng.normal(-1, 1), 1)
+    if ignore: mask[rng.random(mask.shape) < rng.choice([0, 0.1, 1], p=[.5, .4, .1])] = 255
+    return logits.astype(np.float16), mask
+
+def row(i, seed, **kw):
+    logits, mask = tile(seed)
+    return dict(tile_id=f't{i:03}', split='val', region='AB'[i % 2], block=f'b{i % 5}', positive=bool((mask == 1).any()), pixel_size=3.) | tile_evidence(logits, mask, THRESHOLDS) | kw
+
+def make(seeds): return Evidence.from_rows([row(i, s) for i, s in enumerate(seeds)], thresholds=THRESHOLDS)
+
+seeds = st.lists(st.integers(0, 10_000), min_size=1, max_size=8)
+ratios = st.sampled_from(['native', 1, 3, 200, 1000])
+
+def pixels(seeds, evidence, ratio):
+    tiles = [tile(s) for s in seeds]
+    valid = [m != 255 for _, m in tiles]
+    return (np.concatenate([m[v] == 1 for (_, m), v in zip(tiles, valid)]), np.concatenate([l[v] for (l, _), v in zip(tiles, valid)]).astype(float),
+            np.repeat(weights(evidence, ratio), [v.sum() for v in valid]))
+
+@quick
+@given(seeds, ratios)
+def test_pixel_metrics_are_sklearns(seeds, ratio):
+    e = make(seeds); y, z, w = pixels(seeds, e, ratio)
+    hist = histogram(e, ratio)
+    if not y.any():
+        assert np.isnan(average_precision(hist)) and np.isnan(summary(e, [ratio])[ratio]['pr_auc'])
+        return
+    assert average_precision(hist) == pytest.approx(average_precision_score(y, z, sample_weight=w), abs=1e-9)
+    for t in (0.1, 0.5, 0.8):
+        guess = expit(z) >= t
+        for k, f in dict(precision=precision_score, recall=recall_score, f1=f1_score, iou=jaccard_score).items():
+            ours = pixel_metrics(e, ratio, t)[k]
+            if k == 'precision' and not guess.any(): assert np.isnan(ours)
+            else: assert ours == pytest.approx(f(y, guess, sample_weight=w, zero_division=0), abs=1e-9)
+
+@quick
+@given(seeds, st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([0, 3]), st.sampled_from(THRESHOLDS))
+def test_objects_are_the_five_steps(seeds, iou, floor, threshold):
+    e = make(seeds); m = match(e, threshold, iou, floor)
+    for i, s in enumerate(seeds):
+        logits, mask = tile(s); probability = expit(logits.astype(float))
+        blobs = lambda x: [b for lab, n in [ndimage.label(x, np.ones((3, 3)))] for b in (lab == k for k in range(1, n + 1)) if b.sum() >= floor]
+        predicted, true, taken = blobs((probability >= threshold) & (mask != 255)), blobs(mask == 1), set()
+        for p in sorted(predicted, key=lambda p: -probability[p].mean()):
+            overlap = [(p & t).sum() / (p | t).sum() for t in true]
+            if true and max(overlap) >= iou and (best := int(np.argmax(overlap))) not in taken: taken.add(best)
+        assert (m.tp[i], m.fp[i], m.fn[i]) == (len(taken), len(predicted) - len(taken), len(true) - len(taken))
+        on_edge = lambda b: bool(np.pad(b[1:-1, 1:-1], 1).sum() < b.sum())
+        assert sum(on_edge(p) for p in predicted) == m.edge['tp'][i] + m.edge['fp'][i]
+
+@quick
+@given(seeds, st.randoms(use_true_random=False), st.integers(0, 7))
+def test_merging_knows_no_order_and_no_repeats(seeds, random, cut):
+    whole, rows = make(seeds), [row(i, s) for i, s in enumerate(seeds)]
+    parts = rows + rows[:2]; random.shuffle(parts)
+    a, b = (Evidence.from_rows(p, thresholds=THRESHOLDS) for p in (parts[:cut], parts[cut:]))
+    assert a + b == b + a == whole and (a + b).hash == whole.hash and (a + a) == a
+    assert summary(a + b, ['native', 200])[200].items() >= {k: v for k, v in summary(whole, [200])[200].items() if v == v}.items()
+
+def test_repeats_that_differ_in_the_last_bit_do_not_depend_on_order():
+    one, two = row(0, 1), row(0, 2, positive=row(0, 1)['positive'])
+    a, b = (Evidence.from_rows(r, thresholds=THRESHOLDS) for r in ([one, two], [two, one]))
+    assert len(a) == 1 and a == b
+    with pytest.raises(ValueError, match='occurs twice'): Evidence.from_rows([one, one | dict(region='Z')])
+
+@quick
+@given(arrays(np.float16, 40, elements=st.floats(width=16, allow_nan=True, allow_infinity=True)))
+def test_codes_keep_order_and_value(scores):
+    codes, numbers = encode(scores), scores[~np.isnan(scores)]
+    assert np.array_equal(decode()[codes], scores.astype(float), equal_nan=True)
+    assert ((numbers[:, None] < numbers) == (encode(numbers)[:, None] < encode(numbers))).all()
+    assert (codes[np.isnan(scores)] == 0).all()
+
+@quick
+@given(st.integers(0, 10_000), st.sampled_from(['float16', (-4., 4.), (-50., 50.)]))
+def test_bounds_hold_for_single_precision(seed, bins):
+    rng = np.random.default_rng(seed)
+    y = rng.random(800) < rng.uniform(0.01, 0.5); y[0] = True
+    z = (rng.normal(size=800) * rng.uniform(1e-3, 1) + y * rng.uniform(0, 1)).astype(np.float32)
+    if seed % 2: z = np.round(z, 2)
+    hist = np.stack([np.bincount(encode(z[y == c], bins), minlength=metrics.CODES) for c in (0, 1)])
+    low, high = ap_bounds(hist)
+    assert low - 1e-9 <= average_precision_score(y, z) <= high + 1e-9 and low <= average_precision(hist) + 1e-12
+
+def test_all_orders_within_a_bin_lie_between_the_bounds_and_reach_them():
+    from itertools import permutations
+    hist, found = np.array([[0, 2, 1], [0, 2, 1]]), []
+    for order in set(permutations([0, 0, 1, 1])):
+        for top in ((0, 1), (1, 0)):
+            y = np.array(order + top)
+            found.append(average_precision_score(y, np.arange(6)))
+    low, high = ap_bounds(hist)
+    assert min(found) == pytest.approx(low) and max(found) <= high
+    assert high == pytest.approx(average_precision_score([0, 0, 1, 1, 0, 1], [0, 1, 2, 2, 4, 5]))
+
+def test_empty_tiles_and_empty_evidence():
+    e = Evidence.from_rows([], thresholds=THRESHOLDS)
+    assert len(e) == 0 and e + e == e and np.isnan(summary(e)[200]['pr_auc']) and bootstrap(e, replicates=5)[200]['iou'].value is None
+    ignored = Evidence.from_rows([row(0, 1) | tile_evidence(np.zeros((4, 4)), np.full((4, 4), 255, np.uint8), THRESHOLDS) | dict(positive=False)], thresholds=THRESHOLDS)
+    assert ignored.top.tolist() == [0] and weight(ignored, 200) == 0 and histogram(ignored).sum() == 0
+    assert make([1]) + e == make([1])
+
+def test_no_number_makes_every_metric_no_number():
+    logits, mask = tile(1); logits[0, 0] = np.nan; mask[0, 0] = 0
+    e = Evidence.from_rows([row(0, 1) | tile_evidence(logits, mask, THRESHOLDS), row(1, 3)], thresholds=THRESHOLDS)
+    s = summary(e, ['native', 200])
+    assert all(np.isnan(s[r][k]) for r in s for k in ('pr_auc', 'pr_auc_low', 'iou', 'f1', 'precision', 'recall'))
+    assert np.isnan(resample(e, [200], replicates=3)[200]['pr_auc']).all()
+
+def test_no_pixel_size_is_equal_to_itself():
+    rows = [row(i, i, pixel_size=float('nan')) for i in range(2)]
+    a, b = (Evidence.from_rows(r, thresholds=THRESHOLDS) for r in (rows, rows[::-1]))
+    assert a == b and np.isnan(a['pixel_size']).all()
+
+def test_file(tmp_path):
+    e = make(range(6)); path = e.write(tmp_path/'val.parquet')
+    again = Evidence.read(path)
+    assert again == e and again.hash == e.hash and [p.name for p in tmp_path.iterdir()] == ['val.parquet']
+    assert Evidence.from_rows([row(0, 1)], thresholds=THRESHOLDS, bins=(-3., 3.)).write(path) and Evidence.read(path).bins == (-3., 3.)
+    import pandas as pd
+    frame = pd.read_parquet(e.write(path)).set_index('tile_id')
+    assert frame.loc['t001', 'n_valid'] == (tile(1)[1] != 255).sum() and set(frame.loc['t001', 'truth'][0]) == {'id', 'area', 'size', 'edge'}
+
+def test_twenty_thousand_confident_tiles_stay_under_200_MB(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(20):
+        noise = lambda k: ndimage.zoom(rng.normal(size=(512 // k, 512 // k)), k, order=1)
+        mask = np.zeros((512, 512), np.uint8)
+        if i % 10 == 0: mask[100:180, 200:300] = 1
+        logits = (9 * ndimage.gaussian_filter(mask.astype(float), 4) + 0.7 * noise(8) + 0.3 * noise(2) - 6).astype(np.float16)
+        rows.append(dict(tile_id=str(i), split='val', region='', block='', positive=i % 10 == 0, pixel_size=3.) | tile_evidence(logits, mask, np.arange(1, 20) / 20))
+    size = Evidence.from_rows(rows, thresholds=np.arange(1, 20) / 20).write(tmp_path/'e').stat().st_size
+    assert size / 20 * 20_000 < 200e6
+
+def test_replicates_without_a_class_are_left_out_and_counted():
+    rows = [row(i, 1 if i < 12 else 3, block=f'b{min(i, 11)}') for i in range(16)]       # all negative tiles lie in the last block
+    e = Evidence.from_rows(rows, thresholds=THRESHOLDS)
+    lost = np.isnan(resample(e, [5], replicates=400)[5]['recall']).sum()
+    assert abs(lost / 400 - (1 - 1 / 12) ** 12) < 0.1
+    assert f'{lost} of 400 replicates left out' in bootstrap(e, [5], replicates=400)[5]['recall'].why
+
+def test_intervals_cover_the_truth():
+    "Blocks that differ, tiles of a block alike: 95% intervals hold the population's recall in at least 85% of worlds, intervals over tiles would not"
+    rng, hits, naive = np.random.default_rng(0), 0, 0
+    shape = dict(tile_id='', split='', region='', pixel_size=1., positive=True)
+    for world in range(40):
+        rows = []
+        for b, share in enumerate(rng.beta(2, 2, 30)):                                    # population mean 0.5
+            for t in range(4):
+                found = rng.binomial(50, share)
+                rows.append(shape | dict(tile_id=f'{b}-{t}', block=str(b)) | tile_evidence(np.where(np.arange(50) < found, 2, -2)[None].astype(np.float16), np.ones((1, 50), np.uint8)))
+        e = Evidence.from_rows(rows)
+        inside = lambda x: x['recall'].low <= 0.5 <= x['recall'].high
+        hits += inside(bootstrap(e, ['native'], replicates=200)['native'])
+        alone = Evidence.from_rows([r | dict(block=r['tile_id']) for r in rows])
+        naive += inside(bootstrap(alone, ['native'], replicates=200)['native'])
+    assert hits >= 0.85 * 40 and naive < hits
+
+def test_estimates_as_text():
+    assert str(Estimate(0.7231, 0.701, 0.744)) == '0.723 [0.70, 0.74]' and str(Estimate(0.5)) == '0.500'
+    assert str(Estimate(None)) == '–' and str(Estimate(None, None, 0.25)) == '≤ 0.250'
+
+def test_meter_takes_every_float_and_any_process(tmp_path):
+    import pandas as pd, torch
+    e = make(range(4)); table = pd.DataFrame({k: e[k] for k in metrics.IDENTITY})
+    logits, masks = (np.stack(x) for x in zip(*map(tile, range(4))))
+    for kind in (torch.float16, torch.float32):
+        meters = [Meter(table, THRESHOLDS) for _ in range(2)]
+        for i in range(4): meters[i % 2].update(torch.tensor(logits[i:i + 1, None]).to(kind), torch.tensor(masks[i:i + 1]).float(), torch.tensor([i]))
+        assert meters[0].merge(meters[1].state()).evidence() == e
+    m = Meter(table); m.update(torch.tensor(logits[:, None]).bfloat16(), torch.tensor(masks), torch.arange(4)); assert m.evidence().exact
+    m = Meter(table); m.update(torch.tensor(logits[:, None]).float() + 1e-4, torch.tensor(masks), torch.arange(4)); assert not m.evidence().exact
+
+@quick
+@given(st.floats(1e-6, 1 - 1e-6), st.sampled_from(['float16', (-9., 9.)]))
+def test_a_threshold_is_the_first_score_at_or_above_it(p, bins):
+    c = first_code(p, bins); values = decode(bins)
+    assert (c == metrics.CODES or expit(values[c]) >= p) and not (expit(values[1:c]) >= p).any()

@@ -1,0 +1,118 @@
+"A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
+import json, os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtsseg.config import load, run_folder, to_yaml
+from rtsseg.loop import load_state
+from rtsseg.segment import prepare
+from rtsseg.toy import tiny_toy
+from rtsseg.train import read_log, run
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SHELL = dict(env={k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A config of a few seconds, and the file that holds it"
+    folder = tmp_path_factory.mktemp('world')
+    cfg = load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='tiny', runs=folder/'runs', device='cpu', epochs=4, batch_size=8, val_frequency=1,
+               freeze_backbone_epochs=0, lr=dict(base_lr=1e-3, backbone_lr_multiplier=1.), data=dict(manifest=tiny_toy(folder), tile_size=64, split_check='warn'),
+               sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]), model=dict(architecture='unet', encoder='resnet18', weights=None, options=dict(decoder_channels=[32, 16, 16, 8, 8])))
+    (folder/'tiny.yaml').write_text(to_yaml(cfg))
+    return cfg, folder/'tiny.yaml'
+
+def numbers(folder): return [{k: v for k, v in r.items() if k not in ('seconds', 'batches')} for r in read_log(folder)]
+
+def papermill(notebook, *parameters):
+    return subprocess.run([BIN/'papermill', notebook, os.devnull, *(a for p in parameters for a in ('-p', *p))], cwd=ROOT/'nbs', **SHELL)
+
+@pytest.fixture(scope='module')
+def undisturbed(tiny): return run(tiny[0])
+
+def test_papermill_trains(tiny):
+    done = papermill('05_train.ipynb', ('config', str(tiny[1])), ('seed', '43'), ('epochs', '1'), ('name', 'other'), ('overrides', '["lr.base_lr=3e-4"]'))
+    assert done.returncode == 0, done.stderr[-2000:]
+    cfg = load(tiny[1], seed=43, epochs=1, name='other', overrides=['lr.base_lr=3e-4'])
+    folder = run_folder(cfg, prepare(cfg).hash)
+    assert (folder/'model'/'model.safetensors').exists() and load(folder/'config.yaml').lr.base_lr == 3e-4
+
+@pytest.mark.parametrize('parameter,hint', [(('sed', '43'), "'seed'"), (('overrides', '["lr.bas_lr=1"]'), "'base_lr'")])
+def test_papermill_refuses_unknown_names(tiny, parameter, hint):
+    done = papermill('05_train.ipynb', ('config', str(tiny[1])), parameter)
+    assert done.returncode != 0 and 'did you mean ' + hint in done.stderr
+
+def test_shell_refuses_unknown_keys(tmp_path):
+    (tmp_path/'bad.yaml').write_text('epoch: 3')
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'bad.yaml'], **SHELL)
+    assert done.returncode == 2 and "did you mean 'epochs'" in done.stdout and 'Traceback' not in done.stdout + done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ['bad.yaml']
+
+def wait_for(condition, seconds=90):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, 'waited too long'
+        time.sleep(0.05)
+
+@pytest.mark.parametrize('death', ['the notebook is killed', 'the trainer is asked to stop', 'the trainer is killed'])
+def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death):
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs'), deep=True)
+    cfg.checkpoint.resume_minutes = 1e-4                        # after every step, so that a kill finds something to go on from
+    (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
+    folder = run_folder(cfg, prepare(cfg).hash)
+    if death == 'the notebook is killed': program = [sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.train import launch\nlaunch(load({str(tmp_path/'tiny.yaml')!r}))"]
+    else: program = [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline']
+    first = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=SHELL['env'])
+    wait_for(lambda: (folder/'log.jsonl').exists() and '"epoch", "epoch": 1' in (folder/'log.jsonl').read_text())
+    first.send_signal(signal.SIGTERM if death == 'the trainer is asked to stop' else signal.SIGKILL); first.wait()
+    saved = run(cfg)                                            # waits for the lock of a trainer that still saves
+    assert saved == folder and len(read_log(folder)) == cfg.epochs
+    starts = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines() if '"start"' in l]
+    assert len(starts) == 2 and starts[1]['step'] > 0           # it went on, it did not start over
+    a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in (folder, undisturbed))
+    for part in ('model', 'average'):
+        x, y = (s[part] if part == 'model' else s[part]['module'] for s in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in y), part
+    assert [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(folder)] == [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(undisturbed)]
+
+def test_seeds_differ_and_share_a_hash(tiny, undisturbed):
+    other = run(tiny[0].model_copy(update=dict(seed=43)))
+    assert other.parent == undisturbed.parent and numbers(other) != numbers(undisturbed)
+
+def port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    "A real MLflow server on loopback"
+    folder, p = tmp_path_factory.mktemp('mlflow'), port()
+    process = subprocess.Popen([BIN/'mlflow', 'server', '--host', '127.0.0.1', '--port', str(p), '--workers', '1', '--backend-store-uri', f'sqlite:///{folder}/mlflow.db',
+                                '--artifacts-destination', str(folder/'artifacts')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    import urllib.request
+    def healthy():
+        try: return urllib.request.urlopen(f'http://127.0.0.1:{p}/health', timeout=2).status == 200
+        except OSError: return False
+    try: wait_for(healthy); yield f'http://127.0.0.1:{p}'
+    finally: os.killpg(process.pid, signal.SIGTERM); process.wait()
+
+def test_tracker_mirrors_the_run(tiny, server, tmp_path):
+    from mlflow import MlflowClient
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', tracker=tiny[0].tracker.model_copy(update=dict(kind='mlflow', uri=server))))
+    folder = run(cfg)
+    client = MlflowClient(server); found = client.get_run(json.loads((folder/'tracker.json').read_text())['run_id'])
+    assert found.info.status == 'FINISHED' and found.data.params['lr.base_lr'] == '0.001' and found.data.tags['manifest_hash'] == prepare(cfg).hash
+    history = client.get_metric_history(found.info.run_id, 'val/pr_auc_at_200')
+    assert [(m.step, m.value) for m in history] == [(r['epoch'], r['val/pr_auc@200']) for r in read_log(folder)]
+    assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {'config.yaml', 'environment.json', 'model'}
+
+def test_a_missing_tracker_costs_nothing(tiny, undisturbed, tmp_path, capfd):
+    uri = f'http://user:canary@127.0.0.1:{port()}'             # nobody listens there
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', tracker=tiny[0].tracker.model_copy(update=dict(kind='mlflow', uri=uri))))
+    os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES'] = '0'
+    try: folder = run(cfg)
+    finally: del os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES']
+    said = ''.join(capfd.readouterr())
+    assert numbers(folder) == numbers(undisturbed) and 'training goes on without it' in said and 'canary' not in said
