@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['nll', 'fit_temperature', 'reliability', 'ece', 'brier', 'find_threshold', 'Point', 'Region', 'Quality', 'Calibration',
-           'calibrate', 'show_reliability', 'show_pr']
+           'calibrate', 'show_reliability', 'show_pr', 'calibrate_run', 'show_calibration', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #37b8f7a5
-import json
+# %% ../nbs/06_calibrate.ipynb #ab97f927
+import json, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
+from fastcore.script import call_parse
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from .config import Calibrate, Metrics, Strict, write_atomic
+from .config import Calibrate, ConfigError, Metrics, Strict, load, settings, write_atomic
+from .data import DataError, find_run
 from .metrics import Estimate, Evidence, bootstrap, decode, first_code, histogram, pr_curve, summary
 
 # %% ../nbs/06_calibrate.ipynb #4b1e2b3c
@@ -223,3 +225,35 @@ def show_pr(evidence,                # `Evidence`
     ax.axhline(calibration.target_precision, c='k', lw=0.5, ls='--')
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
+
+# %% ../nbs/06_calibrate.ipynb #15c9ad1d
+def calibrate_run(folder:str|Path,      # a run folder with validation evidence
+                  views:str=''          # the views of that evidence; '' takes the config's
+                 ) -> Calibration:      # also written to model/calibration.json
+    "Calibrate a run on Val-Realistic; raises `DataError` where validation has not been evaluated"
+    folder = Path(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
+    path = folder/'evidence'/f'val{"" if views == "none" else "-" + views}.parquet'
+    if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run; evaluate the validation split with views {views!r} first')
+    found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)
+    found.save(folder/'model'/'calibration.json')
+    return found
+
+def show_calibration(c:Calibration) -> pd.DataFrame:
+    "The operating point at each ratio"
+    return pd.DataFrame([dict(ratio=f'1:{r}', threshold=round(p.threshold, 3), precision=str(p.precision), recall=str(p.recall), note=p.why) for r, p in c.thresholds.items()]).set_index('ratio')
+
+@call_parse
+def rtsseg_calibrate(run:str='',                      # run folder; '' finds it from the config
+                     config:str='configs/toy.yaml',   # YAML file
+                     manifest:str='',                 # another manifest than the config's
+                     name:str='',                     # another name for the run
+                     epochs:int=None,                 # another number of epochs
+                     seed:int=None,                   # another seed
+                     overrides:str='[]',              # JSON list of overrides, as '["lr.base_lr=3e-4"]'
+                     views:str=''                     # none, minimal, standard or full; '' takes the config's
+                    ):
+    "Fit the temperature and choose the thresholds of a run, on its validation evidence"
+    try:
+        c = calibrate_run(run or find_run(settings(config, manifest, name, epochs, seed, overrides)), views)
+        print(f'temperature {c.temperature:.3f}{"; " + c.temperature_why if c.temperature_why else ""}'); print(show_calibration(c).to_string())
+    except (ConfigError, ValueError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_VALUES', 'GDAL', 'SPLITS', 'TEXT', 'BOX', 'COLUMNS', 'GEOD', 'LEVELS', 'ELSEWHERE', 'DataError', 'contained',
            'write_raster', 'Raw', 'crs_name', 'show_tile', 'ground', 'grid_blocks', 'complete', 'Manifest',
-           'read_manifest', 'write_manifest', 'overlaps', 'thin', 'make_splits', 'Finding', 'audit', 'Moments',
-           'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts', 'import_table', 'import_field',
-           'balanced_correlation', 'check_files', 'failed', 'show_findings', 'check_batches', 'show_batch', 'checklist',
-           'verdict']
+           'read_manifest', 'write_manifest', 'find_run', 'overlaps', 'thin', 'make_splits', 'Finding', 'audit',
+           'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts', 'import_table',
+           'import_field', 'balanced_correlation', 'check_files', 'failed', 'show_findings', 'check_batches',
+           'show_batch', 'checklist', 'verdict']
 
-# %% ../nbs/01_data.ipynb #2ccfae8f
+# %% ../nbs/01_data.ipynb #f0085a71
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +27,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
-from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, write_atomic
+from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, run_folder, write_atomic
 
 # %% ../nbs/01_data.ipynb #da328921
 class DataError(ValueError):
@@ -101,7 +101,7 @@ def write_raster(path:str|Path,             # the GeoTIFF
             for i, name in enumerate(names): ds.set_band_description(i + 1, name)
             if valid is not None and not valid.all(): ds.write_mask(valid)
 
-# %% ../nbs/01_data.ipynb #0f5791dc
+# %% ../nbs/01_data.ipynb #98fa65e9
 class Raw(NamedTuple):
     "A tile as it lies in its files"
     rgb: np.ndarray     # 3 × H × W, uint8 or uint16
@@ -128,7 +128,7 @@ def _same_grid(a, b, what):
     if a.shape != b.shape: raise DataError(f'{what} has {b.width} × {b.height} pixels, its image {a.width} × {a.height}')
     if a.crs is None: return
     if a.crs != b.crs: raise DataError(f'{what} has another CRS than its image ({b.crs and crs_name(b.crs)}, {crs_name(a.crs)})')
-    shift = ~a.transform * b.transform
+    shift = ~a.transform @ b.transform
     if not shift.almost_equals(Affine.identity(), 1e-2): raise DataError(f'{what} is shifted against its image by ({shift.c:.2f}, {shift.f:.2f}) pixels')
 
 def _labels(ds):
@@ -382,6 +382,14 @@ def _footprints(t, target):
         out[at] = box
     return out
 
+# %% ../nbs/01_data.ipynb #137a6367
+def find_run(cfg:Config     # the config
+            ) -> Path:      # its run folder
+    "The run folder of a config; raises `DataError` where there is no trained model in it"
+    folder = run_folder(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size).hash)
+    if not (folder/'model').exists(): raise DataError(f'{cfg.name}: no trained model for seed {cfg.seed} of config {folder.parent.name}; train it first')
+    return folder
+
 # %% ../nbs/01_data.ipynb #3f21a09c
 def overlaps(table:pd.DataFrame   # with footprint and crs
             ) -> np.ndarray:      # pairs × 2: positions of tiles whose footprints overlap by more than 0.1% of the smaller
@@ -605,10 +613,11 @@ def cuts(size:int, tile:int, stride:int) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
 
-# %% ../nbs/01_data.ipynb #ab9b389b
+# %% ../nbs/01_data.ipynb #923acca9
 def _source(root, row, source):
     "An image of somebody else: planes, EXTRA, label, valid, transform, crs (None where it has none)"
-    with _open(contained(root, source.image.format_map(row)), pictures=True) as ds:
+    image, mask = (contained(root, p.format_map(row)) for p in (source.image, source.mask))
+    with _open(image, pictures=True) as ds:
         bands = [*source.bands, *source.extra_bands.values()]
         if max(bands) > ds.count: raise DataError(f'band {max(bands)} is asked for, the image has {ds.count}')
         if ds.dtypes[0] not in ('uint8', 'uint16'): raise DataError(f'an image is uint8 or uint16, this one is {ds.dtypes[0]}')
@@ -618,7 +627,7 @@ def _source(root, row, source):
         valid = _valid(ds, rgb, nodata)
         if nodata is not None: extra[extra == nodata] = np.nan
         valid &= np.isfinite(extra).all(0)
-        with _open(contained(root, source.mask.format_map(row)), pictures=True) as m:
+        with _open(mask, pictures=True) as m:
             _same_grid(ds, m, 'the mask')
             if m.count != 1: raise DataError(f'a mask has one band, this one has {m.count}')
             theirs = m.read(1)
@@ -630,7 +639,7 @@ def _source(root, row, source):
         transform, crs = ds.transform, ds.crs
     if (k := source.downscale) > 1:
         small, ok, label = shrink(np.concatenate([rgb, np.nan_to_num(extra)]) if len(extra) else rgb, valid, label, k)
-        rgb, extra, valid, transform = small[:3].astype(rgb.dtype), small[3:].astype('float32'), ok, transform * Affine.scale(k)
+        rgb, extra, valid, transform = small[:3].astype(rgb.dtype), small[3:].astype('float32'), ok, transform @ Affine.scale(k)
         label[~valid] = 255
     return rgb, extra, label, valid, transform, crs
 
@@ -646,7 +655,7 @@ def _tiles(tile, row, source, work):
     step = source.stride if source.stride and row.get('split') == 'train' else size
     for y, x in itertools.product(cuts(h, size, step), cuts(w, size, step)) if size else [(0, 0)]:
         rgb, extra, label, valid = _cut(*arrays, y, x, size) if size else arrays
-        tid = f"{row['tile_id']}_{y:05d}_{x:05d}" if size else row['tile_id']; place = transform * Affine.translation(x, y)
+        tid = f"{row['tile_id']}_{y:05d}_{x:05d}" if size else row['tile_id']; place = transform @ Affine.translation(x, y)
         write_raster(work/f'images/{tid}.tif', rgb, place, crs, valid)
         write_raster(work/f'masks/{tid}.tif', label[None], place, crs)
         if len(extra): write_raster(work/f'extra/{tid}.tif', extra, place, crs, names=source.extra_bands, nodata=np.nan)

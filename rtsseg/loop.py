@@ -7,8 +7,8 @@ __all__ = ['MAGIC', 'HOOKS', 'Task', 'stages', 'rate', 'Average', 'Stopper', 'Ch
            'newest_state', 'Share', 'Observers', 'Run', 'key_seed', 'reseed', 'make_deterministic', 'accelerator',
            'evaluate', 'fit']
 
-# %% ../nbs/04a_loop.ipynb #7a1d4342
-import copy, hashlib, io, itertools, math, os, re, time
+# %% ../nbs/04a_loop.ipynb #19a28fa4
+import copy, hashlib, io, itertools, math, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -326,7 +326,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #944d674e
+# %% ../nbs/04a_loop.ipynb #81dac2df
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -361,7 +361,7 @@ def _step(run, group, stage, trained):
         values = task.loss(_forward(task, run.model, batch, acc), batch)
         # divided by N before the backward pass: value·n would overflow fp16
         loss = sum(weight[p] * v * (float(n[p]) / N[p]) for p, v in values.items() if N[p])
-        if isinstance(loss, torch.Tensor): (acc.scaler.scale(loss) if acc.scaler else loss).backward()
+        if getattr(loss, 'requires_grad', False): (acc.scaler.scale(loss) if acc.scaler else loss).backward()
         for p, v in values.items():
             if n[p]: seen[p] = seen[p] + v.detach().double() * float(n[p])
     if acc.num_processes > 1:          # gradients are summed, for N counted all processes; a parameter that none of them used keeps none

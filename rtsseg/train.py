@@ -162,7 +162,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #eb3fb0ec
+# %% ../nbs/05_train.ipynb #2d11a0bb
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -210,7 +210,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
     if os.environ.get('RTSSEG_PIPE') and inline: _obey_pipe()
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides)
-        print(run(cfg) if inline else launch(cfg, processes, detach))
+        print(os.path.relpath(run(cfg) if inline else launch(cfg, processes, detach)))
     except RunError as e: print(e, flush=True); sys.exit(3)
     except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', flush=True); sys.exit(2)
 

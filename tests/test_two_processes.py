@@ -1,5 +1,5 @@
 """Two processes equal one with the same global batch. Called as a script, this file is what each of the two processes runs"""
-import os, signal, subprocess, sys
+import os, socket, subprocess, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,15 +14,15 @@ from rtsseg.loop import Task, evaluate, fit, load_state
 # ---------------------------------------------------------------- what both sides run
 F, B, LIMIT = nn.functional, 4, 120     # LIMIT: seconds after which the two processes count as deadlocked
 
-def images(n=32, seed=0):
-    "Small images with a bright square; each micro-batch of 4 has another number of valid pixels, the third none at all, nor the whole of the third group of 8"
+def images(n=48, seed=0):
+    "Small images with a bright square; each micro-batch of 4 has another number of valid pixels, the third and the fifth to eighth none"
     g, out = torch.Generator().manual_seed(seed), []
     for i in range(n):
         y = torch.zeros(8, 8); y[2:2 + i % 5, 1:7] = 1
         x = torch.stack([y + torch.randn(8, 8, generator=g), torch.randn(8, 8, generator=g)])
         y[torch.rand(8, 8, generator=g) < (i // B % 8) / 8] = 255
-        if i // B in (2, 4, 5): y[:] = 255
-        out.append(dict(x=x, y=y, kind=torch.tensor(i // 16)))
+        if i // B in (2, 4, 5, 6, 7): y[:] = 255
+        out.append(dict(x=x, y=y, kind=torch.tensor((i // 8 + (i > 36) * i) % 2)))
     return out
 
 class Net(nn.Module):
@@ -43,10 +43,13 @@ class Squares(Task):
     def parts(self, model): return dict(encoder=[model.encoder], decoder=[model.head, model.other])
     def modules(self): return self.helper
     def forward(self, model, batch): return model(batch['x'], batch['kind'])
-    def count(self, batch): return {**{f'bce{k}': float((batch['y'][batch['kind'] == k] != 255).sum()) for k in (0, 1)}, 'light': len(batch['x'])}
+    def count(self, batch): return {**{f'bce{k}': float((batch['y'][batch['kind'] == k] != 255).sum()) for k in (0, 1)}, 'light': float(self.lit(batch).sum())}
+    @staticmethod
+    def lit(batch): return (batch['y'] != 255).any(2).any(1).float()
     def loss(self, out, batch):
-        features, heads = out
-        values = dict(light=F.mse_loss(self.helper(features.mean((2, 3)))[:, 0], batch['x'].mean((1, 2, 3))))
+        (features, heads), lit = out, self.lit(batch)
+        light = (self.helper(features.mean((2, 3)))[:, 0] - batch['x'].mean((1, 2, 3)))**2
+        values = dict(light=(light * lit).sum() / lit.sum().clamp(min=1))
         for k in (0, 1):
             if k not in heads: values[f'bce{k}'] = features.sum() * 0; continue
             z, y = heads[k][0], batch['y'][heads[k][1]]; valid = y != 255
@@ -63,6 +66,10 @@ class Accuracy:
     def merge(self, states): self.right, self.n = map(sum, zip(*states))
     def compute(self): return dict(accuracy=self.right / max(self.n, 1))
 
+class Watch:
+    "Keeps a frozen weight of each epoch"
+    def on_epoch(self, run): run.__dict__.setdefault('seen', {})[run.epoch] = run.model.encoder[0].weight.detach().clone()
+
 class Stop:
     "Asks once, on one process only"
     def __init__(self, rank, hook, when): setattr(self, hook, self.ask); self.rank, self.when = rank, when
@@ -76,34 +83,113 @@ def train(folder, accumulate=1, observers=(), norm=lambda: nn.GroupNorm(2, 8), s
     return fit(cfg, Squares(seed), model, DataLoader(images(), batch_size=B, shuffle=False), DataLoader(images(12, seed=1), batch_size=B), folder, observers)
 
 def result(run):
-    drop = lambda row: {k: v for k, v in row.items() if k not in ('seconds', 'batches') and not k.startswith('train/')}
-    return dict(model=run.model.state_dict(), judged=run.judged.state_dict(), helper=run.task.helper.state_dict(), history=[drop(r) for r in run.history],
+    drop = lambda row: {k: v for k, v in row.items() if k not in ('seconds', 'batches')}
+    return dict(seen=run.__dict__.get('seen'), best_file=load_state(run.folder/'checkpoints'/'best.ckpt'), model=run.model.state_dict(), judged=run.judged.state_dict(), helper=run.task.helper.state_dict(), history=[drop(r) for r in run.history],
                 best=run.best, step=run.step, skipped=run.skipped, reason=run.reason, epoch=run.epoch, finished=run.finished)
 
-# A scenario gets a folder that both processes share and the number of processes; accumulation makes the global batch the same
+# A scenario gets a folder, and the number of processes that share it; accumulation makes the global batch the same
 def plain(d, world): return result(train(d, accumulate=2 // world))
 def accumulated(d, world): return result(train(d, accumulate=4 // world))
-def frozen(d, world): return result(train(d, accumulate=2 // world, freeze_backbone_epochs=2))
+def frozen(d, world): return result(train(d, accumulate=2 // world, freeze_backbone_epochs=2, observers=[Watch()]))
 def only_helper(d, world):
     stages = [dict(first=1, last=1, frozen=['encoder', 'decoder'], rates=dict(modules=.01)), dict(first=2, last=2, rates=dict(encoder=.01, decoder=.01, modules=.01))]
     return result(train(d, accumulate=2 // world, epochs=2, stages=stages))
-def own_start(d, world): return result(train(d, accumulate=2 // world, seed=int(os.environ.get('RANK', 0))))     # the first process decides
-def batch_norm(d, world): return result(train(d, accumulate=2 // world, norm=lambda: nn.BatchNorm2d(8)))
-def stopped(d, world, hook='on_step', when=6):
-    half = result(train(d, accumulate=2 // world, observers=[Stop(world - 1, hook, when)]))
-    return dict(half=half, rest=result(train(d, accumulate=2 // world, seed=7)))
-def stopped_at_epoch_end(d, world): return stopped(d, world, when=8)
-def stopped_in_validation(d, world): return stopped(d, world, 'on_validation', 8)
 def early(d, world): return result(train(d, accumulate=2 // world, epochs=30, early_stopping=dict(patience=2, window=1, min_delta=.5, start_epoch=3)))
+def own_start(d, world): return result(train(d, accumulate=2 // world, seed=int(os.environ.get('RANK', 0))))     # the first process decides
+def batch_norm(d, world): return result(train(d, norm=lambda: nn.BatchNorm2d(8)))
+def stopped(d, world, hook='on_step', when=8, **kw):
+    half = result(train(d, accumulate=2 // world, observers=[Stop(world - 1, hook, when)], **kw))
+    return dict(half=half, rest=result(train(d, accumulate=2 // world, seed=7, **kw)))
+def stopped_at_epoch_end(d, world): return stopped(d, world, when=12)
+def stopped_in_validation(d, world): return stopped(d, world, 'on_validation', 12)
+def stopped_batch_norm(d, world): return stopped(d, world, norm=lambda: nn.BatchNorm2d(8))
 
-SCENARIOS = [plain, accumulated, frozen, only_helper, own_start, batch_norm, early, stopped, stopped_at_epoch_end, stopped_in_validation]
+EQUAL = [plain, accumulated, frozen, only_helper, early]
+STOPPED = [stopped, stopped_at_epoch_end, stopped_in_validation]
+SCENARIOS = [*EQUAL, own_start, batch_norm, *STOPPED, stopped_batch_norm]
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    here, rank, written = Path(sys.argv[1]), int(os.environ['RANK']), []
-    write = rtsseg.loop.write_atomic
-    rtsseg.loop.write_atomic = lambda path, content: (written.append(str(path)), write(path, content))[1]
+    here, rank, written, write = Path(sys.argv[1]), int(os.environ['RANK']), [], rtsseg.loop.write_atomic
+    rtsseg.loop.write_atomic = lambda path, content: (written.append(Path(path).name), write(path, content))[1]
     for scenario in SCENARIOS:
-        print(f'rank {rank}: {scenario.__name__}', flush=True); written.clear()
+        print(f'process {rank}: {scenario.__name__}', flush=True); written.clear()
         torch.save(dict(scenario(here/scenario.__name__, 2), written=list(written)), here/f'{scenario.__name__}-{rank}.pt')
     sys.exit()
+
+# ---------------------------------------------------------------- what is asked of them
+@pytest.fixture(scope='module')
+def two():
+    "The results of both processes: two(scenario) → [of the first, of the second]"
+    with TemporaryDirectory() as d, socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]; s.close()
+        env = os.environ | dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+        with open(f'{d}/log', 'w') as log:
+            both = [subprocess.Popen([sys.executable, __file__, d], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=log, stderr=log) for r in (0, 1)]
+            end = time.monotonic() + LIMIT
+            while time.monotonic() < end and any(p.poll() is None for p in both) and not any(p.poll() for p in both): time.sleep(.05)
+            codes = [p.poll() for p in both]
+            for p in both: p.kill(); p.wait()
+        assert codes == [0, 0], f'exit codes {codes} (None: still running after {LIMIT} s, a deadlock, or the other failed)\n' + Path(f'{d}/log').read_text()[-4000:]
+        yield lambda scenario: [torch.load(f'{d}/{scenario.__name__}-{r}.pt') for r in (0, 1)]
+
+def close(a, b, tolerance=2e-6):
+    "Nested results agree: numbers and tensors to a tolerance, all else exactly"
+    if isinstance(a, torch.Tensor): assert a.shape == b.shape and (not a.is_floating_point() or (a - b).abs().max() <= tolerance), (a - b).abs().max()
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a: close(a[k], b[k], tolerance)
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b): close(x, y, tolerance)
+    elif isinstance(a, float): assert a == pytest.approx(b, abs=tolerance)
+    else: assert a == b
+
+def without(result, *names): return {k: v for k, v in result.items() if k not in ('written', *names)}
+
+@pytest.mark.parametrize('scenario', EQUAL, ids=lambda f: f.__name__)
+def test_equals_one_process(two, scenario, tmp_path):
+    "Weights, averages, helpers, learning rates, training loss, every validation, the best epoch and the skipped steps"
+    one, (first, second) = scenario(tmp_path, 1), two(scenario)
+    close(without(first), without(second), 0.)
+    close(without(first), one)
+    assert one['skipped'] and one['step'] > 4
+
+def test_facts(two):
+    "What the comparison above would not notice, were it wrong in both"
+    for r in two(frozen):
+        assert torch.equal(r['seen'][1], r['seen'][2]) and not torch.equal(r['seen'][2], r['seen'][3])
+    first, second = two(early)
+    assert first['finished'] and 'early stopping' in first['reason'] and first['epoch'] == 6
+    first, _ = two(plain)
+    torch.manual_seed(0); start = Net(), Squares(0).helper
+    for k, v in [*start[0].state_dict().items()]: assert not torch.equal(v, first['model'][k])
+    assert not torch.equal(start[1].weight, first['helper']['weight'])
+
+def test_first_process_decides_the_start(two):
+    "Processes that begin with weights of their own, in model and helper, train the first one's"
+    first, second = two(own_start)
+    close(without(first), without(two(plain)[0]), 0.); close(without(first), without(second), 0.)
+
+@pytest.mark.parametrize('scenario', [*EQUAL, own_start, batch_norm], ids=lambda f: f.__name__)
+def test_only_the_main_process_writes(two, scenario):
+    first, second = two(scenario)
+    assert 'best.ckpt' in first['written'] and 'resume.ckpt' in first['written'] and second['written'] == []
+
+@pytest.mark.parametrize('scenario', STOPPED, ids=lambda f: f.__name__)
+def test_one_asks_both_stop_and_go_on(two, scenario):
+    "The second process alone asks: both stop after the same step, and the resumed run equals the undisturbed one to the bit"
+    for r, whole in zip(two(scenario), two(plain)):
+        half = r['half']
+        assert (half['reason'], half['finished'], half['step']) == ('as asked', False, 8 if scenario is stopped else 12)
+        close(without(r['rest']), without(whole), 0.)
+
+def test_batch_statistics(two, tmp_path):
+    "With batch statistics the first process's are judged and saved: best.ckpt, evaluated alone, gives the best validation again"
+    first, second = two(batch_norm)
+    close(without(first, 'model'), without(second, 'model'), 0.)
+    assert not torch.equal(first['model']['encoder.1.running_mean'], second['model']['encoder.1.running_mean'])
+    net = Net(lambda: nn.BatchNorm2d(8)); net.load_state_dict(first['best_file']['model'])
+    metrics, _ = evaluate(Squares(), net, DataLoader(images(12, seed=1), batch_size=B))
+    close({k: v for k, v in metrics.items() if 'light' not in k and k != 'loss'}, {k: v for k, v in first['best']['metrics'].items() if 'light' not in k and k != 'loss'})
+    for r, whole in zip(two(stopped_batch_norm), two(batch_norm)): close(without(r['rest'], 'model'), without(whole, 'model'), 0.)

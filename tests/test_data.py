@@ -1,0 +1,294 @@
+"The data room across files and formats: manifests, splits, hostile rasters, importers"
+import json, os, shutil
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+from hypothesis import HealthCheck, given, settings, strategies as st
+from rasterio.transform import Affine
+
+from rtsseg.config import Config, Table
+from rtsseg.data import (BOX, COLUMNS, DataError, Manifest, Stats, audit, balanced_correlation, check_files, complete, compute_stats, failed, grid_blocks,
+                         import_table, make_splits, merge, moments, overlaps, read_manifest, read_tile, shrink, write_manifest, write_raster)
+
+quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+def tile(folder, name, x=0, y=0, crs='EPSG:3413', size=32, seed=0, positive=True, dtype='uint8', valid=None):
+    "One tile with a mask; its row"
+    rng = np.random.default_rng([seed, abs(x), abs(y)])
+    place = Affine.translation(500_000 + x, -2_000_000 - y) @ Affine.scale(3, -3) if crs else Affine.identity()
+    mask = np.zeros((size, size), 'uint8'); mask[8:14, 8:14] = positive
+    write_raster(folder/f'{name}.tif', rng.integers(1, 255, (3, size, size)).astype(dtype), place, crs, valid)
+    write_raster(folder/f'{name}_m.tif', mask[None], place, crs)
+    return dict(tile_id=name, image=f'{name}.tif', mask=f'{name}_m.tif', region='r', split='train')
+
+@pytest.fixture
+def world(tmp_path):
+    "Six tiles in three splits"
+    rows = [tile(tmp_path, f't{i}', x=i * 96) | {'split': s} for i, s in enumerate(('train', 'train', 'val', 'val', 'test', 'test'))]
+    pd.DataFrame(rows).to_csv(tmp_path/'m.csv', index=False)
+    return tmp_path
+
+CFG = Config.model_validate({'data': {'tile_size': 32, 'split_check': 'warn'}})
+def seen(folder, name='m.csv', cfg=CFG): return {f.what: f for f in check_files(read_manifest(folder/name), cfg)}
+def rewrite(file, change=lambda a: a, shift=(0, 0), **profile):
+    with rasterio.open(file) as ds: a, t, crs = ds.read(), ds.transform, ds.crs
+    write_raster(file, change(a), t @ Affine.translation(*shift), profile.get('crs', crs))
+
+# --- manifests ---
+
+words = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Z')), min_size=1, max_size=8)
+number = st.floats(-1e7, 1e7, allow_nan=False)
+row = st.tuples(words, st.sampled_from(['train', 'val', 'test', 'buffer']), words, words, st.integers(0, 10**9), number, number, st.floats(1, 1e4),
+                st.sampled_from(['EPSG:3413', 'EPSG:32610', 'none']), st.floats(.1, 100))
+
+@quick
+@given(rows=st.lists(row, min_size=1, max_size=6, unique_by=lambda r: r[0]), seed=st.integers(0, 99))
+def test_manifest_survives_every_format(tmp_path_factory, rows, seed):
+    folder = tmp_path_factory.mktemp('m'); (folder/'a.tif').write_text('')
+    t = pd.DataFrame([dict(tile_id=i, image='a.tif', mask='a.tif', split=s, region=r, block=b, n_positive=n, crs=c, pixel_size=p if c != 'none' else np.nan,
+                           **dict(zip(BOX, (x, y, x + w, y + w) if c != 'none' else [np.nan] * 4))) for i, s, r, b, n, x, y, w, c, p in rows])
+    want = complete(t, folder)
+    for suffix in ('csv', 'parquet', 'geoparquet', 'gpkg'):
+        got = read_manifest(write_manifest(want.sample(frac=1, random_state=seed), folder/f'm.{suffix}'))
+        pd.testing.assert_frame_equal(got.table[COLUMNS], want[COLUMNS])
+        assert got.hash == Manifest(want, folder, folder).hash
+    changed = want.copy(); changed.loc[0, 'n_positive'] += 1
+    assert Manifest(changed, folder, folder).hash != got.hash
+
+def test_geometry_alone_is_a_footprint(world):
+    import geopandas as gpd
+    full = read_manifest(world/'m.csv')
+    write_manifest(full, world/'m.gpkg')
+    gpd.read_file(world/'m.gpkg').drop(columns=[*BOX, 'crs', 'pixel_size', 'block']).to_file(world/'bare.gpkg', driver='GPKG')
+    assert read_manifest(world/'bare.gpkg').hash == full.hash
+
+def test_manifest_is_computed_not_written(world):
+    before = (world/'m.csv').read_bytes(); m = read_manifest(world/'m.csv')
+    assert (world/'m.csv').read_bytes() == before
+    assert (m.table.n_positive == 36).all() and m.of('val').table.tile_id.tolist() == ['t2', 't3']
+    shutil.copytree(world, world/'moved'); assert read_manifest(world/'moved'/'m.csv').hash == m.hash
+
+@pytest.mark.parametrize('path,word', [('../x.tif', 'leaves'), ('/etc/hostname', 'absolute'), ('link.tif', 'leaves'), ('/vsicurl/http://h/x.tif', 'network'), ('a/../../x.tif', 'leaves'),
+                                       ('http://h/x.tif', 'network'), ('C:\\x.tif', 'absolute'), ('none.tif', 'no such file'), ('.', 'no such file')])
+@pytest.mark.parametrize('field', ['image', 'mask', 'extra'])
+def test_paths_stay_inside(world, path, word, field):
+    (world.parent/'x.tif').write_text('x'); os.symlink(world.parent/'x.tif', world/'link.tif')
+    t = pd.read_csv(world/'m.csv').assign(extra=''); t['extra'] = t.extra.astype(object); t.loc[2, field] = path; t.to_csv(world/'m.csv', index=False)
+    with pytest.raises(DataError, match=rf"m.csv: row 3 \(tile_id 't2'\), {field}: .*{word}"): read_manifest(world/'m.csv')
+
+@pytest.mark.parametrize('content,word', [('', 'empty file'), ('tile_id,image,mask,split,region\n', 'no rows'), ('tile_id,image,masks,split,region\n1,a,b,train,r\n', "did you mean 'masks'"), ('a,b\n1', "column 'split'"),
+                                          ('\x00\x01', 'm2.csv')])
+def test_broken_tables(world, content, word):
+    (world/'m2.csv').write_text(content)
+    with pytest.raises(DataError, match=word): read_manifest(world/'m2.csv')
+
+@pytest.mark.parametrize('name', ['m.gpkg', 'm.parquet', 'm.geoparquet', 'm.xlsx'])
+def test_what_is_no_table(world, name):
+    (world/name).write_text('<OGRVRTDataSource><OGRVRTLayer name="x"><SrcDataSource>/vsicurl/http://127.0.0.1:9/x</SrcDataSource></OGRVRTLayer></OGRVRTDataSource>')
+    with pytest.raises(DataError, match=name): read_manifest(world/name)
+
+def test_duplicates_name_both_rows(world):
+    t = pd.read_csv(world/'m.csv'); t.loc[5, 'tile_id'] = 't0'; t.to_csv(world/'m.csv', index=False)
+    with pytest.raises(DataError, match="rows 1, 6, tile_id: 't0' stands 2 times, in test, train"): read_manifest(world/'m.csv')
+
+def test_undeclared_crs(tmp_path):
+    pd.DataFrame([tile(tmp_path, 'a', crs=None)]).to_csv(tmp_path/'m.csv', index=False)
+    with pytest.raises(DataError, match="row 1.*no CRS"): read_manifest(tmp_path/'m.csv')
+    pd.DataFrame([tile(tmp_path, 'a', crs=None) | {'crs': 'none', 'block': 'scan'}]).to_csv(tmp_path/'m.csv', index=False)
+    assert np.isnan(read_manifest(tmp_path/'m.csv').table.pixel_size[0])
+
+# --- geometry, blocks, splits ---
+
+boxes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=30)
+
+@quick
+@given(boxes=boxes, crs=st.sampled_from(['EPSG:3413', 'EPSG:32610']))
+def test_overlaps_equal_brute_force(boxes, crs):
+    x, y, w, h = (np.array(v, float) * 1000 for v in zip(*boxes))
+    t = pd.DataFrame({'tile_id': range(len(x)), 'xmin': x, 'ymin': y, 'xmax': x + w, 'ymax': y + h, 'crs': crs})
+    side = lambda a, wa: np.minimum.outer(a + wa, a + wa) - np.maximum.outer(a, a)
+    brute = {(i, j) for i, j in zip(*np.nonzero((side(x, w) > 0) & (side(y, h) > 0))) if i < j}
+    assert set(map(tuple, overlaps(t).tolist())) == brute
+
+def test_overlap_at_the_date_line_and_across_projections():
+    def one(name, box, crs): return dict(tile_id=name, **dict(zip(BOX, box)), crs=crs)
+    east, west = one('a', (179.99, 70., 180.01, 70.01), 'EPSG:4326'), one('b', (-180.01, 70., -179.99, 70.01), 'EPSG:4326')
+    apart = one('c', (-179.98, 70., -179.97, 70.01), 'EPSG:4326')
+    assert overlaps(pd.DataFrame([east, west, apart])).tolist() == [[0, 1]]
+    from pyproj import Transformer
+    x, y = Transformer.from_crs('EPSG:4326', 'EPSG:3413', always_xy=True).transform(180., 70.005)
+    assert overlaps(pd.DataFrame([east, one('d', (x - 50, y - 50, x + 50, y + 50), 'EPSG:3413'), apart])).tolist() == [[0, 1]]
+
+worlds = st.builds(lambda n, m, step, rare, seed: (n, m, step, rare, seed), st.integers(2, 12), st.integers(2, 12), st.sampled_from([500., 1000.]), st.floats(0, 1), st.integers(0, 10**6))
+
+def grid(n, m, step, rare, seed):
+    "n × m tiles of 1 km, in steps of 500 m (they overlap) or 1 km"
+    rng = np.random.default_rng(seed); x, y = (a.ravel() for a in np.meshgrid(np.arange(n) * step, np.arange(m) * step))
+    t = pd.DataFrame({'tile_id': [f'{i:04d}' for i in range(x.size)], 'xmin': x, 'ymin': y, 'xmax': x + 1000, 'ymax': y + 1000, 'crs': 'EPSG:3413', 'pixel_size': 3.,
+                      'region': np.where(x < 3000, 'west', 'east'), 'n_positive': rng.poisson(100, x.size) * (rng.random(x.size) < rare)})
+    return t.assign(block=grid_blocks(t, 2000.))
+
+@quick
+@given(worlds)
+@pytest.mark.filterwarnings('ignore:splits')
+def test_splits_keep_blocks_whole_and_apart(world):
+    t = grid(*world); s = make_splits(t, seed=world[-1], check='warn'); used = s[s.split != 'buffer']
+    assert used.groupby('block').split.nunique().max() == 1
+    o = overlaps(used); assert (used.split.to_numpy()[o[:, 0]] == used.split.to_numpy()[o[:, 1]]).all()
+    pd.testing.assert_frame_equal(make_splits(t.sample(frac=1, random_state=1), seed=world[-1], check='warn'), s)
+    if world[2] == 1000.: assert 'buffer' not in set(s.split)          # tiles that do not overlap are all kept
+    assert (t.groupby('block').region.nunique() == 1).all()
+
+def test_shares_are_met_where_blocks_are_many():
+    t = grid(60, 60, 1000., .5, 0); s = make_splits(t, {'train': .7, 'val': .15, 'test': .15})
+    area = s.groupby('split').n_positive.sum() / s.n_positive.sum()
+    assert area.to_dict() == pytest.approx({'train': .7, 'val': .15, 'test': .15}, abs=.01)
+    for _, g in s.groupby('region'): assert set(g.split) == {'train', 'val', 'test'}
+
+@quick
+@given(st.integers(-80, 80), st.integers(-180, 179), st.sampled_from(['EPSG:4326', 'EPSG:3857']))
+def test_blocks_are_square_metres_anywhere(lat, lon, crs):
+    from pyproj import Geod, Transformer
+    f = Transformer.from_crs('EPSG:4326', crs, always_xy=True)
+    lons, lats, _ = Geod(ellps='WGS84').fwd([lon] * 2, [lat] * 2, [90, 90], [0, 3100])                  # two places 3.1 km apart
+    x, y = f.transform(lons, lats); d = 1e-6 if crs == 'EPSG:4326' else .1
+    t = pd.DataFrame({'region': 'r', 'xmin': x, 'xmax': np.add(x, d), 'ymin': y, 'ymax': np.add(y, d), 'crs': crs})
+    column = grid_blocks(t, 1000.).str.extract(r'/(-?\d+)_(-?\d+)').astype(int)
+    cells = np.hypot(*(column.iloc[1] - column.iloc[0]))
+    if abs(lons[0] - lons[1]) < 180: assert 1.7 <= cells <= 4.6                                         # 3.1 ± a diagonal of a cell
+
+# --- statistics ---
+
+@quick
+@given(st.integers(0, 10**6), st.sampled_from(['uint8', 'uint16', 'float32']), st.lists(st.integers(1, 20), min_size=1, max_size=6), st.floats(0, 1))
+def test_moments_merge_to_the_whole(seed, dtype, widths, share):
+    rng = np.random.default_rng(seed)
+    parts = [(rng.normal(40_000, 30, (3, 8, w)).astype(dtype) if dtype != 'uint8' else rng.integers(0, 256, (3, 8, w)).astype(dtype), rng.random((8, w)) < share) for w in widths]
+    total = moments(*parts[0])
+    for p in parts[1:]: total = merge(total, moments(*p))
+    flat = np.concatenate([a[:, k] for a, k in parts], 1).astype('float64')
+    assert total.n == flat.shape[1]
+    if total.n: np.testing.assert_allclose(total.mean, flat.mean(1), rtol=1e-9); np.testing.assert_allclose(total.std, flat.std(1), rtol=1e-6, atol=1e-6)
+
+def test_uint16_scale_and_nodata(tmp_path):
+    valid = np.ones((32, 32), bool); valid[:, :10] = False
+    pd.DataFrame([tile(tmp_path, 'a', dtype='uint16', valid=valid), tile(tmp_path, 'b', x=96, dtype='uint16')]).to_csv(tmp_path/'m.csv', index=False)
+    m = read_manifest(tmp_path/'m.csv'); s = compute_stats(m)
+    a = np.concatenate([rasterio.open(tmp_path/'a.tif').read()[:, valid], rasterio.open(tmp_path/'b.tif').read().reshape(3, -1)], 1).astype('float64')
+    assert s.scale == pytest.approx((a.mean(1) + 4 * a.std(1)).max()) and s.pixels == a.shape[1]
+    np.testing.assert_allclose(s.mean, (a / s.scale).mean(1)); np.testing.assert_allclose(s.std, (a / s.scale).std(1))
+    image, _, mask = read_tile(m, 0, stats=s)
+    assert (mask[:, :10] == 255).all() and (mask[:, 10:] != 255).all()
+    np.testing.assert_allclose(s.normalise(image)[:, :10], 0, atol=1e-6)
+
+def test_nan_in_extra_is_nodata(tmp_path):
+    r = tile(tmp_path, 'a'); e = np.ones((2, 32, 32), 'float32'); e[0, 3, 4] = np.nan; e[1, 5, 6] = -9999; e[0, 0, 0] = 2
+    write_raster(tmp_path/'a_e.tif', e, Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3), 'EPSG:3413', names=['ndvi', 'dem'], nodata=-9999)
+    pd.DataFrame([r | {'extra': 'a_e.tif'}]).to_csv(tmp_path/'m.csv', index=False); m = read_manifest(tmp_path/'m.csv')
+    mask = read_tile(m, 0, ['ndvi', 'dem'])[2]; assert np.argwhere(mask == 255).tolist() == [[3, 4], [5, 6]]
+    s = compute_stats(m, ['ndvi']); assert s.mean[3] == pytest.approx((2 + 1022) / 1023)
+    with pytest.raises(DataError, match='dem is constant'): compute_stats(m, ['dem'])
+    with pytest.raises(DataError, match="tile 'a', extra 'a_e.tif': .*did you mean 'ndvi'"): read_tile(m, 0, ['nvdi'])
+
+@pytest.mark.parametrize('change', [{'std': [0, 1, 1]}, {'mean': [1, 1]}, {'scale': float('nan')}, {'more': 1}, {'std': 'abc'}, {'mean': [None] * 3}])
+def test_bad_statistics_do_not_load(tmp_path, change):
+    good = dict(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.5] * 3, std=[.1] * 3, pixels=9, manifest_hash='x')
+    (tmp_path/'s.json').write_text(json.dumps(good)); assert Stats.load(tmp_path/'s.json').scale == 255
+    (tmp_path/'s.json').write_text(json.dumps(good | change))
+    with pytest.raises(DataError): Stats.load(tmp_path/'s.json')
+
+# --- hostile rasters and masks ---
+
+def test_huge_sparse_file_is_refused_unread(world):
+    with rasterio.open(world/'t0.tif', 'w', driver='GTiff', width=200_000, height=200_000, count=3, dtype='uint8', crs='EPSG:3413', transform=Affine.scale(3, -3),
+                       tiled=True, blockxsize=16384, blockysize=16384, SPARSE_OK=True, compress='deflate', bigtiff='YES'): pass
+    assert (world/'t0.tif').stat().st_size < 10**6
+    with pytest.raises(DataError, match='claims 200000 × 200000'): read_manifest(world/'m.csv')
+
+@pytest.mark.parametrize('content', ['<VRTDataset rasterXSize="1" rasterYSize="1"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>', '<MRF_META><Raster><Size x="32" y="32" c="3"/></Raster></MRF_META>', '', 'II*\0'])
+def test_only_geotiff_is_opened(world, content):
+    (world/'t1.tif').write_text(content); names = set(os.listdir(world))
+    with pytest.raises(DataError, match=r"row 2 .*t1.tif cannot be read"): read_manifest(world/'m.csv')
+    assert set(os.listdir(world)) == names
+
+@pytest.mark.parametrize('what,change,level,word', [
+    ('files', lambda w: rewrite(w/'t0_m.tif', lambda a: a * 2), 'error', 'values 0, 2 of type uint8'),
+    ('files', lambda w: rewrite(w/'t0_m.tif', lambda a: (a * .5).astype('float32')), 'error', 'values 0, 0.5 of type float32'),
+    ('files', lambda w: rewrite(w/'t0_m.tif', shift=(1, 0)), 'error', r'shifted against its image by \(1.00, 0.00\)'),
+    ('files', lambda w: rewrite(w/'t0_m.tif', lambda a: a[:, :-1]), 'error', '32 × 31 pixels, its image 32 × 32'),
+    ('files', lambda w: rewrite(w/'t0.tif', lambda a: a[:1]), 'error', '3 bands, this one has 1'),
+    ('files', lambda w: rewrite(w/'t0.tif', lambda a: a.astype('float32')), 'error', 'this one is float32'),
+    ('files', lambda w: (w/'t0.tif').write_bytes((w/'t0.tif').read_bytes()[:2000]), 'error', 'cannot be read'),
+    ('positive without positives', lambda w: rewrite(w/'t0_m.tif', lambda a: a * 0), 'error', 't0'),
+    ('positive without positives', lambda w: rewrite(w/'t0_m.tif', lambda a: a * 255), 'error', 't0'),
+    ('n_positive', lambda w: rewrite(w/'t0_m.tif', lambda a: np.roll(a, 1, 2) | a), 'warning', '36 in the manifest, 42 in the mask'),
+    ('wholly ignored', lambda w: rewrite(w/'t0_m.tif', lambda a: a * 0 + 255), 'note', 't0'),
+    ('tile size', lambda w: (rewrite(w/'t0.tif', lambda a: a[:, :-4]), rewrite(w/'t0_m.tif', lambda a: a[:, :-4])), 'error', '28 × 32: t0'),
+    ('dtype', lambda w: rewrite(w/'t0.tif', lambda a: a.astype('uint16')), 'error', 'uint16: 1 tiles'),
+    ('black tiles', lambda w: rewrite(w/'t0.tif', lambda a: a * (np.arange(32) < 8).astype('uint8')), 'warning', 't0'),
+    ('constant bands val', lambda w: [rewrite(w/f't{i}.tif', lambda a: a * np.array([1, 0, 1], 'uint8')[:, None, None]) for i in (2, 3)], 'error', 'G'),
+    ('grid', lambda w: (rewrite(w/'t0.tif', shift=(7, 0)), rewrite(w/'t0_m.tif', shift=(7, 0))), 'error', 'lies elsewhere'),
+    ('grid', lambda w: (rewrite(w/'t0.tif', crs='EPSG:32610'), rewrite(w/'t0_m.tif', crs='EPSG:32610')), 'error', 'lies elsewhere'),
+    ('grid', lambda w: (rewrite(w/'t0.tif', crs=None), rewrite(w/'t0_m.tif', crs=None)), 'error', 'the manifest says CRS EPSG:3413'),
+    ('leak: equal files', lambda w: shutil.copy(w/'t0.tif', w/'t5.tif'), 'error', r't0 \(train\) = t5 \(test\)'),
+    ('duplicates', lambda w: shutil.copy(w/'t0.tif', w/'t1.tif'), 'warning', r't0 \(train\) = t1 \(train\)'),
+])
+def test_the_check_sees(world, what, change, level, word):
+    import re
+    write_manifest(read_manifest(world/'m.csv'), world/'full.csv')
+    clean = seen(world, 'full.csv'); assert what not in clean or clean[what].level == 'ok'
+    change(world); f = seen(world, 'full.csv')[what]
+    assert f.level == level and re.search(word, f'{f.value} {f.note}'), f
+
+def test_255_for_positive_is_named(world):
+    for i in range(6): rewrite(world/f't{i}_m.tif', lambda a: a * 255)
+    found = seen(world); assert found['mask values'].level == 'error' and found['split train'].level == 'error' and found['split val'].level == 'error'
+
+def test_sidecar_mask_is_not_ignored_silently(world):
+    (world/'t0.tif.msk').write_text('x')
+    with pytest.raises(DataError, match='sidecar .msk'): read_manifest(world/'m.csv')
+
+# --- importers ---
+
+def test_import_georeferenced_and_shrunk(tmp_path):
+    src = tmp_path/'src'; src.mkdir(); rng = np.random.default_rng(0)
+    a = rng.integers(1, 4000, (4, 101, 70)).astype('uint16'); a[:, :20, :20] = 0; m = (rng.random((101, 70)) < .4).astype('uint8')
+    place = Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3)
+    write_raster(src/'s.tif', a, place, 'EPSG:3413'); write_raster(src/'s_m.tif', m[None], place, 'EPSG:3413')
+    pd.DataFrame({'id': ['s'], 'split': 'val', 'region': 'r'}).to_parquet(src/'t.parquet')
+    how = Table(path=src/'t.parquet', columns={'tile_id': 'id'}, image='{id}.tif', mask='{id}_m.tif', bands=[3, 2, 1], extra_bands={'nir': 4}, nodata=0, downscale=2, tile_size=32, stride=16)
+    got = import_table(how, tmp_path/'out'/'m.csv', block_size=100.)
+    t = got.table.set_index('tile_id'); assert list(t.index) == ['s_00000_00000', 's_00000_00032', 's_00032_00000', 's_00032_00032']
+    assert (t.pixel_size.between(5.8, 6.2)).all() and not failed(audit(got)) and t.block.nunique() == 4
+    small, ok, lab = shrink(a[[2, 1, 0]], a[:3].any(0), m, 2)
+    image, extra, mask = read_tile(got, 2, ['nir'])
+    assert np.array_equal(image[:18], small[:, 32:50, :32].transpose(1, 2, 0)) and (mask[18:] == 255).all()
+    assert np.array_equal(mask[:18], lab[32:50, :32]) and np.allclose(extra[:18, :, 0], cv2.resize(a[3].astype('float32')[:100], (35, 50), interpolation=cv2.INTER_AREA)[32:50, :32])
+    assert (read_tile(got, 0, ['nir'])[2][:10, :10] == 255).all()
+    with rasterio.open(tmp_path/'out'/t.image['s_00032_00032']) as ds: assert ds.transform * (0, 0) == (500_000 + 32 * 6, -2_000_000 - 32 * 6)
+
+@pytest.mark.parametrize('change,word', [(dict(columns={'tile_id': 'nam'}), "did you mean 'name'"), (dict(columns={'tile': 'name'}), "did you mean 'tile_id'"), (dict(image='../{name}.png'), 'leaves'),
+                                         (dict(mask='{nam}.png'), "column 'nam'"), (dict(bands=[1, 2, 9]), 'band 9 is asked for'), (dict(classes={0: 0, 1: 7}), 'something else than')])
+def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, change, word):
+    for n in 'ab': cv2.imwrite(str(tmp_path/f'{n}.png'), np.full((40, 40, 3), 9, 'uint8')); cv2.imwrite(str(tmp_path/f'{n}_m.png'), np.zeros((40, 40), 'uint8'))
+    pd.DataFrame({'name': list('ab')}).to_csv(tmp_path/'t.csv', index=False)
+    how = Table(path=tmp_path/'t.csv', columns={'tile_id': 'name'}, image='{name}.png', mask='{name}_m.png').model_copy(update=change)
+    with pytest.raises(DataError, match=word): import_table(how, tmp_path/'out'/'m.csv')
+    assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
+
+@pytest.mark.filterwarnings('ignore:splits')
+def test_import_without_splits_makes_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12): cv2.imwrite(str(tmp_path/f'{i}.jpg'), rng.integers(0, 255, (40, 40, 3)).astype('uint8')); cv2.imwrite(str(tmp_path/f'{i}_m.png'), (rng.random((40, 40)) < .2).astype('uint8'))
+    pd.DataFrame({'tile_id': range(12)}).to_csv(tmp_path/'t.csv', index=False)
+    got = import_table(Table(path=tmp_path/'t.csv', image='{tile_id}.jpg', mask='{tile_id}_m.png', tile_size=20), tmp_path/'out'/'m.csv').table
+    assert set(got.split) == {'train', 'val', 'test'} and got.groupby('block').split.nunique().max() == 1 and got.block.nunique() == 12
+
+def test_a_copied_label_is_found_by_any_scale():
+    rng = np.random.default_rng(0); label = rng.random((200, 200)) < .001
+    for scale, noise in ((1, 0), (1000, 60), (-.01, .0005)):
+        band = (label * scale + rng.normal(0, noise, label.shape))[None].astype('float32')
+        assert abs(balanced_correlation(moments(band, ~label), moments(band, label))[0]) > .95

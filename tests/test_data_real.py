@@ -1,0 +1,62 @@
+"Real data, which this project did not make: skipped where it is missing"
+import shutil, warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+
+from rtsseg.config import Table, load
+from rtsseg.data import DataError, check_files, compute_stats, failed, import_table, overlaps, read_manifest, read_tile, thin
+
+PROJECT = Path(__file__).parents[1]; REAL = PROJECT.parent/'shared'/'data'
+def real(name): return pytest.mark.skipif(not (REAL/name).is_dir(), reason=f'{name} is not here')
+
+@real('s2_landslide_bd')
+def test_s2_landslide(tmp_path):
+    cfg = load(PROJECT/'configs'/'s2_landslide.yaml'); theirs = pd.read_csv(REAL/'s2_landslide_bd'/'manifest.csv', dtype={'tile_id': str}).set_index('tile_id')
+    m = import_table(cfg.data.source, tmp_path/'manifest.csv', cfg.data.block_size); t = m.table.set_index('tile_id')
+    assert t.n_positive.max() > 0 and (t.n_positive <= theirs.pos_px.loc[t.index]).all() and (t.split == theirs.split.loc[t.index]).all()
+    np.testing.assert_allclose(t[['xmin', 'ymin', 'xmax', 'ymax']], theirs.loc[t.index, ['left', 'bottom', 'right', 'top']], atol=1e-9)
+    assert t.pixel_size.between(9, 10.1).all()                                           # Sentinel-2, geodesic
+    assert len(overlaps(m.table)) == 333 - 0 or len(overlaps(m.table)) > 0
+    found = {f.what: f for f in check_files(m, cfg)}
+    assert not failed(found.values()) and found['leak: footprints'].level == 'ok'
+    assert 'sparse points' in found['label shape'].note and found['nodata test'].level == 'note' and found['overlap inside splits'].level == 'note'
+    assert len(thin(m.table)) == 3
+    stats = compute_stats(m.of('train'), ['nir']); image, extra, mask = read_tile(m, 0, ['nir'], stats)
+    with rasterio.open(REAL/'s2_landslide_bd'/'images'/f'{m.table.tile_id[0]}.tif') as ds: a = ds.read()
+    np.testing.assert_allclose(image[mask != 255] * stats.scale, a[:3].transpose(1, 2, 0)[mask != 255], rtol=1e-5); np.testing.assert_array_equal(extra[mask != 255][:, 0], a[3][mask != 255])
+    assert (mask[(a[:3] == 0).all(0)] == 255).all()
+
+@real('dubai_landcover')
+def test_dubai(tmp_path):
+    cfg = load(PROJECT/'configs'/'dubai_building.yaml', overrides=['data.source.stride=null']); theirs = pd.read_csv(REAL/'dubai_landcover'/'manifest.csv').set_index('tile_id')
+    val = pd.read_csv(REAL/'dubai_landcover'/'manifest.csv').query("region in ('Tile 6', 'Tile 2')")
+    folder = tmp_path/'in'; folder.mkdir(); val.to_csv(folder/'manifest.csv', index=False)
+    for sub in ('images', 'masks'): shutil.copytree(REAL/'dubai_landcover'/sub, folder/sub)
+    m = import_table(cfg.data.source.model_copy(update={'path': folder/'manifest.csv'}), tmp_path/'out'/'manifest.csv')
+    assert set(m.table.crs) == {'none'} and set(m.table.block) == set(val.tile_id)
+    by = m.table.groupby('block').n_positive.sum(); size = (theirs.width // 2) * (theirs.height // 2)
+    np.testing.assert_allclose(by / size.loc[by.index] * 100, theirs.building_pct.loc[by.index], atol=.6)     # their share of buildings, at half resolution
+    found = check_files(m, cfg); assert not failed(found)
+    pixels = next(f.value for f in found if f.what == 'split val'); assert '1.8' in pixels
+
+HOSTILE = sorted(p.name for p in (REAL/'hostile_geotiff').glob('*.tif')) if (REAL/'hostile_geotiff').is_dir() else ['absent.tif']
+
+@real('hostile_geotiff')
+@pytest.mark.parametrize('name', HOSTILE)
+@pytest.mark.parametrize('bands', [[1, 1, 1], [3, 2, 1]])
+def test_hostile_geotiff(tmp_path, name, bands):
+    "A DataError that names the row, or a clean tile; as a manifest and through the importer"
+    (tmp_path/'a.tif').write_bytes((REAL/'hostile_geotiff'/name).read_bytes())
+    row = dict(tile_id='a', image='a.tif', mask='', region='r', split='train'); pd.DataFrame([row]).to_csv(tmp_path/'m.csv', index=False)
+    with pytest.raises(DataError, match="row 1.*a.tif"): read_manifest(tmp_path/'m.csv')
+    with rasterio.open(tmp_path/'zero.tif', 'w', driver='GTiff', width=71, height=2475, count=1, dtype='uint8', crs='EPSG:32628',
+                       transform=rasterio.Affine(3, 0, 341970, 0, -3, 1603902)) as ds: ds.write(np.zeros((1, 2475, 71), 'uint8'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: m = import_table(Table(path=tmp_path/'m.csv', image='a.tif', mask='zero.tif', bands=bands), tmp_path/'out'/'m.csv')
+        except DataError as e: assert "row 1 (tile_id 'a')" in str(e) and not list((tmp_path/'out').iterdir()); return
+    assert name == 'all-nodata.tif' and (read_tile(m, 0)[2] == 255).all()
