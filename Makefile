@@ -9,8 +9,6 @@ STAMP  := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_ALBUMENTATIONS_UPDATE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-comma := ,
-space := $(subst ,, )
 
 .PHONY: install demo seeds test docs sync readme clean
 install: $(STAMP)
@@ -30,7 +28,7 @@ seeds: $(STAMP)
 	@for seed in $(SEEDS); do echo; echo "seed $$seed"; \
 	   rtsseg-train --config $(CONFIG) --seed $$seed && rtsseg-evaluate --config $(CONFIG) --seed $$seed --split val && \
 	   rtsseg-calibrate --config $(CONFIG) --seed $$seed && rtsseg-evaluate --config $(CONFIG) --seed $$seed --split test || exit 1; done
-	@echo; rtsseg-report --config $(CONFIG) --seeds $(subst $(space),$(comma),$(strip $(SEEDS)))
+	@echo; rtsseg-report --config $(CONFIG) --seeds "$(SEEDS)"
 
 test: $(STAMP)
 	@echo "1/3 notebooks, modules, README and schema in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check

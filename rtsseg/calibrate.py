@@ -160,7 +160,7 @@ class Calibration(Strict):
         if views not in known: raise ValueError(f'{Path(path).name} holds no calibration for views {views!r}, only for {", ".join(sorted(known)) or "none at all"}')
         return cls.model_validate(known[views])
 
-# %% ../nbs/06_calibrate.ipynb #a2161dcb
+# %% ../nbs/06_calibrate.ipynb #8e1822c6
 def _points(evidence, ratios, temperature, cfg, replicates):
     "Operating points of some tiles at each ratio"
     z, out = np.clip(decode(evidence.bins), -65504, 65504), {}
@@ -171,11 +171,14 @@ def _points(evidence, ratios, temperature, cfg, replicates):
     for r, (code, best, precision) in found.items():
         row, at = rows[r], float(expit(z[best] / temperature))
         plain = lambda k: e if (e := spread[r][k]).value is not None or np.isnan(row[k]) else Estimate(row[k], why=e.why.split('; bound')[0])
-        why = '' if code is not None else (f'precision {cfg.target_precision:g} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {at:.3f}' if precision < cfg.target_precision
-               else f'precision {cfg.target_precision:g} does not hold at 1:{r}: it is {precision:.3f} at {at:.3f}, but lower again above that')
+        goal = f'precision {cfg.target_precision:g}'
+        why = ('' if code is not None else
+               f'{goal} does not hold at 1:{r}: it is {precision:.3f} at {at:.3f}, but lower again above that' if precision >= cfg.target_precision else
+               f'{goal} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {at:.3f}')
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
-        out[r] = Point(threshold=float(expit(logits[r] / temperature)), raw_threshold=raw[r], logit=logits[r], reached=code is not None, precision=plain('precision'), recall=plain('recall'),
-                       best_precision=precision, best_threshold=at, w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
+        out[r] = Point(threshold=float(expit(logits[r] / temperature)), raw_threshold=raw[r], logit=logits[r], reached=code is not None,
+                       precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=at,
+                       w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
 
 def calibrate(evidence:Evidence,             # of the validation split
@@ -184,16 +187,17 @@ def calibrate(evidence:Evidence,             # of the validation split
              ) -> Calibration:
     "Temperature and operating points of a run's validation evidence (guide 6.4, 12); raises `ValueError` without positive pixels"
     T, why = fit_temperature(evidence, cfg.ratio)
-    regions, positive = {}, evidence['positive']
+    regions, positive, points = {}, evidence['positive'], lambda e: _points(e, metrics.ratios, T, cfg, metrics.replicates)
     for name in sorted(set(evidence['region'])):
         here = evidence['region'] == name
         n_pos, n_neg = int(positive[here].sum()), int((~positive[here]).sum())
         few = (f'{n_pos} positive tiles, {cfg.min_region_positives} are needed: global thresholds' if n_pos < cfg.min_region_positives
                else 'no negative tiles: global thresholds' if not n_neg and (~positive).any() else '')
-        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, thresholds={} if few else _points(evidence.select(here), metrics.ratios, T, cfg, metrics.replicates))
-    quality = {r: Quality(**{f'{k}_{when}': f(evidence, t, r) for k, f in (('ece', ece), ('brier', brier)) for when, t in (('before', 1.), ('after', T))}) for r in metrics.ratios}
+        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, thresholds={} if few else points(evidence.select(here)))
+    quality = {r: Quality(ece_before=ece(evidence, 1., r), ece_after=ece(evidence, T, r), brier_before=brier(evidence, 1., r), brier_after=brier(evidence, T, r))
+               for r in metrics.ratios}
     return Calibration(views=evidence.views, temperature=T, temperature_why=why, ratio=cfg.ratio, target_precision=cfg.target_precision, min_recall=cfg.min_recall,
-                       thresholds=_points(evidence, metrics.ratios, T, cfg, metrics.replicates), regions=regions, quality=quality,
+                       thresholds=points(evidence), regions=regions, quality=quality,
                        n_pos_tiles=int(positive.sum()), n_neg_tiles=int((~positive).sum()), evidence=evidence.hash)
 
 # %% ../nbs/06_calibrate.ipynb #b468bced

@@ -408,7 +408,7 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
     try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path()))
     except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
 
-# %% ../nbs/00_config.ipynb #26319140
+# %% ../nbs/00_config.ipynb #1b20f461
 UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source')]
 
 def config_hash(cfg:LoopConfig,        # the tree
@@ -420,6 +420,8 @@ def config_hash(cfg:LoopConfig,        # the tree
         node = tree
         for p in parents: node = node.get(p, {})
         node.pop(leaf, None)
+    if Path(weights := tree.get('model', {}).get('weights') or '').is_file():        # local weights count by what they hold, not by where they lie
+        with open(weights, 'rb') as f: tree['model']['weights'] = hashlib.file_digest(f, 'sha256').hexdigest()
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

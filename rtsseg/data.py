@@ -203,12 +203,13 @@ def ground(crs:str,      # of the coordinates
         return np.abs(GEOD.inv(*a, *b)[2])
     return length(np.divide(dx, 2), np.multiply(dy, 0)), length(np.multiply(dx, 0), np.divide(dy, 2))
 
-# %% ../nbs/01_data.ipynb #2ece718f
+# %% ../nbs/01_data.ipynb #24fadc81
 def _centres(t):
     "Longitude and latitude of each tile's centre"
     lon, lat = np.full(len(t), np.nan), np.full(len(t), np.nan)
     for crs, at in t.groupby('crs').indices.items():
         g = t.iloc[at]; lon[at], lat[at] = _transformer(crs).transform((g.xmin + g.xmax).to_numpy() / 2, (g.ymin + g.ymax).to_numpy() / 2)
+    if not np.isfinite([lon, lat]).all(): raise DataError(f'footprints lie outside of their CRS (tile_id {_some(t.tile_id[~np.isfinite(lon)])})')
     return lon, lat
 
 def _around(t):
@@ -233,7 +234,7 @@ def grid_blocks(table:pd.DataFrame,   # with region, footprint and crs
         out[g.index] = [f'{region}/{int(c)}_{int(r)}' for c, r in zip(np.floor(x / size), np.floor(y / size))]
     return out
 
-# %% ../nbs/01_data.ipynb #3ac9991e
+# %% ../nbs/01_data.ipynb #ca618593
 def _text(column): return column.map(lambda v: '' if v is None or v != v else str(v).strip()).astype('str')
 
 def _row(t, i): return f'row {i + 1} (tile_id {t.tile_id.iloc[i]!r})'
@@ -278,7 +279,7 @@ def _measure(file):
         if ds.crs is None: raise DataError('the raster has no CRS: give it one, or write none into the column crs')
         crs, b, t = crs_name(ds.crs), ds.bounds, ds.transform
         size = np.sqrt(np.prod(ground(crs, (b.left + b.right) / 2, (b.bottom + b.top) / 2, abs(t.a), abs(t.e))))
-    if not np.isfinite(size): raise DataError('the raster lies outside of its CRS')
+    if not (np.isfinite(size) and size > 0): raise DataError('the raster lies outside of its CRS, or its pixels have no size')
     return dict(zip([*BOX, 'crs'], (b.left, min(b.bottom, b.top), b.right, max(b.bottom, b.top), crs))), round(float(size), 6)
 
 def complete(table:pd.DataFrame,           # one row a tile
@@ -306,7 +307,7 @@ def complete(table:pd.DataFrame,           # one row a tile
     t['n_positive'] = t.n_positive.astype('int64'); t['positive'] = t.n_positive > 0
     return t[[*COLUMNS, 'positive', *(c for c in t if c not in COLUMNS and c != 'positive')]].sort_values('tile_id', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #cdb7f103
+# %% ../nbs/01_data.ipynb #e2a9f6c9
 def _rows(path):
     "A table file as it is"
     import pyarrow.parquet as pq
@@ -343,7 +344,7 @@ class Manifest:
         "Hash of the content: whatever the format, the order of rows or the place"
         digest = hashlib.sha256()
         for r in self.table.sort_values('tile_id')[COLUMNS].itertuples(index=False):
-            digest.update((json.dumps([f'{v:.12g}' if isinstance(v, float) else v for v in r]) + '\n').encode())
+            digest.update((json.dumps([f'{v + 0.:.12g}' if isinstance(v, float) else v for v in r]) + '\n').encode())
         return digest.hexdigest()[:16]
 
 def read_manifest(path:str|Path,                # .csv, .parquet, .geoparquet or .gpkg
@@ -613,7 +614,7 @@ def cuts(size:int, tile:int, stride:int) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
 
-# %% ../nbs/01_data.ipynb #923acca9
+# %% ../nbs/01_data.ipynb #c73b0d8a
 def _source(root, row, source):
     "An image of somebody else: planes, EXTRA, label, valid, transform, crs (None where it has none)"
     image, mask = (contained(root, p.format_map(row)) for p in (source.image, source.mask))
@@ -638,8 +639,7 @@ def _source(root, row, source):
         label[~valid] = 255
         transform, crs = ds.transform, ds.crs
     if (k := source.downscale) > 1:
-        small, ok, label = shrink(np.concatenate([rgb, np.nan_to_num(extra)]) if len(extra) else rgb, valid, label, k)
-        rgb, extra, valid, transform = small[:3].astype(rgb.dtype), small[3:].astype('float32'), ok, transform @ Affine.scale(k)
+        extra = shrink(extra, valid, label, k)[0]; rgb, valid, label = shrink(rgb, valid, label, k); transform = transform @ Affine.scale(k)
         label[~valid] = 255
     return rgb, extra, label, valid, transform, crs
 

@@ -326,7 +326,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #81dac2df
+# %% ../nbs/04a_loop.ipynb #3a64765f
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -432,7 +432,7 @@ def fit(cfg:LoopConfig,       # what to do
         if not length: raise ConfigError(f'epoch {run.epoch} holds no batch: fewer samples than batch_size {cfg.batch_size}')
         _train_mode(run, stage, parts); stream, started = iter(train), run.batch
         while group := list(itertools.islice(stream, cfg.accumulate)):
-            for g in optimizer.param_groups: g['lr'] = rate(stage, g['name'], run.epoch - 1 + run.batch / length, run.stopper.factor if stage.schedule == 'plateau' else 1.)
+            for g in optimizer.param_groups: g['lr'] = rate(stage, g['name'], run.epoch - 1 + run.batch / length, run.stopper.factor if run.stopper.plateau == stage.first else 1.)
             _step(run, group, stage, trained)
             run.batch += len(group)
             tell('on_step', run); run.agree()

@@ -139,10 +139,10 @@ def tile_evidence(logits,                # float (H, W)
         pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
     return row | dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
 
-# %% ../nbs/03a_metrics.ipynb #996370c7
+# %% ../nbs/03a_metrics.ipynb #34dd2238
 FORMAT = 1
-UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels', size='pixels, longest side of the minimum rotated rectangle',
-             score='mean probability', threshold='probability', pixel_size='metres')
+UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
+             size='pixels, longest side of the minimum rotated rectangle', score='mean probability', threshold='probability', pixel_size='metres')
 IDENTITY = dict(tile_id=pa.string(), split=pa.string(), region=pa.string(), block=pa.string(), positive=pa.bool_(), pixel_size=pa.float64())
 _struct = lambda dtypes: pa.struct([(k, pa.type_for_alias(d)) for k, d in dtypes.items()])
 _NESTED = dict(predicted=_PREDICTED, truth=_TRUTH, pairs=_PAIRS)
@@ -184,13 +184,16 @@ class Evidence:
     def __len__(self): return len(self.table)
     def __getitem__(self, column): return self.table[column].to_numpy()
     def __eq__(self, other): return self.meta == other.meta and self.table.equals(other.table)
-    def __repr__(self): return f'Evidence: {self["positive"].sum()} positive and {(~self["positive"]).sum()} negative tiles, {pc.sum(self.table["n_valid"])} pixels, {self.meta}'
+    def __repr__(self):
+        n_pos = self['positive'].sum()
+        return f'Evidence: {n_pos} positive and {len(self) - n_pos} negative tiles, {pc.sum(self.table["n_valid"])} pixels, {self.meta}'
 
     @classmethod
     def from_rows(cls, rows, **meta):
         "From dicts that hold a tile's identity and its `tile_evidence`"
         rows = list(rows)
-        columns = {k: pa.array([r[k] for r in rows], t, from_pandas=True) for k, t in IDENTITY.items()} | dict(n_valid=pa.array([r['n_valid'] for r in rows], pa.int64()))
+        columns = {k: pa.array([r[k] for r in rows], t, from_pandas=True) for k, t in IDENTITY.items()}
+        columns['n_valid'] = pa.array([r['n_valid'] for r in rows], pa.int64())
         for k in ('pos_codes', 'pos_counts', 'neg_codes', 'neg_counts'):
             dtype = np.uint16 if k.endswith('codes') else np.uint32
             columns[k] = _lists(np.concatenate([np.asarray(r[k], dtype) for r in rows] or [np.empty(0, dtype)]), [len(r[k]) for r in rows])
@@ -225,7 +228,8 @@ class Evidence:
         try: table = pq.read_table(path)
         except pa.ArrowInvalid as e: raise ValueError(f'{Path(path).name} is no evidence file: {e}') from None
         meta = json.loads((table.schema.metadata or {}).get(b'rtsseg', b'{}'))
-        if meta.get('format') != FORMAT: raise ValueError(f'{Path(path).name} holds no evidence of format {FORMAT}: {meta.get("format", "a Parquet file of something else")}')
+        if meta.get('format') != FORMAT:
+            raise ValueError(f'{Path(path).name} holds no evidence of format {FORMAT}: {meta.get("format", "a Parquet file of something else")}')
         return cls(table.replace_schema_metadata(None), **{k: meta[k] for k in ('thresholds', 'bins', 'views', 'exact')})
 
     @property
@@ -247,7 +251,8 @@ class Evidence:
         "A table of 'predicted' objects, 'truth' objects or overlapping 'pairs', with the row of their tile"
         lists = self.table[column]
         fields = pc.list_flatten(lists).combine_chunks().flatten() if len(self) else [pa.array([], t.type) for t in SCHEMA.field(column).type.value_type]
-        return pd.DataFrame(dict(tile=np.repeat(np.arange(len(self)), pc.list_value_length(lists).to_numpy()), **dict(zip(_NESTED[column], (f.to_numpy(zero_copy_only=False) for f in fields)))))
+        fields = dict(zip(_NESTED[column], (f.to_numpy(zero_copy_only=False) for f in fields)))
+        return pd.DataFrame(dict(tile=np.repeat(np.arange(len(self)), pc.list_value_length(lists).to_numpy()), **fields))
 
     @cached_property
     def pool(self):
@@ -336,14 +341,14 @@ def pixel_metrics(evidence,              # `Evidence`
     c = first_code(threshold, evidence.bins)
     return {k: float(v) for k, v in rates(pos[c:].sum(), neg[c:].sum(), pos[:c].sum()).items()}
 
-# %% ../nbs/03a_metrics.ipynb #98140da9
+# %% ../nbs/03a_metrics.ipynb #fc9a4641
 @dataclass
 class Matches:
-    "Objects of prediction and truth, matched. `predicted.match` and `truth.match` hold the partner's id, 0 for none; `tp, fp, fn` count by tile, `edge` those that touch an edge"
+    "Objects of prediction and truth, matched"
     threshold: float           # the grid's threshold that was used
-    predicted: pd.DataFrame    # tile, id, area, size, score, edge, iou (with its best true object), match
-    truth: pd.DataFrame        # tile, id, area, size, edge, match
-    tp: np.ndarray
+    predicted: pd.DataFrame    # tile, id, area, size, score, edge, iou (with its best true object), match (the id of its true object, 0 for none)
+    truth: pd.DataFrame        # tile, id, area, size, edge, match (the id of its prediction, 0 for none)
+    tp: np.ndarray             # int, one a tile; so are fp and fn
     fp: np.ndarray
     fn: np.ndarray
     edge: dict                 # tp, fp, fn again, for objects that touch the tile's edge
@@ -433,7 +438,7 @@ def subsample(evidence,              # `Evidence`
         found.append(dict(pr_auc=float(average_precision(histogram(evidence, w)))) | pixel_metrics(evidence, w, threshold))
     return {k: (float(m), float(s)) for k, m, s in zip(found[0], *(f([list(d.values()) for d in found], axis=0) for f in (np.mean, np.std)))}
 
-# %% ../nbs/03a_metrics.ipynb #17dc446e
+# %% ../nbs/03a_metrics.ipynb #fb3cc8a9
 @dataclass(frozen=True)
 class Estimate:
     "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
@@ -463,7 +468,8 @@ def resample(evidence,                   # `Evidence`
             ) -> dict:                   # {ratio: {name: array (replicates,)}}: NaN where a class was not drawn
     "Metrics of replicates in which blocks are drawn with replacement, w recomputed in each"
     names, block = np.unique(evidence['block'].astype(str), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates).astype(float) if len(names) else np.zeros((replicates, 0))
+    n = len(names)
+    draws = np.random.default_rng(seed).multinomial(n, [1 / n] * n, replicates).astype(float) if n else np.zeros((replicates, 0))
     positive = evidence['positive']
     def tally(values):                   # (tiles, …) → (2, replicates, …): sums over the drawn negative and positive tiles
         values = np.asarray(values, float); out = []
@@ -487,7 +493,9 @@ def resample(evidence,                   # `Evidence`
         with np.errstate(invalid='ignore', divide='ignore'): w = np.where(lost, np.nan, 1. if r == 'native' or not (~positive).any() else r * n_pos / n_neg)
         mix = lambda x: x[1] + w.reshape(-1, *[1] * (x.ndim - 2)) * x[0]
         row = dict(pr_auc=average_precision(np.stack([mix(hist[:, c]) for c in (0, 1)])))
-        if t not in known: known[t] = tally(_counts(evidence, t)), {iou: tally(np.stack([m.tp, m.fp, m.fn], 1)) for iou in ious for m in [match(evidence, t, iou, min_area)]}
+        if t not in known:
+            matched = {iou: match(evidence, t, iou, min_area) for iou in ious}
+            known[t] = tally(_counts(evidence, t)), {iou: tally(np.stack([m.tp, m.fp, m.fn], 1)) for iou, m in matched.items()}
         pixels, found = known[t]
         row |= rates(*mix(pixels).T)
         for iou, x in found.items(): row |= {f'object_{k}_{100 * iou:.0f}': v for k, v in rates(*mix(x).T).items() if k != 'iou'}
@@ -522,14 +530,15 @@ def bootstrap(evidence,                   # `Evidence`
         out[r] = {}
         for name in ['pr_auc', 'precision', 'recall', 'f1', 'iou'] + [k for k in row if k.startswith('object_') and k != 'object_threshold']:
             support = row['support_pr_auc' if name == 'pr_auc' else f'support_object_{name[-2:]}' if name.startswith('object_') else 'support']
-            finite = lambda x: float(x) if np.isfinite(x) else None
             if np.isnan(row[name]): e = Estimate(None, why='undefined: nothing to divide by, or scores that are no numbers')
             elif row['w'] > 1 and support < SUPPORT and 'recall' not in name:
-                e = Estimate(None, None, finite(own[name]), f'{support} negative tiles decide it, {SUPPORT} are needed at w = {row["w"]:.3g}; bound: the value at the native ratio')
+                e = Estimate(None, None, float(own[name]) if np.isfinite(own[name]) else None,
+                             f'{support} negative tiles decide it, {SUPPORT} are needed at w = {row["w"]:.3g}; bound: the value at the native ratio')
             elif spread is None: e = Estimate(row[name], why=why)
             else:
                 x = spread[r][name]; x = x[~np.isnan(x)]
-                e = Estimate(row[name], *(np.percentile(x, [2.5, 97.5]).tolist() if len(x) else ()), f'{replicates - len(x)} of {replicates} replicates left out' if len(x) < replicates else '')
+                left_out = f'{replicates - len(x)} of {replicates} replicates left out' if len(x) < replicates else ''
+                e = Estimate(row[name], *(np.percentile(x, [2.5, 97.5]).tolist() if len(x) else ()), why=left_out)
             out[r][name] = e
     return out
 

@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'OBJECTS', 'SIZES', 'KINDS', 'STYLE', 'ReportError', 'Tabl
            'recompute', 'notes', 'embed', 'paragraph', 'page', 'Report', 'title_of', 'read_runs', 'report', 'seed_list',
            'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #f9612de1
+# %% ../nbs/07_report.ipynb #895ff915
 import base64, io, json, re, string, sys
 from dataclasses import dataclass, field
 from html import escape
@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from scipy.special import logit
 
 from .calibrate import Calibration, show_reliability
-from .config import Config, ConfigError, load, run_folder, settings, write_atomic
-from .data import DataError, Manifest, read_manifest, read_tile, show_tile
+from .config import Config, ConfigError, load, settings, write_atomic
+from .data import DataError, Manifest, find_run, read_manifest, read_tile, show_tile
 from .metrics import IOUS, Estimate, Evidence, average_precision, bootstrap, first_code, histogram, match, pixel_metrics, pr_curve, rates, resample, subsample, weight, weights
 
 # %% ../nbs/07_report.ipynb #87f9d15b
@@ -70,8 +70,8 @@ class Reasons:
             out.append(f'({letter}) ' + re.sub('#', lambda _: next(spans), kind))
         return out
 
-# %% ../nbs/07_report.ipynb #af909fdc
-@dataclass
+# %% ../nbs/07_report.ipynb #0a61f512
+@dataclass(repr=False)
 class Run:
     "A run folder, read"
     folder: Path
@@ -87,6 +87,7 @@ class Run:
 
     @property
     def seed(self): return self.cfg.seed
+    def __repr__(self): return f'Run({self.cfg.name}/{self.folder.parent.name}/{self.folder.name})'
 
 def evidence_file(folder:Path, split:str, views:str='none') -> Path:
     "Where the evidence of a split lies in a run folder"
@@ -162,9 +163,11 @@ def cells(evidences:list[Evidence],    # of the same tiles, one a seed
 
 def positive_blocks(evidence): return len(set(evidence['block'][evidence['positive']]))
 
-# %% ../nbs/07_report.ipynb #957ccf44
+# %% ../nbs/07_report.ipynb #48b70642
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')
 OBJECTS = dict(object_precision='object precision', object_recall='object recall', object_f1='object F1')
+
+def _p(x): return f'{x:.3f}' if .001 <= x <= .999 else f'{x:.6f}'
 
 def ratio_name(r): return {'native': 'native', 1: '1:1 (balanced)'}.get(r, f'1:{r}')
 
@@ -178,7 +181,7 @@ def cuts(run:Run,      # a run
 def _cut_text(run, r, reasons):
     point = run.calibration.thresholds.get(r)
     if point is None: return f'{run.cfg.metrics.reference_threshold:g}' + reasons.mark('the fixed reference threshold: none is calibrated for this ratio')
-    return f'{point.threshold:.3f}' if point.reached else '0.5' + reasons.mark(point.why)
+    return _p(point.threshold) if point.reached else '0.5' + reasons.mark(point.why)
 
 def results_table(runs:list[Run],      # one a seed
                   split:str,           # 'val' or 'test'
@@ -193,9 +196,10 @@ def results_table(runs:list[Run],      # one a seed
     row = lambda label, name: [label] + [f'{found[r][name]}{reasons.mark(found[r][name].why)}' for r in ratios]
     rows = [row(label, name) for name, label in shown.items()]
     for iou in ious: rows += [row(f'{label} (IoU {iou:g})', f'{name}_{100 * iou:.0f}') for name, label in OBJECTS.items()]
-    rows += [['what they rest on'], ['threshold'] + [', '.join(dict.fromkeys(_cut_text(x, r, reasons) for x in runs)) for r in ratios]]
+    each = lambda texts: ', '.join(texts if len(set(texts)) > 1 else texts[:1])                 # one for each seed, or one for all
+    rows += [['what they rest on'], ['threshold'] + [each([_cut_text(x, r, reasons) for x in runs]) for r in ratios]]
     grid = lambda x, r: x.calibration.probability(logit(x.evidence[split].nearest(cuts(x, [r])[r])))
-    rows += [['objects cut out at'] + [', '.join(dict.fromkeys(f'{grid(x, r):.3f}' for x in runs)) for r in ratios],
+    rows += [['objects cut out at'] + [each([_p(grid(x, r)) for x in runs]) for r in ratios],
              ['tiles, native'] + [f'{n_pos} + {n_neg}'] * len(ratios), ['tile ratio, native'] + [f'1:{n_neg / n_pos:.3g}' if n_pos else '–'] * len(ratios),
              ['weight w of a negative tile'] + [f'{weight(e, r):.3g}' for r in ratios],
              ['pixel prevalence'] + [f'{100 * h[1].sum() / h.sum():.2g}%' for r in ratios for h in [histogram(e, r)]]]
@@ -259,14 +263,14 @@ def size_table(run:Run, split:str) -> tuple[Table, list[str]]:      # and what t
     hints = [f'Recall of slumps over 1 km is {large:.2f}, of smaller ones at least {min(rest):.2f}: consider training at several resolutions (guide 8.3).'] if large is not None and rest and large < min(rest) - 0.1 else []
     return Table(['size', 'found', 'recall', 'of them touch a tile edge'], rows, [f'at the threshold of {ratio_name(r)}, IoU 0.3'] + ([f'{unknown} objects have no size in metres: their tiles have no CRS'] if unknown else [])), hints
 
-# %% ../nbs/07_report.ipynb #4629ca8c
+# %% ../nbs/07_report.ipynb #a2bd4b99
 def training_figure(runs:list[Run]) -> Figure:
     "Losses, the monitored value and the learning rates by epoch; frozen phases are shaded, curriculum steps dotted, the exported epoch is starred"
     fig = Figure((9, 2.7), layout='constrained'); axes = fig.subplots(1, 3); run = runs[0]; monitor = f'val/{run.cfg.metrics.monitor}'
     for i, x in enumerate(runs):
         t, look = x.epochs, dict(alpha=1 if len(runs) == 1 else 0.6, lw=1.2)
         def draw(ax, key, color, **kw):
-            if key in t: p = t[['epoch', key]].dropna(); ax.plot(p.epoch, p[key], c=color, **look | kw)
+            if key in t: p = t[['epoch', key]][t[key] != 0].dropna(); ax.plot(p.epoch, p[key], c=color, **look | kw)
         first = lambda label: label if i == 0 else None
         for j, key in enumerate(k for k in t if k.startswith('train/loss/')): draw(axes[0], key, f'C{2 * j}', label=first(key))
         draw(axes[0], 'val/loss', 'C1', label=first('val/loss'), marker='.')
@@ -281,8 +285,8 @@ def training_figure(runs:list[Run]) -> Figure:
         for row in run.cfg.sampler.curriculum:
             if row.first <= last:
                 if row.first > 1: ax.axvline(row.first - .5, c='0.5', ls=':', lw=.8)
-                if ax is axes[0]: ax.text(row.first - .4, 1, f'1:{row.ratio}', transform=ax.get_xaxis_transform(), fontsize=6, color='0.4', va='top')
-        ax.set(xlabel='epoch', xlim=(.5, last + .5)); ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7); ax.legend(fontsize=6)
+                if ax is axes[0]: ax.text(row.first - .4, .02, f'1:{row.ratio}', transform=ax.get_xaxis_transform(), fontsize=6, color='0.4')
+        ax.set(xlabel='epoch', xlim=(.5, last + .5)); ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7); ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(fontsize=6)
     axes[1].set_ylim(0, 1.02); axes[2].set_yscale('log')
     return fig
 
@@ -330,7 +334,7 @@ def _picture(part, row, probability):
         if (mask == 1).any(): axes[1].contour(mask == 1, [.5], colors='#ffd400', linewidths=1)
     return fig, f'{row.tile_id} ({row.region}): {row.tp} px found, {row.fp} px false, {row.fn} px missed'
 
-# %% ../nbs/07_report.ipynb #1b3af4c6
+# %% ../nbs/07_report.ipynb #dd9ceffc
 def operating_table(runs:list[Run]) -> Table:
     "Temperature, thresholds and what they gave on validation (guide 12)"
     reasons, rows = Reasons(), []
@@ -339,7 +343,7 @@ def operating_table(runs:list[Run]) -> Table:
         if len(runs) > 1: rows.append([f'seed {x.seed}'])
         for r, p in c.thresholds.items():
             e = lambda v: f'{Cell(**vars(v))}' + reasons.mark(v.why)
-            rows.append([f'1:{r}', f'{c.temperature:.3f}' + reasons.mark(c.temperature_why), f'{p.threshold:.3f}' + ('' if p.reached else ' not reached') + reasons.mark(p.why), f'{p.raw_threshold:.3f}', e(p.precision), e(p.recall)]
+            rows.append([f'1:{r}', f'{c.temperature:.3f}' + reasons.mark(c.temperature_why), (_p(p.threshold) if p.reached else '0.5, not reached') + reasons.mark(p.why), _p(p.raw_threshold), e(p.precision), e(p.recall)]
                         + [f'{a:.2g} → {b:.2g}' for q in [c.quality[r]] for a, b in ((q.ece_before, q.ece_after), (q.brier_before, q.brier_after))])
     return Table(['ratio', 'temperature', 'threshold', 'before calibration', 'precision', 'recall', 'ECE', 'Brier'], rows,
                  [f'on validation, target precision {runs[0].calibration.target_precision:g}; the temperature is fitted at 1:{runs[0].calibration.ratio}; precision and recall are those of the tiles that the threshold was chosen on'] + reasons.lines())
@@ -405,20 +409,20 @@ def notes(runs:list[Run], confirmed:list[str]) -> list[str]:
     if not x.evidence['val'].exact: out.append('Scores were rounded to half precision for the evidence; summary() in rtsseg.metrics gives the bounds that this puts on each PR-AUC.')
     return out
 
-# %% ../nbs/07_report.ipynb #ad093aa6
+# %% ../nbs/07_report.ipynb #fd88036e
 STYLE = """
 :root { --ink: #1d2733; --soft: #5b6773; --line: #dde3e8; --tint: #f4f7f9; --accent: #0b6e8a }
 * { box-sizing: border-box }
 body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem }
+main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: .6rem 0 .2rem } h2 { font-size: 1.25rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) } h3 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 p { margin: .5rem 0; max-width: 46rem } .soft, figcaption, .notes { color: var(--soft) } .soft { font-size: .9rem }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 1rem 0; font-size: .9rem } a { color: var(--accent); text-decoration: none } a:hover { text-decoration: underline }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
 .card { background: var(--tint); border-radius: .5rem; padding: .8rem 1rem } .card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums } .card span { color: var(--soft); font-size: .85rem; display: block }
 .scroll { overflow-x: auto; margin: .8rem 0 .3rem } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; min-width: 60% }
 th, td { text-align: left; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top } th { color: var(--soft); font-weight: 600; border-bottom-width: 2px }
-tr.sub td { color: var(--soft); font-size: .8rem; padding-top: .9rem } td:first-child { font-weight: 500 }
+tr.sub td { color: var(--soft); font-size: .8rem; padding-top: .9rem } td:first-child { font-weight: 500 } th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 .notes { font-size: .82rem; list-style: none; margin: .3rem 0 1rem; padding: 0; max-width: 50rem } .hint { background: #fff6e0; border-left: 3px solid #e0a100; padding: .5rem .8rem; max-width: 46rem }
 figure { margin: .8rem 0 } img { max-width: 100%; height: auto } figcaption { font-size: .82rem; max-width: 46rem } .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem } .tiles figure { margin: 0 }
 pre { background: var(--tint); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem } details { margin: .8rem 0 } summary { cursor: pointer; color: var(--accent) }
@@ -450,8 +454,8 @@ def page(title:str,              # plain text
             f'<div class="cards">{"".join(f"<div class=card><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>" for a, b, c in cards)}</div>'
             + ''.join(f'<section id="{anchor(h)}"><h2>{escape(h)}</h2>{body}</section>\n' for h, body in sections.items()) + '</main></body></html>\n')
 
-# %% ../nbs/07_report.ipynb #95e06eed
-@dataclass
+# %% ../nbs/07_report.ipynb #44b617de
+@dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
     runs: list[Run]
@@ -462,6 +466,7 @@ class Report:
     path: Path                 # of report.html
     def __str__(self):
         return '\n'.join([title_of(self.runs, self.split), '', str(self.headline), '', *[f'run folder: {r.folder}' for r in self.runs], f'report:     {self.path}'])
+    def __repr__(self): return f'{title_of(self.runs, self.split)}\n{self.headline}'
     def _repr_html_(self): return f'<h3>{escape(title_of(self.runs, self.split))}</h3>{self.headline._repr_html_()}'
 
 def title_of(runs, split):
@@ -491,7 +496,7 @@ def report(runs,                     # run folders of one configuration, one a s
     headline = results_table(runs, split, {r: found[split][r] for r in m.ratios})
     figures = {'precision and recall': pr_figure(runs, split), 'reliability': reliability_figure(run), 'training': training_figure(runs)}
     first, of = m.ratios[0], found[split][m.ratios[0]]
-    shown = f'seed {run.seed} of {len(runs)} is shown' if many else ''
+    shown = f'Of {len(runs)} seeds, {run.seed} is shown.' if many else ''
 
     html = lambda *tables: ''.join(t._repr_html_() for t in tables if t)
     sections = {}
@@ -499,28 +504,28 @@ def report(runs,                     # run folders of one configuration, one a s
     sections['Headline'] = (paragraph(f'Measured on {where}. Ratio 1:r means r tiles without a slump for each tile with one.') + html(headline)
         + f'<details><summary>Objects at IoU 0.1 and 0.5</summary>{html(results_table(runs, split, {r: found[split][r] for r in m.ratios}, (0.1, 0.5), pixels=False))}</details>')
     sections['Validation'] = (paragraph('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at 1:1 only has learnt the balanced sample (guide 10.5).')
-        + html(results_table(runs, 'val', found['val'])) + f'<h3>Two estimators</h3>' + paragraph(shown, 'soft') * many + html(estimators_table(run, 'val', found['val']))
+        + html(results_table(runs, 'val', found['val'])) + f'<h3>Two estimators</h3>' + (paragraph(shown, 'soft') if many else '') + html(estimators_table(run, 'val', found['val']))
         + (f'<h3>Test-time augmentation</h3>{html(v)}' if (v := views_table(run)) else ''))
     sections['Operating point'] = html(operating_table(runs)) + embed(figures['reliability'], f'Reliability on validation, seed {run.seed}: of the pixels that are given a probability, the share that is positive. Nearly all pixels lie in the lowest bin.')
     sections['Precision and recall'] = embed(figures['precision and recall'], f'{"Test" if split == "test" else "Validation"}: precision against recall at each ratio. Points are the thresholds chosen on validation, hollow where the target precision was not reached there.')
     sections['Training'] = html(training_table(runs)) + embed(figures['training'], 'Left: training and validation loss. Middle: validation, a star at the exported epoch. Right: learning rates. Dotted lines are curriculum steps (positive to negative tiles), shading is a frozen phase.')
     tables, hints = zip(*[f(run, split) for f in (region_table, size_table)])
-    sections['Regions and sizes'] = paragraph(shown, 'soft') * many + html(*tables) + ''.join(paragraph(h, 'hint') for hs in hints for h in hs)
+    sections['Regions and sizes'] = (paragraph(shown, 'soft') if many else '') + html(*tables) + ''.join(paragraph(h, 'hint') for hs in hints for h in hs)
     pictures = gallery(run, split)
     sections['Gallery'] = paragraph(f'Tiles of the {split} split at the threshold of 1:{run.calibration.ratio}; yellow is the outline of the truth, the right half the probability. {shown}') + ''.join(
         f'<h3>{KINDS[k]}</h3>' + (f'<div class="tiles">{"".join(embed(f, c, "jpeg", 110) for f, c in items)}</div>' if items else paragraph('There are none.', 'soft')) for k, items in pictures.items()) + ('' if pictures else paragraph('The tiles are not at hand.', 'soft'))
-    sections['Data'] = paragraph(f"Manifest {run.environment.get('manifest_hash', 'unknown')}. Prevalence is given of tiles and of pixels: they differ by an order of magnitude.") + html(*data_tables(run))
+    sections['Data'] = paragraph(f"Manifest {run.environment.get('manifest_hash', 'unknown')}. The share of positive tiles is not the share of positive pixels: both are given.") + html(*data_tables(run))
     sections['Environment'] = html(environment_table(runs))
     sections['How to repeat it'] = f'<pre>{escape(commands(runs))}</pre>' + paragraph('Every number of the headline, of the first seed, in one call:') + f'<pre>{escape(recompute(run, split))}</pre>'
     sections['Notes'] = '<ul>' + ''.join(f'<li>{escape(n)}</li>' for n in notes(runs, confirmed)) + '</ul>'
 
     cfg, seeds = run.cfg, ', '.join(str(x.seed) for x in runs)
     lead = f'{cfg.model.architecture} with {cfg.model.encoder}, {cfg.model.in_channels} channels; seed{"s" * many} {seeds}; configuration {run.folder.parent.name}.'
-    cards = [(f'{label} at 1:{first}', re.sub(r' \[.*', '', str(of[k])), f'95%: {of[k].low:.3f} to {of[k].high:.3f}' if of[k].low is not None else of[k].why.split(';')[0]) for k, label in (METRICS | {'object_f1_30': 'object F1'}).items() if k != 'f1']
+    cards = [(f'{label} at 1:{first}', re.sub(r' \[.*', '', str(of[k])), f'95%: {of[k].low:.3f} to {of[k].high:.3f}' if of[k].low is not None else of[k].why.split(';')[0]) for k, label in METRICS.items() if k != 'f1']
     write_atomic(path, page(title_of(runs, split), lead, cards, sections))
     return Report(runs, split, found, headline, figures, path)
 
-# %% ../nbs/07_report.ipynb #1cc69441
+# %% ../nbs/07_report.ipynb #b7ccaf62
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -532,14 +537,13 @@ def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
 def find_runs(cfg:Config,         # of the runs
               seeds:list[int]=()  # empty: the config's own
              ) -> list[Path]:     # the run folders that are there
-    "Where the runs of a config lie; raises `ReportError` where there is none"
-    try: content = read_manifest(cfg.data.manifest, cfg.data.block_size).hash
-    except (DataError, OSError) as e: raise ReportError(f'no run yet: the manifest cannot be read ({e})') from None
-    folders = [run_folder(cfg.model_copy(update=dict(seed=s)), content) for s in seeds or [cfg.seed]]
-    there = [f for f in folders if (f/'config.yaml').exists()]
-    if not there: raise ReportError(f'no run yet: {cfg.name}/{folders[0].parent.name} has no {", ".join(f.name for f in folders)}; rtsseg-train makes one')
-    for f in folders:
-        if f not in there: print(f'{f.name} is not there and is left out', file=sys.stderr)
+    "Where the trained runs of a config lie; raises `ReportError` where there is none"
+    there, missing = [], []
+    for s in seeds or [cfg.seed]:
+        try: there.append(find_run(cfg.model_copy(update=dict(seed=s))))
+        except DataError as e: missing.append(str(e))
+    if not there: raise ReportError(f'no run yet: {missing[0]}')
+    for m in missing: print(f'left out: {m}', file=sys.stderr)
     return there
 
 @call_parse

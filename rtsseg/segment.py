@@ -28,14 +28,15 @@ from .models import build, check_size, parts
 from .sampler import Batches
 from .toy import make_toy
 
-# %% ../nbs/04b_segment.ipynb #19229308
+# %% ../nbs/04b_segment.ipynb #5beddf0d
 def prepare(cfg:Config          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
     "Read the manifest; make it first where it is missing and `data.source` says how. Raises `DataError`"
     path, source = cfg.data.manifest, cfg.data.source
     if not path.exists():
         if source is None: raise DataError(f'{path.name}: no such manifest in {path.parent}, and data.source does not say what to make it from')
-        {'toy': make_toy, 'table': import_table, 'field': import_field}[source.kind](source, path)
+        if source.kind == 'toy': make_toy(source, path)
+        else: {'table': import_table, 'field': import_field}[source.kind](source, path, cfg.data.block_size)
     return read_manifest(path, cfg.data.block_size)
 
 # %% ../nbs/04b_segment.ipynb #f5644331

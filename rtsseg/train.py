@@ -57,7 +57,7 @@ def read_log(folder:str|Path      # a run folder
     rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
     return list({r['epoch']: r for r in rows if r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #26f65489
+# %% ../nbs/05_train.ipynb #c7a53af7
 def flat(tree:dict, prefix:str='') -> dict:
     "{'a': {'b': 1}} → {'a.b': 1}"
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}).items()}
@@ -77,8 +77,8 @@ class Tracker:
     def on_start(self, run):
         if not run.accelerator.is_main_process: return
         with self._safely('starting'):
-            logging.getLogger('mlflow').setLevel(logging.WARNING)      # it tells of every table that it makes
             from mlflow import MlflowClient
+            logging.getLogger('mlflow').setLevel(logging.WARNING)      # it tells of every table that it makes
             from mlflow.entities import Param
             uri = self.cfg.tracker.uri or f"sqlite:///{self.cfg.runs/'mlflow.db'}"
             client, note, name = MlflowClient(uri), self.folder/'tracker.json', self.cfg.tracker.experiment

@@ -116,6 +116,7 @@ def test_all_orders_within_a_bin_lie_between_the_bounds_and_reach_them():
 def test_empty_tiles_and_empty_evidence():
     e = Evidence.from_rows([], thresholds=THRESHOLDS)
     assert len(e) == 0 and e + e == e and np.isnan(summary(e)[200]['pr_auc']) and bootstrap(e, replicates=5)[200]['iou'].value is None
+    assert np.isnan(resample(e, [200], replicates=3)[200]['pr_auc']).all()
     ignored = Evidence.from_rows([row(0, 1) | tile_evidence(np.zeros((4, 4)), np.full((4, 4), 255, np.uint8), THRESHOLDS) | dict(positive=False)], thresholds=THRESHOLDS)
     assert ignored.top.tolist() == [0] and weight(ignored, 200) == 0 and histogram(ignored).sum() == 0
     assert make([1]) + e == make([1])

@@ -1,6 +1,6 @@
 """Channel statistics of 512² tiles: one streaming pass with merged moments, beside a float64 numpy pass per tile.
 
-python benchmarks/statistics.py [tiles]      prints one JSON line for each case; goal: ratio of at least 15
+python benchmarks/normalisation.py [tiles]      prints one JSON line for each case; goal: ratio of at least 15
 """
 import json, sys, time
 
