@@ -8,7 +8,7 @@ mkdir -p $out; export PATH=$(cd .. && pwd)/.venv/bin:$PATH NO_ALBUMENTATIONS_UPD
 stage() {   # what it is, notebook, more parameters; the log is shown where something goes wrong
   local start=$SECONDS name=$((++n))_$2
   printf '\n%d/6 %s …\n' $n "$1"
-  papermill "$2.ipynb" $out/$name.ipynb -p config "../$config" "${@:3}" --no-progress-bar --stdout-file - 2>$out/$name.log || {
+  papermill "$2.ipynb" $out/$name.ipynb -p config "../$config" "${@:3}" --no-progress-bar --stdout-file - 2>$out/$name.log | sed -un '1,/^This run$/!p' || {   # what the chapter shows before is for its readers
     tail -n 40 $out/$name.log; echo "stopped at $2.ipynb: see runs/notebooks/$name.ipynb"; exit 1; }
   printf '%d/6 %s: %d s\n' $n "$1" $((SECONDS - start))
 }

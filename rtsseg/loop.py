@@ -86,7 +86,7 @@ def rate(stage:Stage,        # the stage that epoch belongs to
     else: v = peak
     return v * factor * stage.rates[part] / peak
 
-# %% ../nbs/04a_loop.ipynb #b91b03fc
+# %% ../nbs/04a_loop.ipynb #8f483ac0
 class Average:
     "Exponential moving average of a module: parameters and float buffers averaged, integer buffers copied"
     def __init__(self,
@@ -94,20 +94,16 @@ class Average:
                  decay:float          # decay after the warm-up
                 ):
         self.module, self.decay, self.steps = copy.deepcopy(module).eval().requires_grad_(False), decay, 0
-        pairs = list(zip(self._tensors(self.module), self._tensors(module)))
-        self.to, self.of = map(list, zip(*[p for p in pairs if p[0].is_floating_point()])) if pairs else ([], [])
-        self.copies = [p for p in pairs if not p[0].is_floating_point()]
-
-    @staticmethod
-    def _tensors(module): return [*module.parameters(), *module.buffers()]
+        of = lambda m, floats: [t for t in [*m.parameters(), *m.buffers()] if t.is_floating_point() == floats]
+        self.floats, self.others = ((of(self.module, f), of(module, f)) for f in (True, False))
 
     @torch.no_grad()
     def update(self):
         "Once after every optimizer step"
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.to, self.of, 1 - decay)
-        for to, of in self.copies: to.copy_(of)
+        if self.floats[0]: torch._foreach_lerp_(*self.floats, 1 - decay)
+        if self.others[0]: torch._foreach_copy_(*self.others)
 
 # %% ../nbs/04a_loop.ipynb #6e4fe675
 @dataclass
@@ -326,7 +322,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #3a64765f
+# %% ../nbs/04a_loop.ipynb #34c84f64
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -370,9 +366,7 @@ def _step(run, group, stage, trained):
         *grads, used, sums = _sum([*(torch.zeros_like(p) if p.grad is None else p.grad for p in live), used, sums], acc)
         for p, g, u in zip(live, grads, used.tolist()): p.grad = torch.empty_like(p).copy_(g) if u else None
         seen = dict(zip(seen, sums.double()))
-    for p in N:
-        if N[p]: run.sums[p], run.counts[p] = run.sums.get(p, 0.) + seen[p], run.counts.get(p, 0.) + N[p]
-    good = any(N.values())
+    good = any(p.grad is not None for p in trained)
     if good:
         if acc.scaler: acc.scaler.unscale_(run.optimizer)
         good = bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, cfg.optimizer.clip_norm or math.inf)))
@@ -380,8 +374,10 @@ def _step(run, group, stage, trained):
         elif good: run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if not good: run.skipped += 1
-    elif run.average: run.average.update()
+    if not good: run.skipped += 1; return
+    if run.average: run.average.update()
+    for p in N:
+        if N[p]: run.sums[p], run.counts[p] = run.sums.get(p, 0.) + seen[p], run.counts.get(p, 0.) + N[p]
 
 def _validate(run, val, stage):
     "Judge the averaged weights; the best so far are kept at once"

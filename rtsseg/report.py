@@ -70,7 +70,7 @@ class Reasons:
             out.append(f'({letter}) ' + re.sub('#', lambda _: next(spans), kind))
         return out
 
-# %% ../nbs/07_report.ipynb #0a61f512
+# %% ../nbs/07_report.ipynb #5289d156
 @dataclass(repr=False)
 class Run:
     "A run folder, read"
@@ -89,6 +89,8 @@ class Run:
     def seed(self): return self.cfg.seed
     def __repr__(self): return f'Run({self.cfg.name}/{self.folder.parent.name}/{self.folder.name})'
 
+def _place(path, n=4): return Path(*path.parts[-n:])     # from the runs root on: no report depends on where that lies
+
 def evidence_file(folder:Path, split:str, views:str='none') -> Path:
     "Where the evidence of a split lies in a run folder"
     return folder/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
@@ -98,7 +100,7 @@ def read_run(folder:str|Path    # a run folder
     "Read a run; raises `ReportError` naming the file that is missing and the command that makes it"
     folder = Path(folder).resolve()
     def need(path, maker):
-        if not path.is_file(): raise ReportError(f'{path.relative_to(folder.parents[2])} is missing: {maker} makes it')
+        if not path.is_file(): raise ReportError(f'{_place(path, 6)} is missing: {maker} makes it')
         return path
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
     best = json.loads(need(folder/'model'/'metrics.json', 'rtsseg-train, when training is done,').read_text())
@@ -112,12 +114,12 @@ def read_run(folder:str|Path    # a run folder
     try: manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
     except (DataError, OSError): manifest = None
     if manifest and manifest.hash != env.get('manifest_hash'): manifest = None
-    ledger = folder.parents[2]/'test_ledger.json'
+    ledger = Path(*folder.parts[:-3])/'test_ledger.json'
     looks = json.loads(ledger.read_text()).get(env.get('manifest_hash'), {}) if ledger.exists() else {}
     return Run(folder, cfg, env, pd.DataFrame(list(rows.values())), [l for l in lines if l['event'] != 'epoch'], best, calibration,
                dict(val=val) | (dict(test=Evidence.read(test)) if test.exists() else {}), manifest, looks)
 
-# %% ../nbs/07_report.ipynb #0886cd26
+# %% ../nbs/07_report.ipynb #72cfdbb0
 def confirm(run:Run                # a run
            ) -> str:               # a line for the report
     "Compare the exported model with the best validation; raises `ReportError` where they differ by more than 1e-6"
@@ -128,7 +130,7 @@ def confirm(run:Run                # a run
     if not abs(now - run.best['value']) <= 1e-6:
         raise ReportError(f"seed {run.seed}: {name} is {now:.8f} on the validation evidence, and was {run.best['value']:.8f} at the best validation (epoch {run.best['epoch']}). "
                           'The evidence is of other weights, or of other tiles: run rtsseg-evaluate --split val and rtsseg-calibrate again, and if they still differ, train anew')
-    return f"seed {run.seed}: {name} of the exported model is {now:.6f}, that of the best validation (epoch {run.best['epoch']}, step {run.best['step']})"
+    return f"seed {run.seed}: {name} of the exported model is {now:.6f}, as at the best validation (epoch {run.best['epoch']}, step {run.best['step']})"
 
 # %% ../nbs/07_report.ipynb #eac4380d
 @dataclass(frozen=True)
@@ -334,7 +336,7 @@ def _picture(part, row, probability):
         if (mask == 1).any(): axes[1].contour(mask == 1, [.5], colors='#ffd400', linewidths=1)
     return fig, f'{row.tile_id} ({row.region}): {row.tp} px found, {row.fp} px false, {row.fn} px missed'
 
-# %% ../nbs/07_report.ipynb #dd9ceffc
+# %% ../nbs/07_report.ipynb #60e7b99a
 def operating_table(runs:list[Run]) -> Table:
     "Temperature, thresholds and what they gave on validation (guide 12)"
     reasons, rows = Reasons(), []
@@ -383,15 +385,15 @@ def commands(runs:list[Run]) -> str:
     "What to type to get all this again"
     x, lines = runs[0], []
     for r in runs:
-        given = f'--config {r.folder.relative_to(r.folder.parents[3])}/config.yaml'
+        given = f'--config {_place(r.folder)}/config.yaml'
         lines += [f'rtsseg-train {given}', f'rtsseg-evaluate {given} --split val', f'rtsseg-calibrate {given}', *([f'rtsseg-evaluate {given} --split test'] if 'test' in r.evidence else [])]
-    return '\n'.join([f"git checkout {x.environment.get('git_commit', '<commit>')}", *lines, 'rtsseg-report ' + ' '.join(str(r.folder.relative_to(r.folder.parents[3])) for r in runs)])
+    return '\n'.join([f"git checkout {x.environment.get('git_commit', '<commit>')}", *lines, 'rtsseg-report ' + ' '.join(str(_place(r.folder)) for r in runs)])
 
 def recompute(run:Run, split:str) -> str:
     "The one call behind every number of a results table"
-    t = {r: v for r, v in cuts(run, run.cfg.metrics.ratios).items()}
-    path = evidence_file(run.folder, split, run.cfg.infer.views).relative_to(run.folder.parents[3])
-    return f'from rtsseg.metrics import Evidence, bootstrap\nbootstrap(Evidence.read("{path}"), {run.cfg.metrics.ratios}, thresholds={t},\n          ious={IOUS}, min_area={run.cfg.metrics.min_area}, replicates={run.cfg.metrics.replicates})'
+    t = cuts(run, run.cfg.metrics.ratios)
+    path = _place(evidence_file(run.folder, split, run.cfg.infer.views), 6)
+    return f'from rtsseg.metrics import Evidence, bootstrap\nbootstrap(Evidence.read("{path}"), {run.cfg.metrics.ratios},\n          thresholds={t},\n          ious={IOUS}, min_area={run.cfg.metrics.min_area}, replicates={run.cfg.metrics.replicates})'
 
 def notes(runs:list[Run], confirmed:list[str]) -> list[str]:
     "What a reader has to know"
@@ -525,7 +527,7 @@ def report(runs,                     # run folders of one configuration, one a s
     write_atomic(path, page(title_of(runs, split), lead, cards, sections))
     return Report(runs, split, found, headline, figures, path)
 
-# %% ../nbs/07_report.ipynb #b7ccaf62
+# %% ../nbs/07_report.ipynb #e40b3bd4
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -547,7 +549,7 @@ def find_runs(cfg:Config,         # of the runs
     return there
 
 @call_parse
-def rtsseg_report(runs:Param('run folders of one configuration, one a seed; none: found from the config', nargs='*', opt=False)=(),
+def rtsseg_report(runs:Param('run folders of one configuration, one a seed; none: found from the config', nargs='*', opt=False)=None,
                   config:str='configs/toy.yaml',   # YAML file
                   manifest:str='',                 # another manifest than the config's
                   name:str='',                     # another name for the run

@@ -6,8 +6,8 @@
 __all__ = ['Log', 'read_log', 'flat', 'Tracker', 'RunError', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #10718f18
-import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time
+# %% ../nbs/05_train.ipynb #5993d8f1
+import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #2d11a0bb
+# %% ../nbs/05_train.ipynb #c3ffa1ce
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -180,9 +180,7 @@ def launch(cfg:Config,             # the whole tree
     if not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
     given = folder/'launch.yaml'; write_atomic(given, to_yaml(cfg))
     program = [str(Path(sys.executable).with_name('rtsseg-train')), '--config', str(given), '--inline']
-    if processes > 1:
-        kind = ['--multi_gpu'] if torch.cuda.is_available() and cfg.device != 'cpu' else ['--cpu']
-        program = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', str(processes), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', *kind, '--no_python', *program]
+    if processes > 1: program = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--standalone', '--no_python', *program]
     env = os.environ | dict(PYTHONHASHSEED=str(cfg.seed), PYTHONUNBUFFERED='1', RTSSEG_PIPE='' if detach else '1')
     env.pop('IN_TEST', None)
     if detach:
@@ -208,6 +206,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
                 ):
     "Train a model; started again, the same command goes on where the run stands"
     if os.environ.get('RTSSEG_PIPE') and inline: _obey_pipe()
+    warnings.formatwarning = lambda message, *_: f'note: {message}\n'
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides)
         print(os.path.relpath(run(cfg) if inline else launch(cfg, processes, detach)))
