@@ -10,8 +10,8 @@ __all__ = ['METRICS', 'OBJECTS', 'SIZES', 'KINDS', 'STYLE', 'ReportError', 'Tabl
            'recompute', 'notes', 'embed', 'paragraph', 'page', 'Report', 'title_of', 'read_runs', 'report', 'seed_list',
            'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #895ff915
-import base64, io, json, re, string, sys
+# %% ../nbs/07_report.ipynb #a67a5ed2
+import base64, io, json, os, re, string, sys
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -456,7 +456,7 @@ def page(title:str,              # plain text
             f'<div class="cards">{"".join(f"<div class=card><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>" for a, b, c in cards)}</div>'
             + ''.join(f'<section id="{anchor(h)}"><h2>{escape(h)}</h2>{body}</section>\n' for h, body in sections.items()) + '</main></body></html>\n')
 
-# %% ../nbs/07_report.ipynb #44b617de
+# %% ../nbs/07_report.ipynb #aee335df
 @dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
@@ -467,7 +467,7 @@ class Report:
     figures: dict[str, Figure]
     path: Path                 # of report.html
     def __str__(self):
-        return '\n'.join([title_of(self.runs, self.split), '', str(self.headline), '', *[f'run folder: {r.folder}' for r in self.runs], f'report:     {self.path}'])
+        return '\n'.join([title_of(self.runs, self.split), '', str(self.headline), '', *[f'run folder: {os.path.relpath(r.folder)}' for r in self.runs], f'report:     {os.path.relpath(self.path)}'])
     def __repr__(self): return f'{title_of(self.runs, self.split)}\n{self.headline}'
     def _repr_html_(self): return f'<h3>{escape(title_of(self.runs, self.split))}</h3>{self.headline._repr_html_()}'
 
