@@ -81,16 +81,16 @@ def main():
         cfg = load(ROOT/'configs'/'dubai_building.yaml', overrides=args.overrides, runs=f'{tmp}/runs', tracker=dict(kind='none'))
         part, images = prepare(cfg).of('val'), list(half_resolution())
         rng = np.random.default_rng(0)
-        x, y = (np.concatenate(v) for v in zip(*[(i.reshape(-1, 3)[k := rng.choice(m.size, 20_000)], m.ravel()[k]) for i, m in images]))
+        def sample(image, mask): k = rng.choice(mask.size, 20_000); return image.reshape(-1, 3)[k], mask.ravel()[k]
+        x, y = map(np.concatenate, zip(*[sample(*pair) for pair in images]))
         boost = HistGradientBoostingClassifier(random_state=0).fit(x[y != 255], y[y != 255])
         floor = judge(lambda i: boost.predict_proba(read_tile(part, i)[0].reshape(-1, 3))[:, 1], part)
         print(json.dumps(dict(what='boosting on pixel colours', ap=round(floor, 4))), flush=True)
         # one short run tells what an epoch costs
         began = time.monotonic(); run(cfg.model_copy(update=dict(epochs=1, name='probe'))); cost = time.monotonic() - began
         epochs, found = max(2, round(args.seconds / cost)), {'ours': [], 'plain': []}
-        fit_epochs = dict(epochs=epochs)
         for seed in args.seeds:
-            seconds, ap, steps = ours(cfg.model_copy(update=dict(seed=seed, **fit_epochs)), tmp)
+            seconds, ap, steps = ours(cfg.model_copy(update=dict(seed=seed, epochs=epochs)), tmp)
             base, base_steps = plain(images, part, seconds, seed)
             found['ours'].append(ap); found['plain'].append(base)
             print(json.dumps(dict(what='dubai_building', seed=seed, seconds=round(seconds), epochs=epochs, ours=round(ap, 4), ours_steps=steps, plain=round(base, 4), plain_steps=base_steps)), flush=True)
