@@ -44,7 +44,7 @@ def plain(images, part, seconds, seed):
     rng = np.random.default_rng(seed); torch.manual_seed(seed)
     model = smp.Unet('resnet18', encoder_weights=None, classes=1); optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     places = [(k, np.argwhere(m == 1)) for k, (_, m) in enumerate(images)]; holding = [p for p in places if len(p[1])]
-    mean, std = np.array(smp.encoders.get_preprocessing_params('resnet18')['mean']), np.array(smp.encoders.get_preprocessing_params('resnet18')['std'])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])      # ImageNet's, as such recipes take them
     def scaled(image): return torch.from_numpy(((image / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32))
     def crop(positive):
         k, where = holding[rng.integers(len(holding))] if positive else places[rng.integers(len(places))]
