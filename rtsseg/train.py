@@ -57,7 +57,7 @@ def read_log(folder:str|Path      # a run folder
     rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
     return list({r['epoch']: r for r in rows if r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #c7a53af7
+# %% ../nbs/05_train.ipynb #e686a2ce
 def flat(tree:dict, prefix:str='') -> dict:
     "{'a': {'b': 1}} → {'a.b': 1}"
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}).items()}
@@ -88,7 +88,8 @@ class Tracker:
                 where = None if self.cfg.tracker.uri else (self.cfg.runs/'mlartifacts').as_uri()
                 self.id = client.create_run(found.experiment_id if found else client.create_experiment(name, artifact_location=where), tags=self.tags,
                                             run_name=f'{self.cfg.name}/{self.tags["config_hash"]}/seed{self.cfg.seed}').info.run_id
-                client.log_batch(self.id, params=[Param(k, str(v)[:500]) for k, v in flat(self.cfg.model_dump(mode='json', exclude={'tracker', 'runs'})).items()][:100 * 10])
+                params = [Param(k, str(v)[:500]) for k, v in flat(self.cfg.model_dump(mode='json', exclude={'tracker', 'runs'})).items()]
+                for i in range(0, len(params), 100): client.log_batch(self.id, params=params[i:i + 100])      # MLflow takes a hundred at a time
                 write_atomic(note, json.dumps(dict(run_id=self.id)))
             self.client = client
 
@@ -162,7 +163,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #c3ffa1ce
+# %% ../nbs/05_train.ipynb #674efeaa
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -209,7 +210,8 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
     warnings.formatwarning = lambda message, *_: f'note: {message}\n'
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides)
-        print(os.path.relpath(run(cfg) if inline else launch(cfg, processes, detach)))
+        folder = run(cfg) if inline else launch(cfg, processes, detach)
+        if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0': print(os.path.relpath(folder))     # once, by whoever was called
     except RunError as e: print(e, flush=True); sys.exit(3)
     except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', flush=True); sys.exit(2)
 
