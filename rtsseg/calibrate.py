@@ -6,7 +6,7 @@
 __all__ = ['nll', 'fit_temperature', 'reliability', 'ece', 'brier', 'find_threshold', 'Point', 'Region', 'Quality', 'Calibration',
            'calibrate', 'show_reliability', 'show_pr', 'calibrate_run', 'show_calibration', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #ab97f927
+# %% ../nbs/06_calibrate.ipynb #1b64e368
 import json, sys
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from .config import Calibrate, ConfigError, Metrics, Strict, load, settings, write_atomic
-from .data import DataError, find_run
+from .data import DataError, find_run, named_run
 from .metrics import Estimate, Evidence, bootstrap, decode, first_code, histogram, pr_curve, summary
 
-# %% ../nbs/06_calibrate.ipynb #4b1e2b3c
+# %% ../nbs/06_calibrate.ipynb #4009aa1f
 def _masses(evidence, ratio):
     "Score, mass of negative and mass of positive pixels, of the codes that occur"
     hist = histogram(evidence, ratio)
@@ -28,13 +28,15 @@ def _masses(evidence, ratio):
     seen = np.flatnonzero(hist.sum(0) > 0)
     return np.clip(decode(evidence.bins)[seen], -65504, 65504), *hist[:, seen]
 
+def _nll(pos, neg, z): return float((pos * np.logaddexp(0, -z) + neg * np.logaddexp(0, z)).sum())
+
 def nll(evidence,            # `Evidence`
         temperature:float,   # T
         ratio='native'       # r of 1:r, or 'native'
        ) -> float:           # nats a pixel
     "Mean negative log-likelihood of a pixel's label, scores divided by T"
     z, neg, pos = _masses(evidence, ratio)
-    return float((pos @ np.logaddexp(0, -z / temperature) + neg @ np.logaddexp(0, z / temperature)) / (neg.sum() + pos.sum()))
+    return _nll(pos, neg, z / temperature) / float(neg.sum() + pos.sum())
 
 def fit_temperature(evidence,          # `Evidence`
                     ratio='native',    # the prevalence under which probabilities shall be right
@@ -43,14 +45,14 @@ def fit_temperature(evidence,          # `Evidence`
     "The temperature of least negative log-likelihood (guide 12.1); raises `ValueError` without positive pixels"
     z, neg, pos = _masses(evidence, ratio)
     if not pos.sum(): raise ValueError('no positive pixel in the evidence: a temperature cannot be fitted')
-    loss = lambda log_t: pos @ np.logaddexp(0, -z * np.exp(-log_t)) + neg @ np.logaddexp(0, z * np.exp(-log_t))
+    loss = lambda log_t: _nll(pos, neg, z * np.exp(-log_t))
     low, high = np.log(bounds)
     best = minimize_scalar(loss, bounds=(low, high), method='bounded', options=dict(xatol=1e-9)).x
     why = ('scores separate the classes, and the likelihood grows with every smaller temperature' if best - low < 1e-3 else
            'scores say nothing, or the opposite of the truth, and the likelihood grows with every larger temperature' if high - best < 1e-3 else '')
     return float(np.exp(best)), why and f'no minimum between {bounds[0]:g} and {bounds[1]:g}: {why}'
 
-# %% ../nbs/06_calibrate.ipynb #1cc09c84
+# %% ../nbs/06_calibrate.ipynb #6d60435d
 def reliability(evidence,               # `Evidence`
                 temperature:float=1.,   # T
                 ratio='native',         # r of 1:r, or 'native'
@@ -73,7 +75,7 @@ def brier(evidence, temperature=1., ratio='native'):
     "Brier score: the mean squared distance of probability and label"
     z, neg, pos = _masses(evidence, ratio)
     p = expit(z / temperature)
-    return float((pos @ (1 - p) ** 2 + neg @ p ** 2) / (neg.sum() + pos.sum()))
+    return float((pos * (1 - p)**2 + neg * p**2).sum() / (neg.sum() + pos.sum()))
 
 # %% ../nbs/06_calibrate.ipynb #132997da
 def find_threshold(hist,              # (2, codes): mass of negative and of positive pixels
@@ -160,23 +162,25 @@ class Calibration(Strict):
         if views not in known: raise ValueError(f'{Path(path).name} holds no calibration for views {views!r}, only for {", ".join(sorted(known)) or "none at all"}')
         return cls.model_validate(known[views])
 
-# %% ../nbs/06_calibrate.ipynb #8e1822c6
+# %% ../nbs/06_calibrate.ipynb #be10cd2b
 def _points(evidence, ratios, temperature, cfg, replicates):
     "Operating points of some tiles at each ratio"
     z, out = np.clip(decode(evidence.bins), -65504, 65504), {}
     found = {r: find_threshold(histogram(evidence, r), cfg.target_precision, cfg.min_recall) for r in ratios}
-    logits = {r: float(z[c]) if c is not None else 0. for r, (c, _, _) in found.items()}
+    # a probability names a score only as long as it is not rounded to 1
+    named = {r: c is not None and first_code(expit(z[c]), evidence.bins) == c for r, (c, _, _) in found.items()}
+    logits = {r: float(z[c]) if named[r] else 0. for r, (c, _, _) in found.items()}
     raw = {r: float(expit(v)) for r, v in logits.items()}
     rows, spread = summary(evidence, ratios, raw, ()), bootstrap(evidence, ratios, raw, (), replicates=replicates)
     for r, (code, best, precision) in found.items():
         row, at = rows[r], float(expit(z[best] / temperature))
         plain = lambda k: e if (e := spread[r][k]).value is not None or np.isnan(row[k]) else Estimate(row[k], why=e.why.split('; bound')[0])
         goal = f'precision {cfg.target_precision:g}'
-        why = ('' if code is not None else
+        why = ('' if named[r] else f'{goal} holds at 1:{r} only among scores whose probabilities are all rounded to 1' if code is not None else
                f'{goal} does not hold at 1:{r}: it is {precision:.3f} at {at:.3f}, but lower again above that' if precision >= cfg.target_precision else
                f'{goal} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {at:.3f}')
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
-        out[r] = Point(threshold=float(expit(logits[r] / temperature)), raw_threshold=raw[r], logit=logits[r], reached=code is not None,
+        out[r] = Point(threshold=float(expit(logits[r] / temperature)), raw_threshold=raw[r], logit=logits[r], reached=named[r],
                        precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=at,
                        w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
@@ -230,7 +234,7 @@ def show_pr(evidence,                # `Evidence`
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/06_calibrate.ipynb #15c9ad1d
+# %% ../nbs/06_calibrate.ipynb #41909af7
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
@@ -258,6 +262,6 @@ def rtsseg_calibrate(run:str='',                      # run folder; '' finds it 
                     ):
     "Fit the temperature and choose the thresholds of a run, on its validation evidence"
     try:
-        c = calibrate_run(run or find_run(settings(config, manifest, name, epochs, seed, overrides)), views)
+        c = calibrate_run(named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides), views)
         print(f'temperature {c.temperature:.3f}{"; " + c.temperature_why if c.temperature_why else ""}'); print(show_calibration(c).to_string())
     except (ConfigError, ValueError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_VALUES', 'GDAL', 'SPLITS', 'TEXT', 'BOX', 'COLUMNS', 'GEOD', 'LEVELS', 'ELSEWHERE', 'DataError', 'contained',
            'write_raster', 'Raw', 'crs_name', 'show_tile', 'ground', 'grid_blocks', 'complete', 'Manifest',
-           'read_manifest', 'write_manifest', 'find_run', 'overlaps', 'thin', 'make_splits', 'Finding', 'audit',
-           'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts', 'import_table',
-           'import_field', 'balanced_correlation', 'check_files', 'failed', 'show_findings', 'check_batches',
-           'show_batch', 'checklist', 'verdict']
+           'read_manifest', 'write_manifest', 'find_run', 'named_run', 'overlaps', 'thin', 'make_splits', 'Finding',
+           'audit', 'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts',
+           'import_table', 'import_field', 'balanced_correlation', 'check_files', 'failed', 'show_findings',
+           'check_batches', 'show_batch', 'checklist', 'verdict']
 
-# %% ../nbs/01_data.ipynb #f0085a71
+# %% ../nbs/01_data.ipynb #d297a569
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +27,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 
-from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, run_folder, write_atomic
+from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, run_folder, settings, write_atomic
 
 # %% ../nbs/01_data.ipynb #da328921
 class DataError(ValueError):
@@ -51,7 +51,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #afe14897
+# %% ../nbs/01_data.ipynb #525ef1bd
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR', GDAL_PAM_ENABLED='NO')   # no sidecar file is read or written
 
@@ -59,7 +59,7 @@ def contained(root:str|Path,     # folder that must not be left
               relative:str       # path as the manifest writes it
              ) -> Path:          # the file
     "The file that a relative path means; raises `DataError` where it is absolute, on a network, outside of `root` or not there"
-    if '://' in relative or '/vsi' in relative: raise DataError(f'{relative!r} is a network path: only files beside the manifest are read')
+    if '://' in relative or relative.startswith('/vsi'): raise DataError(f'{relative!r} is a network path: only files beside the manifest are read')
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).anchor or '\0' in relative:
         raise DataError(f'{relative!r} is absolute: write it relative to the manifest')
     file = Path(os.path.realpath(Path(root)/relative))
@@ -383,7 +383,7 @@ def _footprints(t, target):
         out[at] = box
     return out
 
-# %% ../nbs/01_data.ipynb #137a6367
+# %% ../nbs/01_data.ipynb #639fb8c5
 def find_run(cfg:Config     # the config
             ) -> Path:      # its run folder
     "The run folder of a config; raises `DataError` where there is no trained model in it"
@@ -391,7 +391,16 @@ def find_run(cfg:Config     # the config
     if not (folder/'model').exists(): raise DataError(f'{cfg.name}: no trained model for seed {cfg.seed} of config {folder.parent.name}; train it first')
     return folder
 
-# %% ../nbs/01_data.ipynb #3f21a09c
+def named_run(run:str|Path,      # a run folder; '' finds it from the rest
+              config,            # for `settings`
+              **given            # for `settings`: what is laid over the config
+             ) -> Path:          # the run folder
+    "The run folder that is named, or else the one that a config means; raises `ConfigError` where both are given"
+    over = {k: v for k, v in given.items() if v not in ('', None, '[]')}
+    if run and over: raise ConfigError(f'a run folder has its own config: leave out {", ".join(over)}')
+    return Path(run) if run else find_run(settings(config, **given))
+
+# %% ../nbs/01_data.ipynb #b2d4ff4c
 def overlaps(table:pd.DataFrame   # with footprint and crs
             ) -> np.ndarray:      # pairs × 2: positions of tiles whose footprints overlap by more than 0.1% of the smaller
     "Real overlap of footprints, in one CRS (shapely's STRtree); tiles without a CRS overlap nothing"
@@ -426,7 +435,7 @@ def _deal(weights, regions, shares):
     return out
 
 def make_splits(table:pd.DataFrame,                 # a completed table
-                shares:dict[str, float]=None,       # share of each split; None: train 0.7, val 0.15, test 0.15
+                shares:dict[str, float]=None,       # share of each split; None: train 0.72, val 0.14, test 0.14
                 seed:int=0,                         # order of equal blocks
                 regions:dict[str, list]=None,       # whole regions by split instead; others go to train
                 check:str='error'                   # 'error' or 'warn': what a thin split does
@@ -438,7 +447,7 @@ def make_splits(table:pd.DataFrame,                 # a completed table
         _refuse('regions', [f'{r!r} is no region' + nearest(r, set(t.region)) for r in where if r not in set(t.region)])
         t['split'] = t.region.map(where).fillna('train')
     else:
-        shares = shares or {'train': .7, 'val': .15, 'test': .15}
+        shares = shares or {'train': .72, 'val': .14, 'test': .14}
         _refuse('shares', [f'{s!r} is no split' for s in shares if s not in SPLITS])
         area = (t.n_positive * t.pixel_size.fillna(1)**2).groupby(t.block).sum()
         blocks = pd.DataFrame({'area': area, 'tiles': t.groupby('block').size(), 'region': t.groupby('block').region.first()})
@@ -579,7 +588,7 @@ def compute_stats(manifest:Manifest,              # the training split
     by = np.r_[[scale] * 3, [1.] * len(extra_bands)]
     return Stats(channels, dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash)
 
-# %% ../nbs/01_data.ipynb #28d02ee2
+# %% ../nbs/01_data.ipynb #88d9a501
 def read_tile(manifest:Manifest,              # where
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
@@ -591,6 +600,7 @@ def read_tile(manifest:Manifest,              # where
         raise DataError(f'tile {manifest.table.tile_id[i]!r}, image: {t.rgb.dtype}, but the statistics are of {stats.dtype}')
     image, extra = np.empty((*t.label.shape, 3), 'float32'), np.ascontiguousarray(t.extra.transpose(1, 2, 0))
     np.multiply(t.rgb.transpose(1, 2, 0), np.float32(1 if stats is None else 1 / stats.scale), out=image, casting='unsafe')
+    if stats is not None and t.rgb.dtype == np.uint16: np.minimum(image, 1, out=image)      # beyond mean + 4 std
     if stats is not None and not t.valid.all(): image[~t.valid], extra[~t.valid] = stats.mean[:3], stats.mean[3:]
     return image, extra, t.label
 
@@ -614,7 +624,7 @@ def cuts(size:int, tile:int, stride:int) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
 
-# %% ../nbs/01_data.ipynb #c73b0d8a
+# %% ../nbs/01_data.ipynb #474864f7
 def _source(root, row, source):
     "An image of somebody else: planes, EXTRA, label, valid, transform, crs (None where it has none)"
     image, mask = (contained(root, p.format_map(row)) for p in (source.image, source.mask))
@@ -666,7 +676,8 @@ def _tiles(tile, row, source, work):
 
 def import_table(source:Table,                  # what to map, and how
                  path:str|Path,                 # the manifest to make; tiles go to the folder tiles beside it
-                 block_size:float=10_000.       # side of a block, metres, where the table names none and there is a CRS
+                 block_size:float=10_000.,      # side of a block, metres, where the table names none and there is a CRS
+                 split_check:str='error'        # what a thin split does where the table names no splits: 'error' or 'warn'
                 ) -> Manifest:
     "Turn somebody's table into GeoTIFF tiles and a manifest; without a CRS a block is a source image. Raises one `DataError`, and then leaves nothing"
     path, root, t = Path(path), Path(source.path).parent, _rows(source.path)
@@ -697,7 +708,7 @@ def import_table(source:Table,                  # what to map, and how
         table = pd.DataFrame(rows)
         if 'region' not in table: table['region'] = 'all'
         table = complete(table, path.parent, block_size, name)
-        if 'split' not in t: table = make_splits(table, check='warn')
+        if 'split' not in t: table = make_splits(table, check=split_check)
         write_manifest(table, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Locked', 'rule', 'look', 'evidence_path', 'thresholds', 'evaluate_run', 'gallery_rows', 'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #01c95e3d
+# %% ../nbs/05a_evaluate.ipynb #3e1a4b01
 import fcntl, io, json, os, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, store_true
 
-from .config import Config, ConfigError, config_hash, load, settings, write_atomic
-from .data import DataError, find_run, read_manifest
+from .config import Config, ConfigError, config_hash, load, nearest, settings, write_atomic
+from .data import DataError, find_run, named_run, read_manifest
 from .infer import VIEWS, ModelError, load_model, predict
-from .loop import accelerator
+from .loop import accelerator, make_deterministic
 from .metrics import Evidence, Meter, first_code
 from .segment import eval_loader
 
@@ -49,7 +49,7 @@ def look(cfg:Config,            # who wants to look
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #0ccd1d69
+# %% ../nbs/05a_evaluate.ipynb #0cf6daca
 def evidence_path(folder:Path, split:str, views:str='none') -> Path:
     "Where the evidence of a split, seen through some views, lies in a run folder"
     return Path(folder)/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
@@ -61,12 +61,14 @@ def thresholds(cfg:Config, folder:Path, views:str) -> list[float]:
     return sorted({*cfg.metrics.object_thresholds, cfg.metrics.reference_threshold, *(p['raw_threshold'] for p in found.values())})
 
 def evaluate_run(folder:str|Path,       # a run folder with a model
-                 split:str='val',       # val or test
+                 split:str='val',       # train, val or test
                  views:str='',          # test-time augmentation; '' takes the config's
                  force:bool=False       # look at the test split although another configuration did
                 ) -> Path|None:         # the evidence file; None where the split has no tile
     "Run the exported model over a split and write its evidence; raises `DataError`, `ModelError` and `Locked`"
+    if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
     folder = Path(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
+    make_deterministic(cfg.deterministic)
     views = views or cfg.infer.views
     if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}')
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
@@ -104,7 +106,7 @@ def gallery_rows(evidence:Evidence,    # of one pass
         picked += [ids[i] for i in np.argsort(-worst, kind='stable')[:n] if worst[i] > 0]
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/05a_evaluate.ipynb #0a0c3715
+# %% ../nbs/05a_evaluate.ipynb #745941ba
 @call_parse
 def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
                     config:str='configs/toy.yaml',   # YAML file
@@ -113,12 +115,12 @@ def rtsseg_evaluate(run:str='',                      # run folder; '' finds it f
                     epochs:int=None,                 # another number of epochs
                     seed:int=None,                   # another seed
                     overrides:str='[]',              # JSON list of overrides, as '["lr.base_lr=3e-4"]'
-                    split:str='val',                 # val or test
+                    split:str='val',                 # train, val or test
                     views:str='',                    # none, minimal, standard or full; '' takes the config's
                     force:store_true=False           # look at the test split although another configuration did
                    ):
     "Run a trained model over a split and write down what it saw"
     try:
-        path = evaluate_run(run or find_run(settings(config, manifest, name, epochs, seed, overrides)), split, views, force)
+        path = evaluate_run(named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides), split, views, force)
         print(os.path.relpath(path) if path else f'no tile has split {split!r}: nothing to evaluate')
     except (ConfigError, DataError, ModelError, Locked) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

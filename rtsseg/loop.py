@@ -322,7 +322,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #34c84f64
+# %% ../nbs/04a_loop.ipynb #d47bddb2
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -405,7 +405,8 @@ def fit(cfg:LoopConfig,       # what to do
     acc, tell, clock = accelerator(cfg), Observers(observers), time.monotonic()
     helpers, parts = task.modules(), {k: list(v) for k, v in task.parts(model).items()}
     if helpers: parts['modules'] = [helpers.to(acc.device)]
-    model.to(acc.device); plan = stages(cfg, parts)
+    model.to(acc.device, memory_format=torch.channels_last)      # what convolutions like best, on a CPU too
+    plan = stages(cfg, parts)
     groups = [dict(params=[p for m in modules for p in m.parameters()], name=name, lr=0.) for name, modules in parts.items()]
     missing = {id(p) for p in model.parameters()} - {id(p) for g in groups for p in g['params']}
     if missing: raise ConfigError(f'{type(task).__name__}.parts leaves out {len(missing)} parameters: they would never train')

@@ -341,7 +341,7 @@ def pixel_metrics(evidence,              # `Evidence`
     c = first_code(threshold, evidence.bins)
     return {k: float(v) for k, v in rates(pos[c:].sum(), neg[c:].sum(), pos[:c].sum()).items()}
 
-# %% ../nbs/03a_metrics.ipynb #fc9a4641
+# %% ../nbs/03a_metrics.ipynb #57e41123
 @dataclass
 class Matches:
     "Objects of prediction and truth, matched"
@@ -374,6 +374,8 @@ def match(evidence,              # `Evidence`
     return Matches(t, p, g, count(p, p.match > 0), count(p, p.match == 0), count(g, g.match == 0),
                    dict(tp=count(p, (p.match > 0) & p.edge), fp=count(p, (p.match == 0) & p.edge), fn=count(g, (g.match == 0) & g.edge)))
 
+def _sum(w, x): return float((w * x).sum())      # not w @ x: the last digit of a BLAS product depends on where the arrays lie
+
 def object_metrics(evidence,              # `Evidence`
                    ratio='native',        # r of 1:r, 'native', or tile weights
                    threshold:float=0.5,   # a probability; the nearest one of the evidence's grid is used
@@ -382,11 +384,11 @@ def object_metrics(evidence,              # `Evidence`
                   ) -> dict:              # threshold (the one used), tp, fp, fn, precision, recall, f1, edge
     "Object metrics (guide 6.2): false alarms of negative tiles count w times, recall does not change with the ratio"
     m, w = match(evidence, threshold, iou, min_area), weights(evidence, ratio)
-    counts = {k: float(w @ getattr(m, k)) for k in ('tp', 'fp', 'fn')}
+    counts = {k: _sum(w, getattr(m, k)) for k in ('tp', 'fp', 'fn')}
     scores = {k: float(v) for k, v in rates(**counts).items() if k != 'iou'}
-    return dict(threshold=m.threshold, **counts, **scores, edge={k: float(w @ v) for k, v in m.edge.items()})
+    return dict(threshold=m.threshold, **counts, **scores, edge={k: _sum(w, v) for k, v in m.edge.items()})
 
-# %% ../nbs/03a_metrics.ipynb #1eb1006a
+# %% ../nbs/03a_metrics.ipynb #5488b9aa
 IOUS = (0.1, 0.3, 0.5)     # guide 6.2; 0.3 is the headline
 SUPPORT = 30               # negative tiles that have to stand behind a reweighted number
 
@@ -417,7 +419,7 @@ def summary(evidence,                    # `Evidence`
         for iou in ious:
             if (t, iou) not in matched: matched[t, iou] = match(evidence, t, iou, min_area)
             m = matched[t, iou]; tile = weights(evidence, r)
-            row |= {f'object_{k}_{100 * iou:.0f}': float(v) for k, v in rates(tile @ m.tp, tile @ m.fp, tile @ m.fn).items() if k != 'iou'}
+            row |= {f'object_{k}_{100 * iou:.0f}': float(v) for k, v in rates(*(_sum(tile, x) for x in (m.tp, m.fp, m.fn))).items() if k != 'iou'}
             row |= dict(object_threshold=m.threshold) | {f'support_object_{100 * iou:.0f}': int((m.fp[~positive] > 0).sum())}
         out[r] = row
     return out

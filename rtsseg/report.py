@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'OBJECTS', 'SIZES', 'KINDS', 'STYLE', 'ReportError', 'Tabl
            'recompute', 'notes', 'embed', 'paragraph', 'page', 'Report', 'title_of', 'read_runs', 'report', 'seed_list',
            'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #a67a5ed2
+# %% ../nbs/07_report.ipynb #09ab9554
 import base64, io, json, os, re, string, sys
 from dataclasses import dataclass, field
 from html import escape
@@ -24,7 +24,7 @@ from scipy.special import logit
 from .calibrate import Calibration, show_reliability
 from .config import Config, ConfigError, load, settings, write_atomic
 from .data import DataError, Manifest, find_run, read_manifest, read_tile, show_tile
-from .metrics import IOUS, Estimate, Evidence, average_precision, bootstrap, first_code, histogram, match, pixel_metrics, pr_curve, rates, resample, subsample, weight, weights
+from .metrics import IOUS, Estimate, Evidence, average_precision, bootstrap, first_code, histogram, match, pixel_metrics, pr_curve, rates, resample, subsample, summary, weight, weights
 
 # %% ../nbs/07_report.ipynb #87f9d15b
 class ReportError(RuntimeError):
@@ -70,7 +70,7 @@ class Reasons:
             out.append(f'({letter}) ' + re.sub('#', lambda _: next(spans), kind))
         return out
 
-# %% ../nbs/07_report.ipynb #5289d156
+# %% ../nbs/07_report.ipynb #47ec5bfa
 @dataclass(repr=False)
 class Run:
     "A run folder, read"
@@ -95,6 +95,10 @@ def evidence_file(folder:Path, split:str, views:str='none') -> Path:
     "Where the evidence of a split lies in a run folder"
     return folder/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
 
+def _read_evidence(path):
+    try: return Evidence.read(path)
+    except ValueError as e: raise ReportError(f'{_place(path, 6)}: {e}; rtsseg-evaluate makes it anew') from None
+
 def read_run(folder:str|Path    # a run folder
             ) -> Run:
     "Read a run; raises `ReportError` naming the file that is missing and the command that makes it"
@@ -104,7 +108,7 @@ def read_run(folder:str|Path    # a run folder
         return path
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
     best = json.loads(need(folder/'model'/'metrics.json', 'rtsseg-train, when training is done,').read_text())
-    val = Evidence.read(need(evidence_file(folder, 'val', cfg.infer.views), 'rtsseg-evaluate --split val'))
+    val = _read_evidence(need(evidence_file(folder, 'val', cfg.infer.views), 'rtsseg-evaluate --split val'))
     try: calibration = Calibration.load(need(folder/'model'/'calibration.json', 'rtsseg-calibrate'), cfg.infer.views)
     except ValueError as e: raise ReportError(f'{e}: rtsseg-calibrate makes it') from None
     test = evidence_file(folder, 'test', cfg.infer.views)
@@ -117,20 +121,22 @@ def read_run(folder:str|Path    # a run folder
     ledger = Path(*folder.parts[:-3])/'test_ledger.json'
     looks = json.loads(ledger.read_text()).get(env.get('manifest_hash'), {}) if ledger.exists() else {}
     return Run(folder, cfg, env, pd.DataFrame(list(rows.values())), [l for l in lines if l['event'] != 'epoch'], best, calibration,
-               dict(val=val) | (dict(test=Evidence.read(test)) if test.exists() else {}), manifest, looks)
+               dict(val=val) | (dict(test=_read_evidence(test)) if test.exists() else {}), manifest, looks)
 
-# %% ../nbs/07_report.ipynb #72cfdbb0
+# %% ../nbs/07_report.ipynb #6907f4d2
 def confirm(run:Run                # a run
            ) -> str:               # a line for the report
-    "Compare the exported model with the best validation; raises `ReportError` where they differ by more than 1e-6"
-    name, path = run.cfg.metrics.monitor, evidence_file(run.folder, 'val')
+    "Compare the exported model with the best validation, metric by metric (guide 10.4, step 1); raises `ReportError` where one differs by more than 1e-6"
+    m, path = run.cfg.metrics, evidence_file(run.folder, 'val')
     if not path.exists(): return f'seed {run.seed}: validation was evaluated through {run.cfg.infer.views} views only, so the exported model was not compared with the best validation'
-    ratio = name.removeprefix('pr_auc@')
-    now = float(average_precision(histogram(Evidence.read(path), ratio if ratio == 'native' else int(ratio))))
-    if not abs(now - run.best['value']) <= 1e-6:
-        raise ReportError(f"seed {run.seed}: {name} is {now:.8f} on the validation evidence, and was {run.best['value']:.8f} at the best validation (epoch {run.best['epoch']}). "
+    then = {tuple(k.split('@')): v for k, v in run.best['metrics'].items() if '@' in k}
+    ratio = {r: r if r == 'native' else int(r) for _, r in then}
+    found = summary(_read_evidence(path), list(ratio.values()), m.reference_threshold, (0.3,), m.min_area)
+    for (name, r), v in then.items():
+        if np.isclose(now := found[ratio[r]][name], v, rtol=0, atol=1e-6, equal_nan=True): continue
+        raise ReportError(f"seed {run.seed}: {name}@{r} is {now:.8f} on the validation evidence, and was {v:.8f} at the best validation (epoch {run.best['epoch']}). "
                           'The evidence is of other weights, or of other tiles: run rtsseg-evaluate --split val and rtsseg-calibrate again, and if they still differ, train anew')
-    return f"seed {run.seed}: {name} of the exported model is {now:.6f}, as at the best validation (epoch {run.best['epoch']}, step {run.best['step']})"
+    return f"seed {run.seed}: all {len(then)} metrics of the exported model are as at the best validation (epoch {run.best['epoch']}, step {run.best['step']}; {m.monitor} {run.best['value']:.6f})"
 
 # %% ../nbs/07_report.ipynb #eac4380d
 @dataclass(frozen=True)
@@ -336,7 +342,7 @@ def _picture(part, row, probability):
         if (mask == 1).any(): axes[1].contour(mask == 1, [.5], colors='#ffd400', linewidths=1)
     return fig, f'{row.tile_id} ({row.region}): {row.tp} px found, {row.fp} px false, {row.fn} px missed'
 
-# %% ../nbs/07_report.ipynb #60e7b99a
+# %% ../nbs/07_report.ipynb #945627de
 def operating_table(runs:list[Run]) -> Table:
     "Temperature, thresholds and what they gave on validation (guide 12)"
     reasons, rows = Reasons(), []
@@ -352,7 +358,7 @@ def operating_table(runs:list[Run]) -> Table:
 
 def views_table(run:Run) -> Table|None:      # None where validation was seen one way only
     "Validation with and without test-time augmentation (guide 10.4, step 4)"
-    seen = [Evidence.read(p) for p in sorted((run.folder/'evidence').glob('val*.parquet'))]
+    seen = [_read_evidence(p) for p in sorted((run.folder/'evidence').glob('val*.parquet'))]
     return Table(['views'] + [f'PR-AUC at 1:{r}' for r in run.cfg.metrics.ratios], [[e.views] + [f'{average_precision(histogram(e, r)):.4f}' for r in run.cfg.metrics.ratios] for e in seen]) if len(seen) > 1 else None
 
 def data_tables(run:Run) -> list[Table]:

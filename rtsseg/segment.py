@@ -6,9 +6,10 @@
 __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', 'eval_loader', 'loaders', 'Judge', 'SegmentTask',
            'headline', 'surroundings', 'check', 'rtsseg_check']
 
-# %% ../nbs/04b_segment.ipynb #0dccf07e
-import itertools, socket, sys
+# %% ../nbs/04b_segment.ipynb #c0ac21a8
+import fcntl, itertools, json, os, re, socket, sys
 from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ from fastcore.script import call_parse
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmenter, boundary
-from .config import Config, ConfigError, git_state, run_folder, settings
+from .config import Config, ConfigError, git_state, run_folder, settings, write_atomic
 from .data import (DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, failed, import_field, import_table,
                          read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import make_loss
@@ -28,16 +29,33 @@ from .models import build, check_size, parts
 from .sampler import Batches
 from .toy import make_toy
 
-# %% ../nbs/04b_segment.ipynb #5beddf0d
+# %% ../nbs/04b_segment.ipynb #8da6f7cb
 def prepare(cfg:Config          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
     "Read the manifest; make it first where it is missing and `data.source` says how. Raises `DataError`"
     path, source = cfg.data.manifest, cfg.data.source
-    if not path.exists():
-        if source is None: raise DataError(f'{path.name}: no such manifest in {path.parent}, and data.source does not say what to make it from')
-        if source.kind == 'toy': make_toy(source, path)
-        else: {'table': import_table, 'field': import_field}[source.kind](source, path, cfg.data.block_size)
+    if not path.exists() and source is None: raise DataError(f'{path.name}: no such manifest in {path.parent}, and data.source does not say what to make it from')
+    if source is not None and not _made(source, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.parent/'.lock', 'w') as lock:                  # runs that are started together make them once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _made(source, path):
+                if source.kind == 'toy': make_toy(source, path)
+                elif source.kind == 'table': import_table(source, path, cfg.data.block_size, cfg.data.split_check)
+                else: import_field(source, path, cfg.data.block_size)
+                write_atomic(path.with_name('source.json'), json.dumps(_decides(source), indent=1))
     return read_manifest(path, cfg.data.block_size)
+
+def _decides(source): return source.model_dump(mode='json', exclude={'path'})
+
+def _made(source, path):
+    "Whether the manifest is there; raises `DataError` where it was made by other settings than these"
+    card = path.with_name('source.json')
+    if not path.exists() or not card.exists(): return path.exists()
+    there, asked = json.loads(card.read_text()), _decides(source)
+    odd = [f'{k} {there.get(k)} (asked for: {asked.get(k)})' for k in sorted({*there, *asked}) if there.get(k) != asked.get(k)]
+    if odd: raise DataError(f'{path}: was made with other settings of data.source: {", ".join(odd)}. Name another data.manifest, delete this folder, or set data.source to null to use it as it is')
+    return True
 
 # %% ../nbs/04b_segment.ipynb #f5644331
 def stats_path(cfg:Config, manifest:Manifest) -> Path:
@@ -78,7 +96,7 @@ class Tiles(Dataset):
         target = boundary(mask, self.cfg.loss) if train else mask.astype(np.float32)
         return dict(image=torch.from_numpy(np.ascontiguousarray(self.stats.normalise(image).transpose(2, 0, 1), np.float32)), target=torch.from_numpy(target), tile=tile)
 
-# %% ../nbs/04b_segment.ipynb #3e8ac114
+# %% ../nbs/04b_segment.ipynb #38982cf7
 @dataclass
 class Loaders:
     "What a run iterates: built once, here"
@@ -109,7 +127,8 @@ def loaders(cfg:Config,                       # the config
     for name, m in (('train', train), ('val', val)):
         if not len(m): raise DataError(f'{manifest.path.name}: no tile has split {name!r}')
     stats = stats or statistics(cfg, manifest)
-    sampler = Batches(train.table.positive.to_numpy(), cfg.sampler, cfg.batch_size, cfg.seed)
+    try: sampler = Batches(train.table.positive.to_numpy(), cfg.sampler, cfg.batch_size, cfg.seed)
+    except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
 # %% ../nbs/04b_segment.ipynb #80cd32ef
@@ -149,21 +168,30 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #4c96fb0d
+# %% ../nbs/04b_segment.ipynb #5194c879
+def _pinned():
+    "Whether the libraries are those of requirements.txt, here or one folder up"
+    file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
+    if not file: return Finding('note', '', 'no requirements.txt here')
+    pins, here = dict(re.findall(r'(?m)^([\w.-]+)==([\w.+-]+)', file.read_text())), {re.sub('[-_.]+', '-', d.name).lower(): d.version for d in distributions()}
+    other = [f'{k} {here[n]} (pinned: {v})' for k, v in pins.items() if (n := re.sub('[-_.]+', '-', k).lower()) in here and here[n].partition('+')[0] != v.partition('+')[0]]
+    return Finding('warning', '', f'{len(other)} of {len(pins)} are others', ', '.join(other[:3])) if other else Finding('ok', '', f'{len(pins)}, as in requirements.txt')
+
 def surroundings(cfg:Config     # tracker, model
                 ) -> dict:      # line of the checklist: `Finding`
     "The environment and configuration lines of guide 10.1"
-    git, pinned, uri = git_state(), any(Path(p, 'requirements.txt').exists() for p in ('.', '..')), urlsplit(cfg.tracker.uri or '')
+    git, uri = git_state(), cfg.tracker.uri or ''
     try:
-        if uri.scheme in ('http', 'https'): socket.create_connection((uri.hostname, uri.port or (443 if uri.scheme == 'https' else 80)), timeout=3).close()
-        reach = Finding('ok', '', uri.scheme or 'an SQLite file in the runs folder')
-    except OSError as e: reach = Finding('warning', '', 'no answer', f'{type(e).__name__}: the run would go on without it')
+        parts = urlsplit(uri)
+        if parts.scheme in ('http', 'https'): socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == 'https' else 80)), timeout=3).close()
+        reach = Finding('ok', '', 'none is kept' if cfg.tracker.kind == 'none' else parts.scheme or 'an SQLite file in the runs folder')
+    except (OSError, ValueError) as e: reach = Finding('warning', '', 'no answer', f'{type(e).__name__}: the run would go on without it')
     try: check_size(build(cfg.model.model_copy(update=dict(weights=None))), cfg.data.tile_size); fits = Finding('ok', '', f'{cfg.model.architecture} with {cfg.model.encoder} takes {cfg.data.tile_size} px')
     except ConfigError as e: fits = Finding('error', '', 'the model does not fit', str(e))
     return {'tracker reachable': reach, 'baseline config validated': fits,
-            'library versions pinned': Finding('ok', '', 'requirements.txt') if pinned else Finding('note', '', 'no requirements.txt here'),
+            'library versions pinned': _pinned(),
             'git commit recorded': Finding('ok', '', git['git_commit'][:12]) if git else Finding('warning', '', 'no checkout', 'the run cannot name its code'),
-            'config under version control': Finding('ok', '', 'clean') if git.get('git_clean') else Finding('note', '', 'uncommitted changes', 'commit before a final run')}
+            'config under version control': Finding('ok', '', 'the checkout is clean') if git.get('git_clean') else Finding('note', '', 'uncommitted changes', 'commit before a final run')}
 
 def check(cfg:Config,             # the config
           batches:int=20          # training batches to iterate; the validation loader is iterated as far
@@ -188,13 +216,14 @@ def rtsseg_check(config:str='configs/toy.yaml',   # YAML file
                  seed:int=None,                   # another seed
                  overrides:str='[]',              # JSON list of overrides, as '["lr.base_lr=3e-4"]'
                  batches:int=20,                  # batches of each loader to iterate
-                 picture:str='check.png'          # where the picture of one augmented batch goes; '' for none
+                 picture:str=''                   # where the picture of one augmented batch goes; '' puts check.png beside the runs of this config
                 ):
     "Check the data as a training run would see them; exit code 1 where something is wrong, 2 where nothing can be read"
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides)
         bad = failed(check(cfg, batches))
-        if picture and not bad:
-            feed = loaders(cfg); show_batch(next(iter(feed.train)), feed.stats).savefig(picture); print(f'one augmented batch: {picture}')
+        if not bad:
+            feed = loaders(cfg); picture = picture or stats_path(cfg, feed.manifest).with_name('check.png')
+            show_batch(next(iter(feed.train)), feed.stats).savefig(picture); print(f'one augmented batch: {os.path.relpath(picture)}')
     except (ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
     sys.exit(int(bad))

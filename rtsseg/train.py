@@ -57,7 +57,7 @@ def read_log(folder:str|Path      # a run folder
     rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
     return list({r['epoch']: r for r in rows if r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #e686a2ce
+# %% ../nbs/05_train.ipynb #fe3ecfe6
 def flat(tree:dict, prefix:str='') -> dict:
     "{'a': {'b': 1}} → {'a.b': 1}"
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}).items()}
@@ -80,7 +80,7 @@ class Tracker:
             from mlflow import MlflowClient
             logging.getLogger('mlflow').setLevel(logging.WARNING)      # it tells of every table that it makes
             from mlflow.entities import Param
-            uri = self.cfg.tracker.uri or f"sqlite:///{self.cfg.runs/'mlflow.db'}"
+            uri = os.environ.get('RTSSEG_TRACKER_URI') or self.cfg.tracker.uri or f"sqlite:///{self.cfg.runs/'mlflow.db'}"
             client, note, name = MlflowClient(uri), self.folder/'tracker.json', self.cfg.tracker.experiment
             if note.exists(): self.id = json.loads(note.read_text())['run_id']; client.update_run(self.id, 'RUNNING')
             else:
@@ -108,9 +108,10 @@ class Tracker:
             if whole: self.client.log_artifacts(self.id, str(self.folder/'model'), 'model')
             self.client.set_terminated(self.id, 'FINISHED' if whole else 'KILLED')
 
-# %% ../nbs/05_train.ipynb #0a01d7d8
+# %% ../nbs/05_train.ipynb #8b3a25d5
 class RunError(RuntimeError):
     "A run that cannot begin or did not finish"
+    def __init__(self, why, code=3, told=False): super().__init__(why); self.code, self.told = code, told
 
 @contextmanager
 def locked(folder:Path,          # a run folder
@@ -127,7 +128,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #2ae3c726
+# %% ../nbs/05_train.ipynb #480e3ca7
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -147,6 +148,9 @@ def run(cfg:Config         # the whole tree
     main = os.environ.get('RANK', '0') == '0'
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main and not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
+        if (folder/'model'/'model.safetensors').exists():             # written last of all
+            if main: print('trained already: nothing to do', flush=True)
+            return folder
         env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
         if main: write_atomic(folder/'environment.json', json.dumps(env, indent=1))
         feed = loaders(cfg, manifest)
@@ -163,7 +167,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #674efeaa
+# %% ../nbs/05_train.ipynb #462edc71
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -183,15 +187,18 @@ def launch(cfg:Config,             # the whole tree
     program = [str(Path(sys.executable).with_name('rtsseg-train')), '--config', str(given), '--inline']
     if processes > 1: program = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--standalone', '--no_python', *program]
     env = os.environ | dict(PYTHONHASHSEED=str(cfg.seed), PYTHONUNBUFFERED='1', RTSSEG_PIPE='' if detach else '1')
+    if cfg.tracker.uri: env['RTSSEG_TRACKER_URI'] = cfg.tracker.uri      # files hold it without its password
     env.pop('IN_TEST', None)
     if detach:
         with open(folder/'train.out', 'ab') as out: subprocess.Popen(program, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         return folder
+    last = ''
     trainer = subprocess.Popen(program, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
-        for line in trainer.stdout: print(line, end='', flush=True); last = line
+        for last in trainer.stdout: print(last, end='', flush=True)
     finally: trainer.stdin.close(); code = trainer.wait()          # also on an interrupt: it saves, and stops
-    if code: raise RunError(last.strip() if code in (2, 3) else f'the trainer ended with code {code}; its last line: {last.strip()}')
+    if code in (2, 3): raise RunError(last.strip(), code, told=True)
+    if code: raise RunError(f'the trainer ended with code {code}; its last line: {last.strip()}')
     return folder
 
 @call_parse
@@ -212,8 +219,10 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
         cfg = settings(config, manifest, name, epochs, seed, overrides)
         folder = run(cfg) if inline else launch(cfg, processes, detach)
         if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0': print(os.path.relpath(folder))     # once, by whoever was called
-    except RunError as e: print(e, flush=True); sys.exit(3)
-    except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', flush=True); sys.exit(2)
+    except RunError as e:
+        if not e.told: print(e, file=sys.stderr, flush=True)
+        sys.exit(e.code)
+    except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
 
 # %% ../nbs/05_train.ipynb #569437b1
 def show_training(folder:str|Path,     # a run folder

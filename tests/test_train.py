@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rtsseg.config import load, run_folder, to_yaml
+from rtsseg.evaluate import evaluate_run
 from rtsseg.loop import load_state
-from rtsseg.segment import prepare
+from rtsseg.metrics import Evidence
+from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.train import read_log, run
 
@@ -48,7 +50,7 @@ def test_papermill_refuses_unknown_names(tiny, parameter, hint):
 def test_shell_refuses_unknown_keys(tmp_path):
     (tmp_path/'bad.yaml').write_text('epoch: 3')
     done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'bad.yaml'], **SHELL)
-    assert done.returncode == 2 and "did you mean 'epochs'" in done.stdout and 'Traceback' not in done.stdout + done.stderr
+    assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and 'Traceback' not in done.stdout + done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ['bad.yaml']
 
 def wait_for(condition, seconds=90):
@@ -116,3 +118,22 @@ def test_a_missing_tracker_costs_nothing(tiny, undisturbed, tmp_path, capfd):
     finally: del os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES']
     said = ''.join(capfd.readouterr())
     assert numbers(folder) == numbers(undisturbed) and 'training goes on without it' in said and 'canary' not in said
+    assert not [f for f in folder.rglob('*') if f.is_file() and b'canary' in f.read_bytes()]
+    assert str(tmp_path) not in (folder/'model'/'config.yaml').read_text()                    # a model is handed on, this machine is not
+
+def test_a_finished_run_is_left_alone(tiny, undisturbed, capfd):
+    before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'}
+    assert run(tiny[0]) == undisturbed and 'trained already' in capfd.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'} == before
+
+def test_a_real_run_in_two_processes(tiny, tmp_path):
+    "torchrun, loaders, evidence of both halves, export: what was validated in two processes is what one sees of the exported model"
+    cfg = tiny[0].model_copy(update=dict(batch_size=4, epochs=1, runs=tmp_path/'runs'), deep=True)
+    (tmp_path/'two.yaml').write_text(to_yaml(cfg))
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'two.yaml', '--processes', '2'], **SHELL)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = run_folder(cfg, prepare(cfg).hash)
+    assert json.loads((folder/'log.jsonl').read_text().splitlines()[0])['processes'] == 2
+    seen = headline(Evidence.read(evaluate_run(folder, 'val')), cfg)
+    best = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
+    assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-9, nan_ok=True)
