@@ -90,7 +90,7 @@ def find_threshold(hist,              # (2, codes): mass of negative and of posi
     best = int(np.argmax(precision))
     return int(code[holds - 1]) if holds else None, int(code[best]), float(precision[best])
 
-# %% ../nbs/06_calibrate.ipynb #c4d390a3
+# %% ../nbs/06_calibrate.ipynb #4662bd30
 class Point(Strict):
     "An operating point at one ratio"
     threshold: float               # calibrated probability: what has it or more is predicted
@@ -153,7 +153,7 @@ class Calibration(Strict):
         "Write into a calibration.json, beside what it holds for other views"
         path = Path(path)
         known = json.loads(path.read_text()) if path.exists() else {}
-        return write_atomic(path, json.dumps(known | {self.views: self.model_dump(mode='json')}, indent=1, sort_keys=True) + '\n')
+        return write_atomic(path, json.dumps(known | {self.views: self.model_dump(mode='json')}, indent=1) + '\n')
 
     @classmethod
     def load(cls, path, views='none'):

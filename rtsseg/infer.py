@@ -45,7 +45,7 @@ def predict(model:nn.Module,      # logits (B, 1, H, W) from images; in eval mod
     p = sum(unview(model(view(x, k, f))[:, 0].double(), k, f).sigmoid() for k, f in VIEWS[views]) / len(VIEWS[views])
     return torch.logit(p).float()
 
-# %% ../nbs/04c_infer.ipynb #c9f3da43
+# %% ../nbs/04c_infer.ipynb #fd956bc1
 HERE = dict(runs=True, tracker=True, data={'manifest', 'source'})      # where things lie on the machine that trained is nobody else's business
 
 class ModelError(RuntimeError):
@@ -112,4 +112,5 @@ def load_model(folder:str|Path,          # a model directory
     except RuntimeError as e: raise ModelError(f'model.safetensors does not fit config.yaml: {e}') from None
     try: best = json.loads((folder/'metrics.json').read_text())
     except ValueError as e: raise ModelError(f'metrics.json cannot be read: {e}') from None
-    return Predictor(folder, cfg, model.to(device).eval(), stats, best)
+    model.to(device, memory_format=torch.channels_last).eval()      # as in training, or the last digits would differ
+    return Predictor(folder, cfg, model, stats, best)
