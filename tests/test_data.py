@@ -290,7 +290,7 @@ def test_import_without_splits_makes_them(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(12): cv2.imwrite(str(tmp_path/f'{i}.jpg'), rng.integers(0, 255, (40, 40, 3)).astype('uint8')); cv2.imwrite(str(tmp_path/f'{i}_m.png'), (rng.random((40, 40)) < .2).astype('uint8'))
     pd.DataFrame({'tile_id': range(12)}).to_csv(tmp_path/'t.csv', index=False)
-    got = import_table(Table(path=tmp_path/'t.csv', image='{tile_id}.jpg', mask='{tile_id}_m.png', tile_size=20), tmp_path/'out'/'m.csv').table
+    got = import_table(Table(path=tmp_path/'t.csv', image='{tile_id}.jpg', mask='{tile_id}_m.png', tile_size=20), tmp_path/'out'/'m.csv', split_check='warn').table
     assert set(got.split) == {'train', 'val', 'test'} and got.groupby('block').split.nunique().max() == 1 and got.block.nunique() == 12
 
 def test_a_copied_label_is_found_by_any_scale():

@@ -106,9 +106,12 @@ def test_page_in_a_browser(runs, tmp_path, width):
 
 def test_other_weights_are_an_error(runs, tmp_path):
     folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); best = folder/'model'/'metrics.json'; chosen = json.loads(best.read_text())
-    best.write_text(json.dumps(chosen | dict(value=chosen['value'] - 2e-6)))
-    with pytest.raises(ReportError, match=f"{chosen['value']:.8f}.*{chosen['value'] - 2e-6:.8f}"): report([folder])
-    best.write_text(json.dumps(chosen | dict(value=chosen['value'] - 5e-7))); report([folder])    # within rounding
+    def tell(name, off): best.write_text(json.dumps(chosen | dict(metrics=chosen['metrics'] | {name: chosen['metrics'][name] - off})))
+    for name, value in chosen['metrics'].items():
+        if '@' not in name or value != value: continue
+        tell(name, 2e-6)
+        with pytest.raises(ReportError, match=f'{name} is {value:.8f}.*{value - 2e-6:.8f}'): report([folder])
+    tell(name, 5e-7); report([folder])    # within rounding
 
 def test_command(runs):
     both, cfg = runs
