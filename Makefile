@@ -8,6 +8,7 @@ PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 STAMP  := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_ALBUMENTATIONS_UPDATE := 1
+export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install demo seeds test docs sync readme clean

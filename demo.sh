@@ -3,7 +3,7 @@
 set -euo pipefail
 config=$(realpath -s "${1:-$(dirname "$0")/configs/toy.yaml}"); cd "$(dirname "$0")/nbs"
 out=../runs/notebooks; n=0
-mkdir -p $out; export PATH=$(cd .. && pwd)/.venv/bin:$PATH NO_ALBUMENTATIONS_UPDATE=1 PYTHONUNBUFFERED=1
+mkdir -p $out; export PATH=$(cd .. && pwd)/.venv/bin:$PATH NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 
 stage() {   # what it is, notebook, more parameters; the log is shown where something goes wrong
   local start=$SECONDS name=$((++n))_$2

@@ -167,7 +167,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #462edc71
+# %% ../nbs/05_train.ipynb #928b10c7
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -187,6 +187,7 @@ def launch(cfg:Config,             # the whole tree
     program = [str(Path(sys.executable).with_name('rtsseg-train')), '--config', str(given), '--inline']
     if processes > 1: program = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--standalone', '--no_python', *program]
     env = os.environ | dict(PYTHONHASHSEED=str(cfg.seed), PYTHONUNBUFFERED='1', RTSSEG_PIPE='' if detach else '1')
+    env.setdefault('OMP_WAIT_POLICY', 'passive')      # threads that wait by spinning take the cores from each other where somebody else computes too
     if cfg.tracker.uri: env['RTSSEG_TRACKER_URI'] = cfg.tracker.uri      # files hold it without its password
     env.pop('IN_TEST', None)
     if detach:
