@@ -19,7 +19,7 @@ $(STAMP): requirements.txt setup.py settings.ini
 	  { echo "Python 3.11 is needed, and $(or $(PYTHON),no python3) is not it. Install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	test -x .venv/bin/pip || "$(PYTHON)" -m venv .venv
 	.venv/bin/pip install -r requirements.txt
-	.venv/bin/pip install --no-deps --no-build-isolation --use-pep517 -e .
+	.venv/bin/pip install --no-deps --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e .
 	@touch $@
 
 demo: $(STAMP)
