@@ -234,14 +234,14 @@ def show_pr(evidence,                # `Evidence`
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/06_calibrate.ipynb #41909af7
+# %% ../nbs/06_calibrate.ipynb #d4a2139b
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
     "Calibrate a run on Val-Realistic; raises `DataError` where validation has not been evaluated"
     folder = Path(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
     path = folder/'evidence'/f'val{"" if views == "none" else "-" + views}.parquet'
-    if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run; evaluate the validation split with views {views!r} first')
+    if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run: rtsseg-evaluate --split val --views {views} makes it')
     found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)
     found.save(folder/'model'/'calibration.json')
     return found

@@ -462,7 +462,7 @@ def page(title:str,              # plain text
             f'<div class="cards">{"".join(f"<div class=card><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>" for a, b, c in cards)}</div>'
             + ''.join(f'<section id="{anchor(h)}"><h2>{escape(h)}</h2>{body}</section>\n' for h, body in sections.items()) + '</main></body></html>\n')
 
-# %% ../nbs/07_report.ipynb #aee335df
+# %% ../nbs/07_report.ipynb #0e69c4bc
 @dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
@@ -483,7 +483,7 @@ def title_of(runs, split):
 def read_runs(folders        # run folders
              ) -> list[Run]: # by seed
     "Read the runs of one configuration; raises `ReportError` where they are of different ones or a seed occurs twice"
-    runs = sorted([read_run(f) for f in folders], key=lambda r: r.seed)
+    runs = sorted([read_run(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)], key=lambda r: r.seed)
     if not runs: raise ReportError('no run folder was named: give one or several, as runs/<name>/<hash>/seed42')
     if len(whole := {r.folder.parent for r in runs}) > 1: raise ReportError(f'runs of different configurations have no common mean: {", ".join(sorted(str(f.relative_to(f.parents[1])) for f in whole))}. Make a report of each')
     if len({r.seed for r in runs}) < len(runs): raise ReportError('a seed was named twice')
@@ -491,7 +491,7 @@ def read_runs(folders        # run folders
     if tests and len(tests) < len(runs): raise ReportError(f'test was evaluated for seeds {tests} only, of {[r.seed for r in runs]}: run rtsseg-evaluate --split test for the others, or leave them out')
     return runs
 
-def report(runs,                     # run folders of one configuration, one a seed
+def report(runs,                     # a run folder, or those of one configuration, one a seed
            out:str|Path|None=None    # where the page goes; None: report.html in the run folder, or above several
           ) -> Report:
     "Write the report of one or several seeds of a configuration; raises `ReportError`"
