@@ -113,6 +113,11 @@ def test_other_weights_are_an_error(runs, tmp_path):
         with pytest.raises(ReportError, match=f'{name} is {value:.8f}.*{value - 2e-6:.8f}'): report([folder])
     tell(name, 5e-7); report([folder])    # within rounding
 
+def test_damaged_evidence_is_an_error(runs, tmp_path):
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); path = folder/'evidence'/'val.parquet'
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ReportError, match='val.parquet.*rtsseg-evaluate makes it anew'): report([folder])
+
 def test_command(runs):
     both, cfg = runs
     command = str(Path(sys.executable).with_name('rtsseg-report')); call = lambda *a: subprocess.run([command, *map(str, a)], capture_output=True, text=True, timeout=120)
