@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Share', 'Positive', 'NotNegative', 'Count', 'Source', 'PATHS', 'UNDECIDING', 'ConfigError', 'nearest', 'Strict',
            'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'LoopConfig', 'Toy',
-           'Table', 'Field_', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
-           'RandomScale', 'Augment', 'CurriculumRow', 'Sampler', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
-           'Tracker', 'Config', 'read_yaml', 'load', 'config_hash', 'run_folder', 'write_atomic', 'to_yaml',
-           'write_schema', 'settings', 'check_parameters', 'git_state', 'environment']
+           'Table', 'Field_', 'MultiResolution', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit',
+           'Noise', 'Clahe', 'RandomScale', 'Augment', 'CurriculumRow', 'Sampler', 'Loss', 'Model', 'Metrics',
+           'Calibrate', 'Infer', 'Tracker', 'Config', 'read_yaml', 'load', 'config_hash', 'run_folder', 'write_atomic',
+           'to_yaml', 'write_schema', 'settings', 'check_parameters', 'git_state', 'environment']
 
 # %% ../nbs/00_config.ipynb #df48b507
 import difflib, hashlib, io, json, os, platform, re, subprocess
@@ -143,7 +143,7 @@ class LoopConfig(Strict):
         _tile(self.stages, 'stages')
         return self
 
-# %% ../nbs/00_config.ipynb #c16995bf
+# %% ../nbs/00_config.ipynb #79b7430c
 class Toy(Strict):
     "A procedural tundra (see the toy chapter)"
     kind: Literal['toy'] = 'toy'
@@ -176,6 +176,11 @@ class Field_(Strict):
 
 Source = Annotated[Union[Toy, Table, Field_], Field(discriminator='kind')]
 
+class MultiResolution(Strict):
+    "Guide 8.3, off by default: some training tiles are shown with their neighbours, at a coarser resolution"
+    p: Share = Field(0., description='probability of a coarser view')
+    factor: int = Field(2, ge=2, le=8, description='how many tiles make its side')
+
 class Data(Strict):
     "Where tiles come from (guide 8, 10.1)"
     manifest: Path = Field(Path('data/manifest.csv'), description='CSV, Parquet, GeoPackage or GeoParquet, relative to the config file')
@@ -183,7 +188,8 @@ class Data(Strict):
     tile_size: Count = Field(512, description='side of the tiles, pixels (guide 9.1)')
     extra_bands: list[str] = Field([], description='EXTRA bands that the model sees beside RGB')
     block_size: Positive = Field(10_000.0, description='side of a spatial block, metres, where the manifest names none')
-    split_check: Literal['error', 'warn'] = Field('error', description='a split that is too thin (too few positives): refuse or warn')
+    split_check: Literal['error', 'warn'] = Field('error', description='splits that overlap or are too thin (too few positives): refuse or warn')
+    multi_resolution: MultiResolution = MultiResolution()
 
 class Transform(Strict):
     "An augmentation and its probability"
@@ -256,6 +262,7 @@ class Sampler(Strict):
     positive_fraction: float | None = Field(0.5, gt=0, lt=1, description="share of positive tiles in a batch; null: batches follow the epoch's ratio")
     curriculum: list[CurriculumRow] = Field(_rows((1, 10, 1), (11, 30, 5), (31, 50, 10), (51, 100, 15), (101, 300, 20)), min_length=1,
                                             description='the last row also holds for every epoch after it')
+    hard_negatives: Share = Field(0., description="draw the epoch's negatives by their own last training loss: 0 evenly, 1 by the loss alone")
 
     @model_validator(mode='after')
     def _tiles(self):
@@ -263,10 +270,16 @@ class Sampler(Strict):
         return self
 
 class Loss(Strict):
-    "Guide 5.1 and 5.5"
-    name: Literal['focal'] = 'focal'
-    gamma: float = Field(2.0, ge=0, description='focus on hard pixels')
-    alpha: Share = Field(0.25, description='weight of the positive class')
+    "Guide 5"
+    parts: list[Literal['focal', 'cross_entropy', 'tversky', 'dice']] = Field(['focal'], min_length=1, description='what is added up; loss_weights weighs each, 1 where it is not named')
+    gamma: float = Field(2.0, ge=0, description='focal: focus on hard pixels')
+    alpha: Share = Field(0.25, description='focal: weight of the positive class')
+    tversky_alpha: Share = Field(0.3, description='tversky: weight of false negatives')
+    tversky_beta: Share = Field(0.7, description='tversky: weight of false positives')
+    smooth: Positive = Field(1.0, description='tversky, dice: ε, pixels')
+    region_pool: Literal['batch', 'image'] = Field('batch', description='tversky, dice: one ratio over the batch, or the mean of those of its images')
+    balance: Literal['none', 'linear', 'sqrt', 'log'] = Field('sqrt', description='cross_entropy: weight of the positive class, from the ratio of background to slump pixels')
+    class_ratio: Positive | None = Field(None, description='that ratio; null counts it over the training split')
     boundary_handling: Literal['none', 'ignore', 'soft_labels'] = Field('none', description='what happens to labels near a boundary, in training only')
     boundary_ignore_width: Positive = Field(3, description='ignore: width of the band, pixels')
     boundary_soft_width: Positive = Field(2, description='soft_labels: width of the band, pixels')
@@ -274,12 +287,16 @@ class Loss(Strict):
     soft_label_profile: Literal['constant', 'distance'] = Field('constant', description='distance: linear from 0.5 at the boundary to the hard label')
 
 class Model(Strict):
-    "Guide 3.1"
+    "Guide 3"
     architecture: str = Field('unetplusplus', description='a decoder of segmentation-models-pytorch, as unet, unetplusplus, segformer')
     encoder: str = Field('efficientnet-b5', description="an encoder's name, as segmentation-models-pytorch or timm (with tu-) spells it")
-    weights: str | None = Field('imagenet', description='pretrained encoder weights by name, a local .pt or .safetensors file, or null for random ones')
+    weights: str | None = Field('imagenet', description='pretrained encoder weights by name, a local .pt or .safetensors file, the model directory of another run (encoder and decoder), or null for random ones')
     in_channels: Count = Field(3, description='3 for RGB, and one for each EXTRA band')
     options: dict[str, Any] = Field({}, description="further arguments of the architecture, as decoder_channels")
+    fusion: Literal['early', 'late'] = Field('early', description='EXTRA bands: early stacks them on RGB, late gives them an encoder of their own and joins features at every scale (guide 3.3)')
+    extra_encoder: str | None = Field(None, description='late fusion: encoder of the EXTRA bands, from random weights; null takes the same as for RGB')
+    normalisation: Literal['dataset', 'pretrained'] = Field('dataset', description="RGB is normalised by the training split's mean and std, or by those that the pretrained encoder was made with")
+    gradient_checkpointing: bool = Field(False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
 
 class Metrics(Strict):
     "Guide 6 and 10.3"
@@ -332,6 +349,7 @@ class Config(LoopConfig):
             raise ValueError(f'model.in_channels is {self.model.in_channels}, but RGB and data.extra_bands {self.data.extra_bands} make {want}: set it to {want}')
         if self.sampler.positive_fraction is not None and not 1 <= round(self.batch_size * self.sampler.positive_fraction) < self.batch_size:
             raise ValueError(f'sampler.positive_fraction {self.sampler.positive_fraction} of batch_size {self.batch_size} leaves no positive or no negative tile')
+        if self.model.fusion == 'late' and not self.data.extra_bands: raise ValueError('model.fusion is late, but data.extra_bands names no band to fuse')
         ratio = self.metrics.monitor.removeprefix('pr_auc@')
         if not self.metrics.monitor.startswith('pr_auc@') or not (ratio == 'native' or ratio.isdigit() and int(ratio) > 0):
             raise ValueError(f"metrics.monitor is {self.metrics.monitor!r}: write pr_auc@<ratio> or pr_auc@native")
@@ -417,8 +435,8 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
     try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path(files[0]).parent if files else Path()))      # what is still relative is a default
     except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
 
-# %% ../nbs/00_config.ipynb #1b20f461
-UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source')]
+# %% ../nbs/00_config.ipynb #a20807a3
+UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source'), ('data', 'split_check')]
 
 def config_hash(cfg:LoopConfig,        # the tree
                 manifest_hash:str=''   # hash of the manifest's content
@@ -429,7 +447,9 @@ def config_hash(cfg:LoopConfig,        # the tree
         node = tree
         for p in parents: node = node.get(p, {})
         node.pop(leaf, None)
-    if Path(weights := tree.get('model', {}).get('weights') or '').is_file():        # local weights count by what they hold, not by where they lie
+    weights = Path(tree.get('model', {}).get('weights') or '')
+    if weights.is_dir() and (weights/'model.safetensors').exists(): weights /= 'model.safetensors'
+    if weights.is_file():        # local weights count by what they hold, not by where they lie
         with open(weights, 'rb') as f: tree['model']['weights'] = hashlib.file_digest(f, 'sha256').hexdigest()
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -471,21 +491,22 @@ def write_schema(path:str|Path,              # where the JSON schema goes
     "Write the JSON schema that an editor completes configs from"
     return write_atomic(path, json.dumps(cls.model_json_schema(), indent=1) + '\n')
 
-# %% ../nbs/00_config.ipynb #12c1a571
-def settings(config:str|Path|list,       # a YAML file, or several that are laid over each other
+# %% ../nbs/00_config.ipynb #c6316547
+def settings(config:str|Path|list,       # a YAML file, or several, with commas between them, that are laid over each other
              manifest:str='',            # another manifest than the config's
              name:str='',                # another name for the run
              epochs:int|None=None,       # another number of epochs
              seed:int|None=None,         # another seed
-             overrides:str|list=()       # 'section.field=value' texts, or a JSON list of them
+             overrides:str|list=()       # a 'section.field=value' text, or a JSON list of them
             ) -> Config:                 # the checked tree
     "The config of a stage of the main job, from the parameters that all stages share; raises `ConfigError`"
     if isinstance(overrides, str):
-        try: overrides = json.loads(overrides or '[]')
-        except ValueError: raise ConfigError(f"""overrides: a JSON list was expected, as '["lr.base_lr=3e-4"]', not {overrides!r}""") from None
+        try: overrides = json.loads(overrides or '[]') if not overrides or overrides.lstrip()[0] in '[{"' or '=' not in overrides else [overrides]
+        except ValueError: raise ConfigError(f"""overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not {overrides!r}""") from None
     if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, str) for o in overrides): raise ConfigError(f'overrides: a list of texts was expected, not {overrides!r}')
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
-    return load(*([config] if isinstance(config, (str, Path)) else config), overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})
+    files = config.split(',') if isinstance(config, str) else [config] if isinstance(config, Path) else config
+    return load(*files, overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})
 
 def check_parameters(namespace:dict,     # globals() of the notebook, below its parameters; `before` in it holds the names that were there above them
                      known               # names of the parameters it has

@@ -6,7 +6,7 @@
 __all__ = ['Log', 'read_log', 'flat', 'Tracker', 'RunError', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #5993d8f1
+# %% ../nbs/05_train.ipynb #ac9a12ab
 import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data import DataError
 from .infer import save_model
 from .loop import CheckpointError, fit, key_seed, load_state
 from .models import build, check_size
-from .segment import SegmentTask, loaders, prepare
+from .segment import SegmentTask, background_ratio, loaders, prepare
 
 # %% ../nbs/05_train.ipynb #77ce508f
 class Log:
@@ -128,7 +128,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #480e3ca7
+# %% ../nbs/05_train.ipynb #bc16b921
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -158,7 +158,7 @@ def run(cfg:Config         # the whole tree
         model = build(cfg.model); check_size(model, cfg.data.tile_size)
         tags = {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}
         tracker = [Tracker(cfg, folder, tags)] if cfg.tracker.kind == 'mlflow' and main else []
-        result = fit(cfg, SegmentTask(cfg, manifest.of('val').table), model, feed.train, feed.val, folder, [terminated, Log(folder), *tracker])
+        result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Log(folder), *tracker])
         if main and result.finished:
             if not result.best: raise RunError(f'no validation gave a number for {cfg.metrics.monitor}: nothing to export')
             model.load_state_dict(load_state(folder/'checkpoints'/'best.ckpt')['model'])
@@ -167,7 +167,7 @@ def run(cfg:Config         # the whole tree
     if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #928b10c7
+# %% ../nbs/05_train.ipynb #ee41c078
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -208,7 +208,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
                  name:str='',                     # another name for the run
                  epochs:int=None,                 # another number of epochs
                  seed:int=None,                   # another seed
-                 overrides:str='[]',              # JSON list of overrides, as '["lr.base_lr=3e-4"]'
+                 overrides:str='[]',              # one section.field=value, or a JSON list of them
                  processes:int=1,                 # GPUs, or CPU processes, to train on
                  detach:store_true=False,         # return at once, and let the run outlive this shell
                  inline:store_true=False          # train in this process
