@@ -6,11 +6,11 @@
 __all__ = ['MAX_VALUES', 'GDAL', 'SPLITS', 'TEXT', 'BOX', 'COLUMNS', 'GEOD', 'LEVELS', 'ELSEWHERE', 'DataError', 'contained',
            'write_raster', 'Raw', 'crs_name', 'show_tile', 'ground', 'grid_blocks', 'complete', 'Manifest',
            'read_manifest', 'write_manifest', 'find_run', 'named_run', 'overlaps', 'thin', 'make_splits', 'Finding',
-           'audit', 'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts',
-           'import_table', 'import_field', 'balanced_correlation', 'check_files', 'failed', 'show_findings',
-           'check_batches', 'show_batch', 'checklist', 'verdict']
+           'leaks', 'audit', 'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts',
+           'neighbours', 'read_coarse', 'import_table', 'import_field', 'balanced_correlation', 'check_files', 'failed',
+           'show_findings', 'check_batches', 'show_batch', 'checklist', 'verdict']
 
-# %% ../nbs/01_data.ipynb #d297a569
+# %% ../nbs/01_data.ipynb #8cd0c8a1
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +26,7 @@ import shapely
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
+from scipy.spatial import cKDTree
 
 from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, run_folder, settings, write_atomic
 
@@ -464,7 +465,7 @@ def make_splits(table:pd.DataFrame,                 # a completed table
         warnings.warn('splits: ' + '; '.join(problems), stacklevel=2)
     return t
 
-# %% ../nbs/01_data.ipynb #3bbf8121
+# %% ../nbs/01_data.ipynb #7335ee7a
 LEVELS = ('ok', 'note', 'warning', 'error')
 
 @dataclass
@@ -478,9 +479,9 @@ class Finding:
 def _digest(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def audit(manifest:Manifest       # all splits
+def leaks(manifest:Manifest       # all splits
          ) -> list[Finding]:
-    "Leaks between splits: overlapping footprints, equal files, shared blocks. Buffer tiles may overlap others, but must not be copies"
+    "Ground that splits share: overlapping footprints and, of tiles without a CRS, shared blocks. Cheap: it opens no file. Buffer tiles may overlap others"
     t, out = manifest.table, []
     split, ids = t.split.to_numpy(), t.tile_id.to_numpy()
     def add(bad, level, what, value, names=(), note=''): out.append(Finding(level if bad else 'ok', what, value, _some(names) or note))
@@ -493,13 +494,20 @@ def audit(manifest:Manifest       # all splits
     def shared(part): n = part.groupby('block').split.nunique(); return list(n.index[n > 1])
     if (~mapped).any(): s = shared(t[used & ~mapped]); add(s, 'error', 'leak: blocks without CRS', f'{len(s)} blocks in more than one split', s)
     if s := shared(t[used & mapped]): add(True, 'note', 'leak: blocks', f'{len(s)} grid blocks in more than one split', note='neighbours look alike')
+    return out
+
+def audit(manifest:Manifest       # all splits
+         ) -> list[Finding]:
+    "All leaks between splits: shared ground, and equal files. Not even buffer tiles may be copies"
+    t, out = manifest.table, leaks(manifest)
+    split, ids = t.split.to_numpy(), t.tile_id.to_numpy()
     seen, sizes = {}, pd.Series([os.path.getsize(manifest.root/f) for f in t.image])
     for i in sizes.index[sizes.duplicated(keep=False)]: seen.setdefault(_digest(manifest.root/t.image[i]), []).append(i)   # files of unlike size differ
     equal = [at for at in seen.values() if len(at) > 1]
     names = lambda groups: [' = '.join(f'{ids[i]} ({split[i]})' for i in at) for at in groups]
     far, near = [at for at in equal if len(set(split[at])) > 1], [at for at in equal if len(set(split[at])) == 1]
-    add(far, 'error', 'leak: equal files', f'{len(far)} images stand in more than one split', names(far))
-    if near: add(True, 'warning', 'duplicates', f'{len(near)} images stand twice in one split', names(near))
+    out.append(Finding('error' if far else 'ok', 'leak: equal files', f'{len(far)} images stand in more than one split', _some(names(far))))
+    if near: out.append(Finding('warning', 'duplicates', f'{len(near)} images stand twice in one split', _some(names(near))))
     return out
 
 # %% ../nbs/01_data.ipynb #03bd9a56
@@ -588,16 +596,17 @@ def compute_stats(manifest:Manifest,              # the training split
     by = np.r_[[scale] * 3, [1.] * len(extra_bands)]
     return Stats(channels, dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash)
 
-# %% ../nbs/01_data.ipynb #88d9a501
+# %% ../nbs/01_data.ipynb #3444e1c0
 def read_tile(manifest:Manifest,              # where
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
               stats:Stats=None                # None leaves raw values, also where there is no data
              ) -> tuple:                      # image float32 H × W × 3, EXTRA float32 H × W × n, mask uint8 H × W (0, 1, 255)
     "One tile in memory: scaled, nodata at the channel mean and 255 in the mask; raises `DataError` naming tile and field"
-    t = _read(manifest.root, manifest.table.loc[i], extra_bands)
-    if stats is not None and str(t.rgb.dtype) != stats.dtype:
-        raise DataError(f'tile {manifest.table.tile_id[i]!r}, image: {t.rgb.dtype}, but the statistics are of {stats.dtype}')
+    return _scaled(_read(manifest.root, manifest.table.loc[i], extra_bands), manifest.table.tile_id[i], stats)
+
+def _scaled(t, name, stats):
+    if stats is not None and str(t.rgb.dtype) != stats.dtype: raise DataError(f'tile {name!r}, image: {t.rgb.dtype}, but the statistics are of {stats.dtype}')
     image, extra = np.empty((*t.label.shape, 3), 'float32'), np.ascontiguousarray(t.extra.transpose(1, 2, 0))
     np.multiply(t.rgb.transpose(1, 2, 0), np.float32(1 if stats is None else 1 / stats.scale), out=image, casting='unsafe')
     if stats is not None and t.rgb.dtype == np.uint16: np.minimum(image, 1, out=image)      # beyond mean + 4 std
@@ -623,6 +632,42 @@ def shrink(planes:np.ndarray,   # channels × H × W
 def cuts(size:int, tile:int, stride:int) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
+
+# %% ../nbs/01_data.ipynb #a2051661
+def neighbours(manifest:Manifest,   # one split: a view must not reach into another
+               k:int                # tiles along a side of the view
+              ) -> np.ndarray:      # n × (2k − 1) × (2k − 1): rows of the tiles around each tile, north up, −1 where there is none
+    "Tiles that adjoin each other on a grid of their own, to a hundredth of their side"
+    t, side = manifest.table, 2*k - 1
+    out = np.full((len(t), side, side), -1)
+    for crs, at in t.groupby('crs').indices.items():
+        if crs == 'none': continue
+        x0, y0, x1, y1 = t.iloc[at][BOX].to_numpy('float64').T
+        tree = cKDTree(np.stack([x0, y1], 1))
+        for row, column in np.ndindex(side, side):
+            near, found = tree.query(np.stack([x0 + (column - k + 1)*(x1 - x0), y1 - (row - k + 1)*(y1 - y0)], 1))
+            out[at, row, column] = np.where(near < .01*(x1 - x0), at[np.minimum(found, len(at) - 1)], -1)
+    out[:, k - 1, k - 1] = np.arange(len(t))
+    return out
+
+# %% ../nbs/01_data.ipynb #f40ecbc0
+def read_coarse(manifest:Manifest,          # where
+                rows:np.ndarray,            # k × k: rows of its table, −1 where there is no tile
+                extra_bands:list[str]=(),   # EXTRA bands, by description
+                stats:Stats=None            # None leaves raw values, also where there is no data
+               ) -> tuple:                  # as `read_tile`: image float32 H × W × 3, EXTRA float32 H × W × n, mask uint8 H × W
+    "Several tiles as one of their size, k times as coarse (guide 8.3); raises `DataError` naming tile and field"
+    k, tiles = len(rows), {i: _read(manifest.root, manifest.table.loc[i], extra_bands) for i in rows.ravel().tolist() if i >= 0}
+    one = next(iter(tiles.values())); h, w = one.label.shape
+    for i, t in tiles.items():
+        if t.label.shape != (h, w) or t.rgb.dtype != one.rgb.dtype: raise DataError(f'tile {manifest.table.tile_id[i]!r}: {t.label.shape} {t.rgb.dtype}, its neighbours {(h, w)} {one.rgb.dtype}')
+    whole = Raw(np.zeros((3, k*h, k*w), one.rgb.dtype), np.zeros((len(one.extra), k*h, k*w), 'float32'), np.full((k*h, k*w), 255, 'uint8'), np.zeros((k*h, k*w), bool))
+    for (r, c), i in np.ndenumerate(rows):
+        if i >= 0:
+            for a, b in zip(whole, tiles[i]): a[..., r*h:(r + 1)*h, c*w:(c + 1)*w] = b
+    rgb, valid, label = shrink(whole.rgb, whole.valid, whole.label, k)
+    label[~valid] = 255
+    return _scaled(Raw(rgb, shrink(whole.extra, whole.valid, whole.label, k)[0], label, valid), manifest.table.tile_id[next(iter(tiles))], stats)
 
 # %% ../nbs/01_data.ipynb #474864f7
 def _source(root, row, source):
