@@ -375,10 +375,11 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
-# %% ../nbs/00_config.ipynb #8c533f9b
+# %% ../nbs/00_config.ipynb #65f7fe96
 def _merge(low, high):
-    "Lay one tree over another: mappings join, everything else replaces. A source of another kind replaces the old one whole"
+    "Lay one tree over another: mappings join, everything else replaces. A source of another kind replaces the old one whole, another architecture its options"
     if not (isinstance(low, dict) and isinstance(high, dict)) or low.get('kind') != high.get('kind', low.get('kind')): return high
+    if low.get('architecture') != high.get('architecture', low.get('architecture')): low = {k: v for k, v in low.items() if k != 'options'}
     return low | {k: _merge(low[k], v) if k in low else v for k, v in high.items()}
 
 def _override(text):

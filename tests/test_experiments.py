@@ -1,0 +1,49 @@
+"Each experiment file trains, through everything that the guide's run has, on a world of a second; and the guide's table leaves nothing out"
+import json, math, re, warnings
+from pathlib import Path
+
+import pytest
+
+from rtsseg.config import Config, load, read_yaml
+from rtsseg.train import read_log, run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT/'configs'
+EXPERIMENTS = sorted((CONFIGS/'experiments').glob('*.yaml'))
+BASES = [CONFIGS/'rts_baseline.yaml', CONFIGS/'rts_field.yaml']
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory): return tmp_path_factory.mktemp('experiments')
+
+def paths(tree, prefix=''):
+    "{'a': {'b': 1}} → {'a.b'}"
+    return {p for k, v in tree.items() for p in (paths(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}'})}
+
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_names_only_what_differs(file):
+    tree = read_yaml(file); assert tree.pop('name') == file.stem
+    def value(cfg, path):
+        for part in path.split('.'): cfg = cfg[part] if isinstance(cfg, dict) else getattr(cfg, part)
+        return cfg
+    base, cfg = load(BASES[0]), load(BASES[0], file)
+    same = {p for p in paths(tree) if not p.startswith('loss_weights.') and value(cfg, p) == value(base, p)}
+    whole = {'loss.boundary_ignore_width', 'loss.boundary_soft_width', 'loss.soft_label_value', 'loss.tversky_alpha', 'loss.tversky_beta', 'loss.balance', 'data.extra_bands',
+             'data.multi_resolution.factor', 'model.fusion', 'model.in_channels'}      # said although it is the default, where the experiment is about it
+    assert same <= whole, same - whole
+
+@pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda p: p.stem)
+def test_it_trains(file, world):
+    "Two epochs, the first with a frozen backbone; experiments that name no model take the toy's small one"
+    base = BASES[0] if file in BASES or 'model' in read_yaml(file) else CONFIGS/'toy.yaml'
+    cfg = load(base, file, CONFIGS/'test.yaml', runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        folder = run(cfg)
+    rows = read_log(folder)
+    assert [r['epoch'] for r in rows] == [1, 2] and rows[-1]['skipped'] == 0
+    assert all(math.isfinite(v) for r in rows for k, v in r.items() if k.startswith(('train/loss', 'val/loss')) or k == f'val/{cfg.metrics.monitor}')
+    assert {k.removeprefix('train/loss/') for k in rows[0] if k.startswith('train/loss/')} == set(cfg.loss.parts)
+    stages = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines() if '"stage"' in l]
+    assert [s['frozen'] for s in stages] == [['encoder'], []]
+    assert rows[0]['lr/encoder'] == 0 < rows[1]['lr/encoder']
+    for f in (folder/'checkpoints').iterdir(): f.unlink()      # a ViT-L leaves gigabytes
