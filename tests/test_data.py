@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from rasterio.transform import Affine
 
 from rtsseg.config import Config, Table
+from rtsseg.train import run as train_run
 from rtsseg.data import (BOX, COLUMNS, DataError, Manifest, Stats, audit, balanced_correlation, check_files, complete, compute_stats, failed, grid_blocks,
-                         import_table, make_splits, merge, moments, overlaps, read_manifest, read_tile, shrink, write_manifest, write_raster)
+                         import_table, leaks, make_splits, merge, moments, neighbours, overlaps, read_coarse, read_manifest, read_tile, shrink, write_manifest, write_raster)
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -298,3 +299,37 @@ def test_a_copied_label_is_found_by_any_scale():
     for scale, noise in ((1, 0), (1000, 60), (-.01, .0005)):
         band = (label * scale + rng.normal(0, noise, label.shape))[None].astype('float32')
         assert abs(balanced_correlation(moments(band, ~label), moments(band, label))[0]) > .95
+
+@quick
+@given(st.sets(st.integers(0, 127), min_size=1), st.integers(2, 4))
+def test_neighbours_by_brute_force(tiny_world, kept, k):
+    "Whichever tiles there are, the ones around a tile lie whole sides away, and none is left out"
+    table = read_manifest(tiny_world).table.iloc[sorted(kept)].reset_index(drop=True)
+    around = neighbours(Manifest(table, tiny_world.parent, tiny_world), k)
+    place = {(c, x, y): i for i, (c, x, y) in enumerate(zip(table.crs, table.xmin, table.ymin))}
+    side = (table.xmax - table.xmin).to_numpy()
+    for i, t in enumerate(table.itertuples()):
+        for r, c in np.ndindex(2*k - 1, 2*k - 1):
+            assert around[i, r, c] == place.get((t.crs, t.xmin + (c - k + 1)*side[i], t.ymin - (r - k + 1)*side[i]), -1)
+
+def test_a_coarse_view_is_made_of_its_tiles(tiny_world):
+    "Area means and majorities of four tiles, laid out north up; where there is no tile there is no label"
+    manifest = read_manifest(tiny_world).of('train'); stats = compute_stats(manifest)
+    around = neighbours(manifest, 2)
+    i = int(np.flatnonzero((around[:, :2, 1:] >= 0).sum((1, 2)) == 4)[0]); rows = around[i, :2, 1:]
+    image, _, mask = read_coarse(manifest, rows, stats=stats)
+    whole = [np.concatenate([np.concatenate([read_tile(manifest, j, stats=stats)[p] for j in row], 1) for row in rows.tolist()], 0) for p in (0, 2)]
+    box = lambda a: a.reshape(64, 2, 64, 2, *a.shape[2:])
+    known = (box(whole[1]) != 255).all((1, 3))
+    np.testing.assert_allclose(image[known], box(whole[0]).mean((1, 3))[known], atol=.51/255)
+    assert ((mask == 1) == (box(whole[1] == 1).sum((1, 3)) >= 2))[known].all()
+    rows[0, 0] = -1
+    assert (read_coarse(manifest, rows, stats=stats)[2][:32, :32] == 255).all()
+
+def test_training_refuses_splits_that_share_ground(world):
+    "Not the check alone: whoever never called it is stopped, too, before anything is written"
+    t = pd.read_csv(world/'m.csv'); rewrite(world/'t1.tif', shift=(16, 0)); rewrite(world/'t1_m.tif', shift=(16, 0))
+    assert [f.level for f in leaks(read_manifest(world/'m.csv')) if f.what == 'leak: footprints'] == ['error']
+    cfg = CFG.model_copy(update=dict(runs=world/'runs'), deep=True); cfg.data.manifest, cfg.data.split_check = world/'m.csv', 'error'
+    with pytest.raises(DataError, match=r'splits share ground.*t1 \(train\) and t2 \(val\)'): train_run(cfg)
+    assert not (world/'runs').exists()

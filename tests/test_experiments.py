@@ -47,3 +47,41 @@ def test_it_trains(file, world):
     assert [s['frozen'] for s in stages] == [['encoder'], []]
     assert rows[0]['lr/encoder'] == 0 < rows[1]['lr/encoder']
     for f in (folder/'checkpoints').iterdir(): f.unlink()      # a ViT-L leaves gigabytes
+
+# --- the table of the guide, nbs/guide.qmd: section → setting → experiment → test → chapter ---
+
+ROWS = [[c.strip() for c in l.strip('|\n').split(' | ')] for l in (ROOT/'nbs'/'guide.qmd').read_text().splitlines() if re.match(r'\| [\d–]', l)]
+codes = re.compile(r'`([^`]+)`')
+EVALUATION = ('metrics.', 'calibrate.', 'infer.')                                       # guide 6, 11 and 12: not what shapes a model
+PLACES = ('name', 'runs', 'tracker.', 'data.manifest', 'data.source')                   # where things lie
+
+def leaves(cls=Config, prefix=''):
+    "Every field of the config, and its default"
+    for name, f in cls.model_fields.items():
+        if hasattr(f.annotation, 'model_fields'): yield from leaves(f.annotation, f'{prefix}{name}.')
+        else: yield f'{prefix}{name}', f.get_default(call_default_factory=True)
+
+def test_the_guides_table_names_every_setting_with_its_default():
+    from ruamel.yaml import YAML
+    default, named = dict(leaves()), set()
+    for _, _, settings, *_ in ROWS:
+        for text in codes.findall(settings):
+            field, eq, value = text.partition(' = '); named.add(field)
+            assert field in default, f'{field} is no setting'
+            if eq: assert YAML(typ='safe', pure=True).load(value) == (list(v) if isinstance(v := default[field], tuple) else v), f'{text}: the default is {v}'
+    left = {f for f in default if f not in named and not f.startswith(EVALUATION + PLACES)}
+    assert not left, f'the guide table lacks {sorted(left)}'
+
+def test_the_guides_table_names_what_exists():
+    sections = {s for s, *_ in ROWS}
+    assert sections >= {'3.1', '3.2', '3.3', '5.1', '5.2', '5.3', '5.4', '5.5', '7.2', '7.3', '8.3', '9.1', '9.2', '10.1', '10.2', '10.5'}
+    named = set()
+    for _, asked, _, experiments, tests, chapter in ROWS:
+        assert asked and tests, f'{asked}: a row wants a test'
+        for name in codes.findall(experiments):
+            named.add(name); assert (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file(), name
+        for name in codes.findall(tests):
+            file, _, function = name.partition('::'); assert re.search(rf'^def {function}\(', (ROOT/'tests'/f'{file}.py').read_text(), re.M), name
+        target = re.search(r'\]\(([^)]+)\)', chapter)[1]; assert (ROOT/'nbs'/target).is_file()
+        assert '"image/png"' in (ROOT/'nbs'/target).read_text(), f'{target} has no figure'
+    assert {p.stem for p in EXPERIMENTS} <= named, {p.stem for p in EXPERIMENTS} - named
