@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'HOOKS', 'Task', 'stages', 'rate', 'Average', 'Stopper', 'CheckpointError', 'save_state', 'load_state',
-           'newest_state', 'Share', 'Observers', 'Run', 'key_seed', 'reseed', 'make_deterministic', 'accelerator',
-           'evaluate', 'fit']
+           'newest_state', 'Share', 'Timed', 'Observers', 'Run', 'key_seed', 'reseed', 'make_deterministic',
+           'accelerator', 'evaluate', 'fit']
 
 # %% ../nbs/04a_loop.ipynb #19a28fa4
 import copy, hashlib, io, itertools, math, os, time
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from .config import ConfigError, LoopConfig, Stage, nearest, write_atomic
 
-# %% ../nbs/04a_loop.ipynb #8d824503
+# %% ../nbs/04a_loop.ipynb #be586cd1
 class Task:
     "What a system means by a batch, a loss and a good model: subclass it and hand it to `fit`"
     monitor, mode = 'loss', 'min'      # name of the value that validation is judged by, and whether 'min' or 'max' is good
@@ -52,6 +52,18 @@ class Task:
     def meter(self):
         "A fresh meter: `update(out, batch)`, `state()`, `merge(states)` of all processes, `compute()` → {name: number}"
         raise NotImplementedError
+
+    def tally(self, out, batch) -> dict[str, torch.Tensor]:
+        "Scalars, of the same names for every batch, that are summed over an epoch's training steps and all processes; no gradient is kept"
+        return {}
+
+    def summary(self, sums:dict[str, float]) -> dict[str, float]:
+        "Numbers made of those sums; each stands in the epoch's row as train/<name>"
+        return {}
+
+    def difficulty(self, out, batch) -> tuple[torch.Tensor, torch.Tensor]|None:
+        "(tiles, losses): the row of each sample in the training data, int (n,), and its own loss, float (n,); for samplers that learn hard negatives"
+        return None
 
 # %% ../nbs/04a_loop.ipynb #03f77401
 def stages(cfg:LoopConfig,   # the config
@@ -175,12 +187,15 @@ def newest_state(folder:str|Path   # the checkpoints folder
     if files and not states: raise CheckpointError(f'{len(failed)} checkpoints, none of which can be read: ' + '; '.join(failed))
     return states[0] if states else None
 
-# %% ../nbs/04a_loop.ipynb #2247ff51
+# %% ../nbs/04a_loop.ipynb #b76b34bf
 class Share:
-    "Every P-th batch of a batch sampler, from `skip` on"
-    def __init__(self, batches, rank:int=0, world:int=1, even:bool=True): self.batches, self.rank, self.world, self.even, self.skip = batches, rank, world, even, 0
+    "Every P-th batch of a batch sampler, from `skip` on; `samples` are those of the last pass"
+    def __init__(self, batches, rank:int=0, world:int=1, even:bool=True): self.batches, self.rank, self.world, self.even, self.skip, self.samples = batches, rank, world, even, 0, 0
     def __len__(self): return len(self.batches) // self.world if self.even else len(range(self.rank, len(self.batches), self.world))
-    def __iter__(self): return itertools.islice(iter(self.batches), self.rank + self.skip * self.world, len(self) * self.world if self.even else None, self.world)
+    def __iter__(self):
+        self.samples = 0
+        for batch in itertools.islice(iter(self.batches), self.rank + self.skip * self.world, len(self) * self.world if self.even else None, self.world):
+            self.samples += len(batch); yield batch
 
 def _shared(loader, acc, even):
     "The same loader over this process's share"
@@ -188,6 +203,17 @@ def _shared(loader, acc, even):
                       collate_fn=loader.collate_fn, pin_memory=loader.pin_memory and acc.device.type == 'cuda', prefetch_factor=loader.prefetch_factor,
                       persistent_workers=loader.persistent_workers, worker_init_fn=loader.worker_init_fn, timeout=loader.timeout,
                       multiprocessing_context=loader.multiprocessing_context, generator=torch.Generator())
+
+class Timed:
+    "Passes batches on, and adds up the seconds for which they were waited for; the start of the workers is among them"
+    def __init__(self, loader):
+        began = time.monotonic(); self.stream = iter(loader)
+        self.seconds = time.monotonic() - began
+    def __iter__(self): return self
+    def __next__(self):
+        began = time.monotonic()
+        try: return next(self.stream)
+        finally: self.seconds += time.monotonic() - began
 
 # %% ../nbs/04a_loop.ipynb #976d288e
 HOOKS = {'on_start': 'the run is about to train (or to go on)', 'on_stage': 'a stage begins', 'on_step': 'an optimizer step was taken',
@@ -205,7 +231,7 @@ class Observers:
     def __call__(self, hook, *args):
         for f in self.hooks[hook]: f(*args)
 
-# %% ../nbs/04a_loop.ipynb #cf9bd506
+# %% ../nbs/04a_loop.ipynb #8bbd1301
 @dataclass
 class Run:
     "The state of a training run: what observers see, and what a checkpoint saves"
@@ -216,12 +242,14 @@ class Run:
     folder: Path
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
+    sampler: Any = None                     # the training batches, the same in every process
     epoch: int = 1                          # the epoch that is under way (1-based)
     batch: int = 0                          # micro-batches of it that are done, in each process
     step: int = 0                           # optimizer steps done
     skipped: int = 0                        # steps left out: nothing to learn from, or no finite gradient
     sums: dict = field(default_factory=dict)      # of the epoch under way: loss part → value × count
     counts: dict = field(default_factory=dict)    # … loss part → count
+    tally: dict = field(default_factory=dict)     # … the task's own sums
     history: list = field(default_factory=list)   # a row an epoch
     best: dict = field(default_factory=dict)      # epoch and metrics of the best validation
     stopper: Stopper = field(default_factory=Stopper)
@@ -229,7 +257,8 @@ class Run:
     reason: str = ''                        # why the run stopped, '' while it goes on: the same in all processes
     finished: bool = False                  # nothing is left to do
 
-    SAVED = ('epoch', 'batch', 'step', 'skipped', 'sums', 'counts', 'history', 'best', 'finished')
+    SAVED = ('epoch', 'batch', 'step', 'skipped', 'sums', 'counts', 'tally', 'best', 'finished')
+    MEASURED = ('batches', 'seconds', 'images_per_second', 'wait')      # in a row of the history, and not saved: the state does not tell where a run was stopped, nor how fast it was
 
     @property
     def judged(self) -> nn.Module:
@@ -251,7 +280,8 @@ class Run:
         helpers, scaler = self.task.modules(), self.accelerator.scaler
         return dict(model=self.model.state_dict(), modules=helpers.state_dict() if helpers else {}, optimizer=self.optimizer.state_dict(),
                     average=dict(steps=self.average.steps, module=self.average.module.state_dict()) if self.average else {},
-                    scaler=scaler.state_dict() if scaler else {}, stopper=vars(self.stopper), **{k: getattr(self, k) for k in self.SAVED})
+                    scaler=scaler.state_dict() if scaler else {}, stopper=vars(self.stopper), sampler=self.sampler.state() if hasattr(self.sampler, 'state') else {},
+                    history=[{k: v for k, v in row.items() if k not in self.MEASURED} for row in self.history], **{k: getattr(self, k) for k in self.SAVED})
 
     def load(self, state:dict):
         "Go on from `state`"
@@ -259,7 +289,8 @@ class Run:
         if helpers := self.task.modules(): helpers.load_state_dict(state['modules'])
         if self.average: self.average.module.load_state_dict(state['average']['module']); self.average.steps = state['average']['steps']
         if self.accelerator.scaler and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.stopper = Stopper(**state['stopper'])
+        if hasattr(self.sampler, 'load'): self.sampler.load(state['sampler'])
+        self.stopper, self.history = Stopper(**state['stopper']), state['history']
         for k in self.SAVED: setattr(self, k, state[k])
 
     def save(self, name:str) -> Path|None:
@@ -322,7 +353,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #d47bddb2
+# %% ../nbs/04a_loop.ipynb #b4bc2a14
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -346,26 +377,29 @@ def _train_mode(run, stage, parts):
 
 def _step(run, group, stage, trained):
     "One optimizer step from a group of micro-batches: accumulated means equal the mean over the whole group"
-    cfg, task, acc = run.cfg, run.task, run.accelerator
+    cfg, task, acc, learns = run.cfg, run.task, run.accelerator, getattr(run.sampler, 'learns', False)
     counts = [task.count(b) for b in group]
     N = {p: float(sum(float(c[p]) for c in counts)) for p in counts[0]}
     if acc.num_processes > 1: N = dict(zip(N, acc.reduce(torch.tensor(list(N.values()), dtype=torch.float64, device=acc.device)).tolist()))
-    weight, seen = {p: stage.loss_weights.get(p, cfg.loss_weights.get(p, 1.)) for p in N}, {p: 0. for p in N}
+    weight, seen, tally, hard = {p: stage.loss_weights.get(p, cfg.loss_weights.get(p, 1.)) for p in N}, {p: 0. for p in N}, {}, []
     for m, (batch, n) in enumerate(zip(group, counts)):
         reseed(acc.device, cfg.seed, run.step, acc.process_index, m)
         batch = send_to_device(batch, acc.device, non_blocking=True) if acc.device.type != 'cpu' else batch
-        values = task.loss(_forward(task, run.model, batch, acc), batch)
+        out = _forward(task, run.model, batch, acc); values = task.loss(out, batch)
         # divided by N before the backward pass: value·n would overflow fp16
         loss = sum(weight[p] * v * (float(n[p]) / N[p]) for p, v in values.items() if N[p])
         if getattr(loss, 'requires_grad', False): (acc.scaler.scale(loss) if acc.scaler else loss).backward()
         for p, v in values.items():
             if n[p]: seen[p] = seen[p] + v.detach().double() * float(n[p])
+        with torch.no_grad():
+            for k, v in task.tally(out, batch).items(): tally[k] = tally.get(k, 0.) + v.detach().double()
+            if learns: hard.append(task.difficulty(out, batch))
     if acc.num_processes > 1:          # gradients are summed, for N counted all processes; a parameter that none of them used keeps none
         live = [p for p in trained if p.requires_grad]
-        used, sums = (torch.tensor([float(x) for x in v], device=acc.device) for v in ([p.grad is not None for p in live], seen.values()))
-        *grads, used, sums = _sum([*(torch.zeros_like(p) if p.grad is None else p.grad for p in live), used, sums], acc)
+        used, sums, tallies = (torch.tensor([float(x) for x in v], device=acc.device) for v in ([p.grad is not None for p in live], seen.values(), tally.values()))
+        *grads, used, sums, tallies = _sum([*(torch.zeros_like(p) if p.grad is None else p.grad for p in live), used, sums, tallies], acc)
         for p, g, u in zip(live, grads, used.tolist()): p.grad = torch.empty_like(p).copy_(g) if u else None
-        seen = dict(zip(seen, sums.double()))
+        seen, tally = dict(zip(seen, sums.double())), dict(zip(tally, tallies.double()))
     good = any(p.grad is not None for p in trained)
     if good:
         if acc.scaler: acc.scaler.unscale_(run.optimizer)
@@ -378,6 +412,9 @@ def _step(run, group, stage, trained):
     if run.average: run.average.update()
     for p in N:
         if N[p]: run.sums[p], run.counts[p] = run.sums.get(p, 0.) + seen[p], run.counts.get(p, 0.) + N[p]
+    for k, v in tally.items(): run.tally[k] = run.tally.get(k, 0.) + v
+    if learns:                         # the same in every process, for each draws the whole epoch
+        for tiles, losses in gather_object([(tiles.tolist(), losses.tolist()) for tiles, losses in hard]): run.sampler.learn(tiles, losses)
 
 def _validate(run, val, stage):
     "Judge the averaged weights; the best so far are kept at once"
@@ -395,7 +432,7 @@ def _validate(run, val, stage):
 def fit(cfg:LoopConfig,       # what to do
         task:Task,            # what it means
         model:nn.Module,      # weights to train, changed in place
-        train:DataLoader,     # training batches; a batch sampler with `set_epoch(e)` is told the epoch
+        train:DataLoader,     # training batches; a batch sampler is told the epoch (`set_epoch`), how hard samples were (`learn`, where it `learns`), and saved (`state`, `load`)
         val:DataLoader,       # validation batches, each once
         folder:str|Path,      # the run folder; checkpoints in it are gone on from
         observers=()          # objects with hooks (see `HOOKS`)
@@ -412,8 +449,11 @@ def fit(cfg:LoopConfig,       # what to do
     if missing: raise ConfigError(f'{type(task).__name__}.parts leaves out {len(missing)} parameters: they would never train')
     optimizer = torch.optim.AdamW(groups, lr=0., weight_decay=cfg.optimizer.weight_decay, fused=True)
     _alike(p.detach() for m in ([model, helpers] if helpers else [model]) for p in [*m.parameters(), *m.buffers()])
-    run = Run(cfg, task, model, Average(model, cfg.ema.decay) if cfg.ema.enabled else None, Path(folder), acc, optimizer)
+    batches = train.batch_sampler
+    if getattr(batches, 'learns', False) and type(task).difficulty is Task.difficulty: raise ConfigError(f'hard negatives: {type(task).__name__} has no difficulty that they could be drawn by')
+    run = Run(cfg, task, model, Average(model, cfg.ema.decay) if cfg.ema.enabled else None, Path(folder), acc, optimizer, batches)
     if state := newest_state(run.folder/'checkpoints'): run.load(state)
+    elif hasattr(batches, 'load'): batches.load({})             # what it learnt in another run is not of this one
     train, val = _shared(train, acc, even=True), _shared(val, acc, even=False)
     trained = [p for g in groups for p in g['params']]
     stage = None
@@ -421,13 +461,13 @@ def fit(cfg:LoopConfig,       # what to do
     while run.epoch <= cfg.epochs and not run.finished and not run.reason:
         if stage is not (now := next(s for s in plan if s.first <= run.epoch <= s.last)):
             stage = now; _enter(run, stage, parts); tell('on_stage', run, stage)
-        batches, began = train.batch_sampler.batches, time.monotonic()
+        began = time.monotonic()
         if hasattr(batches, 'set_epoch'): batches.set_epoch(run.epoch)
         reseed(acc.device, cfg.seed, run.epoch)                   # a plain shuffled loader draws its order from here, or from a generator of its own
         if own := getattr(getattr(batches, 'sampler', None), 'generator', None): own.manual_seed(key_seed(cfg.seed, run.epoch))
         train.batch_sampler.skip, length = run.batch, len(train)
         if not length: raise ConfigError(f'epoch {run.epoch} holds no batch: fewer samples than batch_size {cfg.batch_size}')
-        _train_mode(run, stage, parts); stream, started = iter(train), run.batch
+        _train_mode(run, stage, parts); stream, started = Timed(train), run.batch
         while group := list(itertools.islice(stream, cfg.accumulate)):
             for g in optimizer.param_groups: g['lr'] = rate(stage, g['name'], run.epoch - 1 + run.batch / length, run.stopper.factor if run.stopper.plateau == stage.first else 1.)
             _step(run, group, stage, trained)
@@ -436,8 +476,11 @@ def fit(cfg:LoopConfig,       # what to do
             if run.reason: break
             if time.monotonic() - clock > 60 * cfg.checkpoint.resume_minutes: run.save('resume'); clock = time.monotonic()
         if run.reason: break                                       # the epoch's validation is done after the resume
-        row = dict(epoch=run.epoch, step=run.step, batches=run.batch - started, seconds=time.monotonic() - began, skipped=run.skipped,
-                   **{f"lr/{g['name']}": g['lr'] for g in optimizer.param_groups}, **{f'train/loss/{p}': float(v) / run.counts[p] for p, v in run.sums.items()})
+        seconds, sums = time.monotonic() - began, {k: float(v) for k, v in run.tally.items()}
+        row = dict(epoch=run.epoch, step=run.step, skipped=run.skipped, batches=run.batch - started, seconds=seconds,      # what is measured is of this life alone
+                   images_per_second=train.batch_sampler.samples * acc.num_processes / seconds, wait=stream.seconds / seconds,
+                   **{f"lr/{g['name']}": g['lr'] for g in optimizer.param_groups}, **{f'train/loss/{p}': float(v) / run.counts[p] for p, v in run.sums.items()},
+                   **{f'train/{k}': float(v) for k, v in (task.summary(sums) if sums else {}).items()})
         run.history.append(row)
         if run.epoch % cfg.val_frequency == 0 or run.epoch == cfg.epochs:
             metrics, meter = _validate(run, val, stage)
@@ -446,7 +489,7 @@ def fit(cfg:LoopConfig,       # what to do
             tell('on_validation', run, metrics, meter)
             if run.finished: run.stop(f'early stopping: no gain for {cfg.early_stopping.patience} epochs')
         tell('on_epoch', run); run.agree()
-        run.epoch, run.batch, run.sums, run.counts = run.epoch + 1, 0, {}, {}
+        run.epoch, run.batch, run.sums, run.counts, run.tally = run.epoch + 1, 0, {}, {}, {}
         if run.epoch > cfg.epochs: run.finished = True
         if (run.epoch - 1) % cfg.checkpoint.every == 0:
             if path := run.save(f'epoch-{run.epoch - 1:04d}'):

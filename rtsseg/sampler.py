@@ -13,7 +13,7 @@ import numpy as np
 
 from .config import Sampler
 
-# %% ../nbs/02_sampler.ipynb #80b06d80
+# %% ../nbs/02_sampler.ipynb #a3bc6432
 class Plan(NamedTuple):
     "What an epoch holds"
     epoch: int       # 1-based
@@ -28,14 +28,15 @@ class Batches:
     "Batches of keys (guide 7.2, 7.3); raises ValueError where no tile is positive, or an epoch would hold no batch"
     def __init__(self,
                  positive,            # (n,) bool: does tile i hold a slump?
-                 cfg:Sampler,         # curriculum and positive_fraction
+                 cfg:Sampler,         # curriculum, positive_fraction and hard_negatives
                  batch_size:int,      # tiles in a batch
                  seed:int,            # of the run
                  drop_last:bool=True  # leave out the last, short batch
                 ):
         positive = np.asarray(positive, bool)
         self.positive, self.negative = np.flatnonzero(positive), np.flatnonzero(~positive)
-        self.cfg, self.batch_size, self.seed, self.drop_last, self.epoch, self._told = cfg, batch_size, seed, drop_last, 1, False
+        self.cfg, self.batch_size, self.seed, self.drop_last, self._positive, self._told = cfg, batch_size, seed, drop_last, positive, set()
+        self.load({})
         if not positive.any(): raise ValueError(f'none of the {len(positive)} tiles is positive: look at n_positive and split in the manifest')
         mixed = cfg.positive_fraction is not None and len(self.negative)
         self.n_pos = round(batch_size*cfg.positive_fraction) if mixed else None       # positives in a batch; None: as they come
@@ -55,18 +56,52 @@ class Batches:
         return Plan(epoch, ratio, n_neg/n_pos, n_pos, n_neg, steps, used if self.n_pos is None else used + -(-used*self.n_pos//cut))
 
     def set_epoch(self, epoch:int):
-        "Choose the epoch, 1-based, that is yielded next"
+        "Choose the epoch, 1-based, that is yielded next; another one than before takes in what was learnt in between"
+        if epoch != self.epoch: self._losses |= self._learnt; self._learnt = {}
         self.epoch = epoch
+
+    @property
+    def learns(self) -> bool:
+        "Whether losses change what is drawn"
+        return self.cfg.hard_negatives > 0
+
+    def learn(self,
+              tiles,      # (n,) int: rows of `positive`
+              losses      # (n,) float: their losses in a training step
+             ):
+        "Take in losses for the epochs after this one; those of positive tiles, and what is no finite number, are passed over. Raises ValueError on a loss below 0"
+        tiles, losses = np.asarray(tiles, int), np.asarray(losses, float)
+        if (losses < 0).any(): raise ValueError(f'a loss of {losses.min():.3g}: hard_negatives weighs tiles by their losses, which must not be below 0')
+        use = ~self._positive[tiles] & np.isfinite(losses)
+        self._learnt |= zip(tiles[use].tolist(), losses[use].tolist())
+
+    def weights(self) -> np.ndarray:      # (number of negative tiles,) float, in the order of `negative`
+        "What the epoch's negatives are drawn by: (1 − h) + h·loss/mean loss. A tile that was never drawn has the mean"
+        loss = np.array([self._losses.get(t, np.nan) for t in self.negative.tolist()])
+        mean, h = np.nanmean(loss) if self._losses else 0, self.cfg.hard_negatives
+        return 1 - h + h*np.nan_to_num(loss/mean, nan=1.) if mean else np.ones(len(loss))
+
+    def state(self) -> dict:      # numbers and dicts of them
+        "What a resume needs"
+        return dict(epoch=self.epoch, losses=dict(self._losses), learnt=dict(self._learnt)) if self.learns else {}
+
+    def load(self,
+             state:dict   # of `state`; {}: a run that begins
+            ):
+        "Go on from `state`"
+        self.epoch, self._losses, self._learnt = state.get('epoch', 1), dict(state.get('losses', {})), dict(state.get('learnt', {}))
 
     def __len__(self): return self.plan(self.epoch).steps
 
     def __iter__(self):
         p = self.plan(self.epoch)
-        if p.negatives < p.positives*p.ratio and not self._told:
-            self._told = True
-            warnings.warn(f'from epoch {p.epoch} on, 1:{p.ratio} asks for {p.positives*p.ratio} negative tiles: all {p.negatives} are used, which reaches 1:{p.reached:.3g}')
-        rng = np.random.default_rng(np.random.SeedSequence((self.seed, p.epoch), spawn_key=(1,)))   # the spawn key keeps it apart from the tiles' own draws
-        start, negative = rng.random(), rng.permutation(self.negative)[:p.negatives]
+        if p.negatives < p.positives*p.ratio:
+            self._once('few', f'from epoch {p.epoch} on, 1:{p.ratio} asks for {p.positives*p.ratio} negative tiles: all {p.negatives} are used, which reaches 1:{p.reached:.3g}')
+        if self.learns and p.negatives == len(self.negative):
+            self._once('all', f'hard_negatives {self.cfg.hard_negatives:g} changes nothing from epoch {p.epoch} on: 1:{p.ratio} takes all {p.negatives} negative tiles, so there is no choice')
+        rng = self._rng(1)
+        start, negative = rng.random(), rng.permutation(self.negative)
+        negative = negative[np.isin(negative, self._hard(p.negatives))] if self.learns else negative[:p.negatives]
         if self.n_pos is None:
             n = p.positives + p.negatives
             here = (np.arange(p.positives)*n + int(start*n))//p.positives
@@ -77,6 +112,16 @@ class Batches:
             last = p.tiles - min(p.negatives, p.steps*(self.batch_size - self.n_pos))
             parts = [(self._keys(again[:last], p.positives), self.n_pos), (self._keys(negative), self.batch_size - self.n_pos)]
         for i in range(p.steps): yield [k for keys, n in parts for k in keys[i*n:(i+1)*n]]
+
+    def _rng(self, what): return np.random.default_rng(np.random.SeedSequence((self.seed, self.epoch), spawn_key=(what,)))   # the spawn key keeps it apart from the tiles' own draws
+
+    def _hard(self, k):
+        "k negatives by weight, without replacement: clocks that tick at these rates, and the first k to ring (Efraimidis and Spirakis 2006)"
+        clocks = self._rng(2).exponential(size=len(self.negative))/np.maximum(self.weights(), 1e-12)     # weights of 0 come last, in an order of chance
+        return self.negative[np.argsort(clocks)[:k]]
+
+    def _once(self, name, message):
+        if name not in self._told: self._told.add(name); warnings.warn(message)
 
     def _keys(self, tiles, each=None):
         "Keys of a stream in which every tile comes once in `each` places"

@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 import rtsseg.loop
-from rtsseg.config import ConfigError, EarlyStopping, LoopConfig, Stage
-from rtsseg.loop import Average, CheckpointError, Stopper, Task, evaluate, fit, load_state, newest_state, save_state
+from rtsseg.config import ConfigError, CurriculumRow, EarlyStopping, LoopConfig, Sampler as SamplerConfig, Stage
+from rtsseg.loop import Average, CheckpointError, Run, Stopper, Task, evaluate, fit, load_state, newest_state, save_state
+from rtsseg.sampler import Batches
 
 F = nn.functional
 
@@ -33,6 +34,8 @@ class Points(Task):
     def loss(self, out, batch):
         each = dict(bce=F.binary_cross_entropy_with_logits(out, batch['y'].clamp(max=1), reduction='none'), square=(out - batch['x'][:, 1])**2)
         return {p: (each[p] * m).sum() / m.sum().clamp(min=1) for p, m in self.masks(batch).items()}
+    def tally(self, out, batch): ok = batch['y'] != 255; return dict(right=((out > 0) == (batch['y'] > 0))[ok].sum(), n=ok.sum())
+    def summary(self, sums): return dict(right=sums['right'] / sums['n'])
     def meter(self): return Nothing()
 
 class Nothing:
@@ -69,7 +72,7 @@ def gradient(r): return torch.cat([r.optimizer.state[p]['exp_avg'].flatten() / .
 def weights(module): return torch.cat([t.double().flatten() for t in module.state_dict().values()])
 def equal(a, b):
     "Two runs ended in the same state, to the bit"
-    clean = lambda h: [{k: v for k, v in r.items() if k not in ('seconds', 'batches')} for r in h]
+    clean = lambda h: [{k: v for k, v in r.items() if k not in Run.MEASURED} for r in h]
     assert torch.equal(weights(a.model), weights(b.model)) and torch.equal(weights(a.judged), weights(b.judged))
     for p, q in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True): assert all(torch.equal(p[k], q[k]) for k in p)
     assert clean(a.history) == clean(b.history) and a.best == b.best and a.step == b.step and a.skipped == b.skipped
@@ -114,6 +117,47 @@ def test_weight_decay_is_decoupled():
     r = run(data=points(8), epochs=1, optimizer=dict(clip_norm=None, weight_decay=.3))
     w, g = torch.cat([p.detach().flatten() for p in net().parameters()]), gradient(r)
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in r.model.parameters()]), w - .05 * (.3 * w + g / (g.abs() + 1e-8)), atol=1e-5, rtol=1e-4)
+
+# ---------------------------------------------------------------- what the task adds up
+@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('at', [None, 1, 2])
+def test_tally_is_the_epochs_own(accumulate, at, tmp_path):
+    "Unequal micro-batches, a step that was left out and a stop: what the row says is counted over all outputs of the steps that were taken"
+    kept = []
+    class Kept(Points):
+        def loss(self, out, batch): self.calls = getattr(self, 'calls', 0) + 1; return {p: v * (math.nan if self.bad(batch) else 1) for p, v in super().loss(out, batch).items()}
+        def bad(self, batch): return torch.is_grad_enabled() and any(torch.equal(x, points(76)[7]['x']) for x in batch['x'])      # a sample of the first group
+        def tally(self, out, batch):
+            assert not torch.is_grad_enabled(); kept.append((out.detach(), batch['y'])); return super().tally(out, batch)
+    cfg = dict(task=Kept(), data=points(76), accumulate=accumulate, epochs=1)                                     # 10 batches, the last of 4
+    if at: run(tmp_path, observers=[At(at, stop)], **cfg)
+    r = run(tmp_path, **cfg)
+    out, y = map(torch.cat, zip(*kept[accumulate:])); ok = y != 255
+    assert r.skipped == 1 and len(kept) == 10
+    assert r.history[0]['train/right'] == int(((out > 0) == (y > 0))[ok].sum()) / int(ok.sum()) and not r.tally
+
+def test_an_epoch_without_a_step_has_no_summary():
+    "Where all steps were left out there are no sums to make numbers of"
+    data = points(16); [d.update(y=torch.tensor(255.)) for d in data]
+    r = run(data=data, epochs=1)
+    assert r.skipped == r.step == 2 and not any(k.startswith('train/') for k in r.history[0])
+
+# ---------------------------------------------------------------- what is measured
+class Reads(Dataset):
+    "Counts what is read, in this process"
+    def __init__(self): self.rows, self.read = points(44), 0
+    def __len__(self): return 44
+    def __getitem__(self, i): self.read += 1; return self.rows[i]
+
+def test_samples_per_second_are_those_that_this_life_read(tmp_path):
+    "44 samples, the last batch of 4; the epoch that was gone on with counts what was left of it. Times are no part of a checkpoint"
+    run(tmp_path, data=Reads(), observers=[At(8, stop)]); data = Reads(); r = run(tmp_path, data=data)
+    first, second = r.history
+    assert 'seconds' not in first and 'images_per_second' not in first and (second['batches'], data.read) == (4, 28)
+    assert second['images_per_second'] * second['seconds'] == pytest.approx(28) and 0 < second['wait'] < 1
+    assert all(not row.keys() & set(Run.MEASURED) for f in (tmp_path/'checkpoints').glob('resume.ckpt') for row in load_state(f)['history'])
+    r = run(data=points(44), loader=dict(num_workers=2), epochs=1)
+    assert r.history[0]['images_per_second'] * r.history[0]['seconds'] == pytest.approx(44)
 
 # ---------------------------------------------------------------- steps that are left out
 def test_nothing_to_learn_from_is_no_step():
@@ -415,6 +459,66 @@ def test_results_do_not_depend_on_workers(tmp_path):
 
 def test_an_empty_epoch_is_an_error():
     with pytest.raises(ConfigError, match='holds no batch'): run(data=points(4), loader=dict(drop_last=True))
+
+# ---------------------------------------------------------------- samplers that learn
+class Told(Keys):
+    "Notes what it is told"
+    def __init__(self, learns=True): self.learns, self.told = learns, []
+    def learn(self, tiles, losses): self.told.append((tiles, losses))
+
+class Weighed(Points):
+    "Says how hard each sample was, and notes it by optimizer step"
+    asked = 0
+    def difficulty(self, out, batch):
+        assert not torch.is_grad_enabled(); self.asked += 1
+        return batch['tile'], F.binary_cross_entropy_with_logits(out, batch['y'].clamp(max=1), reduction='none')
+
+class Named(Keyed):
+    def __getitem__(self, key): return super().__getitem__(key) | dict(tile=key[2])
+
+def learn(folder, sampler, task=None, model=None, observers=(), **cfg):
+    return fit(LoopConfig(**quick | dict(epochs=1) | cfg), task or Weighed(), model or net(norm=True), DataLoader(Named(), batch_sampler=sampler), DataLoader(points(20, seed=1), 7), folder, observers)
+
+def test_a_sampler_is_told_each_samples_loss_after_its_step(tmp_path):
+    "Each micro-batch of each step in order, with the losses of the weights before that step; nothing of a step that was left out"
+    seen = []
+    class Checked(Weighed):
+        def loss(self, out, batch):
+            values = super().loss(out, batch)
+            if not torch.is_grad_enabled(): return values
+            seen.append((batch['tile'].tolist(), [float(F.binary_cross_entropy_with_logits(o, y.clamp(max=1))) for o, y in zip(out.detach(), batch['y'])], len(sampler.told)))
+            return {p: v * (math.nan if len(seen) == 1 else 1) for p, v in values.items()}
+    sampler = Told(); r = learn(tmp_path, sampler, Checked(), accumulate=2)                # 5 batches: groups of 2, 2, 1, of which the first is left out
+    assert r.skipped == 1 and [n for *_, n in seen] == [0, 0, 0, 0, 2] and len(sampler.told) == 3
+    for (tiles, losses), (want, by_hand, _) in zip(sampler.told, seen[2:], strict=True): assert tiles == want and losses == pytest.approx(by_hand, rel=1e-5)
+
+def test_nothing_is_asked_where_nobody_learns(tmp_path):
+    task, sampler = Weighed(), Told(learns=False); learn(tmp_path, sampler, task)
+    assert task.asked == 0 and sampler.told == []
+
+def test_a_task_that_cannot_tell_is_an_error_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match='Points has no difficulty'): learn(tmp_path, Told(), Points())
+    assert not list(tmp_path.iterdir())
+
+def hard(h=.8): return Batches([True] * 8 + [False] * 40, SamplerConfig(hard_negatives=h, curriculum=[CurriculumRow(first=1, last=1, ratio=2)]), 4, seed=0)
+
+@pytest.fixture(scope='module')
+def hardened(tmp_path_factory): return learn(tmp_path_factory.mktemp('hard'), hard(), epochs=4)
+
+@pytest.mark.parametrize('at', [1, 3, 8, 13])
+@pytest.mark.parametrize('how', [stop, crash])
+def test_hard_negatives_over_a_stop(at, how, hardened, tmp_path):
+    "What the sampler knows, and what it has learnt since the epoch began, goes on with the run; 8 batches an epoch"
+    cfg = dict(epochs=4, checkpoint=dict(resume_minutes=1e-9))
+    try: learn(tmp_path, hard(), observers=[At(at, how)], **cfg)
+    except Crash: pass
+    rest = learn(tmp_path, hard(), model=net(9 if at > 1 or how is stop else 0, norm=True), **cfg)
+    equal(hardened, rest); assert rest.sampler.state() == hardened.sampler.state() and rest.sampler.state()['losses']
+
+def test_a_sampler_forgets_another_run(hardened, tmp_path):
+    "The same sampler in two runs: the second begins as the first did"
+    sampler = hard(); learn(tmp_path/'1', sampler, epochs=4)
+    again = learn(tmp_path/'2', sampler, epochs=4); equal(hardened, again); assert again.sampler.state() == hardened.sampler.state()
 
 # ---------------------------------------------------------------- loss scaling and half precision, as far as a CPU shows them
 @pytest.fixture

@@ -1,22 +1,25 @@
 "Sampler: what an epoch and a batch hold, for any split, curriculum and batch size"
-import warnings
+import itertools, warnings
 from collections import Counter
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
 from rtsseg.config import CurriculumRow, Sampler
 from rtsseg.sampler import Batches
 
-def make(n_pos, n_neg, ratio, fraction, size, seed=0, drop_last=True):
-    "A split in random order and its sampler, or None where no batch can be filled"
-    positive = np.random.default_rng(n_pos + n_neg).permutation([True]*n_pos + [False]*n_neg)
-    cfg = Sampler(positive_fraction=fraction, curriculum=[CurriculumRow(first=1, last=3, ratio=ratio), CurriculumRow(first=4, last=9, ratio=ratio + 3)])
-    try: return positive, Batches(positive, cfg, size, seed, drop_last)
+def make(n_pos, n_neg, ratio, fraction, size, seed=0, drop_last=True, hard=0.):
+    "A split in random order and its sampler, which knows losses of half of the tiles; or None where no batch can be filled"
+    rng = np.random.default_rng(n_pos + n_neg); positive = rng.permutation([True]*n_pos + [False]*n_neg)
+    cfg = Sampler(positive_fraction=fraction, hard_negatives=hard, curriculum=[CurriculumRow(first=1, last=3, ratio=ratio), CurriculumRow(first=4, last=9, ratio=ratio + 3)])
+    try: b = Batches(positive, cfg, size, seed, drop_last)
     except ValueError as e:
         assert 'batch_size' in str(e)
         return positive, None
+    tiles = np.flatnonzero(rng.random(len(positive)) < .5); b.learn(tiles, rng.exponential(size=len(tiles))*(rng.random(len(tiles)) < .8)); b.set_epoch(0)
+    return positive, b
 
 def draw(batches, epoch):
     batches.set_epoch(epoch)
@@ -25,13 +28,13 @@ def draw(batches, epoch):
         return list(batches)
 
 splits = dict(n_pos=st.integers(1, 40), n_neg=st.integers(0, 300), ratio=st.integers(1, 12), size=st.integers(1, 24), epoch=st.integers(1, 12),
-              seed=st.integers(0, 2**32), drop_last=st.booleans())
+              seed=st.integers(0, 2**32), drop_last=st.booleans(), hard=st.sampled_from([0., .5, 1.]))
 
 @settings(deadline=None, max_examples=150)
 @given(fraction=st.floats(.05, .95), **splits)
-def test_balanced_batches(n_pos, n_neg, ratio, size, epoch, seed, drop_last, fraction):
+def test_balanced_batches(n_pos, n_neg, ratio, size, epoch, seed, drop_last, hard, fraction):
     "Each batch has round(f·B) positives, no negative comes twice, no positive is more than one draw ahead of another"
-    positive, b = make(n_pos, n_neg, ratio, fraction, size, seed, drop_last)
+    positive, b = make(n_pos, n_neg, ratio, fraction, size, seed, drop_last, hard)
     if b is None or not n_neg: return
     out, asked = draw(b, epoch), n_pos*(ratio if epoch <= 3 else ratio + 3)
     seen = Counter(k[2] for batch in out for k in batch)
@@ -49,9 +52,9 @@ def test_balanced_batches(n_pos, n_neg, ratio, size, epoch, seed, drop_last, fra
 
 @settings(deadline=None, max_examples=150)
 @given(**splits)
-def test_batches_that_follow_the_ratio(n_pos, n_neg, ratio, size, epoch, seed, drop_last):
+def test_batches_that_follow_the_ratio(n_pos, n_neg, ratio, size, epoch, seed, drop_last, hard):
     "Every tile of the pool once, up to the dropped batch, and a positive in each batch that has room for one"
-    positive, b = make(n_pos, n_neg, ratio, None, size, seed, drop_last)
+    positive, b = make(n_pos, n_neg, ratio, None, size, seed, drop_last, hard)
     if b is None: return
     out, r = draw(b, epoch), ratio if epoch <= 3 else ratio + 3
     tiles = [k[2] for batch in out for k in batch]
@@ -64,9 +67,9 @@ def test_batches_that_follow_the_ratio(n_pos, n_neg, ratio, size, epoch, seed, d
 
 @settings(deadline=None, max_examples=100)
 @given(fraction=st.sampled_from([.25, .5, .75, None]), quarter=st.integers(1, 4), **{k: v for k, v in splits.items() if k != 'size'})
-def test_double_batch(n_pos, n_neg, ratio, quarter, epoch, seed, drop_last, fraction):
+def test_double_batch(n_pos, n_neg, ratio, quarter, epoch, seed, drop_last, hard, fraction):
     "A batch of 2B holds what two successive batches of B hold"
-    (_, one), (_, two) = (make(n_pos, n_neg, ratio, fraction, s, seed) for s in (8*quarter, 4*quarter))
+    (_, one), (_, two) = (make(n_pos, n_neg, ratio, fraction, s, seed, hard=hard) for s in (8*quarter, 4*quarter))
     if one is None or two is None: return
     one, two = draw(one, epoch), draw(two, epoch)
     assert [sorted(b) for b in one] == [sorted(p + q) for p, q in zip(two[::2], two[1::2])]
@@ -80,25 +83,98 @@ def test_other_epochs_drop_other_tiles(fraction):
 
 def test_negatives_are_drawn_evenly():
     "Each negative has the same chance in every epoch: χ² over 400 epochs"
-    from scipy.stats import chisquare
     positive, b = make(5, 40, 2, .5, 2)
     count = Counter(k[2] for e in range(10, 410) for batch in draw(b, e) for k in batch if not positive[k[2]])
     assert chisquare([count[t] for t in np.flatnonzero(~positive)]).pvalue > .01
+
+# ---------------------------------------------------------------- hard negatives
+def test_the_even_draw_is_a_permutation():
+    "With hard_negatives 0 an epoch's negatives are the first of one permutation, losses or not: streams of runs that began before losses counted stay what they were"
+    positive, b = make(7, 90, 4, .5, 8, seed=5)
+    rng = np.random.default_rng(np.random.SeedSequence((5, 2), spawn_key=(1,))); rng.random()
+    assert [k[2] for batch in draw(b, 2) for k in batch if not positive[k[2]]] == rng.permutation(np.flatnonzero(~positive))[:28].tolist()
+
+def chance(weights, k):
+    "Each set of k: the chance that k successive draws give it, each among the tiles left and by their weights"
+    def of(order): left = sum(weights); return np.prod([weights[i]/(left - sum(weights[j] for j in order[:n])) for n, i in enumerate(order)])
+    return {c: sum(map(of, itertools.permutations(c))) for c in itertools.combinations(range(len(weights)), k)}
+
+@pytest.mark.parametrize('hard,losses', [(1., [1., 2., 3., 4., 10.]), (.5, [1., 2., 3., 4., 10.]), (.8, [5., 0., None, 1., None]), (1., [None]*5)])
+@pytest.mark.parametrize('ratio', [1, 2, 3])
+def test_draw_follows_the_weights(hard, losses, ratio):
+    "Every set of negatives comes as often as successive draws without replacement say: χ² over 3000 epochs"
+    b = Batches([True] + [False]*5, Sampler(positive_fraction=None, hard_negatives=hard, curriculum=[CurriculumRow(first=1, last=1, ratio=ratio)]), 1 + ratio, seed=0)
+    known = [l for l in losses if l is not None]
+    b.learn([1 + i for i, l in enumerate(losses) if l is not None], known)
+    want = chance([1 - hard + hard*(1. if l is None else l/np.mean(known)) for l in losses], ratio)
+    seen = Counter(tuple(sorted(k[2] - 1 for k in batch if k[2])) for e in range(2, 3002) for batch in draw(b, e))
+    assert set(seen) <= set(want) and chisquare([seen[c] for c in want], [3000*p for p in want.values()]).pvalue > .01
+
+def test_losses_of_zero_come_last_and_evenly():
+    "h = 1, two tiles with a loss and four without, three to draw: both of the two, and each of the four equally often"
+    b = Batches([True] + [False]*6, Sampler(positive_fraction=None, hard_negatives=1., curriculum=[CurriculumRow(first=1, last=1, ratio=3)]), 4, seed=0)
+    b.learn(range(1, 7), [0., 0., 2., 0., 1., 0.])
+    count = Counter(k[2] for e in range(2, 1002) for batch in draw(b, e) for k in batch)
+    assert count[3] == count[5] == 1000 and chisquare([count[t] for t in (1, 2, 4, 6)]).pvalue > .01
+
+def loss_of(key): return float(np.random.default_rng(key).exponential())
+
+def train(b, epochs, state=None, start=(1, 0), stop=None, ahead=0):
+    "What a loop does: batches from `start` on, `ahead` of them read before losses are told; at `stop` (epoch, batches done) gives the state instead of going on"
+    if state is not None: b.load(state)
+    out = []
+    for e in range(start[0], epochs + 1):
+        b.set_epoch(e); stream = iter(b); read = []
+        for i in range(len(b)):
+            if (e, i) == stop: return out, b.state()
+            read += itertools.islice(stream, i + 1 + ahead - len(read))
+            if (e, i) < start: continue
+            out.append(read[i]); b.learn([k[2] for k in read[i]], [loss_of(k) for k in read[i]])
+    return out, b.state()
+
+@settings(deadline=None, max_examples=60)
+@given(fraction=st.sampled_from([.5, None]), hard=st.sampled_from([0., .5, 1.]), epoch=st.integers(1, 4), at=st.floats(0, 1), ahead=st.integers(0, 9), seed=st.integers(0, 99))
+def test_resume_anywhere(fraction, hard, epoch, at, ahead, seed):
+    "Stopped after any batch of any epoch, and gone on with from numbers alone, reading ahead or not: the same stream and the same losses"
+    new = lambda: make(8, 100, 3, fraction, 6, seed, hard=hard)[1]
+    positive = make(8, 100, 3, fraction, 6)[0]; (whole, end), b = train(new(), 4, {}), new(); b.set_epoch(epoch); stop = epoch, int(at*(len(b) - 1))
+    first, state = train(b, 4, {}, stop=stop, ahead=ahead)
+    rest, again = train(new(), 4, state, stop, ahead=3)
+    assert first + rest == whole and again == end
+    if hard: assert len(end['losses']) and all(type(k) is int and type(v) is float and not positive[k] for d in (end['losses'], end['learnt']) for k, v in d.items())
+
+def test_hard_ones_come_at_any_time_of_the_epoch():
+    "Of tiles with losses 1 to 40, half of them drawn, the mean place does not depend on the loss; were they drawn hardest first, the easy ones would be those that the last batch drops"
+    b = Batches([True] + [False]*40, Sampler(positive_fraction=None, hard_negatives=1., curriculum=[CurriculumRow(first=1, last=1, ratio=20)]), 21, seed=0)
+    b.learn(range(1, 41), range(1, 41))
+    loss, place = np.array([(k[2], i) for e in range(2, 402) for batch in draw(b, e) for i, k in enumerate(k for k in batch if k[2])]).T
+    assert abs(np.corrcoef(loss, place)[0, 1]) < 4/np.sqrt(len(loss))
+
+def test_last_loss_counts():
+    "Of two losses of a tile the later one; hard tiles of the last epoch are drawn more often in the next"
+    positive, b = make(20, 400, 5, .5, 10, hard=1.); easy = np.flatnonzero(~positive)[:200]
+    b.load({}); b.learn(np.flatnonzero(~positive), np.full(400, 9.)); b.learn(easy, np.full(200, 1.))
+    drawn = {k[2] for batch in draw(b, 2) for k in batch}
+    assert len(drawn - set(easy.tolist())) > 2*len(drawn & set(easy.tolist())) + 20        # 20: the positives
 
 class Echo(Dataset):
     "Gives back its key"
     def __len__(self): return 70
     def __getitem__(self, key): return torch.tensor(key)
 
-def test_workers_see_the_same_stream():
-    _, b = make(10, 60, 3, .5, 8)
+@pytest.mark.parametrize('hard', [0., .9])
+def test_workers_see_the_same_stream(hard):
+    "However far they read ahead of the losses that are learnt"
+    _, b = make(10, 60, 3, .5, 8, hard=hard)
     streams = []
     for workers in (0, 1, 2):
         loader = DataLoader(Echo(), batch_sampler=b, num_workers=workers, persistent_workers=workers > 0)
-        epochs = []
-        for e in (1, 2):
+        epochs = []; b.load({})
+        for e in (1, 2, 3):
             b.set_epoch(e); assert len(loader) == len(b)
-            epochs.append(torch.stack(list(loader)))
+            batches = []
+            for batch in loader: batches.append(batch); b.learn(batch[:, 2], torch.tensor([loss_of(k) for k in batch.tolist()]))
+            epochs.append(torch.stack(batches))
         streams.append(torch.stack(epochs))
     assert all(torch.equal(s, streams[0]) for s in streams) and not torch.equal(streams[0][0], streams[0][1])
 
@@ -108,3 +184,12 @@ def test_said_once():
         warnings.simplefilter('always')
         for e in (1, 2, 5): b.set_epoch(e); list(b)
     assert len(told) == 1 and '1:3' in str(told[0].message) and '1:1.5' in str(told[0].message)
+
+@pytest.mark.parametrize('n_neg,said', [(31, 0), (30, 1), (15, 2)])
+def test_no_choice_is_said_once(n_neg, said):
+    "1:3 of 10 positives leaves hard_negatives a choice among 31 tiles, none among 30 or fewer"
+    b = Batches([True]*10 + [False]*n_neg, Sampler(hard_negatives=.5, curriculum=[CurriculumRow(first=1, last=1, ratio=3)]), 4, seed=0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        for e in (1, 2, 5): b.set_epoch(e); list(b)
+    assert len(told) == said and all(f'all {n_neg}' in str(w.message) for w in told)

@@ -1,15 +1,16 @@
 """Two processes equal one with the same global batch. Called as a script, this file is what each of the two processes runs"""
-import os, socket, subprocess, sys, time
+import math, os, socket, subprocess, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import rtsseg.loop
-from rtsseg.config import LoopConfig
-from rtsseg.loop import Task, evaluate, fit, load_state
+from rtsseg.config import CurriculumRow, LoopConfig, Sampler
+from rtsseg.loop import Run, Task, evaluate, fit, load_state
+from rtsseg.sampler import Batches
 
 # ---------------------------------------------------------------- what both sides run
 F, B, LIMIT = nn.functional, 4, 90     # LIMIT: seconds after which the two processes count as deadlocked
@@ -55,7 +56,24 @@ class Squares(Task):
             z, y = heads[k][0], batch['y'][heads[k][1]]; valid = y != 255
             values[f'bce{k}'] = F.binary_cross_entropy_with_logits(z, y * valid, weight=valid.float(), reduction='sum') / valid.sum().clamp(min=1)
         return values
+    def tally(self, out, batch):
+        found = Accuracy(); found.update(out, batch)
+        return {k: torch.tensor(float(v)) for k, v in vars(found).items()}
+    def summary(self, sums): return sums | dict(accuracy=sums['right'] / max(sums['n'], 1))
     def meter(self): return Accuracy()
+
+class Weighed(Squares):
+    "Says how hard each image is, whichever head it goes to"
+    def difficulty(self, out, batch):
+        losses = torch.full(batch['kind'].shape, math.nan)
+        for z, of in out[1].values():
+            y = batch['y'][of]; losses[of] = F.binary_cross_entropy_with_logits(z, y.clamp(max=1), weight=(y != 255).float(), reduction='none').mean((1, 2))
+        return batch['tile'], losses
+
+class Keyed:
+    "The images, read by the sampler's keys; 12 of 48 count as positive. Keeps what was read"
+    def __init__(self): self.rows, self.read = images(), []
+    def __getitem__(self, key): self.read.append(key); return self.rows[key[2]] | dict(tile=key[2])
 
 class Accuracy:
     def __init__(self): self.right, self.n = 0, 0
@@ -76,14 +94,14 @@ class Stop:
     def ask(self, run, *_):
         if run.accelerator.process_index == self.rank and run.step == self.when: run.stop('as asked')
 
-def train(folder, accumulate=1, observers=(), norm=lambda: nn.GroupNorm(2, 8), seed=0, **settings):
+def train(folder, accumulate=1, observers=(), norm=lambda: nn.GroupNorm(2, 8), seed=0, data=None, task=Squares, **settings):
     torch.manual_seed(seed); model = Net(norm)
     cfg = LoopConfig(**dict(device='cpu', epochs=4, accumulate=accumulate, batch_size=B, freeze_backbone_epochs=0, val_frequency=1, ema=dict(decay=.9),
                             lr=dict(base_lr=.01, backbone_lr_multiplier=.5, warmup_epochs=1, frozen_lr=.02)) | settings)
-    return fit(cfg, Squares(seed), model, DataLoader(images(), batch_size=B, shuffle=False), DataLoader(images(12, seed=1), batch_size=B), folder, observers)
+    return fit(cfg, task(seed), model, data or DataLoader(images(), batch_size=B, shuffle=False), DataLoader(images(12, seed=1), batch_size=B), folder, observers)
 
 def result(run):
-    drop = lambda row: {k: v for k, v in row.items() if k not in ('seconds', 'batches')}
+    drop = lambda row: {k: v for k, v in row.items() if k not in Run.MEASURED}
     return dict(seen=run.__dict__.get('seen'), best_file=load_state(run.folder/'checkpoints'/'best.ckpt'), model=run.model.state_dict(),
                 judged=run.judged.state_dict(), helper=run.task.helper.state_dict(), history=[drop(r) for r in run.history],
                 best=run.best, step=run.step, skipped=run.skipped, reason=run.reason, epoch=run.epoch, finished=run.finished)
@@ -102,13 +120,19 @@ def batch_norm(d, world): return result(train(d, norm=lambda: nn.BatchNorm2d(8))
 def stopped(d, world, hook='on_step', when=8, **kw):
     half = result(train(d, accumulate=2 // world, observers=[Stop(world - 1, hook, when)], **kw))
     return dict(half=half, rest=result(train(d, accumulate=2 // world, seed=7, **kw)))
+def hard(d, world, observers=(), **kw):
+    sampler = Batches(np.arange(48) % 4 == 0, Sampler(hard_negatives=.9, curriculum=[CurriculumRow(first=1, last=1, ratio=2)]), B, seed=3)
+    run = train(d, accumulate=2 // world, task=Weighed, data=DataLoader(data := Keyed(), batch_sampler=sampler), observers=observers, **kw)
+    told = run.sampler.state(); sampler.set_epoch(run.epoch + 1)
+    return dict(result(run), told=told, read=data.read, next=list(sampler))
+def stopped_hard(d, world): return dict(half=hard(d, world, [Stop(world - 1, 'on_step', 8)]), rest=hard(d, world, seed=7))
 def stopped_at_epoch_end(d, world): return stopped(d, world, when=12)
 def stopped_in_validation(d, world): return stopped(d, world, 'on_validation', 12)
 def stopped_batch_norm(d, world): return stopped(d, world, norm=lambda: nn.BatchNorm2d(8))
 
 EQUAL = [plain, accumulated, frozen, only_helper, early]
 STOPPED = [stopped, stopped_at_epoch_end, stopped_in_validation]
-SCENARIOS = [*EQUAL, own_start, batch_norm, *STOPPED, stopped_batch_norm]
+SCENARIOS = [*EQUAL, own_start, batch_norm, *STOPPED, stopped_batch_norm, hard, stopped_hard]
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
@@ -168,6 +192,28 @@ def test_facts(two):
     torch.manual_seed(0); start = Net(), Squares(0).helper
     for k, v in [*start[0].state_dict().items()]: assert not torch.equal(v, first['model'][k])
     assert not torch.equal(start[1].weight, first['helper']['weight'])
+
+def test_tallies_are_those_of_one_process(two, tmp_path):
+    "The epoch's counts are whole numbers, the same on either side; `test_equals_one_process` compares the rest of the row"
+    one, (first, second) = plain(tmp_path, 1), two(plain)
+    count = lambda r: [(row['train/right'], row['train/n']) for row in r['history']]
+    assert count(one) == count(first) == count(second) and all(n > 0 and n == int(n) for row in count(one) for n in row)
+
+def test_hard_negatives_are_learnt_by_all(two, tmp_path):
+    "Each process knows the losses that all saw, so each draws the stream of one process with the same global batch; together they read it"
+    one, (first, second) = hard(tmp_path, 1), two(hard)
+    names = 'read', 'next'
+    close(without(first, 'read'), without(second, 'read'), 0.); close(without(first, *names), without(one, *names), 1e-5)
+    assert first['next'] == one['next'] and one['told']['losses'] and one['told']['learnt']
+    turns = lambda keys: [keys[i:i + B] for i in range(0, len(keys), B)]
+    assert [b for pair in zip(turns(first['read']), turns(second['read']), strict=True) for b in pair] == turns(one['read'])
+    assert first['written'] and second['written'] == []
+
+def test_hard_negatives_over_a_stop(two):
+    "What the main process saved is what both knew"
+    for r, whole in zip(two(stopped_hard), two(hard)):
+        assert r['half']['step'] == 8 and r['half']['told']['learnt']
+        close(without(r['rest'], 'read'), without(whole, 'read'), 0.); assert r['half']['read'] + r['rest']['read'] == whole['read']
 
 def test_first_process_decides_the_start(two):
     "Processes that begin with weights of their own, in model and helper, train the first one's"
