@@ -7,7 +7,7 @@ import torch
 
 from rtsseg.config import load, run_folder, to_yaml
 from rtsseg.evaluate import evaluate_run
-from rtsseg.loop import load_state
+from rtsseg.loop import Run, load_state
 from rtsseg.metrics import Evidence
 from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg, folder/'tiny.yaml'
 
-def numbers(folder): return [{k: v for k, v in r.items() if k not in ('seconds', 'batches')} for r in read_log(folder)]
+def numbers(folder): return [{k: v for k, v in r.items() if k not in Run.MEASURED} for r in read_log(folder)]
 
 def papermill(notebook, *parameters):
     return subprocess.run([BIN/'papermill', notebook, os.devnull, *(a for p in parameters for a in ('-p', *p))], cwd=ROOT/'nbs', **SHELL)
