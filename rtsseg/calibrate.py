@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['nll', 'fit_temperature', 'reliability', 'ece', 'brier', 'find_threshold', 'Point', 'Region', 'Quality', 'Calibration',
-           'calibrate', 'show_reliability', 'show_pr', 'calibrate_run', 'show_calibration', 'rtsseg_calibrate']
+           'probability_text', 'calibrate', 'show_reliability', 'show_pr', 'calibrate_run', 'show_calibration',
+           'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #1b64e368
+# %% ../nbs/06_calibrate.ipynb #0683c3aa
 import json, sys
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from scipy.special import expit
 
 from .config import Calibrate, ConfigError, Metrics, Strict, load, settings, write_atomic
 from .data import DataError, find_run, named_run
-from .metrics import Estimate, Evidence, bootstrap, decode, first_code, histogram, pr_curve, summary
+from .metrics import Estimate, Evidence, average_precision, bootstrap, decode, evidence_path, first_code, histogram, pr_curve, summary
 
-# %% ../nbs/06_calibrate.ipynb #4009aa1f
+# %% ../nbs/06_calibrate.ipynb #4fdbac79
 def _masses(evidence, ratio):
     "Score, mass of negative and mass of positive pixels, of the codes that occur"
     hist = histogram(evidence, ratio)
@@ -48,9 +49,14 @@ def fit_temperature(evidence,          # `Evidence`
     loss = lambda log_t: _nll(pos, neg, z * np.exp(-log_t))
     low, high = np.log(bounds)
     best = minimize_scalar(loss, bounds=(low, high), method='bounded', options=dict(xatol=1e-9)).x
-    why = ('scores separate the classes, and the likelihood grows with every smaller temperature' if best - low < 1e-3 else
-           'scores say nothing, or the opposite of the truth, and the likelihood grows with every larger temperature' if high - best < 1e-3 else '')
-    return float(np.exp(best)), why and f'no minimum between {bounds[0]:g} and {bounds[1]:g}: {why}'
+    if best - low > 1e-3 and high - best > 1e-3: return float(np.exp(best)), ''
+    mass, order = neg.sum() + pos.sum(), float(average_precision(np.stack([neg, pos]))); chance = pos.sum() / mass
+    wrong, ranking = f'{100 * (neg[z > 0].sum() + pos[z < 0].sum()) / mass:.3g}% of the pixels lie on the wrong side', f'(PR-AUC {order:.2g}, by chance {chance:.2g})'
+    why = (f'a smaller one always fits better, because 0.5 separates slumps from background: {wrong}, too few or too close to matter. Calibrated values near 0 and 1 claim more than these tiles can show'
+           if best - low < 1e-3 else
+           f'a larger one always fits better, because {wrong} of 0.5, and a temperature draws scores towards 0.5 but cannot shift them. So calibrated values are no probabilities. '
+           + (f'The scores do rank slumps above background {ranking}, and thresholds use that ranking alone' if order > chance else f'Nor do the scores rank slumps above background {ranking}'))
+    return float(np.exp(best)), f'no best temperature between {bounds[0]:g} and {bounds[1]:g}: {why}'
 
 # %% ../nbs/06_calibrate.ipynb #6d60435d
 def reliability(evidence,               # `Evidence`
@@ -162,26 +168,33 @@ class Calibration(Strict):
         if views not in known: raise ValueError(f'{Path(path).name} holds no calibration for views {views!r}, only for {", ".join(sorted(known)) or "none at all"}')
         return cls.model_validate(known[views])
 
-# %% ../nbs/06_calibrate.ipynb #be10cd2b
+# %% ../nbs/06_calibrate.ipynb #3f8bbb2d
+def probability_text(score:float    # a logit, divided by the temperature where there is one
+                    ) -> str:
+    "The probability of a score, so that near 0 and 1 too it can be told from others"
+    p = expit(score)
+    return f'{p:.3f}' if 0.001 <= p <= 0.999 else f'{p:.2g}' if score < 0 else f'1 − {expit(-score):.2g}'
+
+# %% ../nbs/06_calibrate.ipynb #e04f3bb4
 def _points(evidence, ratios, temperature, cfg, replicates):
     "Operating points of some tiles at each ratio"
     z, out = np.clip(decode(evidence.bins), -65504, 65504), {}
     found = {r: find_threshold(histogram(evidence, r), cfg.target_precision, cfg.min_recall) for r in ratios}
-    # a probability names a score only as long as it is not rounded to 1
+    # a probability names a score only as long as it is not rounded to its neighbour's: up to some 33
     named = {r: c is not None and first_code(expit(z[c]), evidence.bins) == c for r, (c, _, _) in found.items()}
     logits = {r: float(z[c]) if named[r] else 0. for r, (c, _, _) in found.items()}
     raw = {r: float(expit(v)) for r, v in logits.items()}
     rows, spread = summary(evidence, ratios, raw, ()), bootstrap(evidence, ratios, raw, (), replicates=replicates)
     for r, (code, best, precision) in found.items():
-        row, at = rows[r], float(expit(z[best] / temperature))
+        row, at = rows[r], float(z[best] / temperature)
         plain = lambda k: e if (e := spread[r][k]).value is not None or np.isnan(row[k]) else Estimate(row[k], why=e.why.split('; bound')[0])
         goal = f'precision {cfg.target_precision:g}'
-        why = ('' if named[r] else f'{goal} holds at 1:{r} only among scores whose probabilities are all rounded to 1' if code is not None else
-               f'{goal} does not hold at 1:{r}: it is {precision:.3f} at {at:.3f}, but lower again above that' if precision >= cfg.target_precision else
-               f'{goal} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {at:.3f}')
+        why = ('' if named[r] else f'{goal} holds at 1:{r} only from a score of {z[code]:g} on, where neighbouring probabilities are rounded to the same number, and no threshold names one' if code is not None else
+               f'{goal} does not hold at 1:{r}: it is {precision:.3f} at {probability_text(at)}, but lower again above that' if precision >= cfg.target_precision else
+               f'{goal} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {probability_text(at)}')
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
         out[r] = Point(threshold=float(expit(logits[r] / temperature)), raw_threshold=raw[r], logit=logits[r], reached=named[r],
-                       precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=at,
+                       precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=float(expit(at)),
                        w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
 
@@ -204,7 +217,7 @@ def calibrate(evidence:Evidence,             # of the validation split
                        thresholds=points(evidence), regions=regions, quality=quality,
                        n_pos_tiles=int(positive.sum()), n_neg_tiles=int((~positive).sum()), evidence=evidence.hash)
 
-# %% ../nbs/06_calibrate.ipynb #b468bced
+# %% ../nbs/06_calibrate.ipynb #f126f1ef
 def show_reliability(evidence,               # `Evidence`
                      calibration:Calibration,
                      ratio=None,             # r of 1:r, or 'native'; None: the ratio of the fit
@@ -228,19 +241,19 @@ def show_pr(evidence,                # `Evidence`
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     for r, point in calibration.thresholds.items():
         precision, recall, _ = pr_curve(histogram(evidence, r))
-        line, = ax.plot(recall, precision, lw=1, label=f'1:{r}  {"threshold" if point.reached else "not reached:"} {point.threshold:.2f}')
+        line, = ax.plot(recall, precision, lw=1, label=f'1:{r}  {"threshold" if point.reached else "not reached:"} {probability_text(point.logit / calibration.temperature)}')
         if point.precision.value is not None: ax.plot(point.recall.value, point.precision.value, 'o' if point.reached else 'x', c=line.get_color())
     ax.axhline(calibration.target_precision, c='k', lw=0.5, ls='--')
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/06_calibrate.ipynb #d4a2139b
+# %% ../nbs/06_calibrate.ipynb #9dc218a4
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
     "Calibrate a run on Val-Realistic; raises `DataError` where validation has not been evaluated"
     folder = Path(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
-    path = folder/'evidence'/f'val{"" if views == "none" else "-" + views}.parquet'
+    path = evidence_path(folder, 'val', views)
     if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run: rtsseg-evaluate --split val --views {views} makes it')
     found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)
     found.save(folder/'model'/'calibration.json')
@@ -248,7 +261,7 @@ def calibrate_run(folder:str|Path,      # a run folder with validation evidence
 
 def show_calibration(c:Calibration) -> pd.DataFrame:
     "The operating point at each ratio"
-    return pd.DataFrame([dict(ratio=f'1:{r}', threshold=round(p.threshold, 3), precision=str(p.precision), recall=str(p.recall), note=p.why) for r, p in c.thresholds.items()]).set_index('ratio')
+    return pd.DataFrame([dict(ratio=f'1:{r}', threshold=probability_text(p.logit / c.temperature), precision=str(p.precision), recall=str(p.recall), note=p.why) for r, p in c.thresholds.items()]).set_index('ratio')
 
 @call_parse
 def rtsseg_calibrate(run:str='',                      # run folder; '' finds it from the config
@@ -257,7 +270,7 @@ def rtsseg_calibrate(run:str='',                      # run folder; '' finds it 
                      name:str='',                     # another name for the run
                      epochs:int=None,                 # another number of epochs
                      seed:int=None,                   # another seed
-                     overrides:str='[]',              # JSON list of overrides, as '["lr.base_lr=3e-4"]'
+                     overrides:str='[]',              # one section.field=value, or a JSON list of them
                      views:str=''                     # none, minimal, standard or full; '' takes the config's
                     ):
     "Fit the temperature and choose the thresholds of a run, on its validation evidence"

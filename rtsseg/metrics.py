@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'IOUS', 'SUPPORT', 'encode', 'decode', 'first_code',
-           'average_precision', 'pr_curve', 'objects', 'tile_evidence', 'Evidence', 'weight', 'weights', 'histogram',
-           'ap_bounds', 'rates', 'pixel_metrics', 'Matches', 'match', 'object_metrics', 'summary', 'subsample',
-           'Estimate', 'resample', 'bootstrap', 'Meter']
+           'average_precision', 'pr_curve', 'objects', 'tile_evidence', 'Evidence', 'evidence_path', 'weight',
+           'weights', 'histogram', 'ap_bounds', 'rates', 'pixel_metrics', 'tile_counts', 'telling_tiles', 'Matches',
+           'match', 'object_metrics', 'summary', 'subsample', 'Estimate', 'resample', 'bootstrap', 'Meter']
 
 # %% ../nbs/03a_metrics.ipynb #f37fe31d
 import hashlib, io, json
@@ -139,7 +139,7 @@ def tile_evidence(logits,                # float (H, W)
         pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
     return row | dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
 
-# %% ../nbs/03a_metrics.ipynb #34dd2238
+# %% ../nbs/03a_metrics.ipynb #91c36622
 FORMAT = 1
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
              size='pixels, longest side of the minimum rotated rectangle', score='mean probability', threshold='probability', pixel_size='metres')
@@ -277,6 +277,13 @@ class Evidence:
         if not self.thresholds: raise ValueError('this evidence holds no objects: it was made without thresholds')
         return min(self.thresholds, key=lambda t: abs(t - threshold))
 
+def evidence_path(folder:str|Path,     # a run folder
+                  split:str,           # train, val or test
+                  views:str='none'     # the views that were averaged
+                 ) -> Path:            # a Parquet file; logits of a few telling tiles lie beside it, as .npz
+    "Where a run folder keeps the evidence of a split"
+    return Path(folder)/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
+
 def _pixels(evidence, weight, rows=2048):
     "Mass of negative and positive pixels by code, tiles weighted: float64 (2, 65536), exact for whole weights"
     out = np.zeros((2, CODES))
@@ -324,7 +331,7 @@ def ap_bounds(hist,              # (2, codes)
     low = p - fp * (digamma(tp + fp + 1) - digamma(tp - p + fp + 1))
     return float(low.sum() / p.sum()), float((p * tp / (tp + fp - n)).sum() / p.sum())
 
-# %% ../nbs/03a_metrics.ipynb #7a7e1890
+# %% ../nbs/03a_metrics.ipynb #aaa9a290
 def rates(tp, fp, fn   # counts or masses, of any shape
          ) -> dict:    # precision, recall, f1, iou: NaN where undefined
     "Guide 6.1 from pooled counts"
@@ -340,6 +347,29 @@ def pixel_metrics(evidence,              # `Evidence`
     neg, pos = histogram(evidence, ratio)
     c = first_code(threshold, evidence.bins)
     return {k: float(v) for k, v in rates(pos[c:].sum(), neg[c:].sum(), pos[:c].sum()).items()}
+
+def tile_counts(evidence,          # `Evidence`
+                threshold:float    # a probability
+               ) -> np.ndarray:    # int64 (tiles, 3): true positive, false positive and false negative pixels
+    "What each tile contributes to the pixel metrics at a threshold"
+    c, out = first_code(threshold, evidence.bins), []
+    for name, keep in (('pos', np.greater_equal), ('neg', np.greater_equal), ('pos', np.less)):
+        (codes, tile), (counts, _) = evidence.flat(f'{name}_codes'), evidence.flat(f'{name}_counts')
+        here = keep(codes, c)
+        out.append(np.bincount(tile[here], counts[here], len(evidence)).astype(np.int64))
+    return np.stack(out, 1)
+
+# %% ../nbs/03a_metrics.ipynb #c4b180d9
+def telling_tiles(evidence,          # `Evidence`
+                  threshold:float,   # a probability
+                  n:int=4            # of each kind
+                 ) -> dict:          # {kind: rows, most telling first}, for false_alarms, misses and finds
+    "The tiles that decide the pixel metrics at a threshold; none occurs twice"
+    tp, fp, fn = tile_counts(evidence, threshold).T
+    score = np.stack([fp, fn, tp - fp - fn])
+    kind, most = score.argmax(0), score.max(0)
+    order = np.argsort(-most, kind='stable')
+    return {k: order[(kind[order] == i) & (most[order] > 0)][:n] for i, k in enumerate(('false_alarms', 'misses', 'finds'))}
 
 # %% ../nbs/03a_metrics.ipynb #57e41123
 @dataclass
@@ -440,7 +470,7 @@ def subsample(evidence,              # `Evidence`
         found.append(dict(pr_auc=float(average_precision(histogram(evidence, w)))) | pixel_metrics(evidence, w, threshold))
     return {k: (float(m), float(s)) for k, m, s in zip(found[0], *(f([list(d.values()) for d in found], axis=0) for f in (np.mean, np.std)))}
 
-# %% ../nbs/03a_metrics.ipynb #fb3cc8a9
+# %% ../nbs/03a_metrics.ipynb #71afa4d9
 @dataclass(frozen=True)
 class Estimate:
     "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
@@ -497,21 +527,12 @@ def resample(evidence,                   # `Evidence`
         row = dict(pr_auc=average_precision(np.stack([mix(hist[:, c]) for c in (0, 1)])))
         if t not in known:
             matched = {iou: match(evidence, t, iou, min_area) for iou in ious}
-            known[t] = tally(_counts(evidence, t)), {iou: tally(np.stack([m.tp, m.fp, m.fn], 1)) for iou, m in matched.items()}
+            known[t] = tally(tile_counts(evidence, t)), {iou: tally(np.stack([m.tp, m.fp, m.fn], 1)) for iou, m in matched.items()}
         pixels, found = known[t]
         row |= rates(*mix(pixels).T)
         for iou, x in found.items(): row |= {f'object_{k}_{100 * iou:.0f}': v for k, v in rates(*mix(x).T).items() if k != 'iou'}
         out[r] = row
     return out
-
-def _counts(evidence, threshold):
-    "True positive, false positive and false negative pixels of each tile"
-    c, out = first_code(threshold, evidence.bins), []
-    for name, keep in (('pos', np.greater_equal), ('neg', np.greater_equal), ('pos', np.less)):
-        (codes, tile), (counts, _) = evidence.flat(f'{name}_codes'), evidence.flat(f'{name}_counts')
-        here = keep(codes, c)
-        out.append(np.bincount(tile[here], counts[here], len(evidence)))
-    return np.stack(out, 1)
 
 def bootstrap(evidence,                   # `Evidence`
               ratios=(200, 500, 1000),    # r of 1:r, or 'native'
@@ -535,7 +556,7 @@ def bootstrap(evidence,                   # `Evidence`
             if np.isnan(row[name]): e = Estimate(None, why='undefined: nothing to divide by, or scores that are no numbers')
             elif row['w'] > 1 and support < SUPPORT and 'recall' not in name:
                 e = Estimate(None, None, float(own[name]) if np.isfinite(own[name]) else None,
-                             f'{support} negative tiles decide it, {SUPPORT} are needed at w = {row["w"]:.3g}; bound: the value at the native ratio')
+                             f'rests on {support} of the {SUPPORT} negative tiles that are needed where each counts {row["w"]:.3g} times; bound: the value at the ratio of the split')
             elif spread is None: e = Estimate(row[name], why=why)
             else:
                 x = spread[r][name]; x = x[~np.isnan(x)]

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, f1_score, jaccard_score, pr
 
 from rtsseg import metrics
 from rtsseg.metrics import (Estimate, Evidence, Meter, ap_bounds, average_precision, bootstrap, decode, encode, first_code, histogram, match,
-                            object_metrics, pixel_metrics, pr_curve, resample, summary, tile_evidence, weight, weights)
+                            object_metrics, pixel_metrics, pr_curve, resample, summary, telling_tiles, tile_evidence, weight, weights)
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 quick = settings(max_examples=25, deadline=None)
@@ -36,6 +36,16 @@ def pixels(seeds, evidence, ratio):
     valid = [m != 255 for _, m in tiles]
     return (np.concatenate([m[v] == 1 for (_, m), v in zip(tiles, valid)]), np.concatenate([l[v] for (l, _), v in zip(tiles, valid)]).astype(float),
             np.repeat(weights(evidence, ratio), [v.sum() for v in valid]))
+
+@quick
+@given(seeds, st.integers(1, 3))
+def test_telling_tiles_are_told_again_by_those_that_were_kept(seeds, n):
+    "Evaluation keeps the tiles of several thresholds; at each of these the kept ones alone give the same choice, none twice"
+    evidence = make(seeds); tell = lambda e, t: {k: list(e['tile_id'][rows]) for k, rows in telling_tiles(e, t, n).items()}
+    whole = {t: tell(evidence, t) for t in THRESHOLDS}; kept = {i for found in whole.values() for ids in found.values() for i in ids}
+    for t, found in whole.items():
+        assert tell(evidence.select(np.array([i in kept for i in evidence['tile_id']], bool)), t) == found
+        ids = sum(found.values(), []); assert len(set(ids)) == len(ids) and all(len(x) <= n for x in found.values())
 
 @quick
 @given(seeds, ratios)

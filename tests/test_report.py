@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from scipy import ndimage
+from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
 from rtsseg.calibrate import calibrate
 from rtsseg.config import load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
-from rtsseg.metrics import Meter, summary
-from rtsseg.report import METRICS, ReportError, report
+from rtsseg.metrics import Meter, evidence_path, summary, telling_tiles
+from rtsseg.report import METRICS, ReportError, gallery, read_run, report
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -21,17 +22,19 @@ def predict(mask, key):
     rng = np.random.default_rng(key); noise = ndimage.gaussian_filter(rng.normal(size=mask.shape), 5) * 17
     return (-5 + 7 * ndimage.gaussian_filter((mask == 1).astype(float), 1.5) + 2 * noise).astype(np.float16)
 
-def make_run(cfg, world):
-    "What train, evaluate and calibrate leave behind; and the scores and masks of the test split"
+def make_run(cfg, world, shift=0):
+    "What train, evaluate and calibrate leave behind; and the scores and masks of the test split. A shift is added to all scores"
     folder, pixels = run_folder(cfg, world.hash), {}
     write_atomic(folder/'config.yaml', to_yaml(cfg))
     write_atomic(folder/'environment.json', json.dumps(dict(manifest_hash=world.hash, git_commit='a' * 40, git_clean=False, system='<b>Linux', python='3.11', rtsseg='0', processor='x', cpus=2, versions={'torch': '2'})))
     for split in ('val', 'test'):
         part = world.of(split); masks = np.stack([read_tile(part, i)[2] for i in range(len(part))])
-        logits = np.stack([predict(m, [cfg.seed, i, len(split)]) for i, m in enumerate(masks)])
+        logits = np.stack([predict(m, [cfg.seed, i, len(split)]) + np.float16(shift) for i, m in enumerate(masks)])
         cuts = [p.raw_threshold for p in found.thresholds.values()] if split == 'test' else []
         meter = Meter(part.table, sorted({.25, .5, .75, *cuts})); meter.update(logits, masks, np.arange(len(part)))
-        evidence = meter.evidence(); evidence.write(folder/'evidence'/f'{split}.parquet'); pixels[split] = logits.astype(float), masks, part.table.positive.to_numpy()
+        evidence = meter.evidence(); evidence.write(path := evidence_path(folder, split)); pixels[split] = logits.astype(float), masks, part.table.positive.to_numpy()
+        kept = {evidence['tile_id'][i] for t in evidence.thresholds for rows in telling_tiles(evidence, t).values() for i in rows}
+        np.savez_compressed(path.with_suffix('.npz'), **{tile: z for tile, z in zip(part.table.tile_id, logits) if tile in kept})
         if split == 'val':
             found = calibrate(evidence, cfg.calibrate, cfg.metrics); found.save(folder/'model'/'calibration.json')
             value = summary(evidence, [200], ious=())[200]['pr_auc']
@@ -73,7 +76,7 @@ def test_headline_by_other_libraries(runs, ratio):
     assert set(want) == set(made)
     assert sum(c.value is not None for c in made.values()) >= (len(made) if w <= 1 else 4)        # blank only where a split cannot support it
     for k, v in want.items():
-        if made[k].value is None: assert '30 are needed' in made[k].why and made[k].high >= v
+        if made[k].value is None: assert 'of the 30 negative tiles' in made[k].why and made[k].high >= v
         else: assert made[k].value == pytest.approx(v, abs=1e-9), k
 
 def test_mean_and_spread(runs):
@@ -86,6 +89,49 @@ def test_mean_and_spread(runs):
         assert f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}' in str(several)
     assert 'one seed (42)' in str(single[0]) and 'blocks hold positives, 10 are needed' in str(single[0])
     assert os.path.relpath(several.path) in str(several) and all(os.path.relpath(f) in str(several) for f, *_ in both)
+
+def test_gallery_shows_what_the_report_counts(runs):
+    "The tiles that tell most of all at the calibrated threshold, each once; beside each the calibrated probability of its own scores, on a scale with the threshold"
+    folder, pixels, found = runs[0][0]; run, point = read_run(folder), found.thresholds[1]
+    scores, masks, _ = pixels['test']; part = run.manifest.of('test'); hit = scores >= point.logit
+    counts = np.stack([(hit & (masks == 1)).sum((1, 2)), (hit & (masks == 0)).sum((1, 2)), (~hit & (masks == 1)).sum((1, 2))], 1)
+    tp, fp, fn = counts.T; score = dict(false_alarms=fp, misses=fn, finds=tp - fp - fn); shown = []
+    for kind, items in gallery(run, 'test').items():
+        own = [i for i in range(len(part)) if score[kind][i] == max(s[i] for s in score.values()) > 0]
+        assert len(items) == min(4, len(own)) > 0
+        for (figure, caption), want in zip(items, sorted((score[kind][i] for i in own), reverse=True)):
+            i = list(part.table.tile_id).index(caption.split()[0]); shown.append(i)
+            assert i in own and score[kind][i] == want and caption.endswith('): {} pixels found, {} false, {} missed'.format(*counts[i]))
+            _, right, scale = figure.axes; image, = right.images
+            np.testing.assert_allclose(image.get_array(), expit(scores[i] / found.temperature)); assert image.get_clim() == (0, 1)
+            assert scale.lines[-1].get_ydata()[0] == pytest.approx(point.threshold)
+    assert len(set(shown)) == len(shown)
+    assert f'what has at least {point.threshold:.3f}, the threshold of 1:1' in report([folder]).path.read_text()
+
+def test_validation_pictures_come_before_its_calibration(runs):
+    "The threshold is chosen after the maps were kept: each picture is still whole, and of a tile that counts"
+    run = read_run(runs[0][0][0]); pictures = gallery(run, 'val')
+    assert all(pictures.values()) and all(len(figure.axes) == 3 for items in pictures.values() for figure, _ in items)
+    evidence_path(run.folder, 'val').with_suffix('.npz').rename(run.folder/'elsewhere.npz')
+    try: assert gallery(run, 'val') == {}
+    finally: (run.folder/'elsewhere.npz').rename(evidence_path(run.folder, 'val').with_suffix('.npz'))
+
+def test_estimators_are_of_one_seed(runs):
+    "What is counted w times stands beside what is drawn: both are of the seed that is shown, not of the mean"
+    both, _ = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text()
+    for k in ('pr_auc', 'iou'):
+        row = re.search(rf'<td>{METRICS[k]}</td><td>1:1 \(balanced\)</td><td>[^<]*</td><td>([^<]*)</td>', text)
+        assert float(row[1]) == pytest.approx(report(folders[:1]).found['val'][1][k].value, abs=5.1e-4)
+
+@pytest.mark.parametrize('shift', [20, 60])
+def test_thresholds_close_to_one(runs, tmp_path, shift):
+    "A threshold of 1 − 1e-10 is printed as such; one whose probability is rounded to 1 is no threshold, and the page says so; so does it of a temperature that cannot help"
+    cfg = runs[1].model_copy(update=dict(runs=tmp_path)); folder, _, found = make_run(cfg, read_manifest(cfg.data.manifest), shift); point = found.thresholds[1]
+    text = report([folder]).path.read_text(); row = re.search(r'<tr><td>1:1</td><td>100.000 \(\w\)</td>(.*?)</tr>', text)[1]
+    assert 'no best temperature between 0.01 and 100: a larger one always fits better' in text and 'The scores do rank slumps above background (PR-AUC 0.' in text
+    if shift == 20:
+        assert point.reached and point.logit > 15 and f'<td>{expit(point.logit / 100):.3f}' in row and f'<td>1 − {expit(-point.logit):.2g}</td>' in row
+    else: assert not point.reached and '<td>0.5, not reached' in row and 'where neighbouring probabilities are rounded to the same number' in text
 
 def test_page_escapes_and_fetches_nothing(runs):
     text = report([runs[0][0][0]]).path.read_text()
