@@ -45,7 +45,7 @@ def predict(model:nn.Module,      # logits (B, 1, H, W) from images; in eval mod
     p = sum(unview(model(view(x, k, f))[:, 0].double(), k, f).sigmoid() for k, f in VIEWS[views]) / len(VIEWS[views])
     return torch.logit(p).float()
 
-# %% ../nbs/04c_infer.ipynb #fd956bc1
+# %% ../nbs/04c_infer.ipynb #f30b3627
 HERE = dict(runs=True, tracker=True, data={'manifest', 'source'})      # where things lie on the machine that trained is nobody else's business
 
 class ModelError(RuntimeError):
@@ -74,10 +74,12 @@ def save_model(folder:str|Path,       # the model directory
     stats.save(folder/'normalization_stats.json')
     write_atomic(folder/'config.yaml', to_yaml(cfg, HERE))
     write_atomic(folder/'metrics.json', json.dumps(best, indent=1))
-    card = CARD.format(name=cfg.name, architecture=cfg.model.architecture, encoder=cfg.model.encoder, channels=cfg.model.in_channels, bands=', '.join(stats.channels),
+    second = f' (EXTRA bands: {cfg.model.extra_encoder or cfg.model.encoder}, fused late)' if cfg.model.fusion == 'late' else ''
+    first = Path(cfg.model.weights or 'none, random'); first = '/'.join(first.parts[-4:]) if first.is_dir() else first.name
+    card = CARD.format(name=cfg.name, architecture=cfg.model.architecture, encoder=cfg.model.encoder + second, channels=cfg.model.in_channels, bands=', '.join(stats.channels),
                        rtsseg=env.get('rtsseg'), commit=env.get('git_commit', 'unknown'), seed=cfg.seed, manifest=stats.manifest_hash, scale=stats.scale,
                        best=f"Best validation: {cfg.metrics.monitor} = {best['value']:.4f} at epoch {best['epoch']}.",
-                       weights='the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation', source=Path(cfg.model.weights).name if cfg.model.weights else 'none, random')
+                       weights='the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation', source=first)
     write_atomic(folder/'README.md', card)
     write_atomic(folder/'model.safetensors', save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
     return folder

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', 'eval_loader', 'loaders', 'background_ratio',
-           'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check']
+           'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe', 'show_probe',
+           'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #c0ac21a8
-import fcntl, itertools, json, os, re, socket, sys
+# %% ../nbs/04b_segment.ipynb #e3ec25e7
+import fcntl, itertools, json, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 from fastcore.script import call_parse
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,9 +28,9 @@ from .config import Config, ConfigError, git_state, run_folder, settings, write_
 from .data import (DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, failed, import_field, import_table,
                          read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import make_loss
-from .loop import Task
+from .loop import Task, accelerator, fit
 from .metrics import Meter, summary
-from .models import build, check_size, parts
+from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy
 
@@ -57,16 +62,18 @@ def _made(source, path):
     if odd: raise DataError(f'{path}: was made with other settings of data.source: {", ".join(odd)}. Name another data.manifest, delete this folder, or set data.source to null to use it as it is')
     return True
 
-# %% ../nbs/04b_segment.ipynb #f5644331
+# %% ../nbs/04b_segment.ipynb #2d8ae55a
 def stats_path(cfg:Config, manifest:Manifest) -> Path:
     "Where the statistics of this config and data lie: beside the runs of its seeds, which share them"
     return run_folder(cfg, manifest.hash).parent/'normalization_stats.json'
 
 def statistics(cfg:Config, manifest:Manifest) -> Stats:
-    "Statistics of the training split: read where they were saved for this very data, else computed and saved"
+    "Statistics of the training split, or RGB as the encoder was pretrained: read where they were saved for this very data, else computed and saved"
     path = stats_path(cfg, manifest)
     if path.exists() and (found := Stats.load(path)).manifest_hash == manifest.hash: return found
-    stats = replace(compute_stats(manifest.of('train'), cfg.data.extra_bands), manifest_hash=manifest.hash)
+    mean, std = pretrained_stats(cfg.model) if cfg.model.normalisation == 'pretrained' else ([], [])
+    own = compute_stats(manifest.of('train'), cfg.data.extra_bands)
+    stats = replace(own, mean=[*mean, *own.mean[len(mean):]], std=[*std, *own.std[len(std):]], manifest_hash=manifest.hash)
     stats.save(path)
     return stats
 
@@ -175,7 +182,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #95e22a15
+# %% ../nbs/04b_segment.ipynb #a9febd2d
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -196,6 +203,7 @@ def surroundings(cfg:Config     # tracker, model
     try: check_size(build(cfg.model.model_copy(update=dict(weights=None))), cfg.data.tile_size); fits = Finding('ok', '', f'{cfg.model.architecture} with {cfg.model.encoder} takes {cfg.data.tile_size} px')
     except ConfigError as e: fits = Finding('error', '', 'the model does not fit', str(e))
     return {'tracker reachable': reach, 'baseline config validated': fits,
+            'GPU memory profiled, batch size confirmed': Finding('note', '', f'batch_size {cfg.batch_size}', 'not tried here: rtsseg-probe says whether it fits'),
             'library versions pinned': _pinned(),
             'git commit recorded': Finding('ok', '', git['git_commit'][:12]) if git else Finding('warning', '', 'no checkout', 'the run cannot name its code'),
             'config under version control': Finding('ok', '', 'the checkout is clean') if git.get('git_clean') else Finding('note', '', 'uncommitted changes', 'commit before a final run')}
@@ -234,3 +242,68 @@ def rtsseg_check(config:str='configs/toy.yaml',   # YAML file
             show_batch(next(iter(feed.train)), feed.stats).savefig(picture); print(f'one augmented batch: {os.path.relpath(picture)}')
     except (ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
     sys.exit(int(bad))
+
+# %% ../nbs/04b_segment.ipynb #61e2bc87
+class _Enough(Exception):
+    "The probe has seen what it wanted; carries what it saw"
+
+def _steps(cfg, batch):
+    "Bytes by what they are for, once the loop has taken two optimizer steps on synthetic tiles: only from the second on is all of the optimizer's state there"
+    torch.manual_seed(0); side, held = cfg.data.tile_size, {}
+    model, size = build(cfg.model.model_copy(update=dict(weights=None))), lambda tensors: sum(t.nbytes for t in tensors)
+    tile = dict(image=torch.randn(cfg.model.in_channels, side, side), target=(torch.rand(side, side) < 0.1).float(), tile=0)
+    feed = DataLoader([tile] * (32 * batch * cfg.accumulate), batch_size=batch)
+    def keep(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t.detach()
+    def on_step(run):
+        if run.skipped > 25: raise ConfigError(f'precision: 25 steps in {cfg.precision} gave no finite gradient')
+        if run.step - run.skipped < 2: held.clear(); return      # fp16 may leave out the first steps, until its scale is low enough
+        own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        raise _Enough(dict(parameters=size(model.parameters()), gradients=size(run.optimizer.state),
+                           optimizer=size(v for s in run.optimizer.state.values() for v in s.values()), average=size(run.average.module.state_dict().values()) if run.average else 0,
+                           activations=sum(n for k, n in held.items() if k not in own)))
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    whole = cfg.model_copy(update=dict(batch_size=batch, epochs=1, freeze_backbone_epochs=0, stages=[]))
+    try:
+        with TemporaryDirectory() as folder, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            fit(whole, SegmentTask(cfg, None), model, feed, feed, folder, [SimpleNamespace(on_step=on_step)])
+    except _Enough as e: return e.args[0]
+
+def probe(cfg:Config      # model, loss, precision, data.tile_size, accumulate; batch_size bounds the search on a CPU
+         ) -> dict:       # bytes by what they are for ('activations': of one tile), 'batch_size', 'limit' and where they were measured
+    "The largest batch that fits, found by training steps, and what memory goes to (guide 10.1). Raises `ConfigError` where no tile fits"
+    acc = accelerator(cfg); gpu = acc.device.type == 'cuda'
+    limit = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available // 2
+    def largest(cfg, most):
+        try: return find_executable_batch_size(lambda batch: (batch, _steps(cfg, batch)), starting_batch_size=most)()
+        except RuntimeError as e:
+            if 'No executable batch size' not in str(e): raise
+            raise ConfigError(f'data.tile_size: not even one tile of {cfg.data.tile_size} pixels fits into {limit >> 20} MiB') from None
+    few, found = largest(cfg.model_copy(update=dict(accumulate=1)), 2)
+    found['activations'] //= few
+    most = max((limit - sum(found[k] for k in ('parameters', 'gradients', 'optimizer', 'average'))) // found['activations'], 1)
+    batch, _ = largest(cfg, most if gpu else min(most, cfg.batch_size))
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found | dict(batch_size=batch, peak=peak, limit=limit, device=torch.cuda.get_device_name() if gpu else 'cpu', precision=cfg.precision if gpu else 'fp32')
+
+def show_probe(found:dict,     # of `probe`
+               cfg:Config      # what was probed
+              ) -> str:        # a table, and the line for the config
+    "What memory goes to, in MiB, and the batch that fits"
+    gpu, n = found['device'] != 'cpu', found['batch_size']
+    what = {'parameters': '', 'gradients': 'of every parameter that had one', 'optimizer': 'state of AdamW', 'average': 'EMA' if cfg.ema.enabled else 'EMA is off',
+            'activations': f'of one tile of {cfg.data.tile_size} pixels, kept for the backward pass', 'peak': f'of a batch of {n}: ' + ('allocated on the GPU' if gpu else 'resident, of the whole process and its libraries'),
+            'limit': 'free on the GPU' if gpu else f'half of the free memory, and no batch beyond batch_size {cfg.batch_size}: a CPU does not say when it is full'}
+    return '\n'.join([f'{cfg.model.architecture} with {cfg.model.encoder} in {found["precision"]} on {found["device"]}, MiB', *(f'{k:12} {found[k] / 2**20:10.1f}   {note}'.rstrip() for k, note in what.items()),
+                      f'batch_size: {n}      # fits; × accumulate {cfg.accumulate} = {n * cfg.accumulate} tiles a step for each process'])
+
+@call_parse
+def rtsseg_probe(config:str='configs/toy.yaml',   # YAML file
+                 manifest:str='',                 # another manifest than the config's
+                 name:str='',                     # another name for the run
+                 epochs:int=None,                 # another number of epochs
+                 seed:int=None,                   # another seed
+                 overrides:str='[]'               # one section.field=value, or a JSON list of them
+                ):
+    "Find the largest batch that fits into this machine's memory, and say what memory goes to; changes nothing, reads no data"
+    try: cfg = settings(config, manifest, name, epochs, seed, overrides); print(show_probe(probe(cfg), cfg))
+    except ConfigError as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
