@@ -7,8 +7,8 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe', 'show_probe',
            'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #e3ec25e7
-import fcntl, itertools, json, os, re, resource, socket, sys
+# %% ../nbs/04b_segment.ipynb #b54f9663
+import fcntl, itertools, json, math, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import Augmenter, boundary
 from .config import Config, ConfigError, git_state, run_folder, settings, write_atomic
 from .data import (DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, failed, import_field, import_table,
-                         read_manifest, read_tile, show_batch, show_findings, verdict)
-from .losses import make_loss
+                         neighbours, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
+from .losses import IGNORE, make_loss
 from .loop import Task, accelerator, fit
-from .metrics import Meter, summary
+from .metrics import Meter, rates, summary
 from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy
@@ -77,7 +77,7 @@ def statistics(cfg:Config, manifest:Manifest) -> Stats:
     stats.save(path)
     return stats
 
-# %% ../nbs/04b_segment.ipynb #3c0d0339
+# %% ../nbs/04b_segment.ipynb #e6cca0e4
 class Tiles(Dataset):
     "Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself"
     def __init__(self,
@@ -87,6 +87,7 @@ class Tiles(Dataset):
                 ):
         self.manifest, self.stats, self.cfg = manifest, stats, cfg
         self.augment = Augmenter(cfg.augment, fill=list(stats.mean))
+        self.around = neighbours(manifest, cfg.data.multi_resolution.factor) if cfg.data.multi_resolution.p else None
 
     def __len__(self): return len(self.manifest)
 
@@ -95,7 +96,9 @@ class Tiles(Dataset):
                    ) -> dict:               # image float32 (C, H, W), target float32 (H, W) with 255 = ignore, tile int
         train = not isinstance(key, (int, np.integer))
         tile = key[2] if train else int(key)
-        image, extra, mask = read_tile(self.manifest, tile, self.cfg.data.extra_bands, self.stats)
+        view = self._view(key) if train else None
+        read, where = (read_tile, tile) if view is None else (read_coarse, view)
+        image, extra, mask = read(self.manifest, where, self.cfg.data.extra_bands, self.stats)
         if (size := self.cfg.data.tile_size) != mask.shape[0] or size != mask.shape[1]:
             raise DataError(f'{self.manifest.table.tile_id[tile]}: {mask.shape[0]}×{mask.shape[1]} pixels where data.tile_size is {size}')
         image = np.concatenate([image, extra], 2) if extra.shape[2] else image
@@ -103,7 +106,15 @@ class Tiles(Dataset):
         target = boundary(mask, self.cfg.loss) if train else mask.astype(np.float32)
         return dict(image=torch.from_numpy(np.ascontiguousarray(self.stats.normalise(image).transpose(2, 0, 1), np.float32)), target=torch.from_numpy(target), tile=tile)
 
-# %% ../nbs/04b_segment.ipynb #38982cf7
+    def _view(self, key):
+        "Rows of the tiles that a coarser view holds, the key's own anywhere among them; None for a tile that is shown alone"
+        if self.around is None: return None
+        coarser, rng = self.cfg.data.multi_resolution, np.random.default_rng((*key, 1))      # beside the augmentation's own
+        if rng.random() >= coarser.p: return None
+        y, x = rng.integers(coarser.factor, size=2)
+        return self.around[key[2], y:y + coarser.factor, x:x + coarser.factor]
+
+# %% ../nbs/04b_segment.ipynb #3c36b519
 @dataclass
 class Loaders:
     "What a run iterates: built once, here"
@@ -120,7 +131,7 @@ def eval_loader(manifest:Manifest,    # one split
     return _loader(Tiles(manifest, stats, cfg), cfg, batch_size=cfg.batch_size)
 
 def _loader(tiles, cfg, **kw):
-    l, n = cfg.loader, cfg.loader.num_workers
+    l, n = cfg.loader, min(cfg.loader.num_workers, os.cpu_count())      # more of them only wait for each other
     return DataLoader(tiles, num_workers=n, pin_memory=l.pin_memory and torch.cuda.is_available(), prefetch_factor=l.prefetch_factor if n else None,
                       persistent_workers=l.persistent_workers and n > 0, generator=torch.Generator(), **kw)
 
@@ -138,7 +149,7 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #bde63bea
+# %% ../nbs/04b_segment.ipynb #434d4318
 def background_ratio(feed:Loaders   # of a run
                     ) -> float:     # background pixels for each slump pixel
     "Counted over the training split (guide 5.4); `loss.class_ratio` goes before it"
@@ -169,6 +180,18 @@ class SegmentTask(Task):
     def count(self, batch): return {name: count(batch['target']) for name, (_, count) in self.losses.items()}
     def loss(self, out, batch): return {name: f(out, batch['target']) for name, (f, _) in self.losses.items()}
     def meter(self): return Judge(self.table, self.cfg)
+
+    def tally(self, out, batch):
+        valid = batch['target'] != IGNORE
+        found, true = (out.sigmoid() >= self.cfg.metrics.reference_threshold) & valid, (batch['target'] > .5) & valid
+        return dict(tp=(found & true).sum(), fp=(found & ~true).sum(), fn=(true & ~found).sum())
+
+    def summary(self, sums): return dict(iou=float(rates(**sums)['iou']))
+
+    def difficulty(self, out, batch):
+        weight = self.cfg.loss_weights
+        each = [sum(weight.get(p, 1.)*f(z[None], y[None]) for p, (f, _) in self.losses.items()) for z, y in zip(out, batch['target'])]
+        return batch['tile'], torch.stack(each).masked_fill((batch['target'] == IGNORE).flatten(1).all(1), math.nan)      # nothing was seen: not an easy tile
 
 # %% ../nbs/04b_segment.ipynb #7d0a573f
 SHOWN = ['pr_auc', 'iou', 'f1', 'object_precision_30', 'object_recall_30', 'object_f1_30']
