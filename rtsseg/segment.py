@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe', 'show_probe',
            'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #b54f9663
+# %% ../nbs/04b_segment.ipynb #b34f4999
 import fcntl, itertools, json, math, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
@@ -24,7 +24,7 @@ from fastcore.script import call_parse
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmenter, boundary
-from .config import Config, ConfigError, git_state, run_folder, settings, write_atomic
+from .config import Config, ConfigError, EarlyStopping, git_state, run_folder, settings, write_atomic
 from .data import (DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, failed, import_field, import_table,
                          neighbours, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import IGNORE, make_loss
@@ -205,7 +205,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #a9febd2d
+# %% ../nbs/04b_segment.ipynb #e1e71a61
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -228,6 +228,8 @@ def surroundings(cfg:Config     # tracker, model
     return {'tracker reachable': reach, 'baseline config validated': fits,
             'GPU memory profiled, batch size confirmed': Finding('note', '', f'batch_size {cfg.batch_size}', 'not tried here: rtsseg-probe says whether it fits'),
             'library versions pinned': _pinned(),
+            'noise floor measured': Finding('note', '', f'min_delta {cfg.early_stopping.min_delta:g}', "the guide's placeholder: rtsseg-noise measures it on a first run")
+                                    if cfg.early_stopping.min_delta == EarlyStopping().min_delta else Finding('ok', '', f'min_delta {cfg.early_stopping.min_delta:g}'),
             'git commit recorded': Finding('ok', '', git['git_commit'][:12]) if git else Finding('warning', '', 'no checkout', 'the run cannot name its code'),
             'config under version control': Finding('ok', '', 'the checkout is clean') if git.get('git_clean') else Finding('note', '', 'uncommitted changes', 'commit before a final run')}
 

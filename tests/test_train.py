@@ -1,9 +1,12 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
 import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, run_folder, to_yaml
 from rtsseg.evaluate import evaluate_run
@@ -11,7 +14,7 @@ from rtsseg.loop import Run, load_state
 from rtsseg.metrics import Evidence
 from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
-from rtsseg.train import read_log, run
+from rtsseg.train import SIGNS, Log, read_log, run, show_training
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -137,3 +140,37 @@ def test_a_real_run_in_two_processes(tiny, tmp_path):
     seen = headline(Evidence.read(evaluate_run(folder, 'val')), cfg)
     best = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
     assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-9, nan_ok=True)
+
+def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_path):
+    "Paired draws of blocks, by hand and with scikit-learn's average precision; and the file is a config for the next run"
+    out = tmp_path/'noise.yaml'
+    done = subprocess.run([BIN/'rtsseg-noise', '--run', undisturbed, '--replicates', '25', '--out', out], **SHELL)
+    assert done.returncode == 0 and '25 paired block-bootstrap replicates of validations 3 and 4' in done.stdout, done.stdout + done.stderr
+    pair = [Evidence.read(undisturbed/'evidence'/f'epoch-000{i}.parquet') for i in (3, 4)]
+    names, block = np.unique(pair[0]['block'], return_inverse=True); positive = pair[0]['positive']
+    draws = np.random.default_rng(0).multinomial(len(names), [1/len(names)]*len(names), 25)
+    def ap(e, draw):
+        n = draw[block]; w = np.where(positive, n, n * 200 * n[positive].sum() / max(n[~positive].sum(), 1))
+        (cp, tp), (np_, _), (cn, tn), (nn, _) = (e.flat(k) for k in ('pos_codes', 'pos_counts', 'neg_codes', 'neg_counts'))
+        return average_precision_score(np.r_[np.ones(len(cp)), np.zeros(len(cn))], np.r_[cp, cn], sample_weight=np.r_[w[tp]*np_, w[tn]*nn])
+    whole = [d for d in draws if d[block][positive].sum() and d[block][~positive].sum()]
+    sigma = np.std([ap(pair[1], d) - ap(pair[0], d) for d in whole], ddof=1)
+    assert load(tiny[1], out).early_stopping.min_delta == pytest.approx(2*sigma, rel=1e-4, abs=1e-6)
+
+def test_one_validation_has_no_noise_floor(tiny, tmp_path):
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', epochs=1))
+    done = subprocess.run([BIN/'rtsseg-noise', '--run', run(cfg)], **SHELL)
+    assert done.returncode == 2 and '1 of the two validations' in done.stderr and 'Traceback' not in done.stderr
+
+def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys):
+    log, rows = Log(tmp_path), []
+    told = SimpleNamespace(history=rows, cfg=load(overrides=['loader.num_workers=2']), task=SimpleNamespace(monitor='pr_auc@200'), best={}, accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')))
+    for i in range(1, 6):
+        rows.append({'epoch': i, 'seconds': 1., 'batches': 20, 'images_per_second': 7., 'wait': .6, 'train/loss/focal': 1/i, 'val/loss': float(i), 'train/iou': .95, 'val/iou@1': .3, 'val/pr_auc@1': .1*i, 'val/pr_auc@200': -.1*i})
+        log.on_epoch(told)
+    said = capsys.readouterr().out
+    assert all(said.count(f'sign of overfitting, {sign}: {remedy}') == 1 for sign, remedy in SIGNS.items())
+    assert said.count('raise loader.num_workers (now 2') == 1 and '7 images/s, 60% waiting for data' in said
+    events = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
+    show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(SIGNS)
