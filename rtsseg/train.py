@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
-           'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
+           'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
 
 # %% ../nbs/05_train.ipynb #b924436b
 import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
@@ -110,7 +110,7 @@ def noise_floor(before:Evidence,         # of a validation
     a, b = (resample(e, [ratio], ious=(), replicates=replicates)[ratio]['pr_auc'] for e in (before, after))      # one seed: the same blocks
     return float(np.nanstd(b - a, ddof=1))
 
-# %% ../nbs/05_train.ipynb #fe3ecfe6
+# %% ../nbs/05_train.ipynb #59ef07a5
 def flat(tree:dict, prefix:str='') -> dict:
     "{'a': {'b': 1}} → {'a.b': 1}"
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}).items()}
@@ -118,7 +118,7 @@ def flat(tree:dict, prefix:str='') -> dict:
 class Tracker:
     "Mirrors a run to MLflow: an SQLite file in the runs folder, or a server"
     def __init__(self, cfg:Config, folder:Path, tags:dict):
-        self.cfg, self.folder, self.tags, self.client = cfg, folder, tags, None
+        self.cfg, self.folder, self.tags, self.client, self.id = cfg, folder, tags, None, ''
 
     @contextmanager
     def _safely(self, what):
@@ -128,7 +128,10 @@ class Tracker:
             self.client = None
 
     def on_start(self, run):
-        if not run.accelerator.is_main_process: return
+        if run.accelerator.is_main_process: self.start(f'{self.cfg.name}/{self.tags["config_hash"]}/seed{self.cfg.seed}')
+
+    def start(self, title:str):
+        "Open the run that tracker.json names, or a new one"
         with self._safely('starting'):
             from mlflow import MlflowClient
             logging.getLogger('mlflow').setLevel(logging.WARNING)      # it tells of every table that it makes
@@ -139,8 +142,7 @@ class Tracker:
             else:
                 found = client.get_experiment_by_name(name)
                 where = None if self.cfg.tracker.uri else (self.cfg.runs/'mlartifacts').as_uri()
-                self.id = client.create_run(found.experiment_id if found else client.create_experiment(name, artifact_location=where), tags=self.tags,
-                                            run_name=f'{self.cfg.name}/{self.tags["config_hash"]}/seed{self.cfg.seed}').info.run_id
+                self.id = client.create_run(found.experiment_id if found else client.create_experiment(name, artifact_location=where), tags=self.tags, run_name=title).info.run_id
                 params = [Param(k, str(v)[:500]) for k, v in flat(self.cfg.model_dump(mode='json', exclude={'tracker', 'runs'})).items()]
                 for i in range(0, len(params), 100): client.log_batch(self.id, params=params[i:i + 100])      # MLflow takes a hundred at a time
                 write_atomic(note, json.dumps(dict(run_id=self.id)))
@@ -153,18 +155,22 @@ class Tracker:
             row, now = run.history[-1], int(time.time() * 1000)
             self.client.log_batch(self.id, metrics=[Metric(k.replace('@', '_at_'), float(v), now, row['epoch']) for k, v in row.items() if math.isfinite(v)])
 
-    def finish(self, whole:bool):
-        "Mirror the files; `whole` says whether the run is done or will be resumed"
+    def finish(self, whole:bool, names=('config.yaml', 'environment.json', 'log.jsonl', 'model')):
+        "Mirror those of the files that are there; `whole` says whether the run is done or will be resumed"
         if self.client is None: return
         with self._safely('storing files'):
-            for f in ('config.yaml', 'environment.json', 'log.jsonl'): self.client.log_artifact(self.id, str(self.folder/f))
-            if whole: self.client.log_artifacts(self.id, str(self.folder/'model'), 'model')
+            for path in (p for n in names if (p := self.folder/n).exists()):
+                if path.is_dir(): self.client.log_artifacts(self.id, str(path), path.name)
+                else: self.client.log_artifact(self.id, str(path))
             self.client.set_terminated(self.id, 'FINISHED' if whole else 'KILLED')
 
-# %% ../nbs/05_train.ipynb #8b3a25d5
+# %% ../nbs/05_train.ipynb #0f067cb7
 class RunError(RuntimeError):
     "A run that cannot begin or did not finish"
     def __init__(self, why, code=3, told=False): super().__init__(why); self.code, self.told = code, told
+
+class Stopped(RunError):
+    "A run that was asked to stop before its end; the same command goes on from there"
 
 @contextmanager
 def locked(folder:Path,          # a run folder
@@ -181,7 +187,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #fce13b75
+# %% ../nbs/05_train.ipynb #d59c4525
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -203,12 +209,14 @@ def _prepare(cfg):
         warnings.warn(text)
     return manifest, run_folder(cfg, manifest.hash)
 
-def run(cfg:Config         # the whole tree
+def run(cfg:Config,        # the whole tree
+        observers=(),      # further objects with hooks (see `HOOKS`)
+        parent:str=''      # run of the tracker that this one belongs to
        ) -> Path:          # the run folder, with `model/` in it
-    "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, and `RunError` where it was stopped before its end"
+    "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
-    if cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
+    if main and cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main and not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
         if (folder/'model'/'model.safetensors').exists():             # written last of all
@@ -219,15 +227,15 @@ def run(cfg:Config         # the whole tree
         feed = loaders(cfg, manifest)
         torch.manual_seed(key_seed(cfg.seed, 'model'))
         model = build(cfg.model); check_size(model, cfg.data.tile_size)
-        tags = {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}
+        tags = {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')} | ({'mlflow.parentRunId': parent} if parent else {})
         tracker = [Tracker(cfg, folder, tags)] if cfg.tracker.kind == 'mlflow' and main else []
-        result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Log(folder), KeepEvidence(folder), *tracker])
+        result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Log(folder), KeepEvidence(folder), *tracker, *observers])
         if main and result.finished:
             if not result.best: raise RunError(f'no validation gave a number for {cfg.metrics.monitor}: nothing to export')
             model.load_state_dict(load_state(folder/'checkpoints'/'best.ckpt')['model'])
             save_model(folder/'model', model, cfg, feed.stats, result.best, env)
         for t in tracker: t.finish(result.finished)
-    if not result.finished: raise RunError(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
+    if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
 # %% ../nbs/05_train.ipynb #5b829fee
