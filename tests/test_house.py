@@ -133,6 +133,7 @@ def test_the_site_can_be_built(tmp_path):
     assert stub['project']['output-dir'] == '_docs' and all(w.get('project', {}).get('type', 'website') == 'website' for w in whole)
     assert any(w.get('website', {}).get('title') == 'rtsseg' for w in whole)
     assert not any('commonmark' in w.get('format', {}) for w in whole)
+    assert all((site/'_proc'/link['href']).is_file() for w in whole for link in w.get('website', {}).get('navbar', {}).get('left', []))
     names = [p.relative_to(ROOT/'nbs').as_posix() for p in notebooks]
     listed = next(w['website']['sidebar']['contents'] for w in whole if 'contents' in w.get('website', {}).get('sidebar', {}))
     assert [l for l in listed if isinstance(l, str)] == [n for n in names if '/' not in n] and listed[0] == 'index.ipynb'
