@@ -1,15 +1,15 @@
 "What the benchmarks share: ours and a peer take turns, so that noise of the machine hits both"
 import json, statistics, time
 
-def timed(f, *args):
-    "Seconds that a call took"
-    t = time.perf_counter(); f(*args); return time.perf_counter() - t
+def timed(f, *args, clock=time.perf_counter):
+    "Seconds that a call took, of the day or (`time.process_time`) of this process's CPU time"
+    t = clock(); f(*args); return clock() - t
 
-def turns(ours, peer, rounds, warm=3):
+def turns(ours, peer, rounds, warm=3, clock=time.perf_counter):
     "Seconds of each call of two functions that take turns, each going first every second time; the first `warm` rounds are left out"
     out = [], []
     for i in range(rounds + warm):
-        for j in (0, 1) if i % 2 else (1, 0): out[j].append(timed((ours, peer)[j]))
+        for j in (0, 1) if i % 2 else (1, 0): out[j].append(timed((ours, peer)[j], clock=clock))
     return out[0][warm:], out[1][warm:]
 
 def emit(what, ours, peer, goal=None, **more):

@@ -1,9 +1,10 @@
-"Augment: one key, one draw, in any process; and the boundary band by brute force"
+"Augment: one key, one draw, in any process; masks on their images whatever the form of a tile; and the boundary band by brute force"
 import hashlib, subprocess, sys
 
 import numpy as np
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.ndimage import binary_erosion
 from torch.utils.data import DataLoader, Dataset
 
 from rtsseg.augment import Augmenter, boundary
@@ -50,8 +51,42 @@ def test_any_key_any_number_of_channels(seed, epoch, n, occurrence, channels):
     assert m.shape == mask.shape and m.dtype == np.uint8 and set(np.unique(m)) <= {0, 1, 255}
     assert 0 <= out[..., :3].min() and out[..., :3].max() <= 1 and np.abs(out[..., 3:]).max(initial=0) <= 1001
 
+MOVES = {n: {'p': 0} for n in ('brightness', 'contrast', 'saturation', 'gaussian_noise', 'clahe')}
+FLAT = MOVES | {'rotate90': {'p': 0}}
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 10**6), st.integers(40, 90), st.integers(40, 90))
+def test_the_mask_lies_on_its_image(n, h, w):
+    "Whole draws on tiles of any form: the channel that holds the mask's own code agrees with the mask, and both tell where a pixel came from"
+    row, column = np.mgrid[:h, :w].astype(np.float32)
+    image = np.dstack([np.full((h, w, 3), .5, np.float32), column, row])
+    for code, channel in ((column, 3), (row, 4)):
+        out, m = Augmenter(Augment(**FLAT), [.5]*3 + [0, 0])(image, code.astype(np.uint8), (1, 1, 0, n))
+        inside = binary_erosion(m != 255, iterations=2)
+        assert np.abs(m - out[..., channel])[inside].max(initial=0) <= .51
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(3, 10))
+def test_every_channel_moves_alike_and_has_its_own_padding(n, channels):
+    "Channels go through OpenCV four at a time: each must come out as the first does but for its offset and its fill"
+    plane, mask = tile(channels=1)[0], np.zeros((48, 48), np.uint8)
+    offset = np.arange(channels, dtype=np.float32)
+    out, m = Augmenter(Augment(**MOVES), offset - 7)(plane + offset, mask, (2, 1, 0, n))
+    np.testing.assert_allclose(out - offset, np.broadcast_to(out[..., :1], out.shape), atol=2e-5)
+    padded = binary_erosion(m == 255, iterations=2, border_value=1)
+    np.testing.assert_allclose(out[padded], np.broadcast_to(offset - 7, out[padded].shape), atol=1e-5)
+
+def test_arrays_come_out_new_and_the_layout_in_memory_has_no_part():
+    image, mask = tile()
+    for key in KEYS:
+        a = Augmenter(Augment(), [.5]*5)
+        out = a(image, mask, key)
+        assert not any(np.shares_memory(o, i) for o, i in zip(out, (image, mask)))
+        bands_first = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)           # as a raster is read
+        for x, y in zip(a(bands_first, np.asfortranarray(mask), key), out): np.testing.assert_array_equal(x, y)
+
 @settings(deadline=None, max_examples=150)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.sampled_from([0, 0, 1, 255])), st.integers(1, 5),
+@given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.sampled_from([0, 0, 1, 255])), st.sampled_from([.5, 1, 1.5, 2, 2.9, 3, 5]),
        st.sampled_from(['ignore', 'constant', 'distance']))
 def test_boundary_by_brute_force(mask, width, kind):
     "Every pair of pixels measured: no distance transform in it"
