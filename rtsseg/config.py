@@ -7,8 +7,8 @@ __all__ = ['Share', 'Positive', 'NotNegative', 'Count', 'Source', 'PATHS', 'UNDE
            'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'LoopConfig', 'Toy',
            'Table', 'Field_', 'MultiResolution', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit',
            'Noise', 'Clahe', 'RandomScale', 'Augment', 'CurriculumRow', 'Sampler', 'Loss', 'Model', 'Metrics',
-           'Calibrate', 'Infer', 'Tracker', 'Config', 'read_yaml', 'load', 'config_hash', 'run_folder', 'write_atomic',
-           'to_yaml', 'write_schema', 'settings', 'check_parameters', 'git_state', 'environment']
+           'Calibrate', 'Infer', 'Tracker', 'Config', 'read_yaml', 'merge', 'load', 'config_hash', 'run_folder',
+           'write_atomic', 'to_yaml', 'write_schema', 'settings', 'check_parameters', 'git_state', 'environment']
 
 # %% ../nbs/00_config.ipynb #df48b507
 import difflib, hashlib, io, json, os, platform, re, subprocess
@@ -375,12 +375,14 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
-# %% ../nbs/00_config.ipynb #65f7fe96
-def _merge(low, high):
+# %% ../nbs/00_config.ipynb #a0065a22
+def merge(low,    # a tree of mappings
+          high    # what is laid over it
+         ):       # a new tree
     "Lay one tree over another: mappings join, everything else replaces. A source of another kind replaces the old one whole, another architecture its options"
     if not (isinstance(low, dict) and isinstance(high, dict)) or low.get('kind') != high.get('kind', low.get('kind')): return high
     if low.get('architecture') != high.get('architecture', low.get('architecture')): low = {k: v for k, v in low.items() if k != 'options'}
-    return low | {k: _merge(low[k], v) if k in low else v for k, v in high.items()}
+    return low | {k: merge(low[k], v) if k in low else v for k, v in high.items()}
 
 def _override(text):
     "'a.b=1' → {'a': {'b': 1}}"
@@ -430,9 +432,9 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
         ) -> LoopConfig:                # the checked tree, its paths absolute
     "Defaults, then files, then overrides, then settings; raises `ConfigError`. Paths in a file are relative to it (defaults, to the first file), others to the working folder"
     tree = {}
-    for f in files: tree = _merge(tree, _anchor(read_yaml(f), Path(f).parent))
-    for o in overrides: tree = _merge(tree, _anchor(_override(o), Path()))
-    tree = _merge(tree, _anchor(settings, Path()))
+    for f in files: tree = merge(tree, _anchor(read_yaml(f), Path(f).parent))
+    for o in overrides: tree = merge(tree, _anchor(_override(o), Path()))
+    tree = merge(tree, _anchor(settings, Path()))
     try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path(files[0]).parent if files else Path()))      # what is still relative is a default
     except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
 

@@ -8,7 +8,7 @@ __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdic
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
            'rtsseg_search', 'rtsseg_ablate']
 
-# %% ../nbs/09_search.ipynb #3aee48a4
+# %% ../nbs/09_search.ipynb #828f557d
 import io, itertools, json, math, os, re, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from scipy.stats import t as student
 
-from .config import PATHS, Config, ConfigError, Strict, config_hash, load, nearest, read_yaml, run_folder, settings, write_atomic
+from .config import PATHS, Config, ConfigError, Strict, config_hash, load, merge, nearest, read_yaml, run_folder, settings, write_atomic
 from .data import DataError, read_tile
 from .loop import CheckpointError, key_seed
 from .models import build, check_size
@@ -94,7 +94,7 @@ def read_axes(path:str|Path          # a search space or a grid
     if not axes: raise ConfigError(f'{path}: nothing to try: there is no axis in it')
     return axes
 
-# %% ../nbs/09_search.ipynb #5170bb97
+# %% ../nbs/09_search.ipynb #2b172273
 def put(tree:dict,        # changed in place
         fields:dict       # {'a.b': value}
        ) -> dict:         # the same tree
@@ -109,7 +109,7 @@ def put(tree:dict,        # changed in place
 
 def lay(cfg:Config, fields:dict) -> Config:
     "The config with some fields changed, checked as a whole; raises `ConfigError`"
-    return load(**put(cfg.model_dump(), fields))
+    return load(**merge(cfg.model_dump(), put({}, fields)))
 
 def check_variants(cfg:Config,       # the config that they are laid over
                    variants:dict,    # name: {field: value}
