@@ -540,7 +540,7 @@ def merge(a:Moments, b:Moments) -> Moments:
     d = b.mean - a.mean
     return Moments(n, a.mean + d * (b.n / n), a.m2 + b.m2 + d**2 * (a.n * b.n / n))
 
-# %% ../nbs/01_data.ipynb #9a27830d
+# %% ../nbs/01_data.ipynb #79d08a97
 @dataclass
 class Stats:
     "What normalises a tile; `normalization_stats.json` in every model directory"
@@ -551,6 +551,8 @@ class Stats:
     std: list[float]
     pixels: int             # valid pixels behind them
     manifest_hash: str      # of the tiles behind them
+    background: int = 0     # pixels labelled 0 in them …
+    positive: int = 0       # … and 1
 
     def __post_init__(self):
         numbers = [self.scale, *self.mean, *self.std]
@@ -581,12 +583,12 @@ def compute_stats(manifest:Manifest,              # the training split
                   extra_bands:list[str]=()        # EXTRA bands that the model sees
                  ) -> Stats:
     "One streaming pass over the valid pixels; raises `DataError` where there are none, types differ or a band is constant"
-    total, dtypes = Moments(), set()
+    total, dtypes, labels = Moments(), set(), np.zeros(2, int)
     for i in _progress(range(len(manifest)), 'statistics'):
         t = _read(manifest.root, manifest.table.loc[i], extra_bands); dtypes.add(str(t.rgb.dtype))
         m = moments(t.rgb, t.valid)
         if len(extra_bands): e = moments(t.extra, t.valid); m = Moments(m.n, np.r_[m.mean, e.mean], np.r_[m.m2, e.m2])
-        total = merge(total, m)
+        total = merge(total, m); labels += [np.count_nonzero(t.label == v) for v in (0, 1)]
     if total.n == 0: raise DataError('statistics: no valid pixel in the training split')
     if len(dtypes) > 1: raise DataError(f'statistics: images of different types ({", ".join(sorted(dtypes))})')
     channels = ['R', 'G', 'B', *extra_bands]
@@ -594,7 +596,7 @@ def compute_stats(manifest:Manifest,              # the training split
     dtype = dtypes.pop(); mean, std = total.mean, total.std
     scale = 255. if dtype == 'uint8' else float((mean[:3] + 4 * std[:3]).max())
     by = np.r_[[scale] * 3, [1.] * len(extra_bands)]
-    return Stats(channels, dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash)
+    return Stats(channels, dtype, scale, (mean / by).tolist(), (std / by).tolist(), int(total.n), manifest.hash, *labels.tolist())
 
 # %% ../nbs/01_data.ipynb #3444e1c0
 def read_tile(manifest:Manifest,              # where

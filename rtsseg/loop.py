@@ -231,7 +231,7 @@ class Observers:
     def __call__(self, hook, *args):
         for f in self.hooks[hook]: f(*args)
 
-# %% ../nbs/04a_loop.ipynb #8bbd1301
+# %% ../nbs/04a_loop.ipynb #c44f72d2
 @dataclass
 class Run:
     "The state of a training run: what observers see, and what a checkpoint saves"
@@ -250,6 +250,7 @@ class Run:
     sums: dict = field(default_factory=dict)      # of the epoch under way: loss part → value × count
     counts: dict = field(default_factory=dict)    # … loss part → count
     tally: dict = field(default_factory=dict)     # … the task's own sums
+    waited: float = 0.                      # … seconds for which batches were waited for, in this life
     history: list = field(default_factory=list)   # a row an epoch
     best: dict = field(default_factory=dict)      # epoch and metrics of the best validation
     stopper: Stopper = field(default_factory=Stopper)
@@ -353,7 +354,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #b4bc2a14
+# %% ../nbs/04a_loop.ipynb #cb051f49
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -471,7 +472,7 @@ def fit(cfg:LoopConfig,       # what to do
         while group := list(itertools.islice(stream, cfg.accumulate)):
             for g in optimizer.param_groups: g['lr'] = rate(stage, g['name'], run.epoch - 1 + run.batch / length, run.stopper.factor if run.stopper.plateau == stage.first else 1.)
             _step(run, group, stage, trained)
-            run.batch += len(group)
+            run.batch += len(group); run.waited = stream.seconds
             tell('on_step', run); run.agree()
             if run.reason: break
             if time.monotonic() - clock > 60 * cfg.checkpoint.resume_minutes: run.save('resume'); clock = time.monotonic()

@@ -46,8 +46,10 @@ def check_names(cfg:Model   # what to build
     for o in cfg.options:   # what an architecture does not know goes to timm, which refuses what it does not know
         if o in fixed or not (is_timm or o in valid): raise ConfigError(f'model.options.{o}: no such option of {arch}{nearest(o, valid)}')
 
-# %% ../nbs/04_models.ipynb #a0ce77a1
+# %% ../nbs/04_models.ipynb #9b450c8d
 def _is_local(weights): return '/' in weights or Path(weights).suffix in ('.safetensors', '.pt')
+
+def _is_whole(weights): return _is_local(weights) and Path(weights).is_dir()      # a model directory, with a decoder too
 
 def _timm_name(cfg):
     "timm's name with its tag: 'imagenet' is the tag in the encoder's name, or timm's default; any other name of weights is a tag itself"
@@ -100,15 +102,15 @@ def find_weights(cfg:Model   # names an encoder and its weights
     if not _is_local(cfg.weights):
         return _fetch(cfg, _source(cfg), 'model.safetensors', f'model.weights: the weights {cfg.weights!r}',
                       'set model.weights to a local .safetensors or .pt file, or to null for random weights')
-    path = Path(cfg.weights)/'model.safetensors' if Path(cfg.weights).is_dir() else Path(cfg.weights)
+    path = Path(cfg.weights)/'model.safetensors' if _is_whole(cfg.weights) else Path(cfg.weights)
     if not path.is_file(): raise ConfigError(f'model.weights: there is no file {path}')
     return path
 
-# %% ../nbs/04_models.ipynb #75c84d77
+# %% ../nbs/04_models.ipynb #92d182f5
 def pretrained_stats(cfg:Model                    # names an encoder and its weights
                     ) -> tuple[list, list]:       # mean and std of R, G, B, of images scaled to [0, 1]
     "What normalised the images that the encoder was pretrained on; raises `ConfigError` where there were none, or nobody knows"
-    if cfg.weights and Path(cfg.weights).is_dir():
+    if cfg.weights and _is_whole(cfg.weights):
         stats = Stats.load(Path(cfg.weights)/'normalization_stats.json')
         return stats.mean[:3], stats.std[:3]
     if cfg.encoder.startswith('tu-'): return list(_timm_card(cfg).mean), list(_timm_card(cfg).std)
@@ -117,7 +119,7 @@ def pretrained_stats(cfg:Model                    # names an encoder and its wei
     card = json.loads(_fetch(named, _source(named), 'config.json', f'model.normalisation: the statistics of the weights {named.weights!r}', 'use dataset').read_text())
     return card['mean'], card['std']
 
-# %% ../nbs/04_models.ipynb #1cd36941
+# %% ../nbs/04_models.ipynb #4ab10005
 def _read(path):
     try: state = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as e: raise ConfigError(f'model.weights: {path} cannot be read: {" ".join(str(e).split())[:300]}') from None
@@ -125,7 +127,7 @@ def _read(path):
     return state
 
 def _mismatch(cfg, error):
-    lines, what = [l.strip() for l in str(error).splitlines()[1:]], cfg.architecture + ' with' if Path(cfg.weights).is_dir() else 'the encoder'
+    lines, what = [l.strip() for l in str(error).splitlines()[1:]], cfg.architecture + ' with' if _is_whole(cfg.weights) else 'the encoder'
     return ConfigError(f'model.weights: {cfg.weights} does not fit {what} {cfg.encoder}:\n' + '\n'.join(l if len(l) < 500 else f'{l[:500]} …' for l in lines))
 
 def _check_timm(cfg, state):
@@ -196,7 +198,7 @@ def _recompute(encoder, name):
     if not (blocks := _blocks(encoder)): raise ConfigError(f'model.gradient_checkpointing: {name} has no blocks to compute again: set it to false')
     for b in blocks: b.forward = partial(_twice, b, b.forward)
 
-# %% ../nbs/04_models.ipynb #3a39e52c
+# %% ../nbs/04_models.ipynb #493e69a1
 def build(cfg:Model          # architecture, encoder, weights, number of channels, fusion
          ) -> nn.Module:     # float32 (B, C, H, W) → logits (B, 1, H, W)
     "The model of guide 3; random weights where `cfg.weights` is None. Raises `ConfigError` unless all of the asked-for weights are loaded"
@@ -208,7 +210,7 @@ def build(cfg:Model          # architecture, encoder, weights, number of channel
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as e: raise ConfigError(f'model: {cfg.architecture} with {encoder}: {e}') from e
     if cfg.weights is None: model, state = make(channels), None
     else:
-        state, model, whole = _read(find_weights(cfg)), make(3), Path(cfg.weights).is_dir()
+        state, model, whole = _read(find_weights(cfg)), make(3), _is_whole(cfg.weights)
         if not whole: state = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')} or state
         if is_timm and not whole and not all(k.startswith('model.') for k in state):
             _check_timm(cfg, state)

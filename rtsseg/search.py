@@ -8,7 +8,7 @@ __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdic
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
            'rtsseg_search', 'rtsseg_ablate']
 
-# %% ../nbs/09_search.ipynb #828f557d
+# %% ../nbs/09_search.ipynb #2a6cfa1e
 import io, itertools, json, math, os, re, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from .loop import CheckpointError, key_seed
 from .models import build, check_size
 from .report import ReportError, seed_list
 from .segment import prepare
-from .train import RunError, Stopped, Tracker, flat, run
+from .train import Busy, RunError, Stopped, Tracker, flat, run
 
 # %% ../nbs/09_search.ipynb #43f25dc5
 FLOOR = 0.01     # a smaller difference of the monitored value is never called a gain
@@ -142,7 +142,7 @@ def combinations(axes:dict,          # of `read_axes`
     if len(out) < 2: raise ConfigError(f'{source}: one variant alone has nothing to be compared with')
     return out
 
-# %% ../nbs/09_search.ipynb #fc6d1c1b
+# %% ../nbs/09_search.ipynb #183c1e28
 FAILURES = (ConfigError, DataError, CheckpointError, RunError, torch.OutOfMemoryError)      # what costs one run, and not the whole search
 
 def trained(cfg:Config, parent:str='', observers=()) -> float:
@@ -193,10 +193,11 @@ class Ablation:
         head = ['variant', *(f'seed {s}' for s in self.seeds), 'mean ± std', 'mean paired difference ± std', 'verdict']
         line = lambda r: '| ' + ' | '.join(r) + ' |'
         n, words = len(self.variants) - 1, Counter(v.word for v in self.verdicts)
+        pairs = min((k for v in self.values[1:] if (k := int(np.isfinite(v - self.values[0]).sum())) > 1), default=1)      # a run that failed takes its seed along
         notes = [f'{self.monitor}: the best validation of each run. Everything here was chosen on the validation split; the test split was never touched.',
                  f'{n} comparison{"s" * (n > 1)} with the baseline ({self.variants[0]}): ' + ', '.join(f'{k} {w}' for w, k in words.items()) + '.',
-                 'There is no verdict from a single seed: it has no spread to compare with.' if len(self.seeds) == 1 else
-                 f'{RULE}. With {len(self.seeds)} seeds at most one in {1 / chance(len(self.seeds)):.0f} variants that change nothing is called a gain by chance (normal differences).', *self.failed]
+                 'There is no verdict from a single seed: it has no spread to compare with.' if pairs == 1 else
+                 f'{RULE}. With {pairs} seeds at most one in {1 / chance(pairs):.0f} variants that change nothing is called a gain by chance (normal differences).', *self.failed]
         return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows), '', *(f'- {x}' for x in notes)])
 
     __repr__ = _repr_markdown_ = __str__
@@ -237,7 +238,7 @@ def ablate(cfg:Config,            # the config that the grid is laid over
             found.write(folder)
     return found
 
-# %% ../nbs/09_search.ipynb #5597999b
+# %% ../nbs/09_search.ipynb #9dc640b4
 HEARTBEAT = 60     # seconds; a trial that is silent for twice as long is taken for dead
 
 class Pruning:
@@ -298,6 +299,7 @@ def search(cfg:Config,                   # the config that trials are laid over
            pruner=None                   # of Optuna; None: the median rule after five finished trials, once freezing and warm-up are over
           ) -> optuna.Study:             # its files are in runs/search/<name>
     "Search, or go on searching; raises `ConfigError` and `DataError` before anything is trained, `Stopped` where it was asked to stop, `RunError` where three trials in a row failed"
+    if trials < 1: raise ConfigError(f'trials: {trials}; at least one is needed')
     axes, name = read_axes(space), name or f'{cfg.name}-{Path(space).stem}'
     for axis, a in axes.items(): check_variants(cfg, {f'{axis}={x:g}': {axis: x} for x in (a.low, a.high)} if isinstance(a, Range) else {f'{axis}={k}': f for k, f in a.items()}, space)
     folder, data = cfg.runs/'search'/name, prepare(cfg).hash; folder.mkdir(parents=True, exist_ok=True)
@@ -314,6 +316,7 @@ def search(cfg:Config,                   # the config that trials are laid over
         try:
             new = lay(cfg, fields); trial.set_user_attr('run', str(run_folder(new, data).relative_to(cfg.runs)))
             return trained(new, parent, [watch])
+        except Busy as e: trial.set_user_attr('note', f'pruned: drawn twice, {e}'); raise optuna.TrialPruned(str(e)) from None
         except (*FAILURES, KeyboardInterrupt) as e:
             if watch.why: trial.set_user_attr('note', watch.why); raise optuna.TrialPruned(watch.why) from None
             trial.set_user_attr('note', str(e) or type(e).__name__)

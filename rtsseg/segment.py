@@ -77,7 +77,7 @@ def statistics(cfg:Config, manifest:Manifest) -> Stats:
     stats.save(path)
     return stats
 
-# %% ../nbs/04b_segment.ipynb #e6cca0e4
+# %% ../nbs/04b_segment.ipynb #f6f17bf0
 class Tiles(Dataset):
     "Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself"
     def __init__(self,
@@ -87,7 +87,9 @@ class Tiles(Dataset):
                 ):
         self.manifest, self.stats, self.cfg = manifest, stats, cfg
         self.augment = Augmenter(cfg.augment, fill=list(stats.mean))
-        self.around = neighbours(manifest, cfg.data.multi_resolution.factor) if cfg.data.multi_resolution.p else None
+        self.around = neighbours(manifest, k) if cfg.data.multi_resolution.p and (k := cfg.data.multi_resolution.factor) and (manifest.table.split == 'train').all() else None
+        if self.around is not None and not (self.around >= 0)[:, :k, :k].all((1, 2)).any():
+            raise DataError(f'data.multi_resolution: no training tile has the neighbours that a view of {k} × {k} tiles wants; tiles must adjoin each other and have a CRS')
 
     def __len__(self): return len(self.manifest)
 
@@ -112,7 +114,8 @@ class Tiles(Dataset):
         coarser, rng = self.cfg.data.multi_resolution, np.random.default_rng((*key, 1))      # beside the augmentation's own
         if rng.random() >= coarser.p: return None
         y, x = rng.integers(coarser.factor, size=2)
-        return self.around[key[2], y:y + coarser.factor, x:x + coarser.factor]
+        rows = self.around[key[2], y:y + coarser.factor, x:x + coarser.factor]; positive = self.manifest.table.positive.to_numpy()
+        return rows if positive[key[2]] or not positive[rows[rows >= 0]].any() else None      # a negative tile stays one
 
 # %% ../nbs/04b_segment.ipynb #3c36b519
 @dataclass
@@ -149,12 +152,11 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #434d4318
+# %% ../nbs/04b_segment.ipynb #5a55159d
 def background_ratio(feed:Loaders   # of a run
                     ) -> float:     # background pixels for each slump pixel
-    "Counted over the training split (guide 5.4); `loss.class_ratio` goes before it"
-    n = int(feed.manifest.of('train').table.n_positive.sum())
-    return (feed.stats.pixels - n) / n
+    "Counted over the labelled pixels of the training split (guide 5.4); `loss.class_ratio` goes before it"
+    return feed.stats.background / max(feed.stats.positive, 1)
 
 class Judge:
     "The loop's meter: evidence at the reference threshold, and the guide's numbers at each ratio"
@@ -205,7 +207,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #e1e71a61
+# %% ../nbs/04b_segment.ipynb #151292a7
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -243,7 +245,7 @@ def check(cfg:Config,             # the config
         feed = loaders(cfg, manifest)
         for name, loader in (('training', feed.train), ('validation', feed.val)):
             print(f'iterating the {name} loader', flush=True)
-            seen += [replace(f, what=f'{name}: {f.what}' if name == 'validation' else f.what) for f in check_batches(itertools.islice(loader, batches), feed.stats)]
+            seen += [replace(f, level='warning' if f.level == 'error' and f.what.startswith('normalised') and cfg.model.normalisation == 'pretrained' else f.level, what=f'{name}: {f.what}' if name == 'validation' else f.what) for f in check_batches(itertools.islice(loader, batches), feed.stats)]
     lines = checklist(files, seen, cfg, stats_path(cfg, manifest), surroundings(cfg))
     print(show_findings([*files, *seen])); print('\nPre-training checklist (guide 10.1)'); print(show_findings(lines)); print(f'\n{verdict([*files, *seen, *lines])}', flush=True)
     return [*files, *seen, *lines]

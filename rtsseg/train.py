@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
-           'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
+           'Busy', 'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
 
-# %% ../nbs/05_train.ipynb #b924436b
+# %% ../nbs/05_train.ipynb #443dab8a
 import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, store_true
 
-from .config import Config, ConfigError, config_hash, environment, load, run_folder, settings, to_yaml, write_atomic
+from .config import Config, ConfigError, LoopConfig, config_hash, environment, load, run_folder, settings, to_yaml, write_atomic
 from .data import DataError, leaks, named_run
 from .infer import save_model
 from .loop import CheckpointError, fit, key_seed, load_state
@@ -23,10 +23,10 @@ from .metrics import Evidence, resample, subsample, weight
 from .models import build, check_size
 from .segment import SegmentTask, background_ratio, loaders, prepare
 
-# %% ../nbs/05_train.ipynb #1b552036
+# %% ../nbs/05_train.ipynb #7b6f4606
 class Log:
     "Writes log.jsonl, a line an event, and prints a line an epoch"
-    def __init__(self, folder:Path): self.path, self.told, self.steps, self.starved, self.seen = folder/'log.jsonl', time.monotonic(), 0, False, set()
+    def __init__(self, folder:Path): self.path, self.told, self.steps, self.waited, self.starved, self.seen = folder/'log.jsonl', time.monotonic(), 0, 0., False, set()
 
     def write(self, event, **row):
         with open(self.path, 'a') as f: f.write(json.dumps(dict(event=event, **row)) + '\n')
@@ -43,20 +43,21 @@ class Log:
         self.steps += 1
         if run.accelerator.is_main_process and (seconds := time.monotonic() - self.told) > 30:      # a long epoch shows that it is alive
             images = self.steps * run.cfg.batch_size * run.cfg.accumulate * run.accelerator.num_processes
-            print(f'  epoch {run.epoch}, step {run.step}, {images / seconds:.0f} images/s', flush=True); self.told, self.steps = time.monotonic(), 0
+            print(f'  epoch {run.epoch}, step {run.step}, {images / seconds:.0f} images/s, {(run.waited - self.waited) / seconds:.0%} waiting for data', flush=True)
+            self.told, self.steps, self.waited = time.monotonic(), 0, run.waited
 
     def on_epoch(self, run):
         if not run.accelerator.is_main_process: return
-        row = run.history[-1]; self.write('epoch', **row); self.told, self.steps = time.monotonic(), 0
+        row = run.history[-1]; self.write('epoch', **row); self.told, self.steps, self.waited = time.monotonic(), 0, 0.
         loss = ' '.join(f'{k.removeprefix("train/")} {v:.4f}' for k, v in row.items() if k.startswith('train/loss'))
         judged = f"  {run.task.monitor} {row[f'val/{run.task.monitor}']:.4f} (best {run.best.get('value', math.nan):.4f} at {run.best.get('epoch')})" if f'val/{run.task.monitor}' in row else ''
         speed = f"{row['images_per_second']:.0f} images/s, {row['wait']:.0%} waiting for data"
         print(f"epoch {row['epoch']:>3}/{run.cfg.epochs}  {row['seconds']:6.1f} s  {speed}  {loss}{judged}", flush=True)
         if row['wait'] > STARVED and row['batches'] >= 10 and not self.starved:
-            self.starved, n = True, run.cfg.loader.num_workers
-            print(f"note: the {run.accelerator.device.type} waits for data {row['wait']:.0%} of the time: raise loader.num_workers (now {n}; {os.cpu_count()} cores here)"
-                  f"{f' or loader.prefetch_factor (now {run.cfg.loader.prefetch_factor})' if n else ''}, or put the tiles on a faster disk", flush=True)
-        for sign in overfitting(run.history, run.task.monitor, run.cfg.early_stopping.min_delta):
+            self.starved, n, cores = True, run.cfg.loader.num_workers, os.cpu_count()
+            more = f'raise loader.num_workers (now {n}; {cores} cores here)' if n < cores else f'all {cores} cores make batches already: take a machine with more, or lighter augmentation'
+            print(f"note: the {run.accelerator.device.type} waits for data {row['wait']:.0%} of the time: {more}, or put the tiles on a faster disk", flush=True)
+        for sign in overfitting(run.history, run.task.monitor, run.cfg):
             self.write('overfitting', epoch=row['epoch'], sign=sign)
             if sign not in self.seen: self.seen.add(sign); print(f'note: sign of overfitting, {sign}: {SIGNS[sign]} (guide 10.5)', flush=True)
 
@@ -69,7 +70,7 @@ def read_log(folder:str|Path      # a run folder
     rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
     return list({r['epoch']: r for r in rows if r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #73343ed8
+# %% ../nbs/05_train.ipynb #a278e589
 STARVED = .2      # share of an epoch spent waiting for data from which on it is worth a word
 SIGNS = {'train-val divergence': 'the training loss falls while the validation loss rises; increase dropout or augmentation',
          'large IoU gap': 'training IoU above 0.9, validation IoU at 1:1 below 0.5; reduce the capacity of the model, or stop earlier',
@@ -77,17 +78,18 @@ SIGNS = {'train-val divergence': 'the training loss falls while the validation l
 
 def overfitting(rows:list[dict],          # epochs, as in `Run.history`
                 monitor:str,              # the monitored value
-                min_delta:float           # a change that is more than noise
+                cfg:LoopConfig            # its early_stopping.min_delta is a change that is more than noise; loss_weights
                ) -> list[str]:            # keys of `SIGNS`; none where the last epoch was not validated
     "The warning signs of guide 10.5, at the last validation"
     judged = [r for r in rows if 'val/loss' in r][-3:]
     if not judged or judged[-1] is not rows[-1]: return []
     def series(key): return np.array([r.get(key, np.nan) for r in judged])
-    train, val, balanced, realistic = sum(series(k) for k in judged[-1] if k.startswith('train/loss/')), series('val/loss'), series('val/pr_auc@1'), series(f'val/{monitor}')
+    train = sum(cfg.loss_weights.get(k.removeprefix('train/loss/'), 1.) * series(k) for k in judged[-1] if k.startswith('train/loss/'))      # weighed as the validation loss is
+    val, balanced, realistic = series('val/loss'), series('val/pr_auc@1'), series(f'val/{monitor}')
     found = dict.fromkeys(SIGNS, False)
     if len(judged) == 3:
         found['train-val divergence'] = (np.diff(train) < 0).all() and (np.diff(val) > 0).all()
-        found['balanced vs realistic gap'] = balanced[-1] > balanced[0] and realistic[-1] < realistic[0] - min_delta
+        found['balanced vs realistic gap'] = balanced[-1] > balanced[0] and realistic[-1] < realistic[0] - cfg.early_stopping.min_delta
     found['large IoU gap'] = judged[-1].get('train/iou', 0) > .9 and judged[-1].get('val/iou@1', 1) < .5
     return [k for k, v in found.items() if v]
 
@@ -164,10 +166,13 @@ class Tracker:
                 else: self.client.log_artifact(self.id, str(path))
             self.client.set_terminated(self.id, 'FINISHED' if whole else 'KILLED')
 
-# %% ../nbs/05_train.ipynb #0f067cb7
+# %% ../nbs/05_train.ipynb #6c3e051a
 class RunError(RuntimeError):
     "A run that cannot begin or did not finish"
     def __init__(self, why, code=3, told=False): super().__init__(why); self.code, self.told = code, told
+
+class Busy(RunError):
+    "A run that another process has in hand"
 
 class Stopped(RunError):
     "A run that was asked to stop before its end; the same command goes on from there"
@@ -176,18 +181,18 @@ class Stopped(RunError):
 def locked(folder:Path,          # a run folder
            wait:float=60         # seconds to wait for another process
           ):
-    "Hold the lock of a run folder; raises `RunError` where another process keeps it"
+    "Hold the lock of a run folder; raises `Busy` where another process keeps it"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
         until = time.monotonic() + wait
         while True:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except BlockingIOError:
-                if time.monotonic() > until: raise RunError(f'{folder.name}: another process trains in this run folder; wait for it or stop it') from None
+                if time.monotonic() > until: raise Busy(f'{folder.name}: another process trains in this run folder; wait for it or stop it') from None
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #d59c4525
+# %% ../nbs/05_train.ipynb #593bf051
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -216,6 +221,7 @@ def run(cfg:Config,        # the whole tree
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
+    if main and not {'focal', 'cross_entropy'} & set(cfg.loss.parts): warnings.warn(f'loss.parts {cfg.loss.parts}: the overlap of regions alone leaves next to no gradient in a batch without slumps; add focal or cross_entropy')
     if main and cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main and not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
@@ -296,7 +302,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
         sys.exit(e.code)
     except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
 
-# %% ../nbs/05_train.ipynb #e5f5667c
+# %% ../nbs/05_train.ipynb #c6676d8a
 @call_parse
 def rtsseg_noise(run:str='',                      # run folder; '' finds it from the config
                  config:str='configs/toy.yaml',   # YAML file
@@ -312,6 +318,7 @@ def rtsseg_noise(run:str='',                      # run folder; '' finds it from
     try:
         folder = named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(folder/'config.yaml')
         files = sorted((folder/'evidence').glob('epoch-*.parquet'))[-2:]
+        if replicates < 2: raise ConfigError(f'replicates: {replicates} have no spread; 2 are needed, 200 are usual')
         if len(files) < 2: raise DataError(f'{os.path.relpath(folder)}: {len(files)} of the two validations that are needed: train for more epochs, or lower val_frequency')
         pair, which = [Evidence.read(f) for f in files], cfg.metrics.monitor.removeprefix('pr_auc@')
         ratio = which if which == 'native' else int(which)

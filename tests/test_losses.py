@@ -103,6 +103,11 @@ def test_false_positives_have_a_gradient(f):
     assert (run(np.full(shape, 5, np.float32), np.zeros(shape, np.float32), f)[1] > 0).all()
 
 @every
+def test_false_positives_have_a_gradient_over_full_tiles(f):
+    x = torch.full((4, 1, 512, 512), 3., requires_grad=True); f(x, torch.zeros(4, 512, 512)).backward()
+    assert (x.grad > 0).all()
+
+@every
 @settings(deadline=None)
 @given(x=logits, y=hard)
 def test_a_step_downhill_helps(f, x, y):

@@ -9,10 +9,10 @@ from scipy.stats import ttest_rel
 
 import rtsseg.search as module
 from rtsseg.config import ConfigError, config_hash, load, to_yaml
-from rtsseg.search import FLOOR, Ablation, Range, ablate, check_variants, combinations, lay, read_axes, rtsseg_ablate, rtsseg_search, search, verdict
+from rtsseg.search import FLOOR, Ablation, Range, ablate, check_variants, combinations, lay, put, read_axes, rtsseg_ablate, rtsseg_search, search, verdict
 from rtsseg.segment import prepare
 from rtsseg.toy import tiny_toy
-from rtsseg.train import RunError, Stopped, read_log
+from rtsseg.train import Busy, RunError, Stopped, read_log
 
 ROOT = Path(__file__).parents[1]
 READY = sorted((ROOT/'configs'/'search').glob('*.yaml'))
@@ -237,6 +237,24 @@ def test_a_failing_trial_costs_no_more_than_itself(cfg, tmp_path, monkeypatch, c
     monkeypatch.setattr(module, 'trained', broken)
     with pytest.raises(RunError, match='three trials in a row failed, the last one with: no GPU'): search(cfg, tmp_path/'axes.yaml', 20)
     assert len(study.trials) == 10
+
+def test_settings_that_another_process_has_in_hand_are_no_failure(cfg, tmp_path, monkeypatch):
+    "Two searchers may draw the same point: the later one leaves it, however often"
+    def busy(c, parent, observers): raise Busy('another process trains in this run folder')
+    monkeypatch.setattr(module, 'trained', busy)
+    study = search(cfg, file(tmp_path, 'loss.gamma: [2, 0]'), 4)
+    assert states(study) == ['PRUNED'] * 4 and all('drawn twice' in t.user_attrs['note'] for t in study.trials)
+
+@pytest.mark.parametrize('fields', [{}, {'model.architecture': 'fpn'}, {'model.options': {}}, {'loss_weights.dice': 2., 'loss.gamma': 3}, {'model.architecture': 'unet', 'model.options': {'encoder_depth': 4}}])
+def test_an_overlay_of_fields_is_the_trial(tiny, tmp_path, fields):
+    "What best.yaml holds, laid over the config, is what was trained: another architecture drops the options of the old one there, too"
+    overlay = tmp_path/'best.yaml'; overlay.write_text(json.dumps(put({}, fields)))
+    assert load(tiny[1], overlay) == lay(load(tiny[1]), fields)
+
+def test_the_chance_is_that_of_the_pairs_there_are():
+    whole, holed = ([[.5, .5, .5], [.6, .61, .6]], [[.5, .5, .5], [.6, .61, math.nan]])
+    assert 'With 3 seeds at most one in 27' in str(Ablation('pr_auc@200', ['a', 'b'], [42, 43, 44], np.array(whole)))
+    assert 'With 2 seeds at most one in 9' in str(Ablation('pr_auc@200', ['a', 'b'], [42, 43, 44], np.array(holed)))
 
 # --- commands
 

@@ -164,13 +164,13 @@ def test_one_validation_has_no_noise_floor(tiny, tmp_path):
 
 def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys):
     log, rows = Log(tmp_path), []
-    told = SimpleNamespace(history=rows, cfg=load(overrides=['loader.num_workers=2']), task=SimpleNamespace(monitor='pr_auc@200'), best={}, accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')))
+    told = SimpleNamespace(history=rows, cfg=load(overrides=['loader.num_workers=0']), task=SimpleNamespace(monitor='pr_auc@200'), best={}, accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')))
     for i in range(1, 6):
         rows.append({'epoch': i, 'seconds': 1., 'batches': 20, 'images_per_second': 7., 'wait': .6, 'train/loss/focal': 1/i, 'val/loss': float(i), 'train/iou': .95, 'val/iou@1': .3, 'val/pr_auc@1': .1*i, 'val/pr_auc@200': -.1*i})
         log.on_epoch(told)
     said = capsys.readouterr().out
     assert all(said.count(f'sign of overfitting, {sign}: {remedy}') == 1 for sign, remedy in SIGNS.items())
-    assert said.count('raise loader.num_workers (now 2') == 1 and '7 images/s, 60% waiting for data' in said
+    assert said.count('raise loader.num_workers (now 0') == 1 and '7 images/s, 60% waiting for data' in said
     events = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
     show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(SIGNS)
