@@ -202,7 +202,7 @@ def test_nan_in_extra_is_nodata(tmp_path):
 
 @pytest.mark.parametrize('change', [{'std': [0, 1, 1]}, {'mean': [1, 1]}, {'scale': float('nan')}, {'more': 1}, {'std': 'abc'}, {'mean': [None] * 3}])
 def test_bad_statistics_do_not_load(tmp_path, change):
-    good = dict(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.5] * 3, std=[.1] * 3, pixels=9, manifest_hash='x')
+    good = dict(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.5] * 3, std=[.1] * 3, pixels=9, manifest_hash='x', background=8, positive=1)
     (tmp_path/'s.json').write_text(json.dumps(good)); assert Stats.load(tmp_path/'s.json').scale == 255
     (tmp_path/'s.json').write_text(json.dumps(good | change))
     with pytest.raises(DataError): Stats.load(tmp_path/'s.json')

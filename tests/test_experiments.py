@@ -1,7 +1,8 @@
 "Each experiment file trains, through everything that the guide's run has, on a world of a second; and the guide's table leaves nothing out"
-import json, math, re, warnings
+import functools, json, math, re, warnings
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from rtsseg.config import Config, load, read_yaml
@@ -61,6 +62,15 @@ def leaves(cls=Config, prefix=''):
         if hasattr(f.annotation, 'model_fields'): yield from leaves(f.annotation, f'{prefix}{name}.')
         else: yield f'{prefix}{name}', f.get_default(call_default_factory=True)
 
+@functools.cache
+def drawn(chapter):
+    "The headings of a chapter, as a site names them, below which there is a picture"
+    heading, found = '', set()
+    for cell in nbformat.read(ROOT/'nbs'/chapter, 4).cells:
+        for line in re.findall(r'^#+ (.*)$', cell.source, re.M) if cell.cell_type == 'markdown' else []: heading = re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', line)).lower()
+        if cell.cell_type == 'code' and any('image/png' in o.get('data', {}) for o in cell.outputs): found.add(heading)
+    return found
+
 def test_the_guides_table_names_every_setting_with_its_default():
     from ruamel.yaml import YAML
     default, named = dict(leaves()), set()
@@ -82,6 +92,6 @@ def test_the_guides_table_names_what_exists():
             named.add(name); assert (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file(), name
         for name in codes.findall(tests):
             file, _, function = name.partition('::'); assert re.search(rf'^def {function}\(', (ROOT/'tests'/f'{file}.py').read_text(), re.M), name
-        target = re.search(r'\]\(([^)]+)\)', chapter)[1]; assert (ROOT/'nbs'/target).is_file()
-        assert '"image/png"' in (ROOT/'nbs'/target).read_text(), f'{target} has no figure'
+        target, _, anchor = re.search(r'\]\(([^)]+)\)', chapter)[1].partition('#')
+        assert anchor in drawn(target), f'{asked}: {target} has no figure under #{anchor}, but under {sorted(drawn(target))}'
     assert {p.stem for p in EXPERIMENTS} <= named, {p.stem for p in EXPERIMENTS} - named
