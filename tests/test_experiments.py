@@ -29,7 +29,7 @@ def test_an_experiment_names_only_what_differs(file):
     base, cfg = load(BASES[0]), load(BASES[0], file)
     same = {p for p in paths(tree) if not p.startswith('loss_weights.') and value(cfg, p) == value(base, p)}
     whole = {'loss.boundary_ignore_width', 'loss.boundary_soft_width', 'loss.soft_label_value', 'loss.tversky_alpha', 'loss.tversky_beta', 'loss.balance', 'data.extra_bands',
-             'data.multi_resolution.factor', 'model.fusion', 'model.in_channels'}      # said although it is the default, where the experiment is about it
+             'data.multi_resolution.factor', 'model.fusion', 'model.extra_encoder', 'model.in_channels'}      # said although it is the default, where the experiment is about it
     assert same <= whole, same - whole
 
 @pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda p: p.stem)
