@@ -247,7 +247,7 @@ def show_pr(evidence,                # `Evidence`
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/06_calibrate.ipynb #9dc218a4
+# %% ../nbs/06_calibrate.ipynb #d0f1cfea
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
@@ -265,7 +265,7 @@ def show_calibration(c:Calibration) -> pd.DataFrame:
 
 @call_parse
 def rtsseg_calibrate(run:str='',                      # run folder; '' finds it from the config
-                     config:str='configs/toy.yaml',   # YAML file
+                     config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                      manifest:str='',                 # another manifest than the config's
                      name:str='',                     # another name for the run
                      epochs:int=None,                 # another number of epochs

@@ -450,7 +450,7 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
     try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path(files[0]).parent if files else Path()))      # what is still relative is a default
     except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
 
-# %% ../nbs/00_config.ipynb #5aaed151
+# %% ../nbs/00_config.ipynb #e8ccb77f
 UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source'), ('data', 'split_check'),
               ('model', 'gradient_checkpointing')]
 
@@ -464,9 +464,10 @@ def config_hash(cfg:LoopConfig,        # the tree
         for p in parents: node = node.get(p, {})
         node.pop(leaf, None)
     weights = Path(tree.get('model', {}).get('weights') or '')
-    if weights.is_absolute() and weights.is_dir() and (weights/'model.safetensors').exists(): weights /= 'model.safetensors'
+    whole = weights.is_absolute() and (weights/'model.safetensors').is_file()        # a model directory brings its decoder, a file the encoder alone
+    if whole: weights /= 'model.safetensors'
     if weights.is_absolute() and weights.is_file():        # local weights count by what they hold, not by where they lie
-        with open(weights, 'rb') as f: tree['model']['weights'] = hashlib.file_digest(f, 'sha256').hexdigest()
+        with open(weights, 'rb') as f: tree['model']['weights'] = 'model '*whole + hashlib.file_digest(f, 'sha256').hexdigest()
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -507,7 +508,7 @@ def write_schema(path:str|Path,              # where the JSON schema goes
     "Write the JSON schema that an editor completes configs from"
     return write_atomic(path, json.dumps(cls.model_json_schema(), indent=1) + '\n')
 
-# %% ../nbs/00_config.ipynb #c6316547
+# %% ../nbs/00_config.ipynb #a13d73ff
 def settings(config:str|Path|list,       # a YAML file, or several, with commas between them, that are laid over each other
              manifest:str='',            # another manifest than the config's
              name:str='',                # another name for the run
@@ -521,7 +522,7 @@ def settings(config:str|Path|list,       # a YAML file, or several, with commas 
         except ValueError: raise ConfigError(f"""overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not {overrides!r}""") from None
     if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, str) for o in overrides): raise ConfigError(f'overrides: a list of texts was expected, not {overrides!r}')
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
-    files = config.split(',') if isinstance(config, str) else [config] if isinstance(config, Path) else config
+    files = [f.strip() for f in config.split(',') if f.strip()] if isinstance(config, str) else [config] if isinstance(config, Path) else config
     return load(*files, overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})
 
 def check_parameters(namespace:dict,     # globals() of the notebook, below its parameters; `before` in it holds the names that were there above them

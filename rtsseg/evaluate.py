@@ -21,7 +21,7 @@ from .loop import accelerator, make_deterministic
 from .metrics import Evidence, Meter, evidence_path, telling_tiles
 from .segment import eval_loader
 
-# %% ../nbs/05a_evaluate.ipynb #af708997
+# %% ../nbs/05a_evaluate.ipynb #0fa45bc9
 class Locked(RuntimeError):
     "The test split has been looked at by another configuration"
 
@@ -45,7 +45,7 @@ def look(cfg:Config,            # who wants to look
         same = {k: entry[k] for k in mine} == mine
         if not same and not force:
             raise Locked(f"the test split of this data was evaluated for config {entry['config']} ({entry['rule']}); looking again with {mine['config']} ({mine['rule']}) would "
-                         f"make it a second validation split. Choose on the validation split, or say force: the report will tell")
+                         f"make it a second validation split. Choose on the validation split, or say --force (force=True): the report will tell")
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
@@ -89,10 +89,10 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
     out = io.BytesIO(); np.savez_compressed(out, **maps); write_atomic(path.with_suffix('.npz'), out.getvalue())
     return path
 
-# %% ../nbs/05a_evaluate.ipynb #a284c532
+# %% ../nbs/05a_evaluate.ipynb #f32a0f35
 @call_parse
 def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
-                    config:str='configs/toy.yaml',   # YAML file
+                    config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                     manifest:str='',                 # another manifest than the config's
                     name:str='',                     # another name for the run
                     epochs:int=None,                 # another number of epochs

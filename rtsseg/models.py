@@ -46,7 +46,7 @@ def check_names(cfg:Model   # what to build
     for o in cfg.options:   # what an architecture does not know goes to timm, which refuses what it does not know
         if o in fixed or not (is_timm or o in valid): raise ConfigError(f'model.options.{o}: no such option of {arch}{nearest(o, valid)}')
 
-# %% ../nbs/04_models.ipynb #9b450c8d
+# %% ../nbs/04_models.ipynb #3e7450f6
 def _is_local(weights): return '/' in weights or Path(weights).suffix in ('.safetensors', '.pt')
 
 def _is_whole(weights): return _is_local(weights) and Path(weights).is_dir()      # a model directory, with a decoder too
@@ -103,7 +103,7 @@ def find_weights(cfg:Model   # names an encoder and its weights
         return _fetch(cfg, _source(cfg), 'model.safetensors', f'model.weights: the weights {cfg.weights!r}',
                       'set model.weights to a local .safetensors or .pt file, or to null for random weights')
     path = Path(cfg.weights)/'model.safetensors' if _is_whole(cfg.weights) else Path(cfg.weights)
-    if not path.is_file(): raise ConfigError(f'model.weights: there is no file {path}')
+    if not path.is_file(): raise ConfigError(f'model.weights: there is no file {path}' + (f'; did you mean {Path(cfg.weights)/"model"}?' if (Path(cfg.weights)/'model').is_dir() else ''))
     return path
 
 # %% ../nbs/04_models.ipynb #92d182f5

@@ -543,7 +543,7 @@ def report(runs,                     # a run folder, or those of one configurati
     write_atomic(path, page(title_of(runs, split), lead, cards, sections))
     return Report(runs, split, found, headline, figures, path)
 
-# %% ../nbs/07_report.ipynb #2a513617
+# %% ../nbs/07_report.ipynb #a8980ae9
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -566,7 +566,7 @@ def find_runs(cfg:Config,         # of the runs
 
 @call_parse
 def rtsseg_report(runs:Param('run folders of one configuration, one a seed; none: found from the config', nargs='*', opt=False)=None,
-                  config:str='configs/toy.yaml',   # YAML file
+                  config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                   manifest:str='',                 # another manifest than the config's
                   name:str='',                     # another name for the run
                   epochs:int=None,                 # another number of epochs

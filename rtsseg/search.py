@@ -8,8 +8,8 @@ __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdic
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
            'rtsseg_search', 'rtsseg_ablate']
 
-# %% ../nbs/09_search.ipynb #2a6cfa1e
-import io, itertools, json, math, os, re, sys, time, warnings
+# %% ../nbs/09_search.ipynb #db837c69
+import hashlib, io, itertools, json, math, os, re, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,7 +142,7 @@ def combinations(axes:dict,          # of `read_axes`
     if len(out) < 2: raise ConfigError(f'{source}: one variant alone has nothing to be compared with')
     return out
 
-# %% ../nbs/09_search.ipynb #183c1e28
+# %% ../nbs/09_search.ipynb #1b302638
 FAILURES = (ConfigError, DataError, CheckpointError, RunError, torch.OutOfMemoryError)      # what costs one run, and not the whole search
 
 def trained(cfg:Config, parent:str='', observers=()) -> float:
@@ -173,6 +173,7 @@ class Ablation:
     values: np.ndarray                             # (variants, seeds): best monitored value; nan where there is none
     runs: list[str] = field(default_factory=list)  # name/hash of each variant's run folders
     failed: list[str] = field(default_factory=list)  # what went wrong, a line a run
+    folder: Path|None = None                       # where its files are
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -218,15 +219,16 @@ class Ablation:
         "table.md, table.csv and differences.png"
         write_atomic(folder/'table.md', f'{self}\n'); write_atomic(folder/'table.csv', self.table().to_csv(index=False)); save_figure(folder/'differences.png', self.figure())
 
-# %% ../nbs/09_search.ipynb #d01a9541
+# %% ../nbs/09_search.ipynb #525516dd
 def ablate(cfg:Config,            # the config that the grid is laid over
            grid:str|Path,         # a file for `read_axes`
            seeds=(42, 43, 44)     # guide 9.1
-          ) -> Ablation:          # also in runs/ablation/<name>-<grid>
+          ) -> Ablation:          # also in runs/ablation/<name>-<grid>-<hash of its runs>
     "Train every combination of a grid with every seed, or what is left of it; raises `ConfigError` and `DataError` before anything is trained, `Stopped` where it was asked to stop"
     configs, seeds = check_variants(cfg, combinations(read_axes(grid), grid), grid), list(dict.fromkeys(seeds))
-    folder, data = cfg.runs/'ablation'/f'{cfg.name}-{Path(grid).stem}', prepare(cfg).hash
+    data = prepare(cfg).hash
     found = Ablation(cfg.metrics.monitor, list(configs), seeds, np.full((len(configs), len(seeds)), math.nan), [f'{c.name}/{config_hash(c, data)}' for c in configs.values()])
+    folder = found.folder = cfg.runs/'ablation'/f'{cfg.name}-{Path(grid).stem}-{hashlib.sha256(json.dumps(found.runs).encode()).hexdigest()[:6]}'      # other settings are another table
     print(f'{len(configs)} variants × {len(seeds)} seed{"s" * (len(seeds) > 1)}: {len(configs) * len(seeds)} runs', flush=True)
     with nest(cfg, folder, ['table.md', 'table.csv', 'differences.png']) as parent:
         for j, seed in enumerate(seeds):
@@ -384,16 +386,17 @@ def write_search(study:optuna.Study, cfg:Config, axes:dict, folder:Path):
         out = io.StringIO(); YAML().dump(put({}, best_fields(study, cfg, axes)), out)
         write_atomic(folder/'best.yaml', f'# trial {study.best_trial.number} of study {study.study_name}: {cfg.metrics.monitor} {study.best_value:.4f}, by which it was chosen; to be laid over its config\n{out.getvalue()}')
 
-# %% ../nbs/09_search.ipynb #5e57a18c
+# %% ../nbs/09_search.ipynb #a17740c7
 def _call(work):
     "Run a command, its errors as one line and an exit code"
     warnings.formatwarning = lambda message, *_: f'note: {message}\n'
     try: work()
     except RunError as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
+    except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
     except (ConfigError, DataError, ReportError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
 
 @call_parse
-def rtsseg_search(config:str='configs/toy.yaml',               # YAML file
+def rtsseg_search(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
                   space:str='configs/search/lr_loss.yaml',     # YAML file of what to try
                   trials:int=20,                               # finished and pruned trials, earlier calls included
                   study:str='',                                # name of the study; '' makes it of the config's name and the file's
@@ -417,7 +420,7 @@ def rtsseg_search(config:str='configs/toy.yaml',               # YAML file
     _call(work)
 
 @call_parse
-def rtsseg_ablate(config:str='configs/toy.yaml',               # YAML file
+def rtsseg_ablate(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
                   grid:str='configs/search/ablation.yaml',     # YAML file of what to try; the first entry of each axis is the baseline
                   seeds:str='42 43 44',                        # seeds, each for every combination
                   manifest:str='',                             # another manifest than the config's
@@ -428,5 +431,5 @@ def rtsseg_ablate(config:str='configs/toy.yaml',               # YAML file
     "Train every combination of a grid with every seed, and say what is a gain and what is noise; started again, the same command goes on"
     def work():
         cfg = settings(config, manifest, name, epochs, None, overrides)
-        print(f'\n{ablate(cfg, grid, seed_list(seeds) or [cfg.seed])}\n'); print(os.path.relpath(cfg.runs/'ablation'/f'{cfg.name}-{Path(grid).stem}'))
+        found = ablate(cfg, grid, seed_list(seeds) or [cfg.seed]); print(f'\n{found}\n\n{os.path.relpath(found.folder)}')
     _call(work)

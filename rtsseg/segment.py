@@ -207,7 +207,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #151292a7
+# %% ../nbs/04b_segment.ipynb #559c493c
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -251,7 +251,7 @@ def check(cfg:Config,             # the config
     return [*files, *seen, *lines]
 
 @call_parse
-def rtsseg_check(config:str='configs/toy.yaml',   # YAML file
+def rtsseg_check(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
                  name:str='',                     # another name for the run
                  epochs:int=None,                 # another number of epochs
@@ -270,7 +270,7 @@ def rtsseg_check(config:str='configs/toy.yaml',   # YAML file
     except (ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
     sys.exit(int(bad))
 
-# %% ../nbs/04b_segment.ipynb #61e2bc87
+# %% ../nbs/04b_segment.ipynb #687d1102
 class _Enough(Exception):
     "The probe has seen what it wanted; carries what it saw"
 
@@ -324,7 +324,7 @@ def show_probe(found:dict,     # of `probe`
                       f'batch_size: {n}      # fits; × accumulate {cfg.accumulate} = {n * cfg.accumulate} tiles a step for each process'])
 
 @call_parse
-def rtsseg_probe(config:str='configs/toy.yaml',   # YAML file
+def rtsseg_probe(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
                  name:str='',                     # another name for the run
                  epochs:int=None,                 # another number of epochs

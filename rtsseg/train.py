@@ -6,7 +6,7 @@
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
            'Busy', 'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
 
-# %% ../nbs/05_train.ipynb #443dab8a
+# %% ../nbs/05_train.ipynb #03a2a878
 import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from .config import Config, ConfigError, LoopConfig, config_hash, environment, l
 from .data import DataError, leaks, named_run
 from .infer import save_model
 from .loop import CheckpointError, fit, key_seed, load_state
-from .metrics import Evidence, resample, subsample, weight
+from .metrics import Evidence, average_precision, histogram, resample, subsample, weight
 from .models import build, check_size
 from .segment import SegmentTask, background_ratio, loaders, prepare
 
@@ -192,7 +192,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #593bf051
+# %% ../nbs/05_train.ipynb #6bc01f1e
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -222,6 +222,7 @@ def run(cfg:Config,        # the whole tree
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
     if main and not {'focal', 'cross_entropy'} & set(cfg.loss.parts): warnings.warn(f'loss.parts {cfg.loss.parts}: the overlap of regions alone leaves next to no gradient in a batch without slumps; add focal or cross_entropy')
+    if main and (idle := sorted(set(cfg.loss_weights) - set(cfg.loss.parts))): warnings.warn(f'loss_weights names {", ".join(idle)}, and loss.parts {cfg.loss.parts} has no such part: it changes nothing')
     if main and cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main and not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
@@ -244,7 +245,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #5b829fee
+# %% ../nbs/05_train.ipynb #342cbdf7
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -280,7 +281,7 @@ def launch(cfg:Config,             # the whole tree
     return folder
 
 @call_parse
-def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
+def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
                  name:str='',                     # another name for the run
                  epochs:int=None,                 # another number of epochs
@@ -301,11 +302,12 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file
         if not e.told: print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
     except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
+    except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
 
-# %% ../nbs/05_train.ipynb #c6676d8a
+# %% ../nbs/05_train.ipynb #87d6edf9
 @call_parse
 def rtsseg_noise(run:str='',                      # run folder; '' finds it from the config
-                 config:str='configs/toy.yaml',   # YAML file
+                 config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
                  name:str='',                     # another name for the run
                  epochs:int=None,                 # another number of epochs
@@ -332,6 +334,8 @@ def rtsseg_noise(run:str='',                      # run folder; '' finds it from
     print(text)
     print(f"standard deviation over five draws of negatives, as the guide has it: {drawn['pr_auc'][1]:.4f}" if drawn else 'five draws of negatives (the guide\'s own measure) need w < 1: n/a')
     if blocks < 10: print(f'note: {blocks} blocks with positives are few; σ itself is uncertain')
+    value = float(average_precision(histogram(pair[1], ratio)))
+    if 2 * sigma > value / 2: print(f'note: the value itself is {value:.4f}: with such a min_delta early stopping would stop any run; measure on one that was trained for longer')
     print(f'min_delta = 2σ = {2 * sigma:.4f} is in {os.path.relpath(path)}: the next run takes it with --config CONFIG,{os.path.relpath(path)}')
 
 # %% ../nbs/05_train.ipynb #bd498e51

@@ -144,12 +144,12 @@ def test_a_grid_is_trained_nested_and_gone_on_with(cfg, tmp_path, capfd):
         for seed, value in zip([42, 43], values):
             run = cfg.runs/'tiny'/config_hash(lay(cfg, {'loss.gamma': gamma}), prepare(cfg).hash)/f'seed{seed}'
             assert load(run/'config.yaml').loss.gamma == gamma and max(r['val/pr_auc@native'] for r in read_log(run)) == value
-    folder = cfg.runs/'ablation'/'tiny-gamma'
+    folder = found.folder; assert folder == first.folder and folder.parent == cfg.runs/'ablation'
     table = pd.read_csv(folder/'table.csv'); assert table['seed 43'].to_list() == found.values[:, 1].tolist() and table['verdict'].to_list() == ['baseline', found.verdicts[0].word]
     assert (folder/'table.md').read_text() == f'{found}\n' and (folder/'differences.png').stat().st_size > 5000
     client = MlflowClient(f"sqlite:///{cfg.runs/'mlflow.db'}"); parent = json.loads((folder/'tracker.json').read_text())['run_id']
     runs = client.search_runs([client.get_experiment_by_name('rtsseg').experiment_id])
-    assert [r.info.run_name for r in runs if r.info.run_id == parent] == ['tiny-gamma'] and len(runs) == 5
+    assert [r.info.run_name for r in runs if r.info.run_id == parent] == [folder.name] and len(runs) == 5
     assert {r.data.tags.get('mlflow.parentRunId') for r in runs if r.info.run_id != parent} == {parent} and {r.info.status for r in runs} == {'FINISHED'}
     assert {f.path for f in client.list_artifacts(parent)} == {'table.md', 'table.csv', 'differences.png'}
 
@@ -262,7 +262,7 @@ def test_commands(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path); monkeypatch.setattr(module, 'trained', lambda c, *_: .5 + c.loss.gamma / 10 + c.seed / 1000 - c.deterministic)
     config, grid, there = str(tiny[1]), str(file(tmp_path, 'loss.gamma: [2, 0]')), json.dumps([f'runs={tmp_path}/runs'])
     rtsseg_ablate(config=config, grid=grid, overrides=there); said = capsys.readouterr().out
-    assert '1 comparison with the baseline (loss.gamma=2): 1 loss.' in said and said.splitlines()[-1] == 'runs/ablation/tiny-axes'
+    assert '1 comparison with the baseline (loss.gamma=2): 1 loss.' in said and said.splitlines()[-1].startswith('runs/ablation/tiny-axes-')
     rtsseg_search(config=config, space=grid, trials=4, study='mine', overrides=there); said = capsys.readouterr().out
     assert 'deterministic kernels are off' in said and 'best of 4 finished trials: pr_auc@native 0.7420 with loss.gamma=2' in said and 'runs/search/mine/best.yaml' in said
     rtsseg_search(config=config, space=grid, trials=1, study='slow', overrides=json.dumps([*json.loads(there), 'deterministic=true'])); assert 'deterministic' not in capsys.readouterr().out
