@@ -7,7 +7,7 @@ __all__ = ['nll', 'fit_temperature', 'reliability', 'ece', 'brier', 'find_thresh
            'probability_text', 'calibrate', 'show_reliability', 'show_pr', 'calibrate_run', 'show_calibration',
            'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #0683c3aa
+# %% ../nbs/06_calibrate.ipynb #812c85db
 import json, sys
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from scipy.special import expit
 
 from .config import Calibrate, ConfigError, Metrics, Strict, load, settings, write_atomic
 from .data import DataError, find_run, named_run
-from .metrics import Estimate, Evidence, average_precision, bootstrap, decode, evidence_path, first_code, histogram, pr_curve, summary
+from .intervals import Estimate, bootstrap, summary
+from .metrics import Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve
 
 # %% ../nbs/06_calibrate.ipynb #4fdbac79
 def _masses(evidence, ratio):

@@ -144,7 +144,7 @@ class LoopConfig(Strict):
         _tile(self.stages, 'stages')
         return self
 
-# %% ../nbs/00_config.ipynb #0645cefa
+# %% ../nbs/00_config.ipynb #85fe82bc
 class Toy(Strict):
     "A procedural tundra (see the toy chapter)"
     kind: Literal['toy'] = 'toy'
@@ -313,6 +313,7 @@ class Metrics(Strict):
     monitor: str = Field('pr_auc@200', description='what validation is judged by: pr_auc@<ratio> or pr_auc@native')
     reference_threshold: float = Field(0.5, gt=0, lt=1, description='probability at which objects are counted during training (guide 6.2)')
     object_thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field([round(0.05 * i, 2) for i in range(1, 20)], description='probabilities at which objects are kept after training')
+    boundary_widths: list[Count] = Field([2, 3], description='widths of the band that boundary IoU compares, pixels')
     min_area: int = Field(0, ge=0, description='smallest object that counts, pixels: of predictions and of ground truth alike')
     replicates: Count = Field(1000, description='bootstrap replicates behind an interval')
     draws: Count = Field(20, description='draws of the subsampling estimator')
@@ -320,7 +321,9 @@ class Metrics(Strict):
 class Calibrate(Strict):
     "Guide 6.4 and 12"
     ratio: Annotated[Count, BeforeValidator(_ratio)] = Field(200, description='the prevalence under which the temperature is fitted')
-    target_precision: float = Field(0.8, gt=0, lt=1, description='what a threshold has to reach')
+    method: Literal['temperature', 'slope_intercept'] = Field('temperature', description='how scores become probabilities: divided by T (guide 12.1), or slope × score + intercept')
+    target_precision: float = Field(0.8, gt=0, lt=1, description='what a threshold has to reach, of pixels and of objects')
+    min_areas: list[Annotated[int, Field(ge=0)]] = Field([0, 5, 10, 20, 40, 80, 160, 320], min_length=1, description='size floors tried for the object operating point, pixels')
     min_recall: Share = Field(0.05, description='precision is held up to where recall falls below this')
     min_region_positives: Count = Field(30, description='positive tiles below which a region takes the global threshold')
 

@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'OBJECTS', 'SIZES', 'KINDS', 'STYLE', 'WORDS', 'ReportErro
            'commands', 'recompute', 'notes', 'embed', 'paragraph', 'page', 'Report', 'title_of', 'read_runs', 'report',
            'seed_list', 'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #f2a36901
+# %% ../nbs/07_report.ipynb #6c10e4e7
 import base64, io, json, os, re, string, sys
 from dataclasses import dataclass, field
 from html import escape
@@ -24,8 +24,10 @@ from scipy.special import logit
 from .calibrate import Calibration, probability_text, show_reliability
 from .config import Config, ConfigError, load, settings, write_atomic
 from .data import DataError, Manifest, find_run, read_manifest, read_tile, show_tile
-from .metrics import (IOUS, Estimate, Evidence, average_precision, bootstrap, decode, evidence_path, first_code, histogram, match, pixel_metrics, pr_curve, rates, resample,
-                            subsample, summary, telling_tiles, tile_counts, weight, weights)
+from .intervals import Estimate, bootstrap, resample, subsample, summary
+from .metrics import (Evidence, average_precision, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
+                            tile_counts, weight, weights)
+from .objects import IOUS, match
 
 # %% ../nbs/07_report.ipynb #87f9d15b
 class ReportError(RuntimeError):
@@ -337,7 +339,7 @@ def _picture(run, split, tile, z, cut):
         if 0 < inside.mean() < 1: right.contour(inside, [.5], colors=color, linewidths=1)
     return fig
 
-# %% ../nbs/07_report.ipynb #6572c059
+# %% ../nbs/07_report.ipynb #6be06a8f
 def operating_table(runs:list[Run]) -> Table:
     "Temperature, thresholds and what they gave on validation (guide 12)"
     reasons, rows = Reasons(), []
@@ -396,7 +398,7 @@ def recompute(run:Run, split:str) -> str:
     "The one call behind every number of a results table"
     t = cuts(run, run.cfg.metrics.ratios)
     path = _place(evidence_path(run.folder, split, run.cfg.infer.views), 6)
-    return f'from rtsseg.metrics import Evidence, bootstrap\nbootstrap(Evidence.read("{path}"), {run.cfg.metrics.ratios},\n          thresholds={t},\n          ious={IOUS}, min_area={run.cfg.metrics.min_area}, replicates={run.cfg.metrics.replicates})'
+    return f'from rtsseg.intervals import bootstrap\nfrom rtsseg.metrics import Evidence\nbootstrap(Evidence.read("{path}"), {run.cfg.metrics.ratios},\n          thresholds={t},\n          ious={IOUS}, min_area={run.cfg.metrics.min_area}, replicates={run.cfg.metrics.replicates})'
 
 def notes(runs:list[Run], confirmed:list[str]) -> list[str]:
     "What a reader has to know"

@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe', 'show_probe',
            'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #b34f4999
+# %% ../nbs/04b_segment.ipynb #04791248
 import fcntl, itertools, json, math, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
@@ -29,7 +29,8 @@ from .data import (DataError, Finding, Manifest, Stats, check_batches, check_fil
                          neighbours, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import IGNORE, make_loss
 from .loop import Task, accelerator, fit
-from .metrics import Meter, rates, summary
+from .intervals import summary
+from .metrics import Meter, rates
 from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy

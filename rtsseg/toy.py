@@ -6,7 +6,7 @@
 __all__ = ['METRES', 'SMALLEST', 'LARGEST', 'MEDIAN', 'SPREAD', 'COVER', 'BARE', 'BANDS', 'LOOKS', 'CRS', 'noise', 'ramp', 'mix',
            'blur', 'distance', 'gradient', 'shade', 'Land', 'land', 'breadth', 'covered', 'lengths', 'Slump', 'slump',
            'place', 'Look', 'Surface', 'road', 'surface', 'photograph', 'extra', 'Scene', 'scene', 'make_toy',
-           'tiny_toy']
+           'tiny_toy', 'scored_tile', 'scored_tiles']
 
 # %% ../nbs/01a_toy.ipynb #62ad9995
 import json, warnings
@@ -359,3 +359,34 @@ def tiny_toy(folder:str|Path,   # where
     "A world of a second or two, for tests and examples: 128 tiles of 64 pixels in two regions"
     tiny = dict(regions=2, scene_size=512, tile_size=64, block_size=384, prevalence=0.03)
     return make_toy(Toy(**tiny | settings), Path(folder)/'manifest.csv', show=lambda line: None)
+
+# %% ../nbs/01a_toy.ipynb #0689dc84
+def scored_tile(rng,              # numpy Generator
+                positive:bool,    # with slumps
+                side:int=96,      # pixels
+                alike:float=0.3,  # share of tiles with something that looks like a slump
+                skill:float=9.    # how far slumps stand out, logits
+               ):                 # logits float16 (side, side), mask uint8 (side, side)
+    "Scores and mask of a made-up tile"
+    def blobs(n):
+        m = np.zeros((side, side), np.uint8)
+        for _ in range(n): cv2.ellipse(m, tuple(map(int, rng.integers(0, side, 2))), tuple(map(int, rng.integers(3, 11, 2))), int(rng.integers(180)), 0, 360, 1, -1)
+        return m
+    blur = lambda m, s: cv2.GaussianBlur(np.asarray(m, np.float32), (0, 0), s)
+    mask = blobs(rng.integers(1, 4)) if positive else blobs(0)
+    if positive and not mask.any(): mask[side // 2, side // 2] = 1
+    logits = skill * rng.uniform(0.4, 1.3) * blur(mask, 1.5) + rng.uniform(2, 8) * blur(blobs(rng.random() < alike), 3) + 6 * blur(rng.normal(size=mask.shape), 2) - 5.5
+    if rng.random() < 0.2: mask[:, :rng.integers(1, 9)] = 255
+    return logits.astype(np.float16), mask
+
+def scored_tiles(n_pos:int=40,     # tiles with slumps
+                 n_neg:int=400,    # tiles without
+                 seed:int=0,       # fixes them
+                 blocks:int=40,    # blocks that they lie in, in turn
+                 **kw              # further arguments of `scored_tile`
+                ):                 # logits float16 (N, side, side), masks uint8 (N, side, side), table of their identity as `metrics.Meter` takes it
+    "Scores, masks and identities of made-up tiles in two regions"
+    rng = np.random.default_rng(seed)
+    logits, masks = (np.stack(x) for x in zip(*(scored_tile(rng, i < n_pos, **kw) for i in range(n_pos + n_neg))))
+    table = pd.DataFrame([dict(tile_id=f't{i:05}', split='val', region='AB'[i % 2], block=f'b{i % blocks}', positive=i < n_pos, pixel_size=3.) for i in range(n_pos + n_neg)])
+    return logits, masks, table

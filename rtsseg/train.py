@@ -6,7 +6,7 @@
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
            'Busy', 'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
 
-# %% ../nbs/05_train.ipynb #03a2a878
+# %% ../nbs/05_train.ipynb #a7da6eea
 import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,8 @@ from .config import Config, ConfigError, LoopConfig, config_hash, environment, l
 from .data import DataError, leaks, named_run
 from .infer import save_model
 from .loop import CheckpointError, fit, key_seed, load_state
-from .metrics import Evidence, average_precision, histogram, resample, subsample, weight
+from .intervals import resample, subsample
+from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
 from .segment import SegmentTask, background_ratio, loaders, prepare
 

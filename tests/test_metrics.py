@@ -7,8 +7,10 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
 from rtsseg import metrics
-from rtsseg.metrics import (Estimate, Evidence, Meter, ap_bounds, average_precision, bootstrap, decode, encode, first_code, histogram, match,
-                            object_metrics, pixel_metrics, pr_curve, resample, summary, telling_tiles, tile_evidence, weight, weights)
+from rtsseg.intervals import Estimate, bootstrap, resample, summary
+from rtsseg.metrics import (Evidence, Meter, ap_bounds, average_precision, decode, encode, first_code, histogram, pixel_metrics, pr_curve, telling_tiles,
+                            tile_evidence, weight, weights)
+from rtsseg.objects import match, object_metrics
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 quick = settings(max_examples=25, deadline=None)

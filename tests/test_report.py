@@ -11,7 +11,8 @@ from sklearn.metrics import average_precision_score, f1_score, jaccard_score, pr
 from rtsseg.calibrate import calibrate
 from rtsseg.config import load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
-from rtsseg.metrics import Meter, evidence_path, summary, telling_tiles
+from rtsseg.intervals import summary
+from rtsseg.metrics import Meter, evidence_path, telling_tiles
 from rtsseg.report import METRICS, ReportError, gallery, read_run, report
 from rtsseg.toy import tiny_toy
 
