@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'encode', 'decode', 'first_code', 'average_precision',
-           'pr_curve', 'objects', 'tile_evidence', 'Evidence', 'evidence_path', 'weight', 'weights', 'total',
-           'histogram', 'ap_bounds', 'rates', 'pixel_metrics', 'tile_counts', 'telling_tiles', 'Meter']
+           'pr_curve', 'objects', 'tile_histograms', 'tile_objects', 'tile_evidence', 'Evidence', 'evidence_path',
+           'weight', 'weights', 'total', 'histogram', 'ap_bounds', 'rates', 'pixel_metrics', 'tile_counts',
+           'telling_tiles', 'Meter']
 
 # %% ../nbs/03a_metrics.ipynb #f37fe31d
 import hashlib, io, json
@@ -96,7 +97,7 @@ def objects(mask   # bool (H, W)
     for i in np.flatnonzero(runs > 1): size[i] = max(cv2.minAreaRect(corners[end[i] - runs[i]:end[i]].reshape(-1, 2))[1])
     return labels, dict(id=np.arange(1, n, dtype=np.int32), area=area, size=size, edge=edge)
 
-# %% ../nbs/03a_metrics.ipynb #1bd476f2
+# %% ../nbs/03a_metrics.ipynb #c2a619ca
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
@@ -104,14 +105,17 @@ _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersectio
 def _columns(parts, dtypes):
     return {k: np.concatenate([p[k] for p in parts] or [[]]).astype(d) for k, d in dtypes.items()}
 
-def tile_evidence(logits,                # float (H, W)
-                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
-                  thresholds=(0.5,),     # probabilities at which objects are kept
-                  bins:Bins='float16'    # the grid of scores
-                 ) -> dict:              # what the tile's row holds, but for its identity
-    "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps"
+def _tile(logits, mask):
     logits, mask = np.asarray(logits), np.asarray(mask)
     if logits.shape != mask.shape or mask.ndim != 2 or not mask.size: raise ValueError(f'logits {logits.shape} and mask {mask.shape} must be one tile, (H, W) both')
+    return logits, mask
+
+def tile_histograms(logits,              # float (H, W)
+                    mask,                # uint8 (H, W): 0 background, 1 object, 255 ignore
+                    bins:Bins='float16'  # the grid of scores
+                   ) -> dict:            # n_valid, exact (whether the grid lost nothing); codes and counts of positive (`pos_`) and of negative (`neg_`) pixels
+    "The score histograms of a tile"
+    logits, mask = _tile(logits, mask)
     codes, truth, ignored = encode(logits, bins), mask == 1, mask == 255
     exact = bins == 'float16' and (logits.dtype == np.float16 or np.array_equal(decode()[codes], logits, equal_nan=True))
     both = np.bincount(codes[~ignored] if ignored.any() else codes.ravel(), minlength=CODES)
@@ -119,8 +123,18 @@ def tile_evidence(logits,                # float (H, W)
     row = dict(n_valid=int(both.sum()), exact=bool(exact))
     for name, hist in dict(pos=pos, neg=both - pos).items():
         row[f'{name}_codes'] = np.flatnonzero(hist).astype(np.uint16); row[f'{name}_counts'] = hist[row[f'{name}_codes']].astype(np.uint32)
+    return row
 
-    codes[ignored] = 0                                                             # neither predicted nor true
+# %% ../nbs/03a_metrics.ipynb #127d32ff
+def tile_objects(logits,                # float (H, W)
+                 mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
+                 thresholds=(0.5,),     # probabilities at which objects are kept
+                 bins:Bins='float16'    # the grid of scores
+                ) -> dict:              # columns of `predicted` (at each threshold), of `truth`, and of the overlapping `pairs`
+    "The objects of a tile, and where they overlap"
+    logits, mask = _tile(logits, mask)
+    codes, truth = encode(logits, bins), mask == 1
+    codes[mask == 255] = 0                                                         # neither predicted nor true
     first = {t: first_code(t, bins) for t in sorted(thresholds)}
     seen = truth | (codes >= min(first.values(), default=CODES))
     y, x = (np.flatnonzero(seen.any(a)) for a in (1, 0))
@@ -136,7 +150,16 @@ def tile_evidence(logits,                # float (H, W)
         predicted.append(found | dict(threshold=np.full(len(found['id']), t)))
         key, n = np.unique((l * np.int64(n_true + 1) + g)[g > 0], return_counts=True)
         pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
-    return row | dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
+    return dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
+
+# %% ../nbs/03a_metrics.ipynb #364ac84d
+def tile_evidence(logits,                # float (H, W)
+                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
+                  thresholds=(0.5,),     # probabilities at which objects are kept
+                  bins:Bins='float16'    # the grid of scores
+                 ) -> dict:              # what the tile's row holds, but for its identity
+    "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps"
+    return tile_histograms(logits, mask, bins) | tile_objects(logits, mask, thresholds, bins)
 
 # %% ../nbs/03a_metrics.ipynb #91c36622
 FORMAT = 1
