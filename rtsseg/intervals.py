@@ -6,11 +6,12 @@
 __all__ = ['SUPPORT', 'BINS', 'BLOCKS', 'summary', 'subsample', 'blocks', 'resample', 'Estimate', 'bootstrap', 'Difference',
            'compare']
 
-# %% ../nbs/03c_intervals.ipynb #971fd9cd
+# %% ../nbs/03c_intervals.ipynb #24a756c7
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
+from scipy.stats import norm, t as student
 
 from .metrics import (CODES, ap_bounds, average_precision, boundary_counts, boundary_metrics, first_code, histogram, pixel_metrics, rates, total,
                             weight, weights)
@@ -147,7 +148,7 @@ def resample(evidence,                   # `Evidence`
             row |= {name: found['iou']} if 'boundary' in name else found if not name else {name.format(k): found[k] for k in ('precision', 'recall', 'f1')}
     return out
 
-# %% ../nbs/03c_intervals.ipynb #25fa44b0
+# %% ../nbs/03c_intervals.ipynb #d1305e3d
 @dataclass(frozen=True)
 class Estimate:
     "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
@@ -189,7 +190,7 @@ def _same_tiles(evidences, unit):
                          'only runs that saw the same tiles can be compared; evaluate both on the same split of the same manifest')
 
 def _measure(evidences, ratios, thresholds, ious, min_area, replicates, seed, unit):
-    "{ratio: {name: (cell of each seed, replicates of their mean or None)}}, and why there are no replicates"
+    "{ratio: {name: (cell of each seed, replicates of their mean or None)}}, the number of blocks with positives, and why there are no replicates"
     many = evidences if isinstance(evidences, (list, tuple)) else [evidences]
     each = thresholds if isinstance(thresholds, (list, tuple)) else [thresholds] * len(many)
     if len(each) != len(many): raise ValueError(f'{len(each)} thresholds for {len(many)} evidences: one for all, or one a seed')
@@ -198,18 +199,18 @@ def _measure(evidences, ratios, thresholds, ious, min_area, replicates, seed, un
     why = f'no interval: {held} {unit}s hold positives, {BLOCKS} are needed' if held < BLOCKS else '' if replicates else 'no interval: no replicates were asked for'
     cells = [_cells(e, ratios, t, ious, min_area) for e, t in zip(many, each)]
     drawn = [] if why else [resample(e, ratios, t, ious, min_area, replicates, seed, unit) for e, t in zip(many, each)]
-    return {r: {k: ([c[r][k] for c in cells], np.mean([d[r][k] for d in drawn], 0) if drawn else None) for k in cells[0][r]} for r in ratios}, why
+    return {r: {k: ([c[r][k] for c in cells], np.mean([d[r][k] for d in drawn], 0) if drawn else None) for k in cells[0][r]} for r in ratios}, held, why
 
 def _mean(cells):
     "Mean and standard deviation (None for one) over seeds"
     values = [c.value for c in cells]
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
-def _interval(x):
-    "Where 95% of the replicates lie, and a word on those that were left out"
-    kept = x[~np.isnan(x)]
+def _interval(x, n):
+    "Expanded percentile interval of replicates that were drawn from n blocks with positives, and a word on the replicates that were left out"
+    kept, tail = x[~np.isnan(x)], norm.cdf(-np.sqrt(n / (n - 1)) * student.ppf(0.975, n - 1))
     why = f'{len(x) - len(kept)} of {len(x)} replicates left out: no positive or no negative tile was drawn, or nothing to divide by' if len(kept) < len(x) else ''
-    return *(np.percentile(kept, [2.5, 97.5]).tolist() if len(kept) else (None, None)), why
+    return *(np.quantile(kept, [tail, 1 - tail]).tolist() if len(kept) else (None, None)), why
 
 def bootstrap(evidences,                  # `Evidence`, or a list of them, of the same tiles, one a seed
               ratios=(200, 500, 1000),    # r of 1:r, or 'native'
@@ -221,15 +222,15 @@ def bootstrap(evidences,                  # `Evidence`, or a list of them, of th
               unit:str='block'            # what is drawn: 'block' or 'region'
              ) -> dict:                   # {ratio: {name: Estimate}}
     "The summary's metrics, means over seeds, with 95% intervals over blocks; a cell that the split cannot support is blank with a bound. Raises `ValueError` where the tiles differ"
-    measured, no_interval = _measure(evidences, ratios, thresholds, ious, min_area, replicates, seed, unit)
+    measured, n, no_interval = _measure(evidences, ratios, thresholds, ious, min_area, replicates, seed, unit)
     def estimate(cells, x):
         if blank := [c for c in cells if c.value is None]: return Estimate(None, high=max((c.high for c in blank if c.high is not None), default=None), why=blank[0].why)
         value, std = _mean(cells)
-        low, high, why = (None, None, no_interval) if x is None else _interval(x)
+        low, high, why = (None, None, no_interval) if x is None else _interval(x, n)
         return Estimate(value, low, high, why, std)
     return {r: {k: estimate(*v) for k, v in row.items()} for r, row in measured.items()}
 
-# %% ../nbs/03c_intervals.ipynb #2a81d570
+# %% ../nbs/03c_intervals.ipynb #ee388a35
 @dataclass(frozen=True)
 class Difference:
     "How much better one of two runs is. Without a value nothing can be said, and `why` says why not"
@@ -266,14 +267,14 @@ def compare(a, b,                       # `Evidence` of a run, or a list of them
     "b − a on the same tiles, for every metric that both have (guide 13). Raises `ValueError` where the tiles differ"
     first = lambda x: x[0] if isinstance(x, (list, tuple)) else x
     _same_tiles([first(a), first(b)], unit)
-    (old, no_interval), (new, _) = (_measure(e, ratios, t, ious, min_area, replicates, seed, unit) for e, t in ((a, thresholds_a), (b, thresholds_b)))
+    (old, n, no_interval), (new, *_) = (_measure(e, ratios, t, ious, min_area, replicates, seed, unit) for e, t in ((a, thresholds_a), (b, thresholds_b)))
     def difference(old, new):
         (ca, xa), (cb, xb) = old, new
         if blank := [c for c in ca + cb if c.value is None]: return Difference(None, why=blank[0].why.split('; bound')[0])
         value, (std, variance) = _mean(cb)[0] - _mean(ca)[0], _seed_noise(*([c.value for c in cells] for cells in (ca, cb)))
         if xa is None: return Difference(value, std=std, why=no_interval)
         x = xb - xa
-        low, high, why = _interval(x)
+        low, high, why = _interval(x, n)
         sigma = float(np.sqrt(np.nanvar(x, ddof=1) + variance)) if (~np.isnan(x)).sum() > 1 else None
         return Difference(value, low, high, sigma, std, '; '.join(filter(None, [why, 'one seed: sigma knows nothing of other seeds' if std is None else ''])))
     return {r: {k: difference(row[k], new[r][k]) for k in row if k in new[r]} for r, row in old.items()}
