@@ -1,12 +1,13 @@
 "Toy versions of five systems run on the loop unedited: each is a task of a few lines, a model and a config. They are examples as much as tests"
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from rtsseg.config import LoopConfig
 from rtsseg.loop import Task, fit, load_state
+from rtsseg.metrics import confusion, mean_iou
 
 F = nn.functional
 HERE = Path(__file__).parent
