@@ -261,7 +261,7 @@ def tile_evidence(logits,                # float (H, W)
     "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps, its boundaries"
     return tile_histograms(logits, mask, bins) | tile_objects(logits, mask, thresholds, bins) | tile_bands(logits, mask, thresholds, bins, widths)
 
-# %% ../nbs/03a_metrics.ipynb #99054d8a
+# %% ../nbs/03a_metrics.ipynb #1ca6cf47
 FORMAT = 2      # one more with every change of what the file holds
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
              size='pixels, longest side of the minimum rotated rectangle', score='mean probability, three decimals', threshold='probability', pixel_size='metres')
@@ -410,14 +410,14 @@ def evidence_path(folder:str|Path,     # a run folder
     "Where a run folder keeps the evidence of a split"
     return Path(folder)/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
 
-def _pixels(evidence, weight, rows=2048):
+def _pixels(evidence, weight, rows=256):
     "Mass of negative and positive pixels by code, tiles weighted: float64 (2, 65536), exact for whole weights"
-    out = np.zeros((2, CODES))
-    for at in range(0, len(evidence), rows):                                       # bounded memory
+    out, weight = np.zeros((2, CODES)), np.asarray(weight, float)
+    for at in range(0, len(evidence), rows):                                       # in pieces that a cache holds
         for sign, name in enumerate(('neg', 'pos')):
-            codes, counts = (evidence.table[f'{name}_{what}'].slice(at, rows) for what in ('codes', 'counts'))
-            w = np.repeat(np.asarray(weight, float)[at:at + rows], pc.list_value_length(codes).to_numpy())
-            out[sign] += np.bincount(pc.list_flatten(codes).to_numpy(), w * pc.list_flatten(counts).to_numpy(), CODES)
+            codes, counts = (evidence.table[f'{name}_{what}'].slice(at, rows).combine_chunks() for what in ('codes', 'counts'))
+            w = np.repeat(weight[at:at + rows], codes.value_lengths().to_numpy())
+            np.add.at(out[sign], codes.flatten().to_numpy(), w * counts.flatten().to_numpy())
     return out
 
 # %% ../nbs/03a_metrics.ipynb #de51edad
