@@ -17,7 +17,7 @@ from rtsseg.toy import scored_tile
 
 RATIOS, GOAL = [200, 500, 1000], 20
 
-def split(tiles, blocks=2000, share=.05, kinds=200):
+def split(tiles, n_blocks=2000, share=.05, kinds=200):
     "Evidence of a split: a few hundred kinds of 512² tiles, each taken many times with other counts"
     rng, rows, thresholds = np.random.default_rng(0), [], np.arange(1, 20) / 20
     shape = dict(split='test', pixel_size=3.)
@@ -26,7 +26,7 @@ def split(tiles, blocks=2000, share=.05, kinds=200):
         positive, part = parts[i * 7919 % kinds]
         shift = int(rng.integers(-400, 400))                        # no two tiles have the same scores
         moved = {k: np.clip(v.astype(int) + shift, 1, CODES - 1).astype(np.uint16) for k, v in part.items() if k.endswith('codes')}
-        rows.append(shape | dict(tile_id=f't{i:06}', region='ABCD'[i % 4], block=f'b{i % blocks:05}', positive=positive) | part | moved)
+        rows.append(shape | dict(tile_id=f't{i:06}', region='ABCD'[i % 4], block=f'b{i % n_blocks:05}', positive=positive) | part | moved)
     return Evidence.from_rows(rows, thresholds=thresholds)
 
 def plain(evidence, ratio, draw, block):

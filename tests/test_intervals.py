@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
 from rtsseg.config import Toy
-from rtsseg.intervals import BINS, Difference, Estimate, blocks, bootstrap, compare, resample, summary
+from rtsseg.intervals import BINS, Difference, Estimate, blocks, bootstrap, compare, resample, subsample, summary
 from rtsseg.metrics import CODES, Evidence, boundary_metrics, decode, pixel_metrics, tile_evidence
 from rtsseg.objects import object_metrics
 from rtsseg.toy import scene
@@ -198,3 +198,15 @@ def test_what_cannot_be_said_is_no_difference():
     few = compare(make(range(12)), make(range(12), shift=1.), ['native'])['native']['iou']
     assert few.value > 0 and few.low is None and few.verdict == 'noise' and '10 are needed' in few.why
     assert Difference(.03, .01, .05, .005, .01).verdict == 'gain' and str(Difference(.03, .01, .05, .005, .01)) == '+0.030 ± 0.010 [+0.010, +0.050] gain'
+
+@quick
+@given(st.integers(0, 10_000), st.sampled_from(THRESHOLDS))
+def test_a_subsample_is_its_tiles_alone(seed, threshold):
+    e = make([3 * i + 1 for i in range(4)] + [3 * i for i in range(14)]); positive = e['positive']
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(3):
+        part = e.select(np.sort(np.r_[np.flatnonzero(positive), rng.choice(np.flatnonzero(~positive), 2 * positive.sum(), replace=False)]))
+        found.append(summary(part, ['native'], threshold, (.3,))['native'])
+    got = subsample(e, 2, threshold, draws=3, seed=seed)
+    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found])), abs=1e-9, nan_ok=True)
+    assert {'pr_auc', 'iou', 'boundary_iou_2', 'object_f1_30'} <= set(got) and subsample(e, 4) is None
