@@ -8,7 +8,7 @@ __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'encode', '
            'weight', 'weights', 'total', 'histogram', 'ap_bounds', 'rates', 'pixel_metrics', 'tile_counts',
            'telling_tiles', 'Meter']
 
-# %% ../nbs/03a_metrics.ipynb #f37fe31d
+# %% ../nbs/03a_metrics.ipynb #ed439a2d
 import hashlib, io, json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import digamma, expit
 
 from .config import write_atomic
@@ -78,32 +80,46 @@ def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
     fp, tp = np.cumsum(hist[:, code], 1)
     with np.errstate(invalid='ignore'): return tp / (tp + fp), tp / tp[-1:], code
 
-# %% ../nbs/03a_metrics.ipynb #abf2c86c
-def objects(mask   # bool (H, W)
-           ):      # labels int32 (H, W), and a dict of arrays: id, area (px), size (px), edge (touches the tile's edge)
-    "The 8-connected components of a mask"
-    n, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)
-    h, w = mask.shape
-    line = np.pad(mask, ((0, 0), (1, 1))).ravel()                                  # rows end to end, background between them
-    turn = np.flatnonzero(line[1:] != line[:-1])                                   # starts and ends of runs, in turn
-    y, left, right = turn[::2] // (w + 2), turn[::2] % (w + 2), turn[1::2] % (w + 2)
-    label = labels[y, left]
-    area = np.bincount(label, right - left, n)[1:].astype(np.int32)
-    edge = np.bincount(label, (y == 0) | (y == h - 1) | (left == 0) | (right == w), n)[1:] > 0
-    order = np.argsort(label, kind='stable')
-    corners = np.stack([np.stack([x, y + dy], 1) for x in (left, right) for dy in (0, 1)], 1)[order].astype(np.int32)
-    runs = np.bincount(label, minlength=n)[1:]
-    size, end = area.astype(np.float32), np.cumsum(runs)                           # right for objects of one run
-    for i in np.flatnonzero(runs > 1): size[i] = max(cv2.minAreaRect(corners[end[i] - runs[i]:end[i]].reshape(-1, 2))[1])
-    return labels, dict(id=np.arange(1, n, dtype=np.int32), area=area, size=size, edge=edge)
+# %% ../nbs/03a_metrics.ipynb #b24a04a1
+def _ranges(low, high):
+    "All pairs (i, j) with low[i] ≤ j < high[i]"
+    n = np.maximum(high - low, 0)
+    return np.repeat(np.arange(len(n)), n), np.repeat(low - np.cumsum(n) + n, n) + np.arange(n.sum())
 
-# %% ../nbs/03a_metrics.ipynb #c2a619ca
+def objects(pixels,   # int, ascending: where a mask is true, `np.flatnonzero(mask)`
+            shape     # (H, W) of that mask
+           ):         # a dict of arrays, one value a run: first (its first one of `pixels`), y, left, right (exclusive), id (of its object); and one, a value an object: id, area (px), size (px), edge (touches the tile's edge)
+    "The 8-connected components of a mask"
+    height, width = shape; row = width + 1
+    at = pixels + pixels // width                                                  # a column of background after each row: no run and no neighbour crosses it
+    first = np.flatnonzero(np.diff(at, prepend=-2) != 1)
+    start = at[first]; length = np.diff(first, append=len(at)); end = start + length
+    low, high = np.searchsorted(end, start + row), np.searchsorted(start, end + row, 'right')     # the runs of the next row that touch each one
+    touching = _ranges(low, high)[1]
+    n, label = connected_components(csr_array((np.ones(len(touching), np.int8), touching, np.append(0, np.cumsum(high - low))), (len(first),) * 2), directed=False)
+    y, left = np.divmod(start, row); right = left + length
+    area = np.bincount(label, length, n).astype(np.int32)
+    edge = np.bincount(label, (y == 0) | (y == height - 1) | (left == 0) | (right == width), n) > 0
+    corners = np.stack([np.stack([x, y + dy], 1) for x in (left, right) for dy in (0, 1)], 1)[np.argsort(label, kind='stable')].reshape(-1, 2).astype(np.int32)
+    count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)      # right for objects of one run
+    for i in np.flatnonzero(count > 1): size[i] = max(cv2.minAreaRect(corners[stop[i] - 4 * count[i]:stop[i]])[1])
+    return dict(first=first, y=y, left=left, right=right, id=label + 1), dict(id=np.arange(1, n + 1, dtype=np.int32), area=area, size=size, edge=edge)
+
+# %% ../nbs/03a_metrics.ipynb #6f13c8e7
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
 
 def _columns(parts, dtypes):
     return {k: np.concatenate([p[k] for p in parts] or [[]]).astype(d) for k, d in dtypes.items()}
+
+def _overlaps(a, b, width):
+    "Objects of two masks that overlap, by their runs: ids, ids and numbers of common pixels"
+    a_left, a_right, b_left, b_right = (x['y'] * width + x[k] for x in (a, b) for k in ('left', 'right'))
+    i, j = _ranges(np.searchsorted(b_right, a_left, 'right'), np.searchsorted(b_left, a_right))
+    base = np.int64(b['id'].max(initial=0)) + 1
+    key, at = np.unique(a['id'][i] * base + b['id'][j], return_inverse=True)
+    return *np.divmod(key, base), np.bincount(at, np.minimum(a_right[i], b_right[j]) - np.maximum(a_left[i], b_left[j]))
 
 def _tile(logits, mask):
     logits, mask = np.asarray(logits), np.asarray(mask)
@@ -125,7 +141,7 @@ def tile_histograms(logits,              # float (H, W)
         row[f'{name}_codes'] = np.flatnonzero(hist).astype(np.uint16); row[f'{name}_counts'] = hist[row[f'{name}_codes']].astype(np.uint32)
     return row
 
-# %% ../nbs/03a_metrics.ipynb #127d32ff
+# %% ../nbs/03a_metrics.ipynb #b0a17246
 def tile_objects(logits,                # float (H, W)
                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
                  thresholds=(0.5,),     # probabilities at which objects are kept
@@ -133,23 +149,21 @@ def tile_objects(logits,                # float (H, W)
                 ) -> dict:              # columns of `predicted` (at each threshold), of `truth`, and of the overlapping `pairs`
     "The objects of a tile, and where they overlap"
     logits, mask = _tile(logits, mask)
-    codes, truth = encode(logits, bins), mask == 1
-    codes[mask == 255] = 0                                                         # neither predicted nor true
     first = {t: first_code(t, bins) for t in sorted(thresholds)}
-    seen = truth | (codes >= min(first.values(), default=CODES))
-    y, x = (np.flatnonzero(seen.any(a)) for a in (1, 0))
-    window = tuple(slice(max(i[0] - 1, 0), i[-1] + 2) if len(i) else slice(1) for i in (y, x))   # with a margin, so that only the tile's edge is an edge
-    codes, truth, predicted, pairs = codes[window], truth[window], [], []
-    true_labels, true_objects = objects(truth)
-    top, probability, n_true = codes.max(initial=0), _probability(bins), len(true_objects['id'])
+    below = np.nan_to_num(decode(bins)[min(first.values(), default=CODES) - 1], nan=-np.inf)       # rounds to a lower code, so what is predicted lies above it
+    pixels = np.flatnonzero(logits >= float(below))
+    codes = encode(logits.ravel()[pixels], bins)
+    codes[mask.ravel()[pixels] == 255] = 0                                         # neither predicted nor true
+    true, true_objects = objects(np.flatnonzero(mask == 1), mask.shape)
+    probability, top, predicted, pairs = _probability(bins)[codes], codes.max(initial=0), [], []
     for t, c in first.items():
         if c > top: break
-        labels, found = objects(codes >= c)
-        where = np.flatnonzero(labels); l, g = labels.ravel()[where], true_labels.ravel()[where]
-        found['score'] = np.bincount(l, probability[codes.ravel()[where]])[1:] / found['area']
+        seen = codes >= c
+        runs, found = objects(pixels[seen], mask.shape)
+        found['score'] = np.bincount(runs['id'], np.add.reduceat(probability[seen], runs['first']))[1:] / found['area']
         predicted.append(found | dict(threshold=np.full(len(found['id']), t)))
-        key, n = np.unique((l * np.int64(n_true + 1) + g)[g > 0], return_counts=True)
-        pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
+        p, g, n = _overlaps(runs, true, mask.shape[1])
+        pairs.append(dict(threshold=np.full(len(n), t), predicted=p, truth=g, intersection=n))
     return dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
 
 # %% ../nbs/03a_metrics.ipynb #364ac84d
