@@ -80,32 +80,35 @@ def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
     fp, tp = np.cumsum(hist[:, code], 1)
     with np.errstate(invalid='ignore'): return tp / (tp + fp), tp / tp[-1:], code
 
-# %% ../nbs/03a_metrics.ipynb #b24a04a1
+# %% ../nbs/03a_metrics.ipynb #cd0b77e4
 def _ranges(low, high):
     "All pairs (i, j) with low[i] ≤ j < high[i]"
     n = np.maximum(high - low, 0)
     return np.repeat(np.arange(len(n)), n), np.repeat(low - np.cumsum(n) + n, n) + np.arange(n.sum())
 
-def objects(pixels,   # int, ascending: where a mask is true, `np.flatnonzero(mask)`
-            shape     # (H, W) of that mask
-           ):         # a dict of arrays, one value a run: first (its first one of `pixels`), y, left, right (exclusive), id (of its object); and one, a value an object: id, area (px), size (px), edge (touches the tile's edge)
-    "The 8-connected components of a mask"
-    height, width = shape; row = width + 1
-    at = pixels + pixels // width                                                  # a column of background after each row: no run and no neighbour crosses it
-    first = np.flatnonzero(np.diff(at, prepend=-2) != 1)
-    start = at[first]; length = np.diff(first, append=len(at)); end = start + length
-    low, high = np.searchsorted(end, start + row), np.searchsorted(start, end + row, 'right')     # the runs of the next row that touch each one
-    touching = _ranges(low, high)[1]
-    n, label = connected_components(csr_array((np.ones(len(touching), np.int8), touching, np.append(0, np.cumsum(high - low))), (len(first),) * 2), directed=False)
-    y, left = np.divmod(start, row); right = left + length
+def objects(masks,   # list of int arrays, ascending: where each mask is true, `np.flatnonzero(mask)`
+            shape    # (H, W) of the masks
+           ):        # two dicts of arrays. A value a run: mask, y, left, right (exclusive), first (its first one of the mask's pixels), object (row of the other dict). A value an object: mask, id (from 1 on in each mask), area (px), size (px), edge (touches the tile's edge)
+    "The 8-connected components of some masks of one tile"
+    (height, width), row = shape, shape[1] + 1
+    at = [m + m // width for m in masks]                                           # a column of background after each row: no run and no neighbour crosses it
+    first = [np.flatnonzero(np.diff(a, prepend=-2) != 1) for a in at]
+    start = np.concatenate([a[f] + i * (height + 1) * row for i, (a, f) in enumerate(zip(at, first))])         # the masks lie below each other, a row of background between
+    length = np.concatenate([np.diff(f, append=len(a)) for a, f in zip(at, first)]); end = start + length
+    low, high = np.searchsorted(end, start + row), np.searchsorted(start, end + row, 'right')                  # the runs of the next row that touch each one
+    touching = csr_array((np.ones((high - low).sum(), np.int8), _ranges(low, high)[1], np.append(0, np.cumsum(high - low))), (len(start),) * 2)
+    n, label = connected_components(touching, directed=False)                      # numbered by their first run
+    y, left = np.divmod(start, row); right = left + length; mask, y = np.divmod(y, height + 1)
     area = np.bincount(label, length, n).astype(np.int32)
     edge = np.bincount(label, (y == 0) | (y == height - 1) | (left == 0) | (right == width), n) > 0
+    of = np.empty(n, int); of[label] = mask
     corners = np.stack([np.stack([x, y + dy], 1) for x in (left, right) for dy in (0, 1)], 1)[np.argsort(label, kind='stable')].reshape(-1, 2).astype(np.int32)
-    count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)      # right for objects of one run
+    count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)        # right for objects of one run
     for i in np.flatnonzero(count > 1): size[i] = max(cv2.minAreaRect(corners[stop[i] - 4 * count[i]:stop[i]])[1])
-    return dict(first=first, y=y, left=left, right=right, id=label + 1), dict(id=np.arange(1, n + 1, dtype=np.int32), area=area, size=size, edge=edge)
+    return (dict(mask=mask, y=y, left=left, right=right, first=np.concatenate(first), object=label),
+            dict(mask=of, id=np.arange(n) - np.searchsorted(of, of) + 1, area=area, size=size, edge=edge))
 
-# %% ../nbs/03a_metrics.ipynb #6f13c8e7
+# %% ../nbs/03a_metrics.ipynb #ad2e3678
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
@@ -113,13 +116,11 @@ _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersectio
 def _columns(parts, dtypes):
     return {k: np.concatenate([p[k] for p in parts] or [[]]).astype(d) for k, d in dtypes.items()}
 
-def _overlaps(a, b, width):
-    "Objects of two masks that overlap, by their runs: ids, ids and numbers of common pixels"
-    a_left, a_right, b_left, b_right = (x['y'] * width + x[k] for x in (a, b) for k in ('left', 'right'))
-    i, j = _ranges(np.searchsorted(b_right, a_left, 'right'), np.searchsorted(b_left, a_right))
-    base = np.int64(b['id'].max(initial=0)) + 1
-    key, at = np.unique(a['id'][i] * base + b['id'][j], return_inverse=True)
-    return *np.divmod(key, base), np.bincount(at, np.minimum(a_right[i], b_right[j]) - np.maximum(a_left[i], b_left[j]))
+def _from(scores, low):
+    "Where scores are at least `low`, of half precision perhaps no number: whole numbers compare 20 times faster than halves do"
+    if scores.dtype != np.float16: return scores >= float(low)
+    bits = np.float16(low).view(np.uint16)
+    return scores.view(np.int16) >= bits.view(np.int16) if low > 0 else scores.view(np.uint16) <= bits
 
 def _tile(logits, mask):
     logits, mask = np.asarray(logits), np.asarray(mask)
@@ -141,7 +142,7 @@ def tile_histograms(logits,              # float (H, W)
         row[f'{name}_codes'] = np.flatnonzero(hist).astype(np.uint16); row[f'{name}_counts'] = hist[row[f'{name}_codes']].astype(np.uint32)
     return row
 
-# %% ../nbs/03a_metrics.ipynb #b0a17246
+# %% ../nbs/03a_metrics.ipynb #f286255a
 def tile_objects(logits,                # float (H, W)
                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
                  thresholds=(0.5,),     # probabilities at which objects are kept
@@ -150,21 +151,23 @@ def tile_objects(logits,                # float (H, W)
     "The objects of a tile, and where they overlap"
     logits, mask = _tile(logits, mask)
     first = {t: first_code(t, bins) for t in sorted(thresholds)}
-    below = np.nan_to_num(decode(bins)[min(first.values(), default=CODES) - 1], nan=-np.inf)       # rounds to a lower code, so what is predicted lies above it
-    pixels = np.flatnonzero(logits >= float(below))
+    below = np.nan_to_num(decode(bins)[min(first.values(), default=CODES) - 1], nan=-np.inf)       # it rounds to a lower code: all that is predicted lies above
+    pixels = np.flatnonzero(_from(logits, below))
     codes = encode(logits.ravel()[pixels], bins)
     codes[mask.ravel()[pixels] == 255] = 0                                         # neither predicted nor true
-    true, true_objects = objects(np.flatnonzero(mask == 1), mask.shape)
-    probability, top, predicted, pairs = _probability(bins)[codes], codes.max(initial=0), [], []
-    for t, c in first.items():
-        if c > top: break
-        seen = codes >= c
-        runs, found = objects(pixels[seen], mask.shape)
-        found['score'] = np.bincount(runs['id'], np.add.reduceat(probability[seen], runs['first']))[1:] / found['area']
-        predicted.append(found | dict(threshold=np.full(len(found['id']), t)))
-        p, g, n = _overlaps(runs, true, mask.shape[1])
-        pairs.append(dict(threshold=np.full(len(n), t), predicted=p, truth=g, intersection=n))
-    return dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
+    seen = [codes >= c for c in first.values()]
+    runs, found = objects([np.flatnonzero(mask == 1), *(pixels[s] for s in seen)], mask.shape)
+    probability, n_true, r = _probability(bins)[codes], *(np.searchsorted(x['mask'], 1) for x in (found, runs))
+    sums = [np.add.reduceat(probability[s], runs['first'][runs['mask'] == i]) for i, s in enumerate(seen, 1)]
+    found['score'] = np.bincount(runs['object'], np.concatenate([np.zeros(r), *sums]), len(found['id'])) / found['area']
+    found['threshold'] = np.array([np.nan, *first])[found['mask']]
+    left, right = (runs['y'] * mask.shape[1] + runs[k] for k in ('left', 'right'))
+    i, j = _ranges(np.searchsorted(right[:r], left[r:], 'right'), np.searchsorted(left[:r], right[r:])); i += r     # runs of predictions, and the true ones they overlap
+    pair, at = np.unique(runs['object'][i] * np.int64(n_true) + runs['object'][j], return_inverse=True)
+    p, g = np.divmod(pair, max(n_true, 1))
+    pairs = dict(threshold=found['threshold'][p], predicted=found['id'][p], truth=found['id'][g], intersection=np.bincount(at, np.minimum(right[i], right[j]) - np.maximum(left[i], left[j])))
+    predicted, truth = ({k: v[side] for k, v in found.items()} for side in (slice(n_true, None), slice(n_true)))
+    return dict(predicted=_columns([predicted], _PREDICTED), truth=_columns([truth], _TRUTH), pairs=_columns([pairs], _PAIRS))
 
 # %% ../nbs/03a_metrics.ipynb #364ac84d
 def tile_evidence(logits,                # float (H, W)

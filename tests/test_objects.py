@@ -16,21 +16,22 @@ masks = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: 
 @settings(max_examples=300, deadline=None)
 @given(masks)
 def test_components_are_scikit_images(mask):
-    runs, found = objects(np.flatnonzero(mask), mask.shape)
-    ours, theirs = np.zeros(mask.shape, int), label(mask, connectivity=2)
-    for y, left, right, i in zip(*(runs[k] for k in ('y', 'left', 'right', 'id'))): ours[y, left:right] = i
-    assert (ours == theirs).all()                                                       # the same numbers too: by their first pixels
-    props = regionprops(theirs)
-    assert found['id'].tolist() == [p.label for p in props] and found['area'].tolist() == [p.num_pixels for p in props]
-    height, width = mask.shape
-    assert found['edge'].tolist() == [p.bbox[0] == 0 or p.bbox[1] == 0 or p.bbox[2] == height or p.bbox[3] == width for p in props]
+    "The same numbers too, by their first pixels; several masks at once are each alone"
+    (height, width), both = mask.shape, [mask, ~mask, mask]
+    runs, found = objects([np.flatnonzero(m) for m in both], mask.shape)
+    for k, m in enumerate(both):
+        ours, theirs = np.zeros(m.shape, int), label(m, connectivity=2); props, here = regionprops(theirs), found['mask'] == k
+        for at, y, left, right, i in zip(*(runs[k] for k in ('mask', 'y', 'left', 'right', 'object'))):
+            if at == k: ours[y, left:right] = found['id'][i]
+        assert (ours == theirs).all() and found['id'][here].tolist() == [p.label for p in props] and found['area'][here].tolist() == [p.num_pixels for p in props]
+        assert found['edge'][here].tolist() == [p.bbox[0] == 0 or p.bbox[1] == 0 or p.bbox[2] == height or p.bbox[3] == width for p in props]
 
 @quick
 @given(masks)
 def test_size_is_that_of_a_smallest_rectangle(mask):
     "Over all rectangles along an edge of the hull, one of the smallest has our longest side"
     from scipy.spatial import ConvexHull
-    found = objects(np.flatnonzero(mask), mask.shape)[1]
+    found = objects([np.flatnonzero(mask)], mask.shape)[1]
     for p, size in zip(regionprops(label(mask, connectivity=2)), found['size']):
         corners = np.concatenate([p.coords + d for d in ((0, 0), (0, 1), (1, 0), (1, 1))]).astype(float)
         hull = corners[ConvexHull(corners).vertices]
