@@ -80,16 +80,19 @@ def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
     fp, tp = np.cumsum(hist[:, code], 1)
     with np.errstate(invalid='ignore'): return tp / (tp + fp), tp / tp[-1:], code
 
-# %% ../nbs/03a_metrics.ipynb #cd0b77e4
+# %% ../nbs/03a_metrics.ipynb #26a405a8
 def _ranges(low, high):
     "All pairs (i, j) with low[i] ≤ j < high[i]"
-    n = np.maximum(high - low, 0)
+    n = high - low
     return np.repeat(np.arange(len(n)), n), np.repeat(low - np.cumsum(n) + n, n) + np.arange(n.sum())
 
 def objects(masks,   # list of int arrays, ascending: where each mask is true, `np.flatnonzero(mask)`
             shape    # (H, W) of the masks
-           ):        # two dicts of arrays. A value a run: mask, y, left, right (exclusive), first (its first one of the mask's pixels), object (row of the other dict). A value an object: mask, id (from 1 on in each mask), area (px), size (px), edge (touches the tile's edge)
-    "The 8-connected components of some masks of one tile"
+           ):        # two dicts of arrays, a value a run and a value an object
+    """The 8-connected components of some masks of one tile
+
+    A run: mask, y, left, right (exclusive), first (the first of its pixels, counted in its mask's list), object (a row of the other dict).
+    An object: mask, id (from 1 on in each mask, in the order of first pixels), area and size (px), edge (whether it touches the tile's edge)."""
     (height, width), row = shape, shape[1] + 1
     at = [m + m // width for m in masks]                                           # a column of background after each row: no run and no neighbour crosses it
     first = [np.flatnonzero(np.diff(a, prepend=-2) != 1) for a in at]
@@ -102,25 +105,19 @@ def objects(masks,   # list of int arrays, ascending: where each mask is true, `
     area = np.bincount(label, length, n).astype(np.int32)
     edge = np.bincount(label, (y == 0) | (y == height - 1) | (left == 0) | (right == width), n) > 0
     of = np.empty(n, int); of[label] = mask
-    corners = np.stack([np.stack([x, y + dy], 1) for x in (left, right) for dy in (0, 1)], 1)[np.argsort(label, kind='stable')].reshape(-1, 2).astype(np.int32)
+    corners = np.stack([left, y, left, y + 1, right, y, right, y + 1], 1).astype(np.int32)[np.argsort(label, kind='stable')].reshape(-1, 2)
     count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)        # right for objects of one run
     for i in np.flatnonzero(count > 1): size[i] = max(cv2.minAreaRect(corners[stop[i] - 4 * count[i]:stop[i]])[1])
     return (dict(mask=mask, y=y, left=left, right=right, first=np.concatenate(first), object=label),
             dict(mask=of, id=np.arange(n) - np.searchsorted(of, of) + 1, area=area, size=size, edge=edge))
 
-# %% ../nbs/03a_metrics.ipynb #ad2e3678
+# %% ../nbs/03a_metrics.ipynb #c2a619ca
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
 
 def _columns(parts, dtypes):
     return {k: np.concatenate([p[k] for p in parts] or [[]]).astype(d) for k, d in dtypes.items()}
-
-def _from(scores, low):
-    "Where scores are at least `low`, of half precision perhaps no number: whole numbers compare 20 times faster than halves do"
-    if scores.dtype != np.float16: return scores >= float(low)
-    bits = np.float16(low).view(np.uint16)
-    return scores.view(np.int16) >= bits.view(np.int16) if low > 0 else scores.view(np.uint16) <= bits
 
 def _tile(logits, mask):
     logits, mask = np.asarray(logits), np.asarray(mask)
@@ -142,7 +139,13 @@ def tile_histograms(logits,              # float (H, W)
         row[f'{name}_codes'] = np.flatnonzero(hist).astype(np.uint16); row[f'{name}_counts'] = hist[row[f'{name}_codes']].astype(np.uint32)
     return row
 
-# %% ../nbs/03a_metrics.ipynb #f286255a
+# %% ../nbs/03a_metrics.ipynb #96479b5f
+def _from(scores, low):
+    "Where scores are at least `low`, of half precision perhaps no number: whole numbers compare 20 times faster than halves do"
+    if scores.dtype != np.float16: return scores >= float(low)
+    bits = np.float16(low).view(np.uint16)
+    return scores.view(np.int16) >= bits.view(np.int16) if low > 0 else scores.view(np.uint16) <= bits
+
 def tile_objects(logits,                # float (H, W)
                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
                  thresholds=(0.5,),     # probabilities at which objects are kept
@@ -157,15 +160,17 @@ def tile_objects(logits,                # float (H, W)
     codes[mask.ravel()[pixels] == 255] = 0                                         # neither predicted nor true
     seen = [codes >= c for c in first.values()]
     runs, found = objects([np.flatnonzero(mask == 1), *(pixels[s] for s in seen)], mask.shape)
-    probability, n_true, r = _probability(bins)[codes], *(np.searchsorted(x['mask'], 1) for x in (found, runs))
+    n_true, r = (np.searchsorted(x['mask'], 1) for x in (found, runs))             # true objects come first, and so do their runs
+    probability = _probability(bins)[codes]
     sums = [np.add.reduceat(probability[s], runs['first'][runs['mask'] == i]) for i, s in enumerate(seen, 1)]
     found['score'] = np.bincount(runs['object'], np.concatenate([np.zeros(r), *sums]), len(found['id'])) / found['area']
     found['threshold'] = np.array([np.nan, *first])[found['mask']]
     left, right = (runs['y'] * mask.shape[1] + runs[k] for k in ('left', 'right'))
-    i, j = _ranges(np.searchsorted(right[:r], left[r:], 'right'), np.searchsorted(left[:r], right[r:])); i += r     # runs of predictions, and the true ones they overlap
+    i, j = _ranges(np.searchsorted(right[:r], left[r:], 'right'), np.searchsorted(left[:r], right[r:])); i += r          # a predicted run and a true one that overlap
     pair, at = np.unique(runs['object'][i] * np.int64(n_true) + runs['object'][j], return_inverse=True)
     p, g = np.divmod(pair, max(n_true, 1))
-    pairs = dict(threshold=found['threshold'][p], predicted=found['id'][p], truth=found['id'][g], intersection=np.bincount(at, np.minimum(right[i], right[j]) - np.maximum(left[i], left[j])))
+    common = np.bincount(at, np.minimum(right[i], right[j]) - np.maximum(left[i], left[j]))
+    pairs = dict(threshold=found['threshold'][p], predicted=found['id'][p], truth=found['id'][g], intersection=common)
     predicted, truth = ({k: v[side] for k, v in found.items()} for side in (slice(n_true, None), slice(n_true)))
     return dict(predicted=_columns([predicted], _PREDICTED), truth=_columns([truth], _TRUTH), pairs=_columns([pairs], _PAIRS))
 

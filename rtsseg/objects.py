@@ -103,7 +103,7 @@ def object_grid(evidence,         # `Evidence`
     grid['fp_positive'], grid['fp_negative'], grid['support'] = false[:, positive].sum(1), false[:, ~positive].sum(1), (false[:, ~positive] > 0).sum(1)
     return grid.assign(**{k: v for k, v in rates(grid.tp, grid.fp, grid.fn).items() if k != 'iou'})
 
-# %% ../nbs/03b_objects.ipynb #dd5e60dc
+# %% ../nbs/03b_objects.ipynb #ef82afbf
 KINDS = ('unseen', 'too small', 'merged', 'split', 'shifted')
 SIZES = {'under 50 m': (0, 50), '50 to 200 m': (50, 200), '200 m to 1 km': (200, 1000), 'over 1 km': (1000, np.inf)}     # guide 8.1
 
@@ -122,12 +122,14 @@ def misses(evidence,              # `Evidence`
     p, g, o = _overlaps(evidence, [evidence.nearest(threshold)])
     best, pairs = _matched(o, iou, min_area)
     o['area'] = p.area.to_numpy()[o.p]
-    large = o[o.area >= min_area]
+    large = o[o.smaller >= min_area]
     fit = large.sort_values(['iou', 'p'], ascending=[False, True]).drop_duplicates('g').set_index('g')         # the prediction that fits an object best
-    chosen, own = best.set_index('p').g, o.loc[best.index].groupby('g')[['intersection', 'area']].sum()        # what it fits best, and all that fit an object best
+    elsewhere = fit.index[best.set_index('p').g.loc[fit.p].to_numpy() != fit.index]                            # and fits another object better
+    own = o.loc[best.index].groupby('g')[['intersection', 'area']].sum()                                       # all predictions that fit an object best, together
     of = lambda x: x.reindex(g.index, fill_value=0)
     together = of(own.intersection) / (g.area + of(own.area) - of(own.intersection))
-    kind = np.select([~g.index.isin(o.g), of(large.groupby('g').intersection.sum()) < iou * g.area, of(chosen.reindex(fit.p).set_axis(fit.index)) != g.index, together >= iou], KINDS[:-1], KINDS[-1])
+    holds = [~g.index.isin(o.g), of(large.groupby('g').intersection.sum()) < iou * g.area, g.index.isin(elsewhere), together >= iou]
+    kind = np.select(holds, KINDS[:-1], KINDS[-1])
     missed = g.assign(kind=pd.Categorical(kind, KINDS), iou=of(fit.iou).astype(float))[(g.area >= min_area) & ~g.index.isin(pairs.g)]
     return _described(evidence, missed)[['tile_id', 'region', 'id', 'area', 'metres', 'size', 'edge', 'kind', 'iou']].reset_index(drop=True)
 
