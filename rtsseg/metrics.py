@@ -80,7 +80,7 @@ def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
     fp, tp = np.cumsum(hist[:, code], 1)
     with np.errstate(invalid='ignore'): return tp / (tp + fp), tp / tp[-1:], code
 
-# %% ../nbs/03a_metrics.ipynb #26a405a8
+# %% ../nbs/03a_metrics.ipynb #4a98125b
 def _ranges(low, high):
     "All pairs (i, j) with low[i] ≤ j < high[i]"
     n = high - low
@@ -105,7 +105,7 @@ def objects(masks,   # list of int arrays, ascending: where each mask is true, `
     area = np.bincount(label, length, n).astype(np.int32)
     edge = np.bincount(label, (y == 0) | (y == height - 1) | (left == 0) | (right == width), n) > 0
     of = np.empty(n, int); of[label] = mask
-    corners = np.stack([left, y, left, y + 1, right, y, right, y + 1], 1).astype(np.int32)[np.argsort(label, kind='stable')].reshape(-1, 2)
+    corners = np.stack([left, y, left, y + 1, right, y, right, y + 1], 1).astype(np.float32)[np.argsort(label, kind='stable')].reshape(-1, 2)
     count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)        # right for objects of one run
     for i in np.flatnonzero(count > 1): size[i] = max(cv2.minAreaRect(corners[stop[i] - 4 * count[i]:stop[i]])[1])
     return (dict(mask=mask, y=y, left=left, right=right, first=np.concatenate(first), object=label),

@@ -70,7 +70,7 @@ def object_metrics(evidence,              # `Evidence`
     scores = {k: float(v) for k, v in rates(**counts).items() if k != 'iou'}
     return dict(threshold=m.threshold, **counts, **scores, edge={k: total(w, v) for k, v in m.edge.items()})
 
-# %% ../nbs/03b_objects.ipynb #dd416a98
+# %% ../nbs/03b_objects.ipynb #f4d751ee
 def grid_counts(evidence,         # `Evidence`
                 iou:float=0.3,    # smallest IoU of a match
                 min_areas=(0,),   # smallest objects that count, pixels, on both sides
@@ -93,8 +93,11 @@ def object_grid(evidence,         # `Evidence`
                 iou:float=0.3,    # smallest IoU of a match
                 min_areas=(0,),   # smallest objects that count, pixels, on both sides
                 thresholds=None   # probabilities; the nearest ones of the evidence's are used. None: all of them
-               ) -> pd.DataFrame: # threshold, min_area; tp, fp, fn at the ratio; fp_positive, fp_negative: false objects by kind of tile, unweighted; support: negative tiles with a false object; precision, recall, f1
-    "Object metrics at each threshold and each floor (guide 6.2)"
+               ) -> pd.DataFrame: # a row a threshold and floor
+    """Object metrics at each threshold and each floor (guide 6.2)
+
+    Columns: threshold, min_area; tp, fp, fn, precision, recall, f1 at the ratio; fp_positive and fp_negative, the false objects of positive and of negative
+    tiles, each counted once; support, the negative tiles that hold one."""
     thresholds = evidence.thresholds if thresholds is None else [evidence.nearest(t) for t in thresholds]
     counts, w, positive = grid_counts(evidence, iou, min_areas, thresholds), weights(evidence, ratio), evidence['positive']
     grid = pd.DataFrame([(t, a) for t in thresholds for a in min_areas], columns=['threshold', 'min_area'])
