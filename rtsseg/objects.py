@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 
 from .metrics import rates, total, weights
 
-# %% ../nbs/03b_objects.ipynb #3f15c9ec
+# %% ../nbs/03b_objects.ipynb #b31939f6
 IOUS = (0.1, 0.3, 0.5)     # guide 6.2; 0.3 is the headline
 
 @dataclass
@@ -28,19 +28,25 @@ class Matches:
     edge: dict                 # tp, fp, fn again, for objects that touch the tile's edge
 
 def _overlaps(evidence, thresholds):
-    "Predicted objects at some thresholds, true ones, and their overlaps: rows `p` and `g` of both, IoU, the smaller area; those of a prediction lie together, the best first"
+    "Predicted objects at some thresholds, true ones, and their overlaps with rows `p` and `g` of both; the overlaps of a prediction lie together, the best first"
     p, g, o = (evidence.objects(k) for k in ('predicted', 'truth', 'pairs'))
     p, o = (x[x.threshold.isin(thresholds)].reset_index(drop=True) for x in (p, o))
-    key = lambda x, id: (x.tile * len(thresholds) + np.searchsorted(thresholds, x.threshold)) * 2**31 + id         # tile, threshold and id as one number
-    o['p'], o['g'] = pd.Index(key(p, p.id)).get_indexer(key(o, o.predicted)), pd.Index(g.tile * 2**31 + g.id).get_indexer(o.tile * 2**31 + o.truth)
+    for x in (p, o): x['cell'] = np.searchsorted(thresholds, x.threshold) * len(evidence) + x.tile
+    name = lambda at, id: at * 2**31 + id                                                                     # of an object, as one number
+    o['p'], o['g'] = pd.Index(name(p.cell, p.id)).get_indexer(name(o.cell, o.predicted)), pd.Index(name(g.tile, g.id)).get_indexer(name(o.tile, o.truth))
     predicted, true = p.area.to_numpy()[o.p], g.area.to_numpy()[o.g]
-    o['score'], o['smaller'], o['iou'] = p.score.to_numpy()[o.p], np.minimum(predicted, true), o.intersection / (predicted + true - o.intersection)
-    return p, g, o.sort_values(['p', 'iou', 'g'], ascending=[True, False, True], ignore_index=True)
+    turn = np.empty(len(p), int); turn[np.argsort(-p.score, kind='stable')] = np.arange(len(p))               # step 3
+    o['turn'], o['rival'] = turn[o.p], name(o.cell, o.truth)                                                  # who chose the same true object at the same threshold
+    o['smaller'], o['iou'] = np.minimum(predicted, true), o.intersection / (predicted + true - o.intersection)
+    return p, g, o.iloc[np.lexsort((o.g, -o.iou, o.p))].reset_index(drop=True)
 
 def _matched(o, iou, min_area):
-    "Step 4 for every threshold at once: the best overlap of each prediction, and those that are a match"
-    best = o[o.smaller >= min_area].drop_duplicates('p')
-    return best, best[best.iou >= iou].sort_values(['score', 'p'], ascending=[False, True]).drop_duplicates(['threshold', 'g'])
+    "Step 4 for every threshold at once: the rows of the best overlap of each prediction, and of those that are a match"
+    p, rival, turn, fit = (o[k].to_numpy() for k in ('p', 'rival', 'turn', 'iou'))
+    here = np.flatnonzero(o.smaller >= min_area)
+    best = here[np.diff(p[here], prepend=-1) != 0]
+    good = best[fit[best] >= iou]; good = good[np.argsort(turn[good])]
+    return best, good[np.unique(rival[good], return_index=True)[1]]
 
 def match(evidence,              # `Evidence`
           threshold:float=0.5,   # a probability; the nearest one of the evidence's grid is used, and given back
@@ -50,8 +56,8 @@ def match(evidence,              # `Evidence`
     "Greedy one-to-one matching, the five steps of guide 6.2"
     t = evidence.nearest(threshold)
     p, g, o = _overlaps(evidence, [t])
-    best, pairs = _matched(o, iou, min_area)
-    p, g = p.drop(columns='threshold').assign(iou=0., match=0), g.assign(match=0)
+    best, pairs = (o.iloc[rows] for rows in _matched(o, iou, min_area))
+    p, g = p.drop(columns=['threshold', 'cell']).assign(iou=0., match=0), g.assign(match=0)
     p.loc[best.p, 'iou'] = best.iou.to_numpy(); p.loc[pairs.p, 'match'] = pairs.truth.to_numpy(); g.loc[pairs.g, 'match'] = pairs.predicted.to_numpy()
     p, g = (x[x.area >= min_area].reset_index(drop=True) for x in (p, g))
     count = lambda side, keep: np.bincount(side.tile[keep], minlength=len(evidence))
@@ -70,23 +76,21 @@ def object_metrics(evidence,              # `Evidence`
     scores = {k: float(v) for k, v in rates(**counts).items() if k != 'iou'}
     return dict(threshold=m.threshold, **counts, **scores, edge={k: total(w, v) for k, v in m.edge.items()})
 
-# %% ../nbs/03b_objects.ipynb #f4d751ee
+# %% ../nbs/03b_objects.ipynb #df12f8b9
 def grid_counts(evidence,         # `Evidence`
                 iou:float=0.3,    # smallest IoU of a match
                 min_areas=(0,),   # smallest objects that count, pixels, on both sides
-                thresholds=None   # some of the evidence's; None: all of them
-               ) -> np.ndarray:   # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn of each tile; the floors of a threshold lie together
+                thresholds=None   # probabilities; the nearest ones of the evidence's are used. None: all of them
+               ) -> np.ndarray:   # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn of each tile, in the order of `object_grid`
     "What `match` counts, at each threshold and each floor: to be weighted, or resampled by block"
-    thresholds = evidence.thresholds if thresholds is None else [evidence.nearest(t) for t in thresholds]
-    p, g, o = _overlaps(evidence, sorted(set(thresholds)))
-    out = np.empty((len(thresholds), len(min_areas), len(evidence), 3), np.int32)
+    thresholds = evidence.thresholds if thresholds is None else sorted({evidence.nearest(t) for t in thresholds})
+    p, g, o = _overlaps(evidence, thresholds)
+    shape = len(thresholds), len(evidence)
+    out = np.empty((shape[0], len(min_areas), shape[1], 3), np.int32)
     for i, floor in enumerate(min_areas):
-        _, pairs = _matched(o, iou, floor)
-        true, large = np.bincount(g.tile[g.area >= floor], minlength=len(evidence)), p[p.area >= floor]
-        for j, t in enumerate(thresholds):
-            tp, predicted = (np.bincount(x.tile[x.threshold == t], minlength=len(evidence)) for x in (pairs, large))
-            out[j, i] = np.stack([tp, predicted - tp, true - tp], 1)
-    return out.reshape(len(thresholds) * len(min_areas), len(evidence), 3)
+        tp, predicted = (np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape) for cell in (o.cell.to_numpy()[_matched(o, iou, floor)[1]], p.cell[p.area >= floor]))
+        out[:, i] = np.stack([tp, predicted - tp, np.bincount(g.tile[g.area >= floor], minlength=shape[1]) - tp], -1)
+    return out.reshape(shape[0] * len(min_areas), shape[1], 3)
 
 def object_grid(evidence,         # `Evidence`
                 ratio='native',   # r of 1:r, 'native', or tile weights
@@ -98,7 +102,7 @@ def object_grid(evidence,         # `Evidence`
 
     Columns: threshold, min_area; tp, fp, fn, precision, recall, f1 at the ratio; fp_positive and fp_negative, the false objects of positive and of negative
     tiles, each counted once; support, the negative tiles that hold one."""
-    thresholds = evidence.thresholds if thresholds is None else [evidence.nearest(t) for t in thresholds]
+    thresholds = evidence.thresholds if thresholds is None else sorted({evidence.nearest(t) for t in thresholds})
     counts, w, positive = grid_counts(evidence, iou, min_areas, thresholds), weights(evidence, ratio), evidence['positive']
     grid = pd.DataFrame([(t, a) for t in thresholds for a in min_areas], columns=['threshold', 'min_area'])
     for k, x in zip(('tp', 'fp', 'fn'), np.moveaxis(counts, 2, 0)): grid[k] = [total(w, n) for n in x]
@@ -106,7 +110,7 @@ def object_grid(evidence,         # `Evidence`
     grid['fp_positive'], grid['fp_negative'], grid['support'] = false[:, positive].sum(1), false[:, ~positive].sum(1), (false[:, ~positive] > 0).sum(1)
     return grid.assign(**{k: v for k, v in rates(grid.tp, grid.fp, grid.fn).items() if k != 'iou'})
 
-# %% ../nbs/03b_objects.ipynb #ef82afbf
+# %% ../nbs/03b_objects.ipynb #f23bf8ca
 KINDS = ('unseen', 'too small', 'merged', 'split', 'shifted')
 SIZES = {'under 50 m': (0, 50), '50 to 200 m': (50, 200), '200 m to 1 km': (200, 1000), 'over 1 km': (1000, np.inf)}     # guide 8.1
 
@@ -123,7 +127,7 @@ def misses(evidence,              # `Evidence`
           ) -> pd.DataFrame:      # tile_id, region, id, area (px), metres, size (class), edge, kind, iou (with the prediction that fits best)
     "The true objects that no prediction matches, and why: the first of `KINDS` that holds"
     p, g, o = _overlaps(evidence, [evidence.nearest(threshold)])
-    best, pairs = _matched(o, iou, min_area)
+    best, pairs = (o.iloc[rows] for rows in _matched(o, iou, min_area))
     o['area'] = p.area.to_numpy()[o.p]
     large = o[o.smaller >= min_area]
     fit = large.sort_values(['iou', 'p'], ascending=[False, True]).drop_duplicates('g').set_index('g')         # the prediction that fits an object best
