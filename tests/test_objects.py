@@ -59,14 +59,26 @@ def test_objects_are_the_five_steps(seeds, iou, floor, threshold):
 @given(st.integers(0, 10_000), st.sampled_from(['float16', (-6., 6.)]), st.sampled_from([np.float16, np.float32]))
 def test_overlaps_and_scores_are_those_of_the_pixels(seed, bins, dtype):
     logits, mask = tile(seed); logits = logits.astype(dtype); found = tile_objects(logits, mask, THRESHOLDS, bins)
-    true = label(mask == 1, connectivity=2)
+    true, predicted, pairs = label(mask == 1, connectivity=2), found['predicted'], found['pairs']
     for t in THRESHOLDS:
-        p = label((expit(logits.astype(float)) >= t) & (mask != 255), connectivity=2)
-        at, pair = found['predicted']['threshold'] == t, found['pairs']['threshold'] == t
-        assert found['predicted']['area'][at].tolist() == np.bincount(p.ravel())[1:].tolist()
-        assert found['predicted']['score'][at] == pytest.approx([x.intensity_mean for x in regionprops(p, expit(logits.astype(float)))], abs=1e-3 if bins != 'float16' else 1e-6)
-        both = (p > 0) & (true > 0); pairs, n = np.unique(np.stack([p[both], true[both]], 1), axis=0, return_counts=True)
-        assert [found['pairs'][k][pair].tolist() for k in ('predicted', 'truth', 'intersection')] == [pairs[:, 0].tolist(), pairs[:, 1].tolist(), n.tolist()]
+        p = label((expit(logits.astype(float)) >= t) & (mask != 255), connectivity=2); props = regionprops(p, expit(logits.astype(float)))
+        at, pair = predicted['threshold'] == t, pairs['threshold'] == t; area, score = predicted['area'][at], predicted['score'][at]
+        assert predicted['id'][at].tolist() == list(range(1, len(props) + 1)) and (np.diff(score) <= 0).all()                    # the most confident first
+        assert sorted(area) == sorted(x.num_pixels for x in props) and sorted(score) == pytest.approx(sorted(x.intensity_mean for x in props), abs=2e-3)
+        both = (p > 0) & (true > 0); (i, j), n = np.unique(np.stack([p[both], true[both]]), axis=1, return_counts=True)
+        assert sorted(zip(np.bincount(p.ravel())[i], j, n)) == sorted(zip(area[pairs['predicted'][pair] - 1], pairs['truth'][pair], pairs['intersection'][pair]))
+
+@quick
+@given(seeds)
+def test_scores_are_rounded_but_their_order_is_not(seeds):
+    "Two predictions on one slump, closer to each other than the rounding: the more confident one is the match, wherever it lies"
+    for s in seeds:
+        high = np.random.default_rng(s).permutation([2, 2 + 2 ** -9]); logits = np.full((3, 9), -5, np.float16); logits[1, 1:4], logits[1, 5:8] = high
+        mask = np.zeros((3, 9), np.uint8); mask[1, 1:8] = 1
+        e = Evidence.from_rows([row(0, 1) | tile_evidence(logits, mask)]); scores = e.objects('predicted').score
+        assert scores[0] == scores[1] and match(e).truth.match.tolist() == [1] and e.objects('pairs').intersection.tolist() == [3, 3]
+        runs = tile_objects(logits, np.where(np.arange(9) < 4, mask, 0), (0.5,))
+        assert runs['pairs']['predicted'].tolist() == [1 + int(high[0] < high[1])]                 # the left one's number
 
 def test_a_score_that_is_no_number_is_no_object_and_the_lowest_threshold_takes_all_others():
     logits = np.array([[np.nan, -np.inf, -60000, 0, np.inf]], np.float16); mask = np.zeros((1, 5), np.uint8)
@@ -95,7 +107,7 @@ def test_misses_are_told_apart_by_pixels(seeds, iou, floor, threshold):
     for i, s in enumerate(seeds):
         logits, mask = tile(s); true = [ndimage.label(mask == 1, np.ones((3, 3)))[0] == k for k in m.truth.id[m.truth.tile == i]]
         lab, n = ndimage.label((expit(logits.astype(float)) >= threshold) & (mask != 255), np.ones((3, 3)))
-        every = [lab == k for k in range(1, n + 1)]; large = [p for p in every if p.sum() >= floor]
+        every = sorted((lab == k for k in range(1, n + 1)), key=lambda p: -expit(logits.astype(float))[p].mean()); large = [p for p in every if p.sum() >= floor]
         fits = lambda p, t: (p & t).sum() / (p | t).sum()
         for t, matched in zip(true, m.truth.match[m.truth.tile == i]):
             if matched: continue
