@@ -153,7 +153,7 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #5a55159d
+# %% ../nbs/04b_segment.ipynb #ef067ed6
 def background_ratio(feed:Loaders   # of a run
                     ) -> float:     # background pixels for each slump pixel
     "Counted over the labelled pixels of the training split (guide 5.4); `loss.class_ratio` goes before it"
@@ -161,7 +161,7 @@ def background_ratio(feed:Loaders   # of a run
 
 class Judge:
     "The loop's meter: evidence at the reference threshold, and the guide's numbers at each ratio"
-    def __init__(self, table, cfg:Config): self.meter, self.cfg = Meter(table, [cfg.metrics.reference_threshold]), cfg
+    def __init__(self, table, cfg:Config): self.meter, self.cfg = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths), cfg
     def update(self, out, batch): self.meter.update(out, batch['target'], batch['tile'])
     def state(self): return self.meter.state()
     def merge(self, states): self.meter.merge(*states)
