@@ -509,7 +509,7 @@ def show_all(evidence, calibration):
     show_pr(evidence, calibration, axes[-1]); fig.tight_layout()
     return fig
 
-# %% ../nbs/06_calibrate.ipynb #aba7c687
+# %% ../nbs/06_calibrate.ipynb #83c96dd1
 def fill(text, indent=''): return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 def show_calibration(c:Calibration) -> str:
@@ -520,14 +520,14 @@ def show_calibration(c:Calibration) -> str:
         return f'[{",".join(str(notes.index(w) + 1) for w in found)}]' if (found := [w for w in whys if w]) else ''
     def table(rows): return pd.DataFrame(rows).to_string(index=False) if rows else ''
     def pixels(points): return [{'ratio': f'1:{r}', 'threshold': probability_text(c.score(p.logit)), 'precision': p.precision, 'recall': p.recall, 'notes': marks(p.why, p.precision.why)} for r, p in points.items()]
-    def objects(points): return [{'ratio': f'1:{r}', 'threshold': probability_text(c.score(logit(p.raw_threshold))), 'min area': p.min_area, 'precision': p.precision, 'recall': p.recall,
+    def objects(points): return [{'ratio': f'1:{r}', 'threshold': probability_text(c.score(logit(p.raw_threshold))), 'area': p.min_area, 'precision': p.precision, 'recall': p.recall,
                                   'F1': p.f1, 'notes': marks(p.why, p.precision.why, p.monotone_why)} for r, p in points.items()]
     t, both, own = c.fits['temperature'].slope, c.fits['slope_intercept'], {k: v for k, v in c.regions.items() if not v.why}
     between = f' [{1 / t.high:.3g}, {1 / t.low:.3g}]' if t.low and t.low > 0 else ''
     head = [f'{c.n_pos_tiles} tiles with a slump, {c.n_neg_tiles} without; views {c.views}; probabilities by {c.method}, right at 1:{c.ratio}',
             f'temperature {c.temperature:.3f}{between} {marks(c.temperature_why or t.why)}', f'slope {both.slope}, intercept {both.intercept} {marks(both.why or both.slope.why)}', c.temperature_enough]
     parts = {'': head, f'Pixels, precision {c.target_precision:g}': [table(pixels(c.thresholds))],
-             f'Objects, precision {c.target_precision:g} at IoU {IOU:g}: threshold and smallest object': [table(objects(c.objects))], 'Objects: threshold alone': [table(objects(c.object_thresholds))],
+             f'Objects, precision {c.target_precision:g} at IoU {IOU:g}: threshold and smallest area, pixels': [table(objects(c.objects))], 'Objects: threshold alone': [table(objects(c.object_thresholds))],
              'Error of probabilities': [table([{'ratio': f'1:{r}', 'error': names[k]} | {n.replace('_', ' + '): f'{getattr(s, k).value:.3g}' for n, s in q} for r, q in c.quality.items() for k in names])]}
     for name, region in own.items(): parts |= {f'Region {name}: pixels': [table(pixels(region.thresholds))], f'Region {name}: objects': [table(objects(region.objects))]}
     for name, region in c.regions.items():
