@@ -9,8 +9,9 @@ __all__ = ['OFF', 'IOU', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_intercept
            'show_reliability', 'show_pr', 'show_all', 'fill', 'show_calibration', 'views_gain', 'recommend',
            'calibrate_run', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #a1d669fa
+# %% ../nbs/06_calibrate.ipynb #33acf866
 import json, os, sys, textwrap
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ from scipy.special import expit, logit
 
 from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, settings, write_atomic
 from .data import DataError, find_run, named_run
-from .intervals import SUPPORT, Estimate, blocks, bootstrap, compare, summary
+from .intervals import BLOCKS, SUPPORT, Estimate, blocks, bootstrap, compare, summary
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
 
@@ -68,7 +69,7 @@ def fit_temperature(evidence,          # `Evidence`
            + (f'The scores do rank slumps above background {ranking}, and thresholds use that ranking alone' if order > chance else f'Nor do the scores rank slumps above background {ranking}'))
     return float(np.exp(best)), f'no best temperature between {bounds[0]:g} and {bounds[1]:g}: {why}'
 
-# %% ../nbs/06_calibrate.ipynb #da6b9f60
+# %% ../nbs/06_calibrate.ipynb #b8b51df5
 def fit_slope_intercept(evidence,         # `Evidence`
                         ratio='native'    # the prevalence under which probabilities shall be right
                        ):                 # slope, intercept, and a text where there is no such fit: then they are 1/T and 0
@@ -77,12 +78,12 @@ def fit_slope_intercept(evidence,         # `Evidence`
     z, neg, pos = _masses(evidence, ratio)
     n, p = z[neg > 0], z[pos > 0]
     if not len(n) or n.max() <= p.min() or p.max() <= n.min(): return 1 / T, 0., 'no finite slope and intercept: a single score divides the pixels by their label; the temperature is used'
-    mean, scale = np.average(z, weights=neg + pos), np.sqrt(np.average((z - np.average(z, weights=neg + pos))**2, weights=neg + pos))
+    mean = np.average(z, weights=neg + pos); scale = np.sqrt(np.average((z - mean)**2, weights=neg + pos))
     x, mass, events = np.stack([(z - mean) / scale, np.ones_like(z)]), (neg + pos) / pos.sum(), pos / pos.sum()      # of order 1, whatever the scores
     def loss(theta): return _nll(events, mass - events, theta @ x)
     def slope(theta): return x @ (mass * expit(theta @ x) - events)
     def curve(theta): q = expit(theta @ x); return (x * mass * q * (1 - q)) @ x.T
-    a, b = minimize(loss, [scale / T, mean / T], jac=slope, hess=curve, method='trust-exact', options=dict(gtol=1e-9)).x
+    a, b = minimize(loss, [0, np.log(pos.sum() / neg.sum())], jac=slope, hess=curve, method='trust-exact', options=dict(gtol=1e-9)).x
     if a <= 0: return 1 / T, 0., f'the best slope is {a / scale:.3g}: higher scores are more often background, and no probability is made of that; the temperature is used'
     return float(a / scale), float(b - a * mean / scale), ''
 
@@ -122,7 +123,7 @@ def brier(evidence, slope=1., intercept=0., ratio='native'):
     p = expit(slope * z + intercept)
     return float((pos * (1 - p)**2 + neg * p**2).sum() / (neg.sum() + pos.sum()))
 
-# %% ../nbs/06_calibrate.ipynb #5f8919dd
+# %% ../nbs/06_calibrate.ipynb #87ed0de8
 class Replicates:
     "Sums over the pixels or tiles of an evidence: row 0 is the evidence itself, the others are replicates of its blocks"
     def __init__(self,
@@ -133,11 +134,20 @@ class Replicates:
         draws, block = blocks(evidence, replicates, seed)
         self.draws, positive = np.vstack([np.ones(draws.shape[1]), draws]), evidence['positive']
         held = len(np.unique(block[positive]))
-        self.why = f'no interval: {held} blocks hold positives, 10 are needed' if held < 10 else '' if replicates else 'no interval: no replicates were asked for'
-        self.group, self.native = block + len(self.draws[0]) * positive, positive.all()
-        self.counts = [csr_array((count, (self.group[tile], code)), (2 * len(self.draws[0]), CODES)) for sign in ('neg', 'pos')
-                       for (code, tile), (count, _) in [(evidence.flat(f'{sign}_codes'), evidence.flat(f'{sign}_counts'))]]
+        self.why = f'no interval: {held} blocks hold positives, {BLOCKS} are needed' if held < BLOCKS else '' if replicates else 'no interval: no replicates were asked for'
+        self.evidence, self.group, self.one_class = evidence, block + len(self.draws[0]) * positive, positive.all()
         self.tiles = self.tally(np.ones(len(evidence)))
+
+    @cached_property
+    def counts(self):
+        "Negative and positive pixels by group of tiles (blocks of negative ones, blocks of positive ones) and code"
+        out = [csr_array((2 * len(self.draws[0]), CODES))] * 2
+        for at in range(0, len(self.group), 2048):                                       # bounded memory
+            part = self.evidence.select(np.arange(at, min(at + 2048, len(self.group))))
+            for k, sign in enumerate(('neg', 'pos')):
+                (code, tile), (count, _) = part.flat(f'{sign}_codes'), part.flat(f'{sign}_counts')
+                out[k] = out[k] + csr_array((count.astype(float), (self.group[at + tile], code)), out[k].shape)
+        return out
 
     def _draw(self, sums): return np.stack([np.tensordot(self.draws, half, 1) for half in np.split(sums, 2)])
 
@@ -163,7 +173,7 @@ class Replicates:
         "Negative tiles weighted, w = r·n₊/n₋ in each replicate"
         n_neg, n_pos = self.tiles
         with np.errstate(invalid='ignore', divide='ignore'):
-            w = np.where((n_pos == 0) | (n_neg == 0) & (not self.native), np.nan, 1. if ratio == 'native' or self.native else ratio * n_pos / n_neg)
+            w = np.where((n_pos == 0) | (n_neg == 0) & (not self.one_class), np.nan, 1. if ratio == 'native' or self.one_class else ratio * n_pos / n_neg)
         return sums[1] + w.reshape(-1, *[1] * (sums.ndim - 2)) * sums[0]
 
     def estimate(self,
@@ -177,7 +187,7 @@ class Replicates:
         lost = len(values) - 1 - len(rest)
         return Estimate(float(value), *(np.percentile(rest, [2.5, 97.5]).tolist() if len(rest) else ()), why=f'{lost} of {len(values) - 1} replicates left out' if lost else '')
 
-# %% ../nbs/06_calibrate.ipynb #5b18fa2b
+# %% ../nbs/06_calibrate.ipynb #d643158b
 OFF = 0.1      # what the sum of probabilities may be off, of the positive pixels
 
 class Fit(Strict):
@@ -206,7 +216,8 @@ def fits(evidence:Evidence,       # of the validation split
             else: det = h11 * h00 - h01**2; da, db = (h01 * g0 - h00 * g1) / det, (h01 * g1 - h11 * g0) / det
             da[0] = db[0] = 0                                                                            # of all blocks it is the fit
             excess = 1 + (g0 + h01 * da + h00 * db) / n
-        out[name] = Fit(slope=drawn.estimate(slope + da, why), intercept=Estimate(0.) if name == 'temperature' or odd else drawn.estimate(b + db), excess=drawn.estimate(excess, why), why=why)
+        shift = Estimate(0.) if name == 'temperature' or odd else drawn.estimate(intercept + db)
+        out[name] = Fit(slope=drawn.estimate(slope + da, why), intercept=shift, excess=drawn.estimate(excess, why), why=why)
     return out
 
 def enough(found:dict     # of `fits`
@@ -282,7 +293,7 @@ def points(evidence:Evidence,      # of some tiles
                        w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
 
-# %% ../nbs/06_calibrate.ipynb #be26a682
+# %% ../nbs/06_calibrate.ipynb #525b7a80
 IOU = 0.3      # the headline of guide 6.2
 
 class ObjectPoint(Strict):
@@ -292,9 +303,10 @@ class ObjectPoint(Strict):
     min_area: int                  # the smallest object that counts, pixels
     reached: bool                  # whether the target precision is
     precision: Estimate
-    recall: Estimate
+    recall: Estimate               # of the objects that have this size
+    share: Estimate                # found ones of all that count in every table, from `metrics.min_area` on
     f1: Estimate
-    best_precision: float|None = None     # the best within the recall that counts …
+    best_precision: float|None = None     # the best within the share that counts …
     best_threshold: float|None = None     # … the calibrated probability where it is …
     best_min_area: int|None = None        # … and the floor; None where no object is found
     w: float                       # weight of a negative tile
@@ -326,23 +338,25 @@ def object_points(evidence:Evidence,      # of some tiles, with objects
     def probability(t): return float(expit(score(logit(t))))
     def name(t): return probability_text(score(logit(t)))
     for r in metrics.ratios:
-        w, spread = weight(evidence, r), rates(*np.moveaxis(drawn.mix(sums, r), -1, 0))
+        w, (tp, fp, fn) = weight(evidence, r), np.moveaxis(drawn.mix(sums, r), -1, 0)
+        every = (tp + fn)[:, [areas.index(metrics.min_area)]]                                            # the true objects, in each replicate
+        with np.errstate(invalid='ignore', divide='ignore'): spread = rates(tp, fp, fn) | dict(share=tp / every)
         known = grid.assign(**{k: v[0] for k, v in spread.items()})
-        known = known[known.precision.notna() & (known.recall >= cfg.min_recall)]
+        known = known[known.precision.notna() & (known.share >= cfg.min_recall)]
         plain, high = known[known.min_area == metrics.min_area], known[known.precision >= cfg.target_precision]
         holds = plain[np.logical_and.accumulate((plain.precision >= cfg.target_precision).to_numpy()[::-1])[::-1]]
-        for points, tried, chosen in ((out[0], known, high.sort_values(['recall', 'f1'], kind='stable').index[-1:]), (out[1], plain, holds.index[:1])):
+        for into, tried, chosen in ((out[0], known, high.sort_values(['share', 'f1'], kind='stable').index[-1:]), (out[1], plain, holds.index[:1])):
             best = tried.loc[tried.precision.idxmax()] if len(tried) else None
             where = '' if best is None else f'{best.precision:.3f}, at {name(best.threshold)}' + (f' with objects of at least {best.min_area:g} pixels' if best.min_area else '')
             why = ('' if len(chosen) else f'no threshold finds {cfg.min_recall:g} of the objects at IoU {IOU:g}' if best is None else
                    f'object precision {cfg.target_precision:g} does not hold at 1:{r}: it is {where}, but lower again above that' if best.precision >= cfg.target_precision else
-                   f'object precision {cfg.target_precision:g} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {where}')
+                   f'object precision {cfg.target_precision:g} is not reached at 1:{r}: the best that finds at least {cfg.min_recall:g} of all is {where}')
             i = chosen[0] if len(chosen) else grid.index[(grid.threshold == evidence.nearest(0.5)) & (grid.min_area == metrics.min_area)][0]
             t, area, support = grid.loc[i]
             thin = f'rests on {support:g} of the {SUPPORT} negative tiles that are needed where each counts {w:.3g} times' if w > 1 and support < SUPPORT else ''
             ladder = tried.index[tried.min_area == area]
-            points[r] = ObjectPoint(threshold=probability(t), raw_threshold=t, min_area=area, reached=len(chosen) > 0,
-                                    **{k: drawn.estimate(spread[k][:, i], '' if k == 'recall' else thin) for k in ('precision', 'recall', 'f1')},
+            into[r] = ObjectPoint(threshold=probability(t), raw_threshold=t, min_area=area, reached=len(chosen) > 0,
+                                    **{k: drawn.estimate(spread[k][:, i], '' if k in ('recall', 'share') else thin) for k in ('precision', 'recall', 'share', 'f1')},
                                     **{} if best is None else dict(best_precision=best.precision, best_threshold=probability(best.threshold), best_min_area=best.min_area),
                                     w=w, support=support, why=why, monotone_why=_falls(name, grid.threshold[ladder].to_numpy(), spread['precision'][:, ladder], drawn.why))
     return out
@@ -431,7 +445,7 @@ class Calibration(Strict):
             first = e.errors()[0]
             raise ValueError(f'{Path(path).name} was written by another version (views {views!r}, {".".join(map(str, first["loc"]))}: {first["msg"]}): rtsseg-calibrate makes it anew') from None
 
-# %% ../nbs/06_calibrate.ipynb #0e6865be
+# %% ../nbs/06_calibrate.ipynb #0ff9016f
 def _quality(evidence, drawn, slope, intercept, bins=15):
     "Scores by ratio, of one way to make probabilities"
     s = slope * _scores(evidence.bins) + intercept; p = expit(s)
@@ -460,7 +474,8 @@ def calibrate(evidence:Evidence,             # of the validation split
         few = (f'{n_pos} positive tiles, {cfg.min_region_positives} are needed: global thresholds' if n_pos < cfg.min_region_positives
                else 'no negative tiles: global thresholds' if not n_neg and (~positive).any() else '')
         e = None if few else evidence.select(here)
-        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, **dict(thresholds={}, objects={}, object_thresholds={}) if few else chosen(e, Replicates(e, metrics.replicates)))
+        own = dict(thresholds={}, objects={}, object_thresholds={}) if few else chosen(e, Replicates(e, metrics.replicates))
+        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, **own)
     shifts = {r: prior_shift(evidence, cfg.ratio, r) for r in [cfg.ratio, *metrics.ratios]}
     ways = dict(before=_quality(evidence, drawn, 1., 0.), **{k: _quality(evidence, drawn, f.slope.value, f.intercept.value) for k, f in found.items()})
     quality = {r: Quality(**{k: of(r) for k, of in ways.items()}, shifted=_quality(evidence, drawn, slope, intercept + shifts[r])(r)) for r in metrics.ratios}
@@ -509,33 +524,34 @@ def show_all(evidence, calibration):
     show_pr(evidence, calibration, axes[-1]); fig.tight_layout()
     return fig
 
-# %% ../nbs/06_calibrate.ipynb #83c96dd1
+# %% ../nbs/06_calibrate.ipynb #7b2a47b4
 def fill(text, indent=''): return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 def show_calibration(c:Calibration) -> str:
     "A calibration in words and tables"
     notes, names = [], dict(nll='NLL', ece='ECE', brier='Brier')
     def marks(*whys):
-        notes.extend(w for w in whys if w and w not in notes)
-        return f'[{",".join(str(notes.index(w) + 1) for w in found)}]' if (found := [w for w in whys if w]) else ''
-    def table(rows): return pd.DataFrame(rows).to_string(index=False) if rows else ''
-    def pixels(points): return [{'ratio': f'1:{r}', 'threshold': probability_text(c.score(p.logit)), 'precision': p.precision, 'recall': p.recall, 'notes': marks(p.why, p.precision.why)} for r, p in points.items()]
-    def objects(points): return [{'ratio': f'1:{r}', 'threshold': probability_text(c.score(logit(p.raw_threshold))), 'area': p.min_area, 'precision': p.precision, 'recall': p.recall,
-                                  'F1': p.f1, 'notes': marks(p.why, p.precision.why, p.monotone_why)} for r, p in points.items()]
-    t, both, own = c.fits['temperature'].slope, c.fits['slope_intercept'], {k: v for k, v in c.regions.items() if not v.why}
+        found = [w for w in whys if w]
+        notes.extend(w for w in found if w not in notes)
+        return f'[{",".join(str(notes.index(w) + 1) for w in found)}]' if found else ''
+    def point(r, z, p): return dict(ratio=f'1:{r}', threshold=probability_text(c.score(z)), precision=p.precision, recall=p.recall)
+    def table(title, rows): return [f'\n{title}', pd.DataFrame(rows).to_string(index=False)] if rows else []
+    def pixels(title, found): return table(title, [point(r, p.logit, p) | dict(notes=marks(p.why, p.precision.why)) for r, p in found.items()])
+    def objects(title, found): return table(title, [point(r, logit(p.raw_threshold), p) | {'of all': p.share, 'area': p.min_area, 'notes': marks(p.why, p.precision.why, p.monotone_why)}
+                                                    for r, p in found.items()])
+    t, both, wanted = c.fits['temperature'].slope, c.fits['slope_intercept'], f'precision {c.target_precision:g}'
     between = f' [{1 / t.high:.3g}, {1 / t.low:.3g}]' if t.low and t.low > 0 else ''
-    head = [f'{c.n_pos_tiles} tiles with a slump, {c.n_neg_tiles} without; views {c.views}; probabilities by {c.method}, right at 1:{c.ratio}',
-            f'temperature {c.temperature:.3f}{between} {marks(c.temperature_why or t.why)}', f'slope {both.slope}, intercept {both.intercept} {marks(both.why or both.slope.why)}', c.temperature_enough]
-    parts = {'': head, f'Pixels, precision {c.target_precision:g}': [table(pixels(c.thresholds))],
-             f'Objects, precision {c.target_precision:g} at IoU {IOU:g}: threshold and smallest area, pixels': [table(objects(c.objects))], 'Objects: threshold alone': [table(objects(c.object_thresholds))],
-             'Error of probabilities': [table([{'ratio': f'1:{r}', 'error': names[k]} | {n.replace('_', ' + '): f'{getattr(s, k).value:.3g}' for n, s in q} for r, q in c.quality.items() for k in names])]}
-    for name, region in own.items(): parts |= {f'Region {name}: pixels': [table(pixels(region.thresholds))], f'Region {name}: objects': [table(objects(region.objects))]}
+    lines = [fill(f'{c.n_pos_tiles} tiles with a slump, {c.n_neg_tiles} without; views {c.views}; probabilities by {c.method}, right at 1:{c.ratio}'),
+             f'temperature {c.temperature:.3f}{between} {marks(c.temperature_why or t.why)}', f'slope {both.slope}, intercept {both.intercept} {marks(both.why or both.slope.why)}',
+             fill(c.temperature_enough), *pixels(f'Pixels, {wanted}', c.thresholds), *objects(f'Objects, {wanted} at IoU {IOU:g}: threshold and smallest area, pixels', c.objects),
+             *objects('Objects: threshold alone', c.object_thresholds),
+             *table('Error of probabilities', [dict(ratio=f'1:{r}', error=names[k]) | {way.replace('_', ' + '): f'{getattr(error, k).value:.3g}' for way, error in q}
+                                               for r, q in c.quality.items() for k in names])]
     for name, region in c.regions.items():
-        if region.why: parts.setdefault('Regions with global thresholds', []).append(f'{name}: {region.why}')
-    text = '\n'.join('\n'.join(([f'\n{title}'] if title else []) + [fill(l) if '\n' not in l else l for l in lines]) for title, lines in parts.items() if any(lines))
-    return text + ''.join('\n' + fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1))
+        lines += ['', fill(f'Region {name}: {region.why}')] if region.why else pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
+    return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #8860a754
+# %% ../nbs/06_calibrate.ipynb #06933324
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
 
 def views_gain(folder:str|Path      # a run folder with validation evidence of several views
@@ -562,7 +578,8 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     good = gains[gains.verdict == 'gain']
     if not len(good): return 'test-time augmentation is not recommended: ' + next(filter(None, gains.why.dropna()), 'no gain beyond the noise')
     x = good.iloc[0]; cost = x['seconds a tile'] / gains['seconds a tile'].get('none', np.nan)
-    return f'test-time augmentation: {good.index[0]} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}' + (f', for {cost:.1f} times the time' if cost == cost else '') + f'; infer.views={good.index[0]}'
+    price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
+    return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'
 
 # %% ../nbs/06_calibrate.ipynb #37c4e3eb
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence

@@ -119,11 +119,11 @@ def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, rati
 def test_object_points_by_hand(toy, target):
     operating, alone = object_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
     for r in METRICS.ratios:
-        every = cells(toy, r, CFG.min_areas); good = [m['recall'] for m in every.values() if m['precision'] >= target and m['recall'] >= .05]
+        every = cells(toy, r, CFG.min_areas); n = len(toy.objects('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
         p = operating[r]; m = every[p.raw_threshold, p.min_area]
-        assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['f1']))
-        assert p.recall.value == max(good) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached at 1:{r}' in p.why
-        assert p.best_precision == pytest.approx(max(m['precision'] for m in every.values() if m['recall'] >= .05))
+        assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.share.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
+        assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached at 1:{r}' in p.why
+        assert p.best_precision == pytest.approx(max(m['precision'] for m in every.values() if m['tp'] >= .05 * n))
         assert p.recall.low <= p.recall.value <= p.recall.high
         if p.w > 1 and p.support < 30: assert p.precision.low is None and 'of the 30 negative tiles' in p.precision.why
         p, down = alone[r], [t for t in THRESHOLDS[::-1] if every[t, 0]['recall'] >= .05]; held = []
@@ -131,6 +131,14 @@ def test_object_points_by_hand(toy, target):
             if not every[t, 0]['precision'] >= target: break
             held.append(t)
         assert (p.reached, p.raw_threshold) == ((True, held[-1]) if held else (False, .5))
+
+def test_a_floor_is_not_chosen_for_what_it_hides():
+    "Recall of the one large slump is 1 at any floor; without a floor more slumps are found at the same precision"
+    z, y = np.full((24, 24), -6.), np.zeros((24, 24))
+    for at in (1, 9, 17): y[1:5, at:at + 4] = 1
+    y[10:22, 2:14] = 1; z[y == 1] = 3; z[1:5, 1:5] = -6                                                              # two of three small ones are found, and the large one
+    e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(.5,)); p = object_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
+    assert (p.min_area, p.precision.value, p.recall.value, p.share.value) == (0, 1, .75, .75)
 
 def bridged(high, low, speck):
     "An object of two halves with a bridge between them, and a speck beside it, by their logits"
