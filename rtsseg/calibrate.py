@@ -9,7 +9,7 @@ __all__ = ['OFF', 'IOU', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_intercept
            'show_reliability', 'show_pr', 'show_all', 'fill', 'show_calibration', 'views_gain', 'recommend',
            'calibrate_run', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #33acf866
+# %% ../nbs/06_calibrate.ipynb #c1e9edb0
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from scipy.special import expit, logit
 
 from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, settings, write_atomic
 from .data import DataError, find_run, named_run
-from .intervals import BLOCKS, SUPPORT, Estimate, blocks, bootstrap, compare, summary
+from .intervals import BLOCKS, SUPPORT, Estimate, blocks, bootstrap, compare, interval, summary
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
 
@@ -123,7 +123,7 @@ def brier(evidence, slope=1., intercept=0., ratio='native'):
     p = expit(slope * z + intercept)
     return float((pos * (1 - p)**2 + neg * p**2).sum() / (neg.sum() + pos.sum()))
 
-# %% ../nbs/06_calibrate.ipynb #87ed0de8
+# %% ../nbs/06_calibrate.ipynb #f7ef2c6f
 class Replicates:
     "Sums over the pixels or tiles of an evidence: row 0 is the evidence itself, the others are replicates of its blocks"
     def __init__(self,
@@ -133,8 +133,8 @@ class Replicates:
                 ):
         draws, block = blocks(evidence, replicates, seed)
         self.draws, positive = np.vstack([np.ones(draws.shape[1]), draws]), evidence['positive']
-        held = len(np.unique(block[positive]))
-        self.why = f'no interval: {held} blocks hold positives, {BLOCKS} are needed' if held < BLOCKS else '' if replicates else 'no interval: no replicates were asked for'
+        self.held = len(np.unique(block[positive]))
+        self.why = f'no interval: {self.held} blocks hold positives, {BLOCKS} are needed' if self.held < BLOCKS else '' if replicates else 'no interval: no replicates were asked for'
         self.evidence, self.group, self.one_class = evidence, block + len(self.draws[0]) * positive, positive.all()
         self.tiles = self.tally(np.ones(len(evidence)))
 
@@ -180,12 +180,11 @@ class Replicates:
                  values,      # (1 + replicates,)
                  why:str=''   # why there can be no interval
                 ) -> Estimate:
-        "Row 0, and what the middle 95% of the replicates span"
-        value, rest = values[0], values[1:][~np.isnan(values[1:])]
-        if np.isnan(value): return Estimate(None, why='undefined: nothing to divide by')
-        if why or self.why: return Estimate(float(value), why=why or self.why)
-        lost = len(values) - 1 - len(rest)
-        return Estimate(float(value), *(np.percentile(rest, [2.5, 97.5]).tolist() if len(rest) else ()), why=f'{lost} of {len(values) - 1} replicates left out' if lost else '')
+        "Row 0, and the 95% interval of the replicates"
+        if np.isnan(values[0]): return Estimate(None, why='undefined: nothing to divide by')
+        if why or self.why: return Estimate(float(values[0]), why=why or self.why)
+        low, high, lost = interval(values[1:], self.held)
+        return Estimate(float(values[0]), low, high, lost)
 
 # %% ../nbs/06_calibrate.ipynb #d643158b
 OFF = 0.1      # what the sum of probabilities may be off, of the positive pixels

@@ -2,12 +2,15 @@
 import json, os, subprocess, sys
 from pathlib import Path
 
-import pytest
+import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, to_yaml
-from rtsseg.data import find_run
-from rtsseg.metrics import Evidence, decode, histogram
+from rtsseg.data import find_run, read_manifest
+from rtsseg.infer import load_model, predict
+from rtsseg.intervals import summary
+from rtsseg.metrics import Evidence
+from rtsseg.segment import eval_loader
 from rtsseg.toy import tiny_toy
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +46,16 @@ def test_the_report_says_the_headline(job):
     assert '1:1000' in page and 'src="http' not in page
 
 def test_scikit_learn_agrees_on_the_exported_model(job):
-    "The monitored value of the best validation, from the evidence of the exported model, by another library (guide 10.4, step 1)"
-    folder, _ = job
-    evidence = Evidence.read(folder/'evidence'/'val.parquet'); neg, pos = histogram(evidence, 200); z = decode(evidence.bins)
-    seen = (neg > 0) | (pos > 0)
-    ap = average_precision_score([0] * seen.sum() + [1] * seen.sum(), [*z[seen], *z[seen]], sample_weight=[*neg[seen], *pos[seen]])
-    assert ap == pytest.approx(json.loads((folder/'model'/'metrics.json').read_text())['value'], abs=1e-9)
+    "The monitored value of the best validation, and that of the evidence, from the scores of the exported model by another library (guide 10.4, step 1)"
+    folder, _ = job; model = load_model(folder/'model'); part = read_manifest(model.cfg.data.manifest).of('val'); scores, truth, tiles = [], [], []
+    for batch in eval_loader(part, model.stats, model.cfg):
+        with torch.inference_mode(): z = predict(model.model, batch['image'])
+        for row, logits, target in zip(batch['tile'].tolist(), z.reshape(batch['target'].shape).numpy(), batch['target'].numpy()):
+            scores.append(logits[target != 255]); truth.append(target[target != 255] == 1); tiles.append(np.full(len(scores[-1]), part.table.positive.iloc[row]))
+    positive = part.table.positive; each = np.where(np.concatenate(tiles), 1., 200 * positive.sum() / (~positive).sum())
+    ap = average_precision_score(np.concatenate(truth), np.concatenate(scores), sample_weight=each)
+    assert summary(Evidence.read(folder/'evidence'/'val.parquet'), [200])[200]['pr_auc'] == pytest.approx(ap, abs=1e-4)
+    assert json.loads((folder/'model'/'metrics.json').read_text())['value'] == pytest.approx(ap, abs=1e-4)
 
 def test_real_sentinel_tiles_from_check_to_report(data_dir, tmp_path):
     "configs/s2_landslide.yaml end to end, at two epochs: its labels are sparse points, so only that it is stable is asked"
