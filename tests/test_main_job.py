@@ -47,8 +47,8 @@ def test_the_report_says_the_headline(job):
 
 def test_scikit_learn_agrees_on_the_exported_model(job):
     "The monitored value of the best validation, and that of the evidence, from the scores of the exported model by another library (guide 10.4, step 1)"
-    folder, _ = job; model = load_model(folder/'model'); part = read_manifest(model.cfg.data.manifest).of('val'); scores, truth, tiles = [], [], []
-    for batch in eval_loader(part, model.stats, model.cfg):
+    folder, _ = job; cfg, model = load(folder/'config.yaml'), load_model(folder/'model'); part = read_manifest(cfg.data.manifest).of('val'); scores, truth, tiles = [], [], []
+    for batch in eval_loader(part, model.stats, cfg):
         with torch.inference_mode(): z = predict(model.model, batch['image'])
         for row, logits, target in zip(batch['tile'].tolist(), z.reshape(batch['target'].shape).numpy(), batch['target'].numpy()):
             scores.append(logits[target != 255]); truth.append(target[target != 255] == 1); tiles.append(np.full(len(scores[-1]), part.table.positive.iloc[row]))
