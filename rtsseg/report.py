@@ -134,7 +134,7 @@ def estimates(runs:list[Run], split:str, ratios, metrics=None) -> dict:    # {ra
     m = metrics or runs[0].cfg.metrics
     return bootstrap([x.evidence[split] for x in runs], ratios, [cuts(x, ratios) for x in runs], IOUS, m.min_area, m.replicates)
 
-# %% ../nbs/07_report.ipynb #1c93e117
+# %% ../nbs/07_report.ipynb #5c210acb
 def read_results(folders         # run folders
                 ) -> list[Results]:  # one a configuration, in the order they were named
     "Read runs and make their estimates; raises `ReportError` where a seed occurs twice, seeds do not fit together, or configurations were measured on different tiles"
@@ -147,9 +147,9 @@ def read_results(folders         # run folders
         for x in group:
             if tests and 'test' not in x.evidence: raise ReportError(f'test was evaluated for seeds {tests} only, of {[y.seed for y in group]}: run rtsseg-evaluate --run {_shell(x.folder)} --split test, or leave it out')
     for x in runs[1:]:
-        a, b = (y.evidence['val'] for y in (runs[0], x))
-        if all(np.array_equal(a[k], b[k]) for k in ('tile_id', 'positive', 'block')): continue
-        raise ReportError(f"{_place(runs[0].folder)} and {_place(x.folder)} were validated on different tiles (manifests {runs[0].environment.get('manifest_hash')} and {x.environment.get('manifest_hash')}): "
+        pairs = [(e, x.evidence[split]) for split, e in runs[0].evidence.items() if split in x.evidence]
+        if all(np.array_equal(a[k], b[k]) for a, b in pairs for k in ('tile_id', 'positive', 'block')): continue
+        raise ReportError(f"{_place(runs[0].folder)} and {_place(x.folder)} were evaluated on different tiles (manifests {runs[0].environment.get('manifest_hash')} and {x.environment.get('manifest_hash')}): "
                           'their numbers cannot be compared. Make a report of each')
     names = [group[0].cfg.name for group in groups.values()]
     return [_results(group, group[0].cfg.name if names.count(group[0].cfg.name) == 1 else f'{group[0].cfg.name} {folder.name[:6]}') for folder, group in groups.items()]
@@ -159,7 +159,7 @@ def _results(runs, label):
     ratios = dict(val=list(dict.fromkeys([1, *m.ratios, 'native'])), test=m.ratios)
     return Results(runs, label, split, {s: estimates(runs, s, ratios[s]) for s in runs[0].evidence}, curves(runs, split), [confirm(x) for x in runs])
 
-# %% ../nbs/07_report.ipynb #43080201
+# %% ../nbs/07_report.ipynb #1d472ac1
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')
 OBJECTS = dict(object_precision='object precision', object_recall='object recall', object_f1='object F1')
 
@@ -188,10 +188,9 @@ def probability(run:Run,       # a run
     return Number(float(run.calibration.probability(score)), probability_text(run.calibration.score(score)), why)
 
 def threshold(run:Run, ratio) -> Number:
-    "The threshold of a ratio as a calibrated probability; 0.5, with the reason, where none was reached"
+    "The threshold of a ratio as a calibrated probability, with the reason where it is not the one that was asked for"
     point = run.calibration.thresholds.get(ratio)
-    if point is None: return Number(run.cfg.metrics.reference_threshold, '{:g}', 'the fixed reference threshold: none is calibrated for this ratio')
-    return probability(run, point.logit) if point.reached else Number(.5, '0.5', point.why)
+    return probability(run, point.logit, point.why) if point else probability(run, logit(run.cfg.metrics.reference_threshold), 'the fixed reference threshold: none is calibrated for this ratio')
 
 def results_table(results:Results,     # of one configuration
                   split:str,           # 'val' or 'test'
@@ -203,34 +202,36 @@ def results_table(results:Results,     # of one configuration
     runs, e, found = results.runs, results.first.evidence[split], results.found[split]
     n_pos = int(e['positive'].sum()); n_neg, blocks, n = len(e) - n_pos, positive_blocks(e), len(runs)
     rows = [[label, *(found[r][k] for r in ratios)] for label, k in _rows(found, ious, pixels)]
-    share = lambda h: Number(100 * h[1].sum() / h.sum(), '{:.2g}%')
     rows += [['what they rest on'], ['probability threshold', *(Several([threshold(x, r) for x in runs]) for r in ratios)],
              ['threshold of objects', *(Several([probability(x, logit(x.evidence[split].nearest(cuts(x, [r])[r]))) for x in runs]) for r in ratios)],
              ['tiles with + without a slump', *[f'{n_pos} + {n_neg}'] * len(ratios)], ['ratio in the split', *[Number(n_neg / n_pos if n_pos else np.nan, '1:{:.3g}')] * len(ratios)],
-             ['weight w of a tile without', *(Number(weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(share(histogram(e, r)) for r in ratios)]]
+             ['weight w of a tile without', *(Number(weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(_prevalence(e, r) for r in ratios)]]
     notes = [f'one seed ({runs[0].seed}): no spread over seeds'] if n == 1 else [f'±: standard deviation over {n} seeds ({", ".join(str(x.seed) for x in runs)}), what another seed would have given']
     if blocks >= 10: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
     return Table(['metric', *map(ratio_name, ratios)], rows, notes + ['threshold of objects: they are cut out at a few thresholds only, and the nearest is taken'])
 
+def _prevalence(evidence, ratio): neg, pos = histogram(evidence, ratio).sum(1); return Number(100 * pos / (neg + pos) if neg + pos else np.nan, '{:.2g}%')
+
+def _plain(estimate): return estimate if estimate.value is None else Number(estimate.value)
+
 def positive_blocks(evidence): return len(set(evidence['block'][evidence['positive']]))
 
-# %% ../nbs/07_report.ipynb #0327e484
+# %% ../nbs/07_report.ipynb #edda72de
 def seeds_table(results:Results, split:str) -> Table:
     "Every seed on its own: what mean and spread are made of"
     single = [estimates([x], split, results.metrics.ratios, results.metrics.model_copy(update=dict(replicates=0))) for x in results.runs]
     rows = []
-    for r in results.metrics.ratios: rows += [[ratio_name(r)], *([label, *(s[r][k] for s in single)] for label, k in _rows(single[0]))]
-    return Table(['metric', *(f'seed {x.seed}' for x in results.runs)], rows, [])
+    for r in results.metrics.ratios: rows += [[ratio_name(r)], *([label, *(_plain(s[r][k]) for s in single)] for label, k in _rows(single[0]))]
+    return Table(['metric', *(f'seed {x.seed}' for x in results.runs)], rows)
 
-# %% ../nbs/07_report.ipynb #856be315
+# %% ../nbs/07_report.ipynb #f17859f1
 def estimators_table(run:Run, split:str, ratios) -> Table:
     "A metric at a ratio by either way: counting negative tiles w times, and drawing them (mean and standard deviation)"
     rows, e, t = [], run.evidence[split], cuts(run, ratios)
     counted, drawn = bootstrap(e, ratios, t, (), replicates=0), {r: subsample(e, r, t[r], run.cfg.metrics.draws) for r in ratios}
-    n_pos = int(e['positive'].sum()); share = {r: Number(100 * h[1].sum() / h.sum(), '{:.2g}%') for r in ratios for h in [histogram(e, r)]}
-    plain = lambda c: c if c.value is None else Number(c.value)
+    n_pos = int(e['positive'].sum())
     for k in ('pr_auc', 'iou', 'f1'):
-        rows += [[METRICS[k], ratio_name(r), Number(weight(e, r), '{:.3g}'), share[r], plain(counted[r][k]), Estimate(drawn[r][k][0], std=drawn[r][k][1]) if drawn[r] else f'too few: {r * n_pos} are needed'] for r in ratios]
+        rows += [[METRICS[k], ratio_name(r), Number(weight(e, r), '{:.3g}'), _prevalence(e, r), _plain(counted[r][k]), Estimate(drawn[r][k][0], std=drawn[r][k][1]) if drawn[r] else f'too few: {r * n_pos} are needed'] for r in ratios]
     return Table(['metric', 'ratio', 'w', 'slump pixels', 'counted w times', 'drawn at random'], rows, [f'of {n_pos} tiles with and {len(e) - n_pos} without a slump', f'drawn at random: mean ± standard deviation of {run.cfg.metrics.draws} draws'],
                  'Counted and drawn')
 
@@ -291,7 +292,7 @@ def thresholds_table(run:Run, split:str, pixels:Table, objects:Table) -> Table:
         rows.append([o[0][3], p[0][5], *(r[4] for r in p), o[0][6], o[0][8], *(r[7] for r in o)])
     return Table(['threshold', 'recall', *(f'precision {n}' for n in ratios), 'objects found', 'missed', *(f'false at {n}' for n in ratios)], rows, title=f'Precision and recall by threshold, seed {run.seed}')
 
-# %% ../nbs/07_report.ipynb #5a20a11b
+# %% ../nbs/07_report.ipynb #79a22825
 RECALLS = np.arange(1, 101) / 100
 
 def curves(runs:list[Run],    # of one configuration
@@ -303,9 +304,9 @@ def curves(runs:list[Run],    # of one configuration
         e = x.evidence[split]; found, top = np.cumsum(e.pool[:, 1].sum(0)[::-1]), np.sort(e.top[~e['positive']])
         code = np.unique(len(found) - 1 - np.searchsorted(found, np.arange(1, 201) / 200 * found[-1] - 1e-6))[::-1]     # from the highest score down, even in recall
         above, drawn = np.arange(len(found))[:, None] >= code, Replicates(e, m.replicates)
-        fp, tp = drawn.pixels(above, 0 * above), drawn.pixels(0 * above, above)
+        fp, tp, known = drawn.pixels(above, 0 * above), drawn.pixels(0 * above, above), np.nan if e.pool[..., 0].any() else 1.      # with scores that are no numbers nothing is
         def read(ratio):
-            p, n = drawn.mix(tp, ratio), drawn.mix(fp, ratio)
+            p, n = known * drawn.mix(tp, ratio), drawn.mix(fp, ratio)
             at = (p[:, :, None] >= RECALLS * p[:, -1:, None] - 1e-6).argmax(1)
             with np.errstate(invalid='ignore', divide='ignore'): return np.take_along_axis(p / (p + n), at, 1), len(top) - np.searchsorted(top, code[at[0]])
         seeds.append({r: read(r) for r in ('native', *m.ratios)})
@@ -455,7 +456,7 @@ def reliability_figure(run:Run) -> Figure:
     for ax, r in zip(fig.subplots(1, len(ratios), squeeze=False)[0], ratios): show_reliability(run.evidence['val'], run.calibration, r, ax)
     return fig
 
-# %% ../nbs/07_report.ipynb #97a47c4b
+# %% ../nbs/07_report.ipynb #f7cf8a54
 PICTURES = dict(false_alarms='Worst false alarms', misses='Worst misses', finds='Best finds')
 
 def gallery(run:Run,
@@ -476,9 +477,10 @@ def _picture(run, split, tile, z, cut):
     part = run.manifest.of(split); image, _, mask = read_tile(part, int(np.flatnonzero(part.table.tile_id == tile)[0]))
     fig = Figure((6, 1.9), layout='constrained'); left, middle, right = fig.subplots(1, 3, width_ratios=[1, 1, 1.2])
     show_tile(image, np.where(mask == 255, 255, 0), left); show_tile(image, mask, middle)
-    scale = fig.colorbar(right.imshow(run.calibration.probability(z), vmin=0, vmax=1, cmap='magma'), ax=right, ticks=[0, .5, 1]); right.axis('off')
+    scale = fig.colorbar(right.imshow(run.calibration.probability(z), vmin=0, vmax=1, cmap='gray'), ax=right, ticks=[0, .5, 1]); right.axis('off')
     scale.ax.tick_params(labelsize=9); scale.ax.axhline(run.calibration.probability(cut), c='#35d0ff', lw=2)
-    if 0 < (z >= cut).mean() < 1: right.contour(z >= cut, [.5], colors='#35d0ff', linewidths=1.2)
+    for inside, color in ((mask == 1, '#ffd400'), (z >= cut, '#35d0ff')):
+        if 0 < inside.mean() < 1: right.contour(inside, [.5], colors=color, linewidths=1.2)
     return fig
 
 # %% ../nbs/07_report.ipynb #e545316e
@@ -594,7 +596,7 @@ def _all_tables(results):
     split, found = comparison(results)
     return split, found | {f'{x.label}: {section}': t for x in results for section, t in _tables(x).items()}
 
-# %% ../nbs/07_report.ipynb #615c5688
+# %% ../nbs/07_report.ipynb #3863bbb7
 WORDS = [('PR-AUC', 'area under the curve of precision against recall, over all thresholds: 1 is perfect, chance gives the share of slump pixels'),
          ('precision, recall', 'the share of what is predicted that is labelled a slump, and the share of what is labelled that is predicted'),
          ('IoU_RTS, F1_RTS', 'overlap of predicted and labelled pixels: those in both, over those in either (IoU), or twice over the sum of the two (F1)'),
@@ -626,7 +628,7 @@ def _sections(results, found, drawn):
             'Precision and recall': [Picture(drawn['precision and recall'], f'{"Test" if split == "test" else "Validation"}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on validation, hollow where the target precision was not reached there. '
                                              + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= 10 else 'No bands: fewer than 10 blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
             'Objects': shown + found['Objects'], 'Regions': shown + found['Regions'],
-            'Gallery': [*shown, Text(f'Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in yellow (hatched: ignored); the calibrated probability, and in blue what is predicted, '
+            'Gallery': [*shown, Text(f'Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted, '
                                      f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')],
             'Training': [*found['Training'], Picture(drawn['training'], 'Left: training and validation loss. Middle: validation, a star at the exported epoch. Right: learning rates. Dotted lines are curriculum steps (positive to negative tiles), shading is a frozen phase.')],
             'Data': [Text(f"Manifest {run.environment.get('manifest_hash', 'unknown')}. Most of a tile with a slump is background, so the share of slump pixels is far below that of tiles."), *found['Data']],

@@ -10,12 +10,12 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, jaccard_score, log_loss, precision_recall_curve, precision_score, recall_score
 
 from rtsseg.calibrate import calibrate
-from rtsseg.config import load, run_folder, to_yaml, write_atomic
+from rtsseg.config import CurriculumRow, load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
 from rtsseg.intervals import summary
 from rtsseg.metrics import Meter, evidence_path, telling_tiles
 from rtsseg.page import Table, Text
-from rtsseg.report import METRICS, ReportError, gallery, read_run, report, tables
+from rtsseg.report import METRICS, ReportError, gallery, read_run, report, tables, training_figure
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -194,9 +194,30 @@ def test_configurations_are_compared(runs, tmp_path):
         looks[-1]['forced'] = looks[-2]['forced'] = forced; ledger.write_text(json.dumps({world.hash: dict(config=looks[0]['config'], rule='', looks=looks)}))
         assert report([m[0][0] for m in made]).split == ('val' if forced else 'test')
 
+def test_the_page_holds_the_tables_and_nothing_else(runs):
+    "Every cell of the page is a cell of `tables`, which the code on the page calls; the slider holds the two long ones"
+    both, cfg = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text(); numbers = tables(folders)
+    shown = [t for section, found in numbers.items() for t in (found[:1] if section == 'Threshold' else found)]
+    assert sorted(Cells(text).found) == sorted(c for t in shown for r in [t.head, *t.texts()[0]] for c in r)
+    data = json.loads(scripts(text)[0][1]); assert list(data) == ['42', '43']
+    for pixels, objects, d in zip(numbers['Threshold'][1::2], numbers['Threshold'][2::2], data.values()):
+        assert [c for ratio in d['pixels'] for row in ratio for c in row] == [str(c) for r in pixels.rows for c in r[4:]]
+        assert sorted(c for area in d['objects'].values() for ratio in area for row in ratio for c in row) == sorted(str(c) for r in objects.rows for c in r[4:])
+    code = html.unescape(re.search(r'<pre[^>]*>(from rtsseg.report.*?)</pre>', text, re.S)[1])
+    done = subprocess.run([sys.executable, '-c', code], cwd=cfg.runs.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and str(numbers['Headline'][0].frame) in done.stdout, done.stderr
+
+def test_training_is_drawn_with_its_phases(runs):
+    run = read_run(runs[0][0][0]); run.events.append(dict(event='stage', epoch=1, first=1, last=1, frozen=['encoder']))
+    run.cfg = run.cfg.model_copy(update=dict(sampler=run.cfg.sampler.model_copy(update=dict(curriculum=[CurriculumRow(first=1, last=1, ratio=1), CurriculumRow(first=2, last=2, ratio=5)]))))
+    for ax in training_figure([run]).axes:
+        assert any(p.get_x() == .5 and p.get_width() == 1 for p in ax.patches) and any(line.get_linestyle() == ':' and list(line.get_xdata()) == [1.5, 1.5] for line in ax.lines)
+    assert {t.get_text() for t in training_figure([run]).axes[0].texts} == {'1:1', '1:5'}
+
 def test_augmented_views_have_a_table(runs, tmp_path):
     "Gain and cost of test-time augmentation where validation was seen in two ways, and no table where not"
-    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); split, made = Split(runs[0][0], 200, 'val'), read_run(folder)
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); split = Split(runs[0][0], 1, 'val')
+    (folder/'config.yaml').write_text((folder/'config.yaml').read_text().replace('monitor: pr_auc@200', 'monitor: pr_auc@1')); made = read_run(folder); assert made.cfg.metrics.monitor == 'pr_auc@1'
     assert [t.title for t in tables(folder)['Validation'][2:]] == []
     z, masks, _ = runs[0][0][1]['val']; better = (z + masks * (masks == 1)).astype(np.float16)
     meter = Meter(made.manifest.of('val').table, (.5,), views='minimal'); meter.update(better, masks, np.arange(len(z))); meter.evidence().write(evidence_path(folder, 'val', 'minimal'))
@@ -218,10 +239,19 @@ def test_a_split_that_supports_little(runs, tmp_path, kind):
     else: assert (frame.loc['weight w of a tile without'] == 1).all() and frame.loc['recall'].notna().all()
     assert 'nan' not in re.sub(r'base64,[^"]*', '', done.path.read_text()).replace('nano', '')
 
+def test_scores_that_are_no_numbers(runs, tmp_path):
+    "One of them leaves every pixel number of the split blank, and says why"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); run = read_run(folder); z, masks, _ = runs[0][0][1]['test']
+    z = z.astype(np.float16); z[0].flat[np.argmin(masks[0])] = np.nan          # of a valid pixel
+    meter = Meter(run.manifest.of('test').table, run.evidence['test'].thresholds); meter.update(z, masks, np.arange(len(z))); meter.evidence().write(evidence_path(folder, 'test'))
+    numbers = tables(folder)
+    assert numbers['Headline'][0].frame.loc[['PR-AUC', 'IoU_RTS', 'precision', 'recall']].isna().all(axis=None) and numbers['Precision and recall'][0].frame.isna().all(axis=None)
+    assert 'scores that are no numbers' in str(numbers['Headline'][0]) and all(r[4].value is None and np.isnan(r[5].value) for r in numbers['Threshold'][1].rows); report(folder)
+
 def test_other_tiles_are_not_compared(runs, tmp_path):
     both, cfg = runs; (tmp_path/'w').mkdir(); world = read_manifest(tiny_toy(tmp_path/'w', regions=1))
     other, *_ = make_run(cfg.model_copy(update=dict(runs=tmp_path, data=cfg.data.model_copy(update=dict(manifest=world.path)))), world)
-    with pytest.raises(ReportError, match=f'validated on different tiles.*{world.hash}'): report([both[0][0], other])
+    with pytest.raises(ReportError, match=f'evaluated on different tiles.*{world.hash}'): report([both[0][0], other])
     with pytest.raises(ReportError, match='named twice'): report([both[0][0]] * 2)
 
 def test_gallery_shows_what_the_report_counts(runs):
@@ -264,7 +294,7 @@ def test_thresholds_close_to_one(runs, tmp_path, shift):
     made = report([folder]); text, row = made.path.read_text(), made.tables['Operating point'][0].rows[0]
     assert html.escape(found.temperature_why) in text and '<td>100.000 (' in text and 'a larger one always fits better' in text
     if shift == 20: assert point.reached and point.logit > 15 and str(row[1]) == f'{expit(point.logit / 100):.3f}' and str(row[2]) == f'1 − {expit(-point.logit):.2g}' and f'<td>{row[2]}</td>' in text
-    else: assert not point.reached and str(row[1]) == '0.5' and 'where neighbouring probabilities are rounded to the same number' in text
+    else: assert not point.reached and str(row[1]) == '0.500' and 'where neighbouring probabilities are rounded to the same number' in text
 
 def scripts(text): return re.findall(r'<script([^>]*)>(.*?)</script>', text, re.S)
 
