@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'encode', 'decode', 'first_code', 'average_precision',
-           'pr_curve', 'objects', 'tile_histograms', 'tile_objects', 'tile_evidence', 'Evidence', 'evidence_path',
-           'weight', 'weights', 'total', 'histogram', 'ap_bounds', 'rates', 'pixel_metrics', 'tile_counts',
-           'telling_tiles', 'Meter']
+           'pr_curve', 'ap_bounds', 'objects', 'tile_histograms', 'tile_objects', 'tile_evidence', 'Evidence',
+           'evidence_path', 'weight', 'weights', 'total', 'histogram', 'resolved', 'rates', 'pixel_metrics',
+           'tile_counts', 'telling_tiles', 'Meter']
 
 # %% ../nbs/03a_metrics.ipynb #f37fe31d
 import hashlib, io, json
@@ -21,16 +21,19 @@ from scipy.special import digamma, expit
 
 from .config import write_atomic
 
-# %% ../nbs/03a_metrics.ipynb #0487f4b1
+# %% ../nbs/03a_metrics.ipynb #c80729be
 Bins = str|tuple[float, float]    # 'float16', or the (low, high) of evenly laid bins
 CODES = 1 << 16
+
+def _half(scores):
+    with np.errstate(over='ignore'): return np.asarray(scores).astype(np.float16, copy=False)
 
 def encode(scores,               # logits, any float dtype
            bins:Bins='float16'   # the grid
           ) -> np.ndarray:       # uint16 codes: a larger code is a larger score, 0 is NaN
     "Round scores to the nearest value of the grid and name it by its rank"
     if isinstance(bins, str):
-        with np.errstate(over='ignore'): bits = np.asarray(scores).astype(np.float16, copy=False).view(np.uint16)
+        bits = _half(scores).view(np.uint16)
         codes = bits ^ (np.negative(bits >> 15) | np.uint16(0x8000))
         codes[codes == 0x7FFF] = 0x8000                                # −0 = +0
         codes[(codes > 0xFC00) | (codes < 0x03FF)] = 0                 # beyond the infinities: NaN
@@ -62,14 +65,25 @@ def first_code(threshold:float,     # a probability
     "The first score of the grid whose probability is at least the threshold"
     return 1 + int(np.searchsorted(_probability(bins)[1:], threshold))
 
-# %% ../nbs/03a_metrics.ipynb #92cce3ab
-def average_precision(hist   # (2, …, codes): mass of negative and of positive pixels, codes ascending
-                     ):      # (…): NaN where there is no positive mass
-    "Average precision by the step rule, ties together: scikit-learn's `average_precision_score`"
+# %% ../nbs/03a_metrics.ipynb #33cd75b0
+def _harmonic(x, n):
+    "1/(x + 1) + … + 1/(x + n); for large x, where the difference of digammas is lost in their last digits, the midpoint rule"
+    return np.where(x > 1e4, np.log1p(n / (x + 0.5)), digamma(x + n + 1) - digamma(x + 1))
+
+def average_precision(hist,             # (2, …, codes): mass of negative and of positive pixels, codes ascending
+                      exact:bool=True   # whether a code is a score; else a bin of several, taken as evenly mixed
+                     ):                 # (…): NaN where there is no positive mass
+    "Average precision by the step rule, ties together: scikit-learn's `average_precision_score`; inside rounded bins the expected one"
     neg, pos = hist
-    tp, fp = (np.cumsum(h[..., ::-1], -1)[..., ::-1] for h in (pos, neg))
-    with np.errstate(invalid='ignore', divide='ignore'):
-        return (pos * np.divide(tp, tp + fp, out=np.zeros(np.shape(tp)), where=pos > 0)).sum(-1) / pos.sum(-1)
+    here = pos > 0
+    tp, fp = (np.cumsum(h[..., ::-1], -1)[..., ::-1][here] for h in (pos, neg))
+    n, p, found = neg[here], pos[here], np.zeros(np.shape(pos))
+    if exact: found[here] = p * (tp / (tp + fp))
+    else:
+        a = 1 + n / (p + 1)                                            # how many pixels come with each positive
+        x = (tp - p + fp - n) / a
+        found[here] = (p + (tp - p - x) * _harmonic(x, p)) / a
+    with np.errstate(invalid='ignore', divide='ignore'): return found.sum(-1) / pos.sum(-1)
 
 def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
             ):      # precision, recall and code, from the highest threshold down
@@ -77,6 +91,19 @@ def pr_curve(hist   # (2, codes): mass of negative and of positive pixels
     code = np.flatnonzero(hist.sum(0) > 0)[::-1]
     fp, tp = np.cumsum(hist[:, code], 1)
     with np.errstate(invalid='ignore'): return tp / (tp + fp), tp / tp[-1:], code
+
+# %% ../nbs/03a_metrics.ipynb #22b2c6cf
+def ap_bounds(hist,              # (2, codes)
+              exact:bool=False   # whether the scores were on the grid: then nothing is hidden
+             ):                  # lowest and highest average precision that the order inside the bins allows
+    "Bounds of the average precision of scores that were rounded to bins; for reweighted pixels positives count 1 each"
+    if exact: return (float(average_precision(hist)),) * 2
+    neg, pos = hist[:, ::-1]
+    here = pos > 0
+    if not here.any(): return np.nan, np.nan
+    fp, tp, n, p = np.cumsum(neg)[here], np.cumsum(pos)[here], neg[here], pos[here]
+    low = p - fp * _harmonic(tp - p + fp, p)
+    return float(low.sum() / p.sum()), float((p * (tp / (tp + fp - n))).sum() / p.sum())
 
 # %% ../nbs/03a_metrics.ipynb #abf2c86c
 def objects(mask   # bool (H, W)
@@ -97,7 +124,7 @@ def objects(mask   # bool (H, W)
     for i in np.flatnonzero(runs > 1): size[i] = max(cv2.minAreaRect(corners[end[i] - runs[i]:end[i]].reshape(-1, 2))[1])
     return labels, dict(id=np.arange(1, n, dtype=np.int32), area=area, size=size, edge=edge)
 
-# %% ../nbs/03a_metrics.ipynb #c2a619ca
+# %% ../nbs/03a_metrics.ipynb #8e5650fb
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
 _TRUTH = dict(id='int32', area='int32', size='float32', edge='bool')
 _PAIRS = dict(threshold='float64', predicted='int32', truth='int32', intersection='int32')
@@ -110,22 +137,43 @@ def _tile(logits, mask):
     if logits.shape != mask.shape or mask.ndim != 2 or not mask.size: raise ValueError(f'logits {logits.shape} and mask {mask.shape} must be one tile, (H, W) both')
     return logits, mask
 
+# %% ../nbs/03a_metrics.ipynb #1e24d248
+def _count(codes   # uint16 (H, W)
+          ):       # float32 (65536,)
+    "How often each code occurs: OpenCV's histogram of two channels, high and low byte, in two thirds of the time of `np.bincount`"
+    return cv2.calcHist([np.ascontiguousarray(codes)[..., None].view(np.uint8)], [1, 0], None, [256, 256], [0, 256, 0, 256]).ravel()
+
+@lru_cache
+def _patterns(): return encode(np.arange(CODES, dtype=np.uint16).view(np.float16)).astype(np.intp)
+
+def _finer(bins, logits):
+    "Whether evenly laid bins are finer than the steps of single precision, and hold all scores: then no two different ones share a bin"
+    low, high = bins
+    step = np.spacing(np.float32(min(abs(low), abs(high)))) if low * high > 0 else 0
+    return (high - low) / (CODES - 2) < step and logits.dtype in (np.float16, np.float32) and low <= logits.min() and logits.max() <= high
+
 def tile_histograms(logits,              # float (H, W)
                     mask,                # uint8 (H, W): 0 background, 1 object, 255 ignore
                     bins:Bins='float16'  # the grid of scores
-                   ) -> dict:            # n_valid, exact (whether the grid lost nothing); codes and counts of positive (`pos_`) and of negative (`neg_`) pixels
-    "The score histograms of a tile"
+                   ) -> dict:            # n_valid, exact (whether different scores kept different codes); codes and counts of positive (`pos_`) and of negative (`neg_`) pixels
+    "The score histograms of a tile. One of 2²⁴ pixels or more, which OpenCV's counts would not hold, is a `ValueError`"
     logits, mask = _tile(logits, mask)
-    codes, truth, ignored = encode(logits, bins), mask == 1, mask == 255
-    exact = bins == 'float16' and (logits.dtype == np.float16 or np.array_equal(decode()[codes], logits, equal_nan=True))
-    both = np.bincount(codes[~ignored] if ignored.any() else codes.ravel(), minlength=CODES)
-    pos = np.bincount(codes[truth], minlength=CODES)
-    row = dict(n_valid=int(both.sum()), exact=bool(exact))
-    for name, hist in dict(pos=pos, neg=both - pos).items():
-        row[f'{name}_codes'] = np.flatnonzero(hist).astype(np.uint16); row[f'{name}_counts'] = hist[row[f'{name}_codes']].astype(np.uint32)
+    if mask.size >= 1 << 24: raise ValueError(f'a tile of {mask.shape[0]} × {mask.shape[1]} pixels is too large to be counted: cut it into tiles of fewer than 2²⁴')
+    if isinstance(bins, str):
+        half = _half(logits)
+        named, code, exact = half.view(np.uint16), _patterns(), logits.dtype == np.float16 or np.array_equal(half, logits)
+    else: named, code, exact = encode(logits, bins), np.arange(CODES), _finer(bins, logits)
+    every = _count(named)
+    seen = np.flatnonzero(every > 0)
+    pos, ignored = (np.bincount(named[mask == k], minlength=CODES)[seen] for k in (1, 255))
+    row = dict(n_valid=mask.size - int(ignored.sum()), exact=bool(exact))
+    for name, n in dict(pos=pos, neg=every[seen] - pos - ignored).items():
+        hist = np.bincount(code[seen], n, CODES)                            # −0 joins +0, and what is no number is one code
+        codes = np.flatnonzero(hist > 0)
+        row[f'{name}_codes'], row[f'{name}_counts'] = codes.astype(np.uint16), hist[codes].astype(np.uint32)
     return row
 
-# %% ../nbs/03a_metrics.ipynb #127d32ff
+# %% ../nbs/03a_metrics.ipynb #7bf38369
 def tile_objects(logits,                # float (H, W)
                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
                  thresholds=(0.5,),     # probabilities at which objects are kept
@@ -146,7 +194,7 @@ def tile_objects(logits,                # float (H, W)
         if c > top: break
         labels, found = objects(codes >= c)
         where = np.flatnonzero(labels); l, g = labels.ravel()[where], true_labels.ravel()[where]
-        found['score'] = np.bincount(l, probability[codes.ravel()[where]])[1:] / found['area']
+        found['score'] = np.round(np.bincount(l, probability[codes.ravel()[where]])[1:] / found['area'], 3)
         predicted.append(found | dict(threshold=np.full(len(found['id']), t)))
         key, n = np.unique((l * np.int64(n_true + 1) + g)[g > 0], return_counts=True)
         pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
@@ -161,10 +209,10 @@ def tile_evidence(logits,                # float (H, W)
     "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps"
     return tile_histograms(logits, mask, bins) | tile_objects(logits, mask, thresholds, bins)
 
-# %% ../nbs/03a_metrics.ipynb #91c36622
-FORMAT = 1
+# %% ../nbs/03a_metrics.ipynb #823eea24
+FORMAT = 2      # one more with every change of what the file holds
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
-             size='pixels, longest side of the minimum rotated rectangle', score='mean probability', threshold='probability', pixel_size='metres')
+             size='pixels, longest side of the minimum rotated rectangle', score='mean probability, three decimals', threshold='probability', pixel_size='metres')
 IDENTITY = dict(tile_id=pa.string(), split=pa.string(), region=pa.string(), block=pa.string(), positive=pa.bool_(), pixel_size=pa.float64())
 _struct = lambda dtypes: pa.struct([(k, pa.type_for_alias(d)) for k, d in dtypes.items()])
 _NESTED = dict(predicted=_PREDICTED, truth=_TRUTH, pairs=_PAIRS)
@@ -196,7 +244,7 @@ class Evidence:
                  thresholds=(0.5,),      # probabilities at which objects were kept
                  bins:Bins='float16',    # the grid of scores
                  views:str='none',       # the views that were averaged
-                 exact:bool=True         # whether rounding to the grid lost nothing
+                 exact:bool=True         # whether different scores kept different codes
                 ):
         self.table = _one_a_tile(table.select(SCHEMA.names).cast(SCHEMA))
         self.thresholds, self.bins, self.views, self.exact = tuple(sorted(map(float, thresholds))), bins if isinstance(bins, str) else tuple(bins), views, exact
@@ -238,10 +286,11 @@ class Evidence:
         "Write one Parquet file, whole or not at all"
         out = io.BytesIO()
         meta = {b'rtsseg': json.dumps(dict(format=FORMAT, **self.meta, connectivity=8, units=UNITS)).encode()}
-        numbers = [f'{sign}_{what}.list.element' for sign in ('pos', 'neg') for what in ('codes', 'counts')]
+        histograms = [f'{sign}_{what}.list.element' for sign in ('pos', 'neg') for what in ('codes', 'counts')]
+        nested = {f'{k}.list.element.{field}': dtype for k, dtypes in _NESTED.items() for field, dtype in dtypes.items()}
         pq.write_table(self.table.replace_schema_metadata(meta), out, compression='zstd', row_group_size=1024,
-                       use_dictionary=[c for c in ('split', 'region', 'block', 'predicted.list.element.threshold', 'pairs.list.element.threshold')],
-                       column_encoding={c: 'DELTA_BINARY_PACKED' for c in numbers})
+                       use_dictionary=['split', 'region', 'block', 'pixel_size'] + [c for c, dtype in nested.items() if 'float' in dtype],
+                       column_encoding={c: 'DELTA_BINARY_PACKED' for c in histograms} | {c: 'BYTE_STREAM_SPLIT' for c, dtype in nested.items() if 'int' in dtype})
         return write_atomic(path, out.getvalue())
 
     @classmethod
@@ -290,9 +339,12 @@ class Evidence:
 
     @property
     def range(self):
-        "The lowest and the highest score that occurred, finite ones only: bins to lay anew"
-        seen = decode(self.bins)[self.pool.sum((0, 1)) > 0]
-        return tuple(float(f(seen[np.isfinite(seen)])) for f in (np.min, np.max))
+        "Where scores occurred, and a step of the grid more at each end, since they were rounded: finite bins to lay anew; `ValueError` without a score"
+        values = decode(self.bins)
+        seen, grid = values[1:][self.pool.sum((0, 1))[1:] > 0], np.unique(values[np.isfinite(values)])
+        if not len(seen): raise ValueError('no pixel of this evidence has a score: there is no range to lay bins over')
+        at = np.searchsorted(grid, seen[[0, -1]]) + [-1, 1]
+        return tuple(map(float, grid[np.clip(at, [0, 1], [len(grid) - 2, len(grid) - 1])]))
 
     def nearest(self, threshold):
         "The threshold of the evidence's grid next to a probability: objects exist at those only"
@@ -306,14 +358,14 @@ def evidence_path(folder:str|Path,     # a run folder
     "Where a run folder keeps the evidence of a split"
     return Path(folder)/'evidence'/f'{split}{"" if views == "none" else "-" + views}.parquet'
 
-def _pixels(evidence, weight, rows=2048):
+def _pixels(evidence, weight, rows=256):
     "Mass of negative and positive pixels by code, tiles weighted: float64 (2, 65536), exact for whole weights"
-    out = np.zeros((2, CODES))
-    for at in range(0, len(evidence), rows):                                       # bounded memory
+    out, weight = np.zeros((2, CODES)), np.asarray(weight, float)
+    for at in range(0, len(evidence), rows):                                       # in pieces that a cache holds
         for sign, name in enumerate(('neg', 'pos')):
-            codes, counts = (evidence.table[f'{name}_{what}'].slice(at, rows) for what in ('codes', 'counts'))
-            w = np.repeat(np.asarray(weight, float)[at:at + rows], pc.list_value_length(codes).to_numpy())
-            out[sign] += np.bincount(pc.list_flatten(codes).to_numpy(), w * pc.list_flatten(counts).to_numpy(), CODES)
+            codes, counts = (evidence.table[f'{name}_{what}'].slice(at, rows).combine_chunks() for what in ('codes', 'counts'))
+            w = np.repeat(weight[at:at + rows], codes.value_lengths().to_numpy())
+            np.add.at(out[sign], codes.flatten().to_numpy(), w * counts.flatten().to_numpy())
     return out
 
 # %% ../nbs/03a_metrics.ipynb #de51edad
@@ -346,18 +398,13 @@ def histogram(evidence,        # `Evidence`
     else: hist = evidence.pool.sum(0) if (w := weight(evidence, ratio)) == 1 else evidence.pool[1] + w * evidence.pool[0]
     return np.full(hist.shape, np.nan) if hist[:, 0].any() else hist
 
-# %% ../nbs/03a_metrics.ipynb #f2f787ef
-def ap_bounds(hist,              # (2, codes)
-              exact:bool=False   # whether the scores were on the grid: then nothing is hidden
-             ):                  # lowest and highest average precision that the order inside the bins allows
-    "Bounds of the average precision of scores that were rounded to bins; for reweighted pixels positives count 1 each"
-    if exact: return (float(average_precision(hist)),) * 2
-    neg, pos = hist[:, ::-1]
-    here = pos > 0
-    if not here.any(): return np.nan, np.nan
-    fp, tp, n, p = np.cumsum(neg)[here], np.cumsum(pos)[here], neg[here], pos[here]
-    low = p - fp * (digamma(tp + fp + 1) - digamma(tp - p + fp + 1))
-    return float(low.sum() / p.sum()), float((p * tp / (tp + fp - n)).sum() / p.sum())
+# %% ../nbs/03a_metrics.ipynb #b0a176ac
+def resolved(evidence,                  # `Evidence`
+             ratios=('native',),        # each r of 1:r, or 'native'
+             tolerance:float=1e-4       # how far apart the bounds of PR-AUC may be
+            ) -> bool:
+    "Whether PR-AUC is known to the tolerance at every ratio: scores on the grid, or bounds that close. If not, another pass with `bins=evidence.range` helps"
+    return evidence.exact or not any(high - low > tolerance for low, high in (ap_bounds(histogram(evidence, r)) for r in ratios))
 
 # %% ../nbs/03a_metrics.ipynb #aaa9a290
 def rates(tp, fp, fn   # counts or masses, of any shape
