@@ -48,7 +48,7 @@ def _rising(pair):
     if pair[0] > pair[1]: raise ValueError('the first of the two is larger than the second')
     return pair
 
-# %% ../nbs/00_config.ipynb #0a597517
+# %% ../nbs/00_config.ipynb #a29e30f2
 class LearningRate(Strict):
     "Guide 9.1, learning rate schedule and freeze strategy"
     frozen_lr: Positive = Field(1e-3, description='decoder rate while the backbone is frozen (phase 1)')
@@ -91,6 +91,7 @@ class Loader(Strict):
     pin_memory: bool = Field(True, description='page-locked host memory (used where there is a GPU)')
     prefetch_factor: Count = Field(2, description='batches that each worker prepares ahead')
     persistent_workers: bool = Field(True, description='keep the workers alive between epochs')
+    timeout: Positive = Field(300, description='seconds without a batch after which workers count as frozen')
 
 class Stage(Strict):
     "A span of epochs with its own frozen parts, rates and loss weights. Epochs are 1-based and inclusive"

@@ -8,7 +8,7 @@ __all__ = ['Bins', 'CODES', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'encode', '
            'evidence_path', 'weight', 'weights', 'total', 'histogram', 'resolved', 'rates', 'pixel_metrics',
            'tile_counts', 'telling_tiles', 'Meter']
 
-# %% ../nbs/03a_metrics.ipynb #f37fe31d
+# %% ../nbs/03a_metrics.ipynb #ed439a2d
 import hashlib, io, json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import digamma, expit
 
 from .config import write_atomic
@@ -105,24 +107,36 @@ def ap_bounds(hist,              # (2, codes)
     low = p - fp * _harmonic(tp - p + fp, p)
     return float(low.sum() / p.sum()), float((p * (tp / (tp + fp - n))).sum() / p.sum())
 
-# %% ../nbs/03a_metrics.ipynb #abf2c86c
-def objects(mask   # bool (H, W)
-           ):      # labels int32 (H, W), and a dict of arrays: id, area (px), size (px), edge (touches the tile's edge)
-    "The 8-connected components of a mask"
-    n, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)
-    h, w = mask.shape
-    line = np.pad(mask, ((0, 0), (1, 1))).ravel()                                  # rows end to end, background between them
-    turn = np.flatnonzero(line[1:] != line[:-1])                                   # starts and ends of runs, in turn
-    y, left, right = turn[::2] // (w + 2), turn[::2] % (w + 2), turn[1::2] % (w + 2)
-    label = labels[y, left]
-    area = np.bincount(label, right - left, n)[1:].astype(np.int32)
-    edge = np.bincount(label, (y == 0) | (y == h - 1) | (left == 0) | (right == w), n)[1:] > 0
-    order = np.argsort(label, kind='stable')
-    corners = np.stack([np.stack([x, y + dy], 1) for x in (left, right) for dy in (0, 1)], 1)[order].astype(np.int32)
-    runs = np.bincount(label, minlength=n)[1:]
-    size, end = area.astype(np.float32), np.cumsum(runs)                           # right for objects of one run
-    for i in np.flatnonzero(runs > 1): size[i] = max(cv2.minAreaRect(corners[end[i] - runs[i]:end[i]].reshape(-1, 2))[1])
-    return labels, dict(id=np.arange(1, n, dtype=np.int32), area=area, size=size, edge=edge)
+# %% ../nbs/03a_metrics.ipynb #4a98125b
+def _ranges(low, high):
+    "All pairs (i, j) with low[i] ≤ j < high[i]"
+    n = high - low
+    return np.repeat(np.arange(len(n)), n), np.repeat(low - np.cumsum(n) + n, n) + np.arange(n.sum())
+
+def objects(masks,   # list of int arrays, ascending: where each mask is true, `np.flatnonzero(mask)`
+            shape    # (H, W) of the masks
+           ):        # two dicts of arrays, a value a run and a value an object
+    """The 8-connected components of some masks of one tile
+
+    A run: mask, y, left, right (exclusive), first (the first of its pixels, counted in its mask's list), object (a row of the other dict).
+    An object: mask, id (from 1 on in each mask, in the order of first pixels), area and size (px), edge (whether it touches the tile's edge)."""
+    (height, width), row = shape, shape[1] + 1
+    at = [m + m // width for m in masks]                                           # a column of background after each row: no run and no neighbour crosses it
+    first = [np.flatnonzero(np.diff(a, prepend=-2) != 1) for a in at]
+    start = np.concatenate([a[f] + i * (height + 1) * row for i, (a, f) in enumerate(zip(at, first))])         # the masks lie below each other, a row of background between
+    length = np.concatenate([np.diff(f, append=len(a)) for a, f in zip(at, first)]); end = start + length
+    low, high = np.searchsorted(end, start + row), np.searchsorted(start, end + row, 'right')                  # the runs of the next row that touch each one
+    touching = csr_array((np.ones((high - low).sum(), np.int8), _ranges(low, high)[1], np.append(0, np.cumsum(high - low))), (len(start),) * 2)
+    n, label = connected_components(touching, directed=False)                      # numbered by their first run
+    y, left = np.divmod(start, row); right = left + length; mask, y = np.divmod(y, height + 1)
+    area = np.bincount(label, length, n).astype(np.int32)
+    edge = np.bincount(label, (y == 0) | (y == height - 1) | (left == 0) | (right == width), n) > 0
+    of = np.empty(n, int); of[label] = mask
+    corners = np.stack([left, y, left, y + 1, right, y, right, y + 1], 1).astype(np.float32)[np.argsort(label, kind='stable')].reshape(-1, 2)
+    count = np.bincount(label, minlength=n); size, stop = area.astype(np.float32), 4 * np.cumsum(count)        # right for objects of one run
+    for i in np.flatnonzero(count > 1): size[i] = max(cv2.minAreaRect(corners[stop[i] - 4 * count[i]:stop[i]])[1])
+    return (dict(mask=mask, y=y, left=left, right=right, first=np.concatenate(first), object=label),
+            dict(mask=of, id=np.arange(n) - np.searchsorted(of, of) + 1, area=area, size=size, edge=edge))
 
 # %% ../nbs/03a_metrics.ipynb #8e5650fb
 _PREDICTED = dict(threshold='float64', id='int32', area='int32', size='float32', score='float32', edge='bool')
@@ -173,7 +187,13 @@ def tile_histograms(logits,              # float (H, W)
         row[f'{name}_codes'], row[f'{name}_counts'] = codes.astype(np.uint16), hist[codes].astype(np.uint32)
     return row
 
-# %% ../nbs/03a_metrics.ipynb #7bf38369
+# %% ../nbs/03a_metrics.ipynb #c7900356
+def _from(scores, low):
+    "Where scores are at least `low`, of half precision perhaps no number: whole numbers compare 20 times faster than halves do"
+    if scores.dtype != np.float16: return scores >= float(low)
+    bits = np.float16(low).view(np.uint16)
+    return scores.view(np.int16) >= bits.view(np.int16) if low > 0 else scores.view(np.uint16) <= bits
+
 def tile_objects(logits,                # float (H, W)
                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
                  thresholds=(0.5,),     # probabilities at which objects are kept
@@ -181,24 +201,27 @@ def tile_objects(logits,                # float (H, W)
                 ) -> dict:              # columns of `predicted` (at each threshold), of `truth`, and of the overlapping `pairs`
     "The objects of a tile, and where they overlap"
     logits, mask = _tile(logits, mask)
-    codes, truth = encode(logits, bins), mask == 1
-    codes[mask == 255] = 0                                                         # neither predicted nor true
     first = {t: first_code(t, bins) for t in sorted(thresholds)}
-    seen = truth | (codes >= min(first.values(), default=CODES))
-    y, x = (np.flatnonzero(seen.any(a)) for a in (1, 0))
-    window = tuple(slice(max(i[0] - 1, 0), i[-1] + 2) if len(i) else slice(1) for i in (y, x))   # with a margin, so that only the tile's edge is an edge
-    codes, truth, predicted, pairs = codes[window], truth[window], [], []
-    true_labels, true_objects = objects(truth)
-    top, probability, n_true = codes.max(initial=0), _probability(bins), len(true_objects['id'])
-    for t, c in first.items():
-        if c > top: break
-        labels, found = objects(codes >= c)
-        where = np.flatnonzero(labels); l, g = labels.ravel()[where], true_labels.ravel()[where]
-        found['score'] = np.round(np.bincount(l, probability[codes.ravel()[where]])[1:] / found['area'], 3)
-        predicted.append(found | dict(threshold=np.full(len(found['id']), t)))
-        key, n = np.unique((l * np.int64(n_true + 1) + g)[g > 0], return_counts=True)
-        pairs.append(dict(threshold=np.full(len(n), t), predicted=key // (n_true + 1), truth=key % (n_true + 1), intersection=n))
-    return dict(predicted=_columns(predicted, _PREDICTED), truth=_columns([true_objects], _TRUTH), pairs=_columns(pairs, _PAIRS))
+    below = np.nan_to_num(decode(bins)[min(first.values(), default=CODES) - 1], nan=-np.inf)       # it rounds to a lower code: all that is predicted lies above
+    pixels = np.flatnonzero(_from(logits, below))
+    codes = encode(logits.ravel()[pixels], bins)
+    codes[mask.ravel()[pixels] == 255] = 0                                         # neither predicted nor true
+    seen = [codes >= c for c in first.values()]
+    runs, found = objects([np.flatnonzero(mask == 1), *(pixels[s] for s in seen)], mask.shape)
+    n_true, r = (np.searchsorted(x['mask'], 1) for x in (found, runs))             # true objects come first, and so do their runs
+    probability = _probability(bins)[codes]
+    sums = [np.add.reduceat(probability[s], runs['first'][runs['mask'] == i]) for i, s in enumerate(seen, 1)]
+    score = np.bincount(runs['object'], np.concatenate([np.zeros(r), *sums]), len(found['id'])) / found['area']
+    order = np.lexsort((-score, found['mask']))                                    # predictions are numbered by confidence, which so outlives the rounding of the score
+    found = dict(id=found['id'], **{k: found[k][order] for k in ('area', 'size', 'edge')}, score=np.round(score[order], 3), threshold=np.array([np.nan, *first])[found['mask']])
+    left, right = (runs['y'] * mask.shape[1] + runs[k] for k in ('left', 'right'))
+    i, j = _ranges(np.searchsorted(right[:r], left[r:], 'right'), np.searchsorted(left[:r], right[r:])); i += r          # a predicted run and a true one that overlap
+    pair, at = np.unique(runs['object'][i] * np.int64(n_true) + runs['object'][j], return_inverse=True)
+    p, g = np.divmod(pair, max(n_true, 1)); p = np.argsort(order)[p]
+    common = np.bincount(at, np.minimum(right[i], right[j]) - np.maximum(left[i], left[j]))
+    pairs = dict(threshold=found['threshold'][p], predicted=found['id'][p], truth=found['id'][g], intersection=common)
+    predicted, truth = ({k: v[side] for k, v in found.items()} for side in (slice(n_true, None), slice(n_true)))
+    return dict(predicted=_columns([predicted], _PREDICTED), truth=_columns([truth], _TRUTH), pairs=_columns([pairs], _PAIRS))
 
 # %% ../nbs/03a_metrics.ipynb #364ac84d
 def tile_evidence(logits,                # float (H, W)

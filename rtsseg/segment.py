@@ -118,7 +118,7 @@ class Tiles(Dataset):
         rows = self.around[key[2], y:y + coarser.factor, x:x + coarser.factor]; positive = self.manifest.table.positive.to_numpy()
         return rows if positive[key[2]] or not positive[rows[rows >= 0]].any() else None      # a negative tile stays one
 
-# %% ../nbs/04b_segment.ipynb #3c36b519
+# %% ../nbs/04b_segment.ipynb #6d082d0d
 @dataclass
 class Loaders:
     "What a run iterates: built once, here"
@@ -136,7 +136,7 @@ def eval_loader(manifest:Manifest,    # one split
 
 def _loader(tiles, cfg, **kw):
     l, n = cfg.loader, min(cfg.loader.num_workers, os.cpu_count())      # more of them only wait for each other
-    return DataLoader(tiles, num_workers=n, pin_memory=l.pin_memory and torch.cuda.is_available(), prefetch_factor=l.prefetch_factor if n else None,
+    return DataLoader(tiles, num_workers=n, timeout=l.timeout if n else 0, pin_memory=l.pin_memory and torch.cuda.is_available(), prefetch_factor=l.prefetch_factor if n else None,
                       persistent_workers=l.persistent_workers and n > 0, generator=torch.Generator(), **kw)
 
 def loaders(cfg:Config,                       # the config

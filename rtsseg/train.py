@@ -6,8 +6,8 @@
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
            'Busy', 'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
 
-# %% ../nbs/05_train.ipynb #a7da6eea
-import fcntl, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
+# %% ../nbs/05_train.ipynb #50db3f5f
+import fcntl, gc, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from fastcore.script import call_parse, store_true
 from .config import Config, ConfigError, LoopConfig, config_hash, environment, load, run_folder, settings, to_yaml, write_atomic
 from .data import DataError, leaks, named_run
 from .infer import save_model
-from .loop import CheckpointError, fit, key_seed, load_state
+from .loop import CheckpointError, WorkerError, fit, key_seed, load_state
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
-from .segment import SegmentTask, background_ratio, loaders, prepare
+from .segment import SegmentTask, background_ratio, loaders, prepare, probe
 
 # %% ../nbs/05_train.ipynb #7b6f4606
 class Log:
@@ -193,16 +193,19 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #6bc01f1e
+# %% ../nbs/05_train.ipynb #3b5894b7
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): self.old = signal.signal(signal.SIGTERM, self.ask)
         return self
-    def ask(self, *_): self.why = 'SIGTERM'
-    def on_step(self, run):
-        if self.why: run.stop(self.why)
+    def on_start(self, run):
+        self.run = run
+        if self.why: run.stop(self.why)                              # asked for before there was anything to stop
+    def ask(self, *_):
+        self.why = 'SIGTERM'
+        if hasattr(self, 'run'): self.run.stop(self.why)
     def __exit__(self, *_):
         if hasattr(self, 'old'): signal.signal(signal.SIGTERM, self.old)
 
@@ -214,6 +217,15 @@ def _prepare(cfg):
         if cfg.data.split_check == 'error': raise DataError(text)
         warnings.warn(text)
     return manifest, run_folder(cfg, manifest.hash)
+
+def _smaller(cfg):
+    "What to do about a batch that did not fit"
+    gc.collect(); torch.cuda.empty_cache()
+    try: fits = probe(cfg)['batch_size']
+    except ConfigError as e: return f'out of memory, and {e}'
+    fits = min(fits, max(cfg.batch_size // 2, 1)); n = -(-cfg.batch_size * cfg.accumulate // fits)
+    return (f'out of memory with batch_size {cfg.batch_size}. {fits} fit: --overrides \'["batch_size={fits}", "accumulate={n}"]\' takes {fits * n} tiles a step, '
+            f'where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its own; model.gradient_checkpointing=true may save this one')
 
 def run(cfg:Config,        # the whole tree
         observers=(),      # further objects with hooks (see `HOOKS`)
@@ -237,7 +249,11 @@ def run(cfg:Config,        # the whole tree
         model = build(cfg.model); check_size(model, cfg.data.tile_size)
         tags = {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')} | ({'mlflow.parentRunId': parent} if parent else {})
         tracker = [Tracker(cfg, folder, tags)] if cfg.tracker.kind == 'mlflow' and main else []
-        result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Log(folder), KeepEvidence(folder), *tracker, *observers])
+        try: result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Log(folder), KeepEvidence(folder), *tracker, *observers])
+        except WorkerError as e: raise RunError(str(e)) from None
+        except torch.OutOfMemoryError: full = True
+        else: full = False
+        if full: raise RunError(_smaller(cfg))       # only now, when the frames that held the memory are gone
         if main and result.finished:
             if not result.best: raise RunError(f'no validation gave a number for {cfg.metrics.monitor}: nothing to export')
             model.load_state_dict(load_state(folder/'checkpoints'/'best.ckpt')['model'])

@@ -10,7 +10,6 @@ from rtsseg import metrics
 from rtsseg.intervals import Estimate, bootstrap, resample, summary
 from rtsseg.metrics import (Evidence, Meter, ap_bounds, average_precision, decode, encode, first_code, histogram, pixel_metrics, resolved, telling_tiles,
                             tile_evidence, tile_histograms, weight, weights)
-from rtsseg.objects import match, object_metrics
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 quick = settings(max_examples=25, deadline=None)
@@ -64,21 +63,6 @@ def test_pixel_metrics_are_sklearns(seeds, ratio):
             ours = pixel_metrics(e, ratio, t)[k]
             if k == 'precision' and not guess.any(): assert np.isnan(ours)
             else: assert ours == pytest.approx(f(y, guess, sample_weight=w, zero_division=0), abs=1e-9)
-
-@quick
-@given(seeds, st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([0, 3]), st.sampled_from(THRESHOLDS))
-def test_objects_are_the_five_steps(seeds, iou, floor, threshold):
-    e = make(seeds); m = match(e, threshold, iou, floor)
-    for i, s in enumerate(seeds):
-        logits, mask = tile(s); probability = expit(logits.astype(float))
-        blobs = lambda x: [b for lab, n in [ndimage.label(x, np.ones((3, 3)))] for b in (lab == k for k in range(1, n + 1)) if b.sum() >= floor]
-        predicted, true, taken = blobs((probability >= threshold) & (mask != 255)), blobs(mask == 1), set()
-        for p in sorted(predicted, key=lambda p: -probability[p].mean()):
-            overlap = [(p & t).sum() / (p | t).sum() for t in true]
-            if true and max(overlap) >= iou and (best := int(np.argmax(overlap))) not in taken: taken.add(best)
-        assert (m.tp[i], m.fp[i], m.fn[i]) == (len(taken), len(predicted) - len(taken), len(true) - len(taken))
-        on_edge = lambda b: bool(np.pad(b[1:-1, 1:-1], 1).sum() < b.sum())
-        assert sum(on_edge(p) for p in predicted) == m.edge['tp'][i] + m.edge['fp'][i]
 
 @quick
 @given(seeds, ratios)

@@ -1,0 +1,265 @@
+"Faults 31 to 38: what a run meets on its way"
+import errno, math, multiprocessing, os, random, shutil, signal, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch
+from torch.utils.data import Dataset
+
+import rtsseg.config, rtsseg.loop, rtsseg.train
+from rtsseg.config import Loader, load
+from rtsseg.loop import CheckpointError, WorkerError, load_state, newest_state
+from rtsseg.toy import tiny_toy
+from rtsseg.train import Busy, RunError, Terminated, locked
+from small_world import At, Nothing, Points, equal, net, points, quick, run
+
+CFG = dict(data=points(76), accumulate=2, epochs=4, checkpoint=dict(every=2), loader=dict(shuffle=True))      # 10 batches, 5 steps an epoch
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "Toys are faster so, and a process of one thread may be forked"
+    before = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(before)
+
+@pytest.fixture(scope='module')
+def undisturbed(): return run(model=net(norm=True), **CFG)
+
+def again(folder, seed=9, **cfg): return run(folder, model=net(seed, norm=True), **CFG | cfg)
+
+# ---------------------------------------------------------------- 31: killed anywhere
+CALLS = ['open', 'fsync', 'replace', 'unlink', 'close']      # of os: what a write consists of
+
+def dies_at(k, work):
+    "Fork, do the work, and leave without a word at the k-th I/O step of it; whether it came that far"
+    if not (child := os.fork()):
+        count = [0]
+        def counted(f):
+            def call(*a, **kw):
+                count[0] += 1
+                if count[0] == k: os._exit(77)
+                return f(*a, **kw)
+            return call
+        for name in CALLS: setattr(os, name, counted(getattr(os, name)))
+        write = rtsseg.config.open if hasattr(rtsseg.config, 'open') else open
+        class Half:                                             # a write that stops in its middle is a step of its own
+            def __init__(self, *a, **kw): self.file = write(*a, **kw)
+            def __enter__(self): return self
+            def __exit__(self, *a): self.file.close()
+            def write(self, data):
+                count[0] += 1
+                if count[0] == k: self.file.write(data[:len(data) // 2]); self.file.flush(); os._exit(77)
+                return self.file.write(data)
+            def __getattr__(self, name): return getattr(self.file, name)
+        rtsseg.config.open = Half
+        try: work()
+        except BaseException: os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 77), code
+    return code == 77
+
+def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_path):
+    "Whichever I/O step is the last one, what lies there can be read, and the run that goes on from it ends in the same bits"
+    often, trials = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9)), 0
+    work = lambda folder: lambda: again(folder, 0, **often)
+    for k in range(1, 1000):
+        folder = tmp_path/f'{k}'
+        if not dies_at(k, work(folder)): break
+        trials += 1
+        for f in (folder/'checkpoints').glob('*.ckpt') if folder.exists() else (): load_state(f)
+        if k % 4 == 0 or k < 30:                                # each state on disk lasts for some steps: a part of them need be gone on from
+            equal(undisturbed, again(folder, 9 if newest_state(folder/'checkpoints') else 0, **often))
+            assert not list(folder.rglob('.*.tmp'))             # what the dead writer left is gone
+    assert trials > 100
+
+def test_31_killed_at_random_points(tmp_path):
+    "A real run, its process killed 50 times; in between it goes on, and it ends in the same bits as one that was left alone"
+    kills, dice = int(os.environ.get('RTSSEG_KILLS', 50)), random.Random(0)
+    cfg = load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='soak', runs=tmp_path/'a', device='cpu', epochs=4, batch_size=8, val_frequency=1,
+               freeze_backbone_epochs=0, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6), data=dict(manifest=tiny_toy(tmp_path/'toy'), tile_size=64, split_check='warn'),
+               sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    def life(cfg, seconds=None):
+        "Whether it was killed"
+        if not (child := os.fork()):
+            null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
+            try: rtsseg.train.run(cfg)
+            except BaseException: os._exit(1)
+            os._exit(0)
+        if seconds is not None: time.sleep(seconds); os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        return code != 0
+    assert not life(cfg)
+    twin = cfg.model_copy(update=dict(runs=tmp_path/'twin')); began = time.monotonic(); assert not life(twin); whole = time.monotonic() - began      # what is read once is in the cache by now
+    def result(cfg):
+        folder, = cfg.runs.glob('soak/*/seed42'); states = [load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best')]
+        return *states, (folder/'model'/'model.safetensors').read_bytes()
+    def same(a, b):
+        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+        return torch.equal(a, b) if torch.is_tensor(a) else a == b or (a != a and b != b)
+    one, killed, runs = result(cfg), 0, 0
+    while killed < kills:
+        other = cfg.model_copy(update=dict(runs=tmp_path/'b')); runs += 1
+        while life(other, dice.uniform(.1, .7) * whole if killed < kills else None):
+            killed += 1
+            for f in other.runs.rglob('*.ckpt'): load_state(f)
+        assert same(one, result(other)); shutil.rmtree(other.runs)
+    print(f'{killed} of {killed} kills survived, in {runs} runs')
+
+# ---------------------------------------------------------------- 32: asked to stop
+class Asks(Nothing):
+    "A meter that sends SIGTERM to its own process, at the n-th batch"
+    def __init__(self, n): self.n = n
+    def update(self, out, batch):
+        self.n -= 1
+        if not self.n: os.kill(os.getpid(), signal.SIGTERM)
+
+def test_32_sigterm_in_validation(undisturbed, tmp_path):
+    "It stops before the next batch, and validates anew when it goes on"
+    class Task(Points):
+        seen = 0
+        def meter(self): return Asks(1)
+        def forward(self, model, batch): self.seen += not model.training; return model(batch['x'])[:, 0]
+    with Terminated() as t:
+        half = again(tmp_path, 0, task=(task := Task()), observers=[t])
+    assert half.reason == 'SIGTERM' and task.seen == 1 and not half.history and half.batch == 10
+    equal(undisturbed, again(tmp_path))
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_32_sigterm_in_training(undisturbed, tmp_path, times):
+    with Terminated() as t:
+        half = again(tmp_path, 0, observers=[At(7, lambda run: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(times)]), t])
+    assert half.step == 7 and not half.finished
+    equal(undisturbed, again(tmp_path))
+
+def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
+    "The file is written to its end; the step after it is the last"
+    write, asked = rtsseg.loop.write_atomic, []
+    def slow(path, data):
+        if not asked: asked.append(1); os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+        return write(path, data)
+    monkeypatch.setattr(rtsseg.loop, 'write_atomic', slow)
+    with Terminated() as t: half = again(tmp_path, 0, observers=[t], checkpoint=dict(every=2, resume_minutes=1e-9))
+    monkeypatch.undo()
+    assert half.step == 2 and [load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()] == [2]
+    equal(undisturbed, again(tmp_path))
+
+def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
+    with Terminated() as t:
+        os.kill(os.getpid(), signal.SIGTERM)
+        half = again(tmp_path, 0, observers=[t])
+    assert half.step == 1
+    equal(undisturbed, again(tmp_path))
+
+# ---------------------------------------------------------------- 33: no room
+def full_disk(monkeypatch, refuse):
+    "Writes for which `refuse(number, name)` holds meet a full disk half-way"
+    count, real = [0], os.fsync
+    def fsync(fd):
+        name = os.readlink(f'/proc/self/fd/{fd}')
+        if name.endswith('.tmp'):
+            count[0] += 1
+            if refuse(count[0], Path(name).name): raise OSError(errno.ENOSPC, 'No space left on device', name)
+        return real(fd)
+    monkeypatch.setattr(rtsseg.config.os, 'fsync', fsync)
+
+@pytest.mark.parametrize('k', range(1, 7))
+def test_33_disk_full_at_a_write(undisturbed, tmp_path, monkeypatch, capsys, k):
+    "One write fails, its old file stays whole, and the run ends in the same weights"
+    full_disk(monkeypatch, lambda i, name: i == k)
+    done = again(tmp_path, 0, checkpoint=dict(every=1, keep_last=9)); monkeypatch.undo()
+    assert 'was not written (No space left on device)' in capsys.readouterr().out and done.finished
+    for f in (tmp_path/'checkpoints').iterdir(): load_state(f)
+    assert done.best == load_state(tmp_path/'checkpoints'/'best.ckpt')['best']           # never a best that no file holds
+    if done.best == undisturbed.best: equal(undisturbed, done)
+
+def test_33_disk_full_at_the_end(undisturbed, tmp_path, monkeypatch):
+    full_disk(monkeypatch, lambda i, name: 'resume' in name)
+    with pytest.raises(CheckpointError, match='could not be written; make room'): again(tmp_path, 0)
+    monkeypatch.undo()
+    equal(undisturbed, again(tmp_path))
+
+# ---------------------------------------------------------------- 34, 35: no numbers
+class Bad(Points):
+    "The loss is no number where it is asked for the n-th time"
+    def __init__(self, *at): self.at, self.n = at, 0
+    def loss(self, out, batch):
+        found = super().loss(out, batch)
+        if out.requires_grad:
+            self.n += 1
+            if self.n in self.at: found = {k: v * math.nan for k, v in found.items()}
+        return found
+
+def state_of(model): return {k: v.clone() for k, v in model.state_dict().items()}
+
+def test_34_one_bad_loss_changes_nothing(tmp_path):
+    "Weights, batch statistics and their average are those of before; the run goes on and counts it"
+    seen = []
+    look = SimpleNamespace(on_step=lambda r: seen.append((state_of(r.model), state_of(r.average.module), r.skipped, r.bad)))
+    done = again(tmp_path, 0, task=Bad(5), observers=[look])           # the first half of the third step
+    assert all(torch.equal(seen[1][i][k], seen[2][i][k]) for i in (0, 1) for k in seen[1][i]) and [s[2:] for s in seen[1:4]] == [(0, 0), (1, 1), (1, 0)]
+    assert done.finished and all(v.isfinite().all() for s in (done.model, done.judged) for v in s.state_dict().values() if v.is_floating_point())
+
+def test_34_ten_in_a_row_stop_the_run(tmp_path):
+    done = again(tmp_path, 0, task=Bad(*range(9, 999)))
+    assert done.step == 4 + 10 and not done.finished and done.reason.startswith('10 steps in a row without a finite loss') and 'rtsseg-check' in done.reason
+    assert again(tmp_path, task=Bad(1)).step == 15                      # it remembers: one more is enough
+    assert again(tmp_path).finished                                     # and the count begins anew with the first good step
+
+def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
+    class Blind(Points):
+        monitor, values = 'score', [math.nan, .2, math.nan, .1]
+        mode = 'max'
+        def meter(self): m = Nothing(); m.compute = lambda: dict(score=self.values.pop(0)); return m
+    done = again(tmp_path, 0, task=Blind())
+    assert (done.best['epoch'], done.best['value']) == (2, .2) and load_state(tmp_path/'checkpoints'/'best.ckpt')['best']['value'] == .2
+
+# ---------------------------------------------------------------- 36: memory
+def tiny(tmp_path, **more):
+    return load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], **dict(name='tiny', runs=tmp_path/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1,
+                freeze_backbone_epochs=0, data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
+                model=dict(architecture='unet', encoder='resnet18', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8]))) | more)
+
+def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
+    "The batch is not made smaller behind anybody's back"
+    cfg, real = tiny(tmp_path), rtsseg.loop._step
+    def step(run, group, *a):
+        if len(group[0]['tile']) > 3: raise torch.OutOfMemoryError('CUDA out of memory.')
+        return real(run, group, *a)
+    monkeypatch.setattr(rtsseg.loop, '_step', step)
+    with pytest.raises(RunError) as e: rtsseg.train.run(cfg)
+    assert e.value.code == 3 and 'out of memory with batch_size 8. ' in str(e.value)
+    fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
+    assert fits <= 3 and fits * n >= 8
+    assert not (next(tmp_path.glob('runs/tiny/*/seed42'))/'model').exists()
+
+# ---------------------------------------------------------------- 37: workers
+class Dies(Dataset):
+    "A sample at which the process that reads it meets its end"
+    def __init__(self, how): self.how, self.data = how, points(76)
+    def __len__(self): return 76
+    def __getitem__(self, i):
+        if i == 40 and multiprocessing.parent_process(): os.kill(os.getpid(), self.how)
+        return self.data[i]
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP])
+def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
+    "Within the time limit the run stops, its workers are gone, and it goes on from the last checkpoint"
+    often = dict(checkpoint=dict(every=2, resume_minutes=1e-9)); began = time.monotonic()
+    with pytest.raises(WorkerError, match='(have died|no batch came within 3 seconds).*goes on from the last checkpoint'):
+        again(tmp_path, 0, data=Dies(how), loader=dict(shuffle=True, num_workers=2, timeout=3), **often)
+    assert time.monotonic() - began < 30 and not multiprocessing.active_children()
+    equal(undisturbed, again(tmp_path, **often))
+
+def test_37_real_loaders_have_the_time_limit(tmp_path):
+    from rtsseg.segment import loaders, prepare
+    cfg = tiny(tmp_path); manifest = prepare(cfg)
+    for n, want in ((0, 0), (2, 7)):
+        cfg.loader = Loader(num_workers=n, timeout=7); feed = loaders(cfg, manifest)
+        assert feed.train.timeout == feed.val.timeout == want
+
+# ---------------------------------------------------------------- 38: two at once
+def test_38_two_runs_in_one_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder'):
+        with locked(tmp_path, wait=.5): pass
+    with locked(tmp_path, wait=0): pass
