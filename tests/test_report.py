@@ -1,36 +1,38 @@
 "The report: its numbers by other libraries, its page in a browser, its errors from a shell"
-import json, os, re, shutil, subprocess, sys
+import base64, hashlib, html, json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np, pytest
+import cv2, mistune, numpy as np, pytest
 from PIL import Image
 from scipy import ndimage
-from scipy.special import expit
-from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
+from scipy.special import expit, logit
+from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, jaccard_score, log_loss, precision_recall_curve, precision_score, recall_score
 
 from rtsseg.calibrate import calibrate
-from rtsseg.config import load, run_folder, to_yaml, write_atomic
+from rtsseg.config import CurriculumRow, load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
 from rtsseg.intervals import summary
 from rtsseg.metrics import Meter, evidence_path, telling_tiles
-from rtsseg.report import METRICS, ReportError, gallery, read_run, report
+from rtsseg.page import Table, Text
+from rtsseg.report import METRICS, ReportError, gallery, read_run, report, tables, training_figure
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
 
-def predict(mask, key):
+def predict(mask, key, skill=7):
     "Half-precision logits that know a little"
     rng = np.random.default_rng(key); noise = ndimage.gaussian_filter(rng.normal(size=mask.shape), 5) * 17
-    return (-5 + 7 * ndimage.gaussian_filter((mask == 1).astype(float), 1.5) + 2 * noise).astype(np.float16)
+    return (-5 + skill * ndimage.gaussian_filter((mask == 1).astype(float), 1.5) + 2 * noise).astype(np.float16)
 
-def make_run(cfg, world, shift=0):
+def make_run(cfg, world, shift=0, skill=7):
     "What train, evaluate and calibrate leave behind; and the scores and masks of the test split. A shift is added to all scores"
     folder, pixels = run_folder(cfg, world.hash), {}
     write_atomic(folder/'config.yaml', to_yaml(cfg))
     write_atomic(folder/'environment.json', json.dumps(dict(manifest_hash=world.hash, git_commit='a' * 40, git_clean=False, system='<b>Linux', python='3.11', rtsseg='0', processor='x', cpus=2, versions={'torch': '2'})))
     for split in ('val', 'test'):
         part = world.of(split); masks = np.stack([read_tile(part, i)[2] for i in range(len(part))])
-        logits = np.stack([predict(m, [cfg.seed, i, len(split)]) + np.float16(shift) for i, m in enumerate(masks)])
+        logits = np.stack([predict(m, [cfg.seed, i, len(split)], skill) + np.float16(shift) for i, m in enumerate(masks)])
         cuts = [p.raw_threshold for p in found.thresholds.values()] if split == 'test' else []
         meter = Meter(part.table, sorted({.25, .5, .75, *cuts})); meter.update(logits, masks, np.arange(len(part)))
         evidence = meter.evidence(); evidence.write(path := evidence_path(folder, split)); pixels[split] = logits.astype(float), masks, part.table.positive.to_numpy()
@@ -53,43 +55,204 @@ def runs(tmp_path_factory):
     cfg = load(name='r', runs=root/'runs', data=dict(manifest=world.path, tile_size=64), epochs=2, metrics=dict(ratios=[1, 200], replicates=50), calibrate=dict(ratio=1, target_precision=.5))
     return [make_run(cfg.model_copy(update=dict(seed=s)), world) for s in (42, 43)], cfg
 
-def match_by_hand(prob, mask, cut, iou):
+class Split:
+    "Pixels of a split, and what other libraries make of them at a ratio"
+    def __init__(self, made, ratio, split='test'):
+        folder, pixels, self.calibration = made; self.ratio, table = ratio, read_run(folder).manifest.of(split).table
+        self.z, self.masks, self.positive = pixels[split]; self.region, self.metres = table.region.to_numpy(), table.pixel_size.to_numpy()
+        self.w = ratio * self.positive.sum() / (~self.positive).sum(); self.tile = np.where(self.positive, 1., self.w)
+        valid = self.masks != 255; self.of = np.broadcast_to(np.arange(len(self.z))[:, None, None], valid.shape)[valid]
+        self.y, self.s, self.each = self.masks[valid] == 1, self.z[valid], self.tile[self.of]
+        self.cut, self.grid = self.calibration.thresholds[ratio].logit, min(read_run(folder).evidence[split].thresholds, key=lambda t: abs(t - self.calibration.thresholds[ratio].raw_threshold))
+    def pixels(self, cut, keep=slice(None)):
+        scores = {'IoU_RTS': jaccard_score, 'F1_RTS': f1_score, 'precision': precision_score, 'recall': recall_score}
+        return {k: f(self.y[keep], self.s[keep] >= cut, sample_weight=self.each[keep]) for k, f in scores.items()}
+    def objects(self, raw, iou=.3, floor=0): return np.array([match_by_hand(expit(a), b, raw - 1e-9, iou, floor) for a, b in zip(self.z, self.masks)])
+
+def match_by_hand(prob, mask, cut, iou, floor=0):
     "Guide 6.2, the five steps, with SciPy's labels: tp, fp, fn"
-    prob = np.where(mask == 255, 0, prob); full = np.ones((3, 3)); p, n = ndimage.label(prob >= cut, full); g, m = ndimage.label(mask == 1, full); taken, tp = set(), 0
-    for i in sorted(range(1, n + 1), key=lambda i: -prob[p == i].mean()):
-        ious = [(np.sum((p == i) & (g == j)) / np.sum((p == i) | (g == j)), -j) for j in range(1, m + 1)]
-        best, j = max(ious, default=(0, 0))
-        if best >= iou and j not in taken: taken.add(j); tp += 1
-    return tp, n - tp, m - tp
+    def label(m):
+        l, n = ndimage.label(m, np.ones((3, 3))); keep = [i for i in range(1, n + 1) if (l == i).sum() >= floor]
+        return [l == i for i in keep]
+    prob = np.where(mask == 255, 0, prob); p, g, taken, tp = label(prob >= cut), label(mask == 1), set(), 0
+    for a in sorted(p, key=lambda a: -prob[a].mean()):
+        best, j = max(((np.sum(a & b) / np.sum(a | b), -j) for j, b in enumerate(g)), default=(0, 0))
+        if best >= iou and best > 0 and j not in taken: taken.add(j); tp += 1
+    return tp, len(p) - tp, len(g) - tp
+
+def band_iou(split, width):
+    "Boundary IoU (Cheng et al. 2021) by Euclidean distances to the background"
+    def band(m, valid): inside = ndimage.distance_transform_edt(m | ~valid) if (valid & ~m).any() else np.full(m.shape, np.inf); return m & (inside <= width)
+    both = [(band((expit(z) >= split.grid) & (m != 255), m != 255), band(m == 1, m != 255)) for z, m in zip(split.z, split.masks)]
+    i, u = (sum(w * f(p, g).sum() for w, (p, g) in zip(split.tile, both)) for f in (np.logical_and, np.logical_or))
+    return i / u
+
+def agree(frame, want, w):
+    "Values of a table's column and what others found; blank only where the split cannot support a number"
+    assert set(want) <= set(frame.index)
+    assert sum(frame[k] is not None for k in want) >= (len(want) if w <= 1 else sum('recall' in k for k in want))
+    for k, v in want.items():
+        if frame[k] is not None: assert frame[k] == pytest.approx(v, abs=1e-9), k
 
 @pytest.mark.parametrize('ratio', [1, 200])
 def test_headline_by_other_libraries(runs, ratio):
-    (folder, pixels, calibration), _ = runs[0]
-    made = report([folder]).found['test'][ratio]; z, masks, positive = pixels['test']
-    w = ratio * positive.sum() / (~positive).sum(); weight = np.where(positive, 1., w)
-    valid, point = masks != 255, calibration.thresholds[ratio]
-    each = np.broadcast_to(weight[:, None, None], z.shape)[valid]; y, s = masks[valid] == 1, z[valid]
-    scores = dict(iou=jaccard_score, f1=f1_score, precision=precision_score, recall=recall_score)
-    want = dict(pr_auc=average_precision_score(y, s, sample_weight=each), **{k: f(y, s >= point.logit, sample_weight=each) for k, f in scores.items()})
+    made = runs[0][0]; s, found = Split(made, ratio), tables(made[0]); head, loose = found['Headline']; name = '1:1 (balanced)' if ratio == 1 else f'1:{ratio}'
+    want = {'PR-AUC': average_precision_score(s.y, s.s, sample_weight=s.each), **s.pixels(s.cut), **{f'boundary IoU, {d} px': band_iou(s, d) for d in (2, 3)}}
     for iou in (.1, .3, .5):
-        tp, fp, fn = weight @ np.array([match_by_hand(1 / (1 + np.exp(-a)), b, point.raw_threshold - 1e-9, iou) for a, b in zip(z, masks)])
-        want |= {f'object_{k}_{100 * iou:.0f}': v for k, v in dict(precision=tp / (tp + fp), recall=tp / (tp + fn), f1=2 * tp / (2 * tp + fp + fn)).items()}
-    assert set(want) == set(made)
-    assert sum(c.value is not None for c in made.values()) >= (len(made) if w <= 1 else 4)        # blank only where a split cannot support it
-    for k, v in want.items():
-        if made[k].value is None: assert 'of the 30 negative tiles' in made[k].why and made[k].high >= v
-        else: assert made[k].value == pytest.approx(v, abs=1e-9), k
+        tp, fp, fn = s.tile @ s.objects(s.grid, iou)
+        objects = {f'object {k} (IoU {iou:g})': v for k, v in {'precision': tp / (tp + fp), 'recall': tp / (tp + fn), 'F1': 2 * tp / (2 * tp + fp + fn)}.items()}
+        if iou == .3: want |= objects
+        else: agree(loose.frame[name], objects, s.w)
+    agree(head.frame[name], want, s.w)
+    rest = head.frame[name].drop(list(want)); assert len(want) == len(METRICS) + 5
+    assert rest['weight w of a tile without'] == pytest.approx(s.w) and rest['slump pixels at this ratio'] == pytest.approx(100 * np.average(s.y, weights=s.each)) and rest['probability threshold'] == pytest.approx(expit(s.cut * s.calibration.slope + s.calibration.intercept))
+    blank = [c for r in head.rows for c in r if getattr(c, 'value', 0) is None]
+    assert all('of the 30 negative tiles' in c.why for c in blank) and (s.w <= 1 or blank)
+
+def test_bounds_hold(runs):
+    "What stands in a blank cell is not below the number that it withholds"
+    s = Split(runs[0][0], 200); found = report(runs[0][0][0]).results[0].found['test'][200]
+    want = dict(pr_auc=average_precision_score(s.y, s.s, sample_weight=s.each)) | {k.lower().removesuffix('_rts'): v for k, v in s.pixels(s.cut).items()}
+    for k, v in want.items(): assert v == pytest.approx(found[k].value) if found[k].value is not None else found[k].high >= v
+
+def test_where_it_fails_by_other_libraries(runs):
+    "Regions, sizes, misses and false alarms at the threshold of the fit, from the pixels"
+    made = runs[0][0]; s, found = Split(made, 1), tables(made[0]); region, = found['Regions']; sizes, missed, false = found['Objects']; counts = s.objects(s.grid)
+    for name, row in region.frame.iterrows():
+        here, pixels = s.region == name, (s.region == name)[s.of]
+        want = {k: v for k, v in s.pixels(s.cut, pixels).items() if k in ('precision', 'recall')} | {'PR-AUC': average_precision_score(s.y[pixels], s.s[pixels], sample_weight=s.each[pixels])}
+        assert {k: row[k] for k in want} == pytest.approx(want)
+        assert [row[k] for k in ('slumps found', 'false objects', 'missed')] == list(counts[here].sum(0)) and (row['tiles with'], row['without']) == (s.positive[here].sum(), (~s.positive[here]).sum())
+    assert set(region.frame.index) == set(s.region)
+    length = []
+    for mask, metre in zip(s.masks, s.metres):
+        l, n = ndimage.label(mask == 1, np.ones((3, 3)))
+        for i in range(1, n + 1): y, x = np.nonzero(l == i); length.append(metre * max(cv2.minAreaRect(np.float32([(a + da, b + db) for a, b in zip(x, y) for da in (0, 1) for db in (0, 1)]))[1]))
+    assert list(sizes.frame.slumps) == list(np.histogram(length, [0, 50, 200, 1000, np.inf])[0]) and sizes.frame.found.sum() == counts[:, 0].sum()
+    assert missed.frame.slumps.sum() == counts[:, 2].sum() == missed.frame[list(sizes.frame.index)].to_numpy().sum()
+    total = [counts[s.positive, 1].sum(), counts[~s.positive, 1].sum()]; blocks = [r for r in false.rows if len(r) > 1]
+    assert blocks[-1][1:3] == total and blocks[-1][3].value == pytest.approx(s.tile @ counts[:, 1])
+    for name in set(s.region): assert [r[1] + r[2] for r in blocks if r[0] == name] == [counts[s.region == name, 1].sum()]
+    assert sum(r[1] + r[2] for r in blocks) == 4 * sum(total)                                  # by size, by region, by confidence, and all
+
+def test_calibration_by_other_libraries(runs):
+    made = runs[0][0]; c = made[2]; frame = tables(made[0])['Calibration'][1].rows; ratio = None
+    ways = {'scores as they are': (1, 0, 0), 'temperature': (1 / c.temperature, 0, 0), 'slope and intercept': (c.fits['slope_intercept'].slope.value, c.fits['slope_intercept'].intercept.value, 0), 'the used one, shifted': (c.slope, c.intercept, 1)}
+    for row in frame:
+        if len(row) == 1: ratio = int(row[0].split()[0].split(':')[1]); s = Split(made, ratio, 'val'); continue
+        a, b, shift = ways[row[0]]; mass = [np.average(x, weights=e) for x, e in ((s.y, s.each), (s.y, Split(made, c.ratio, 'val').each))]
+        p = expit(a * s.s + b + shift * (logit(mass[0]) - logit(mass[1])))
+        gap = sum(abs((s.each * (p - s.y))[here].sum()) for i in range(15) for here in [np.minimum((p * 15).astype(int), 14) == i]) / s.each.sum()
+        assert [x.value for x in row[2:]] == pytest.approx([log_loss(s.y, p, sample_weight=s.each), gap, brier_score_loss(s.y, p, sample_weight=s.each)], abs=1e-9), (ratio, row[0])
+
+def test_every_stop_of_the_slider(runs):
+    made = runs[0][0]; run = read_run(made[0]); numbers = tables(made[0]); _, pixels, objects = numbers['Threshold']
+    for ratio, name in ((1, '1:1 (balanced)'), (200, '1:200')):
+        s = Split(made, ratio); rows = [r for r in pixels.rows if r[0] == name]; assert len(rows) > 100
+        for _, score, p, near, precision, recall in rows[::20] + [r for r in rows if r[1].value == s.cut]:
+            want = s.pixels(score.value)
+            assert p.value == pytest.approx(s.calibration.probability(score.value)) and recall.value == pytest.approx(want['recall']) and (precision.value is None or precision.value == pytest.approx(want['precision']))
+            assert near.value == min(run.evidence['test'].thresholds, key=lambda t: abs(t - expit(score.value)))
+        for _, floor, raw, p, precision, recall, tp, fp, fn in [r for r in objects.rows if r[0] == name and r[1] in (0, 40)][::3]:
+            want = s.tile @ s.objects(raw.value, .3, floor)
+            assert [tp.value, fp.value, fn.value] == pytest.approx(want) and (np.isnan(recall.value) or recall.value == pytest.approx(want[0] / (want[0] + want[2])))
+            assert precision.value is None or precision.value == pytest.approx(want[0] / (want[0] + want[1]))
+        curve, = numbers['Precision and recall']; precision, recall, _ = precision_recall_curve(s.y, s.s, sample_weight=s.each)
+        steps = np.unique(-np.sort(-s.s[s.y])[np.ceil(np.arange(1, 201) / 200 * s.y.sum() - 1e-6).astype(int) - 1])        # the curve is read where another half per cent is found
+        for r in curve.rows:
+            at = s.pixels(max(t for t in steps if np.mean(s.s[s.y] >= t) >= r[0].value - 1e-9))['precision']; cell = r[curve.head.index(name)]
+            assert at == pytest.approx(cell.value) if cell.value is not None else cell.high >= at - 1e-9
 
 def test_mean_and_spread(runs):
     both, _ = runs
     several, single = report([f for f, *_ in both]), [report([f]) for f, *_ in both]
     assert several.path == both[0][0].parent/'report.html' and single[0].path == both[0][0]/'report.html'
     for k in METRICS:
-        values = [s.found['test'][1][k].value for s in single]; cell = several.found['test'][1][k]
+        values = [s.results[0].found['test'][1][k].value for s in single]; cell = several.results[0].found['test'][1][k]
         assert (cell.value, cell.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
         assert f'{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}' in str(several)
+        each = several.tables['Headline'][2].rows; assert [c.value for c in next(r for r in each if r[0] == METRICS[k])[1:]] == pytest.approx(values)
     assert 'one seed (42)' in str(single[0]) and 'blocks hold positives, 10 are needed' in str(single[0])
     assert os.path.relpath(several.path) in str(several) and all(os.path.relpath(f) in str(several) for f, *_ in both)
+
+def test_configurations_are_compared(runs, tmp_path):
+    "Two configurations, two seeds each: the page opens with both, on validation, and the difference is that of scikit-learn's means"
+    both, cfg = runs; cfg = cfg.model_copy(update=dict(runs=tmp_path)); world = read_manifest(cfg.data.manifest)
+    made = [[make_run(cfg.model_copy(update=dict(seed=s) | more), world, skill=skill) for s in (42, 43)] for more, skill in (({}, 7), (dict(epochs=3), 4))]
+    done = report([f for group in made for f, *_ in group]); (headline,), (paired,) = (done.tables[k] for k in ('Comparison', 'Paired differences'))
+    ap = [[average_precision_score(s.y, s.s, sample_weight=s.each) for m in group for s in [Split(m, 1, 'val')]] for group in made]
+    mine = [[r for r in rows if len(r) > 1] for rows in (headline.rows, paired.rows)]
+    assert [r[1].value for r in mine[0][:2]] == pytest.approx([np.mean(a) for a in ap]) and mine[1][0][1].value == pytest.approx(np.mean(ap[1]) - np.mean(ap[0]))
+    assert mine[1][0][1].std == pytest.approx(np.std(np.subtract(ap[1], ap[0]), ddof=1))
+    assert [r[:3] for r in done.tables['Settings that differ'][0].rows] == [['epochs', '2', '3']]
+    page = done.path.read_text(); label = [x.label for x in done.results]
+    assert done.path == (tmp_path/'r'/'report.html').resolve() and done.split == 'val' and 'would make it a second validation split' in page
+    assert page.index('Paired differences') < page.index('<details class="part">') and page.count('<details class="part">') == 2 and page.count('class="slider"') == 2
+    for x, group in zip(label, made): assert done.tables[f'{x}: Headline'][0].frame.loc['recall'].to_list() == tables([f for f, *_ in group])['Headline'][0].frame.loc['recall'].to_list()
+    ledger = tmp_path/'test_ledger.json'; looks = [dict(config=m[0][0].parent.name, seed=s, when='', forced=False, rule='') for m in made for s in (42, 43)]
+    for forced in (False, True):
+        looks[-1]['forced'] = looks[-2]['forced'] = forced; ledger.write_text(json.dumps({world.hash: dict(config=looks[0]['config'], rule='', looks=looks)}))
+        assert report([m[0][0] for m in made]).split == ('val' if forced else 'test')
+
+def test_the_page_holds_the_tables_and_nothing_else(runs):
+    "Every cell of the page is a cell of `tables`, which the code on the page calls; the slider holds the two long ones"
+    both, cfg = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text(); numbers = tables(folders)
+    shown = [t for section, found in numbers.items() for t in (found[:1] if section == 'Threshold' else found)]
+    assert sorted(Cells(text).found) == sorted(c for t in shown for r in [t.head, *t.texts()[0]] for c in r)
+    data = json.loads(scripts(text)[0][1]); assert list(data) == ['42', '43']
+    for pixels, objects, d in zip(numbers['Threshold'][1::2], numbers['Threshold'][2::2], data.values()):
+        assert [c for ratio in d['pixels'] for row in ratio for c in row] == [str(c) for r in pixels.rows for c in r[4:]]
+        assert sorted(c for area in d['objects'].values() for ratio in area for row in ratio for c in row) == sorted(str(c) for r in objects.rows for c in r[4:])
+    code = html.unescape(re.search(r'<pre[^>]*>(from rtsseg.report.*?)</pre>', text, re.S)[1])
+    done = subprocess.run([sys.executable, '-c', code], cwd=cfg.runs.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and str(numbers['Headline'][0].frame) in done.stdout, done.stderr
+
+def test_training_is_drawn_with_its_phases(runs):
+    run = read_run(runs[0][0][0]); run.events.append(dict(event='stage', epoch=1, first=1, last=1, frozen=['encoder']))
+    run.cfg = run.cfg.model_copy(update=dict(sampler=run.cfg.sampler.model_copy(update=dict(curriculum=[CurriculumRow(first=1, last=1, ratio=1), CurriculumRow(first=2, last=2, ratio=5)]))))
+    for ax in training_figure([run]).axes:
+        assert any(p.get_x() == .5 and p.get_width() == 1 for p in ax.patches) and any(line.get_linestyle() == ':' and list(line.get_xdata()) == [1.5, 1.5] for line in ax.lines)
+    assert {t.get_text() for t in training_figure([run]).axes[0].texts} == {'1:1', '1:5'}
+
+def test_augmented_views_have_a_table(runs, tmp_path):
+    "Gain and cost of test-time augmentation where validation was seen in two ways, and no table where not"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); split = Split(runs[0][0], 1, 'val')
+    (folder/'config.yaml').write_text((folder/'config.yaml').read_text().replace('monitor: pr_auc@200', 'monitor: pr_auc@1')); made = read_run(folder); assert made.cfg.metrics.monitor == 'pr_auc@1'
+    assert [t.title for t in tables(folder)['Validation'][2:]] == []
+    z, masks, _ = runs[0][0][1]['val']; better = (z + masks * (masks == 1)).astype(np.float16)
+    meter = Meter(made.manifest.of('val').table, (.5,), views='minimal'); meter.update(better, masks, np.arange(len(z))); meter.evidence().write(evidence_path(folder, 'val', 'minimal'))
+    with open(folder/'log.jsonl', 'a') as log:
+        for views, seconds in (('none', 10.), ('minimal', 20.)): log.write(json.dumps(dict(event='evaluate', split='val', views=views, tiles=len(z), seconds=seconds)) + '\n')
+    table, = tables(folder)['Validation'][2:]; frame = table.frame
+    gain = np.diff([average_precision_score(split.y, s, sample_weight=split.each) for s in (split.s, better.astype(float)[masks != 255])])[0]
+    assert frame.gain['minimal'] == pytest.approx(gain) and gain > 0 and frame['seconds a tile'].to_list() == pytest.approx([10 / len(z), 20 / len(z)])
+    assert 'test-time augmentation' in table.notes[-1] and '<h3>Test-time augmentation</h3>' in report(folder).path.read_text()
+
+@pytest.mark.parametrize('kind', ['no slump', 'slumps only', 'one tile'])
+def test_a_split_that_supports_little(runs, tmp_path, kind):
+    "A test split without positive tiles, without negative ones, or of one tile alone has a report too, with blanks"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); e = read_run(folder).evidence['test']
+    e.select({'no slump': ~e['positive'], 'slumps only': e['positive'], 'one tile': np.flatnonzero(e['positive'])[:1]}[kind]).write(evidence_path(folder, 'test'))
+    with np.errstate(all='raise', under='ignore'): done = report(folder)
+    frame = done.headline.frame
+    if kind == 'no slump': assert frame.loc[['PR-AUC', 'recall']].isna().all(axis=None)
+    else: assert (frame.loc['weight w of a tile without'] == 1).all() and frame.loc['recall'].notna().all()
+    assert 'nan' not in re.sub(r'base64,[^"]*', '', done.path.read_text()).replace('nano', '')
+
+def test_scores_that_are_no_numbers(runs, tmp_path):
+    "One of them leaves every pixel number of the split blank, and says why"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); run = read_run(folder); z, masks, _ = runs[0][0][1]['test']
+    z = z.astype(np.float16); z[0].flat[np.argmin(masks[0])] = np.nan          # of a valid pixel
+    meter = Meter(run.manifest.of('test').table, run.evidence['test'].thresholds); meter.update(z, masks, np.arange(len(z))); meter.evidence().write(evidence_path(folder, 'test'))
+    numbers = tables(folder)
+    assert numbers['Headline'][0].frame.loc[['PR-AUC', 'IoU_RTS', 'precision', 'recall']].isna().all(axis=None) and numbers['Precision and recall'][0].frame.isna().all(axis=None)
+    assert 'scores that are no numbers' in str(numbers['Headline'][0]) and all(r[4].value is None and np.isnan(r[5].value) for r in numbers['Threshold'][1].rows); report(folder)
+
+def test_other_tiles_are_not_compared(runs, tmp_path):
+    both, cfg = runs; (tmp_path/'w').mkdir(); world = read_manifest(tiny_toy(tmp_path/'w', regions=1))
+    other, *_ = make_run(cfg.model_copy(update=dict(runs=tmp_path, data=cfg.data.model_copy(update=dict(manifest=world.path)))), world)
+    with pytest.raises(ReportError, match=f'evaluated on different tiles.*{world.hash}'): report([both[0][0], other])
+    with pytest.raises(ReportError, match='named twice'): report([both[0][0]] * 2)
 
 def test_gallery_shows_what_the_report_counts(runs):
     "The tiles that tell most of all at the calibrated threshold, each once; beside each the calibrated probability of its own scores, on a scale with the threshold"
@@ -103,8 +266,8 @@ def test_gallery_shows_what_the_report_counts(runs):
         for (figure, caption), want in zip(items, sorted((score[kind][i] for i in own), reverse=True)):
             i = list(part.table.tile_id).index(caption.split()[0]); shown.append(i)
             assert i in own and score[kind][i] == want and caption.endswith('): {} pixels found, {} false, {} missed'.format(*counts[i]))
-            _, right, scale = figure.axes; image, = right.images
-            np.testing.assert_allclose(image.get_array(), expit(scores[i] / found.temperature)); assert image.get_clim() == (0, 1)
+            left, middle, right, scale = figure.axes; image, = right.images; assert len(left.images) == len(middle.images) == 1
+            np.testing.assert_allclose(image.get_array(), found.probability(scores[i])); assert image.get_clim() == (0, 1)
             assert scale.lines[-1].get_ydata()[0] == pytest.approx(point.threshold)
     assert len(set(shown)) == len(shown)
     assert f'what has at least {point.threshold:.3f}, the threshold of 1:1' in report([folder]).path.read_text()
@@ -112,7 +275,7 @@ def test_gallery_shows_what_the_report_counts(runs):
 def test_validation_pictures_come_before_its_calibration(runs):
     "The threshold is chosen after the maps were kept: each picture is still whole, and of a tile that counts"
     run = read_run(runs[0][0][0]); pictures = gallery(run, 'val')
-    assert all(pictures.values()) and all(len(figure.axes) == 3 for items in pictures.values() for figure, _ in items)
+    assert all(pictures.values()) and all(len(figure.axes) == 4 for items in pictures.values() for figure, _ in items)
     evidence_path(run.folder, 'val').with_suffix('.npz').rename(run.folder/'elsewhere.npz')
     try: assert gallery(run, 'val') == {}
     finally: (run.folder/'elsewhere.npz').rename(evidence_path(run.folder, 'val').with_suffix('.npz'))
@@ -121,35 +284,100 @@ def test_estimators_are_of_one_seed(runs):
     "What is counted w times stands beside what is drawn: both are of the seed that is shown, not of the mean"
     both, _ = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text()
     for k in ('pr_auc', 'iou'):
-        row = re.search(rf'<td>{METRICS[k]}</td><td>1:1 \(balanced\)</td><td>[^<]*</td><td>([^<]*)</td>', text)
-        assert float(row[1]) == pytest.approx(report(folders[:1]).found['val'][1][k].value, abs=5.1e-4)
+        row = re.search(rf'<td>{METRICS[k]}</td><td>1:1 \(balanced\)</td><td>[^<]*</td><td>[^<]*</td><td>([^<]*)</td>', text)
+        assert float(row[1]) == pytest.approx(report(folders[:1]).results[0].found['val'][1][k].value, abs=5.1e-4)
 
 @pytest.mark.parametrize('shift', [20, 60])
 def test_thresholds_close_to_one(runs, tmp_path, shift):
     "A threshold of 1 − 1e-10 is printed as such; one whose probability is rounded to 1 is no threshold, and the page says so; so does it of a temperature that cannot help"
     cfg = runs[1].model_copy(update=dict(runs=tmp_path)); folder, _, found = make_run(cfg, read_manifest(cfg.data.manifest), shift); point = found.thresholds[1]
-    text = report([folder]).path.read_text(); row = re.search(r'<tr><td>1:1</td><td>100.000 \(\w\)</td>(.*?)</tr>', text)[1]
-    assert 'no best temperature between 0.01 and 100: a larger one always fits better' in text and 'The scores do rank slumps above background (PR-AUC 0.' in text
-    if shift == 20:
-        assert point.reached and point.logit > 15 and f'<td>{expit(point.logit / 100):.3f}' in row and f'<td>1 − {expit(-point.logit):.2g}</td>' in row
-    else: assert not point.reached and '<td>0.5, not reached' in row and 'where neighbouring probabilities are rounded to the same number' in text
+    made = report([folder]); text, row = made.path.read_text(), made.tables['Operating point'][0].rows[0]
+    assert html.escape(found.temperature_why) in text and '<td>100.000 (' in text and 'a larger one always fits better' in text
+    if shift == 20: assert point.reached and point.logit > 15 and str(row[1]) == f'{expit(point.logit / 100):.3f}' and str(row[2]) == f'1 − {expit(-point.logit):.2g}' and f'<td>{row[2]}</td>' in text
+    else: assert not point.reached and str(row[1]) == '0.500' and 'where neighbouring probabilities are rounded to the same number' in text
+
+def scripts(text): return re.findall(r'<script([^>]*)>(.*?)</script>', text, re.S)
 
 def test_page_escapes_and_fetches_nothing(runs):
     text = report([runs[0][0][0]]).path.read_text()
-    assert '<script' not in text and '&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#x27;' in text and '<b>Linux' not in text
-    assert not re.search(r'(?:src|href|action|data|url|@import)\s*[=(]?\s*["\']?\s*(?:https?:)?//', text) and not re.search(r'<(?:link|iframe|object|embed|script|base)\b', text)
-    assert "default-src 'none'" in text and 'with uncommitted changes' in text
+    assert '&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#x27;' in text and '<b>Linux' not in text and '<script>alert' not in text
+    assert not re.search(r'(?:src|href|action|data|url|@import)\s*[=(]?\s*["\']?\s*(?:https?:)?//', text) and not re.search(r'<(?:link|iframe|object|embed|base)\b', text)
+    data, (kind, script) = scripts(text); assert data[0] == ' type="application/json"' and kind == '' and list(json.loads(data[1])) == ['42']
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in text and 'with uncommitted changes' in text
+    assert not re.search(r'fetch|XMLHttp|import|innerHTML|eval|document\.write', script)
 
-@pytest.mark.skipif(not (browser := shutil.which('chromium') or shutil.which('chromium-browser')), reason='no Chromium here')
+class Cells(HTMLParser):
+    "Texts of table cells in order; of a slider none, since Markdown has none"
+    def __init__(self, text): super().__init__(); self.found, self.open, self.skip = [], False, 0; self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        if self.skip or ('class', 'slider') in attrs: self.skip += tag == 'div'
+        elif tag in ('td', 'th'): self.open = True; self.found.append('')
+    def handle_endtag(self, tag):
+        if self.skip: self.skip -= tag == 'div'
+        elif tag in ('td', 'th'): self.open = False
+    def handle_data(self, data):
+        if self.open and not self.skip: self.found[-1] += data
+
+def test_markdown_says_the_same(runs):
+    "Rendered by another library, the appendix has the cells, the headings and the pictures of the page, and a hostile name is text in it"
+    made = report([runs[0][0][0]]); page, text = made.path.read_text(), made.path.with_suffix('.md').read_text()
+    shown = mistune.create_markdown(escape=False, plugins=['table'])(text); full = lambda cells: [' '.join(c.split()) for c in cells if c]
+    assert full(Cells(shown).found) == full(Cells(page).found) and '<script' not in shown and HOSTILE in Cells(shown).found
+    assert [h for h in re.findall('<h2>(.*?)</h2>', shown)] == re.findall('<h2>(.*?)</h2>', page)
+    files = re.findall(r'<img src="(.*?)"', shown); assert len(files) == page.count('<img ') and all(Image.open(made.path.parent/f).size[0] > 300 for f in files)
+    (made.path.parent/'report_files'/'figure-999.png').write_bytes(b''); report([runs[0][0][0]]); assert not (made.path.parent/'report_files'/'figure-999.png').exists()     # of an older report
+
+@pytest.mark.parametrize('text', ['a|b', '*a* _b_ `c`', '[a](b)', '<b>', 'a\nb', '# a', '\\', '$a$', '~~a~~', '&amp;', '- a', '![a](b)', '1. a', 'https://a.b'])
+def test_markdown_shows_every_letter(text):
+    render = mistune.create_markdown(escape=False, plugins=['table', 'strikethrough', 'math'])
+    for block in (Table(['a', 'b'], [[text, 'x']]), Text('x ' + text)): assert ' '.join(text.split()) in html.unescape(re.sub(r'<[^>]*>', '', render(block.markdown(str))))
+
+browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome') or shutil.which('chrome')
+in_browser = pytest.mark.skipif(not browser, reason='no Chromium here: the page was not looked at in a browser (.ci/run installs one where it can)')
+
+def chromium(tmp_path, *args):
+    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-extensions --hide-scrollbars'.split()
+    return subprocess.run([browser, *flags, '--host-resolver-rules=MAP * ~NOTFOUND', f'--user-data-dir={tmp_path/"profile"}', *map(str, args)], check=True, timeout=120, capture_output=True, text=True).stdout
+
+def asked_for(tmp_path, url):
+    "What a page is, and the addresses that it (not the browser on its own account) asked for"
+    log = tmp_path/'net.json'; dom = chromium(tmp_path, '--dump-dom', f'--log-net-log={log}', url); net = json.loads(log.read_text()); start = net['constants']['logEventTypes']['URL_REQUEST_START_JOB']
+    asked = [e['params'] for e in net['events'] if e['type'] == start and 'url' in e.get('params', {})]
+    return dom, [p['url'] for p in asked if p['initiator'] != 'not an origin' and not p['url'].startswith(('file:', 'data:'))]
+
+@in_browser
 @pytest.mark.parametrize('width', [400, 1200])
 def test_page_in_a_browser(runs, tmp_path, width):
     made, shot = report([runs[0][0][0]]), tmp_path/'page.png'
-    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars'.split()
-    subprocess.run([browser, *flags, f'--user-data-dir={tmp_path/"profile"}', f'--window-size={width},3000', f'--screenshot={shot}', made.path.as_uri()], check=True, timeout=120, capture_output=True)
+    chromium(tmp_path, f'--window-size={width},3000', f'--screenshot={shot}', made.path.as_uri())
     image = np.asarray(Image.open(shot).convert('L'))
     assert (image < 100).mean() > .005 and image[:200].std() > 5                              # there is ink, and a heading at the top
-    dom = subprocess.run([browser, *flags, f'--user-data-dir={tmp_path/"profile"}', '--dump-dom', made.path.as_uri()], check=True, timeout=120, capture_output=True, text=True).stdout
-    assert '<h1>r: Test-Realistic</h1>' in dom and str(made.found['test'][1]['iou']) in dom
+
+@in_browser
+def test_nothing_is_fetched(runs, tmp_path):
+    made, other = report([runs[0][0][0]]), tmp_path/'other.html'; other.write_text('<img src="http://elsewhere.invalid/a.png">')
+    assert asked_for(tmp_path, other.as_uri())[1] == ['http://elsewhere.invalid/a.png']       # such a page would be found out
+    dom, asked = asked_for(tmp_path, made.path.as_uri())
+    assert '<h1>r: Test-Realistic</h1>' in dom and str(made.results[0].found['test'][1]['iou']) in dom and asked == []
+    injected = tmp_path/'injected.html'; injected.write_text(made.path.read_text().replace('</main>', '<script>document.title = "ran"</script><img src="http://elsewhere.invalid/b.png"></main>'))
+    dom, asked = asked_for(tmp_path, injected.as_uri()); assert '<title>ran' not in dom and asked == []        # the policy holds even where something got in
+
+@in_browser
+def test_the_slider_in_a_browser(runs, tmp_path):
+    "It starts at the chosen threshold with the numbers of the headline, and a link to another threshold shows what scikit-learn finds there"
+    made = runs[0][0]; done = report([made[0]]); point = done.results[0].first.calibration.thresholds[1]; s = Split(made, 1); stops = [r for r in done.tables['Threshold'][1].rows if r[0] == '1:1 (balanced)']
+    def shown(fragment):
+        box = re.search(r'<div class="slider">.*?</table>', chromium(tmp_path, '--dump-dom', done.path.as_uri() + fragment), re.S)[0]              # it is no longer hidden
+        rows = [[c for c in re.findall(r'<td>(.*?)</td>', r)] for r in re.findall(r'<tr[^>]*>(.*?)</tr>', box) if '<td>' in r]
+        return re.search(r'<output class="now"[^>]*>(.*?)</output>', box)[1], 'class="chosen"' in box, rows
+    now, chosen, rows = shown('')
+    head = done.tables['Headline'][0].frame['1:1 (balanced)']; assert now == f'{point.threshold:.3f}' and chosen
+    assert rows[0][:5] == ['1:1 (balanced)'] + [f'{head[k]:.3f}' for k in ('precision', 'recall', 'object precision (IoU 0.3)', 'object recall (IoU 0.3)')]
+    assert rows[0][5:] == [f'{n:.0f}' for n in (s.tile @ s.objects(s.grid))]
+    for wanted in (.2, .9):
+        now, _, rows = shown(f'#threshold={wanted}'); stop = min(stops, key=lambda r: abs(r[2].value - wanted)); want = s.pixels(stop[1].value); near = min(done.results[0].first.evidence['test'].thresholds, key=lambda t: abs(t - expit(stop[1].value)))
+        assert now == f'{stop[2].value:.3f}' and abs(stop[2].value - wanted) < .05 and rows[0][1:3] == [f'{want[k]:.3f}' for k in ('precision', 'recall')]
+        assert rows[0][5:] == [f'{n:.0f}' for n in (s.tile @ s.objects(near))]
 
 def test_other_weights_are_an_error(runs, tmp_path):
     folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); best = folder/'model'/'metrics.json'; chosen = json.loads(best.read_text())
@@ -163,7 +391,7 @@ def test_other_weights_are_an_error(runs, tmp_path):
 def test_damaged_evidence_is_an_error(runs, tmp_path):
     folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); path = folder/'evidence'/'val.parquet'
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ReportError, match='val.parquet.*rtsseg-evaluate makes it anew'): report([folder])
+    with pytest.raises(ReportError, match=f'val.parquet.*rtsseg-evaluate --run {os.path.relpath(folder)} --split val'): report([folder])
 
 def test_command(runs):
     both, cfg = runs
