@@ -1,6 +1,6 @@
 """Objects of guide 6.2: components, overlaps and the greedy matching, and a scene beside the thresholding of it.
 
-python benchmarks/objects.py [rounds]     CPU time of one thread; every round asserts that tp, fp and fn of each tile are the same
+python benchmarks/objects.py [rounds]     CPU time of one thread; before it, tp, fp and fn of each tile are asserted to be the same
 
 Tiles of 512² pixels with 0 to 30 true blobs and about as many predicted ones. Two peers: scikit-image (`label`, `regionprops`, and the IoU of every pair of
 objects whose boxes meet), and the double loop over all pairs of labels. Neither takes the size of the smallest rotated rectangle, which ours does. The scene has
