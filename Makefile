@@ -1,5 +1,6 @@
 # make demo   the main job on the toy world, ending in a report        make test   everything that is checked
 # make seeds  the job for three seeds, and the report over them        make docs   the site (needs Quarto)
+# make soak   what a kill costs a run: nothing
 # make sync   modules, README and schema anew from the notebooks       make clean  what the above made, but not .venv, data or runs
 SHELL  := /bin/bash
 CONFIG ?= configs/toy.yaml
@@ -11,7 +12,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo seeds test docs sync readme clean
+.PHONY: install demo seeds test soak docs sync readme clean
 install: $(STAMP)
 
 $(STAMP): requirements.txt setup.py settings.ini
@@ -35,6 +36,9 @@ test: $(STAMP)
 	@echo "1/3 notebooks, modules, README and schema in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check
 	@echo "2/3 the tests inside the notebooks …"; TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
 	@echo "3/3 pytest …"; OMP_NUM_THREADS=2 python -m pytest -q
+
+soak: $(STAMP)   # a real run, killed 200 times
+	RTSSEG_KILLS=200 OMP_NUM_THREADS=1 python -m pytest -q -s tests/faults/test_run_time.py -k killed_at_random
 
 docs: $(STAMP)
 	$(if $(shell command -v quarto),,$(error the site is rendered by Quarto 1.7 or later, which is not installed: https://quarto.org/docs/get-started))

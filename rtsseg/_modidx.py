@@ -694,6 +694,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.train.Tracker.on_start': ('train.html#tracker.on_start', 'rtsseg/train.py'),
                               'rtsseg.train.Tracker.start': ('train.html#tracker.start', 'rtsseg/train.py'),
                               'rtsseg.train._obey_pipe': ('train.html#_obey_pipe', 'rtsseg/train.py'),
+                              'rtsseg.train._own': ('train.html#_own', 'rtsseg/train.py'),
                               'rtsseg.train._prepare': ('train.html#_prepare', 'rtsseg/train.py'),
                               'rtsseg.train._smaller': ('train.html#_smaller', 'rtsseg/train.py'),
                               'rtsseg.train.flat': ('train.html#flat', 'rtsseg/train.py'),
@@ -705,4 +706,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.train.rtsseg_noise': ('train.html#rtsseg_noise', 'rtsseg/train.py'),
                               'rtsseg.train.rtsseg_train': ('train.html#rtsseg_train', 'rtsseg/train.py'),
                               'rtsseg.train.run': ('train.html#run', 'rtsseg/train.py'),
-                              'rtsseg.train.show_training': ('train.html#show_training', 'rtsseg/train.py')}}}
+                              'rtsseg.train.show_training': ('train.html#show_training', 'rtsseg/train.py'),
+                              'rtsseg.train.start_over': ('train.html#start_over', 'rtsseg/train.py')}}}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence', 'noise_floor', 'flat', 'Tracker', 'RunError',
-           'Busy', 'Stopped', 'locked', 'Terminated', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
+           'Busy', 'Stopped', 'locked', 'Terminated', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
+           'show_training']
 
 # %% ../nbs/05_train.ipynb #50db3f5f
 import fcntl, gc, json, logging, math, os, signal, subprocess, sys, threading, time, warnings
@@ -193,7 +194,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #3b5894b7
+# %% ../nbs/05_train.ipynb #abefb06d
 class Terminated:
     "Turns SIGTERM into a request to stop"
     why = ''
@@ -227,6 +228,21 @@ def _smaller(cfg):
     return (f'out of memory with batch_size {cfg.batch_size}. {fits} fit: --overrides \'["batch_size={fits}", "accumulate={n}"]\' takes {fits * n} tiles a step, '
             f'where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its own; model.gradient_checkpointing=true may save this one')
 
+def _own(folder, cfg, manifest):
+    "The config of a run folder, written where it is missing; one that was changed since is an error"
+    path = folder/'config.yaml'
+    if not path.exists(): write_atomic(path, to_yaml(cfg))
+    elif (now := config_hash(load(path), manifest.hash)) != folder.parent.name:
+        raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began: its settings make {now}. Put it back, or start over with --fresh')
+
+def start_over(folder:Path    # a run folder
+              ) -> Path|None: # where it lies now; None where there was none
+    "Put a run aside, whole, so that its command begins anew; raises `Busy` where it is under way"
+    if not folder.exists(): return None
+    with locked(folder, wait=0):
+        aside = folder.with_name(f'old-{folder.name}-{time.strftime("%Y%m%dT%H%M%S")}')
+        return folder.rename(aside)
+
 def run(cfg:Config,        # the whole tree
         observers=(),      # further objects with hooks (see `HOOKS`)
         parent:str=''      # run of the tracker that this one belongs to
@@ -238,7 +254,7 @@ def run(cfg:Config,        # the whole tree
     if main and (idle := sorted(set(cfg.loss_weights) - set(cfg.loss.parts))): warnings.warn(f'loss_weights names {", ".join(idle)}, and loss.parts {cfg.loss.parts} has no such part: it changes nothing')
     if main and cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
-        if main and not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
+        if main: _own(folder, cfg, manifest)
         if (folder/'model'/'model.safetensors').exists():             # written last of all
             if main: print('trained already: nothing to do', flush=True)
             return folder
@@ -262,7 +278,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #342cbdf7
+# %% ../nbs/05_train.ipynb #18393a2a
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -276,8 +292,7 @@ def launch(cfg:Config,             # the whole tree
            detach:bool=False       # return at once, and let the run outlive this process
           ) -> Path:               # the run folder
     "Train in a process and session of its own and show what it says; raises `RunError` unless the run is done at the end"
-    _, folder = _prepare(cfg)
-    if not (folder/'config.yaml').exists(): write_atomic(folder/'config.yaml', to_yaml(cfg))
+    manifest, folder = _prepare(cfg); _own(folder, cfg, manifest)
     given = folder/'launch.yaml'; write_atomic(given, to_yaml(cfg))
     program = [str(Path(sys.executable).with_name('rtsseg-train')), '--config', str(given), '--inline']
     if processes > 1: program = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--standalone', '--no_python', *program]
@@ -305,6 +320,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with c
                  seed:int=None,                   # another seed
                  overrides:str='[]',              # one section.field=value, or a JSON list of them
                  processes:int=1,                 # GPUs, or CPU processes, to train on
+                 fresh:store_true=False,          # put the run that stands there aside, and begin anew
                  detach:store_true=False,         # return at once, and let the run outlive this shell
                  inline:store_true=False          # train in this process
                 ):
@@ -313,6 +329,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with c
     warnings.formatwarning = lambda message, *_: f'note: {message}\n'
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides)
+        if fresh and (aside := start_over(_prepare(cfg)[1])): print(f'put aside: {os.path.relpath(aside)}')
         folder = run(cfg) if inline else launch(cfg, processes, detach)
         if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0': print(os.path.relpath(folder))     # once, by whoever was called
     except RunError as e:
