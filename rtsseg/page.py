@@ -23,8 +23,10 @@ class Number:
     why: str = ''
     def __str__(self): return '–' if self.value is None or math.isnan(self.value) else self.form.format(self.value)
 
-# %% ../nbs/06a_page.ipynb #0f90896d
-_DIGITS = r'\d+(?:\.\d+)?(?:e[+-]?\d+)?'
+# %% ../nbs/06a_page.ipynb #b091869b
+_DIGITS = r'(?:\b1:)?\d+(?:\.\d+)?(?:e[+-]?\d+)?'       # a ratio is one number too
+
+def _letters(i): return (_letters(i // 26 - 1) if i > 25 else '') + chr(97 + i % 26)     # a … z, aa, ab …
 
 class Reasons:
     "Gives each kind of reason a letter; reasons that differ in their numbers only are of one kind"
@@ -35,13 +37,14 @@ class Reasons:
         if not why: return ''
         kind = re.sub(_DIGITS, '#', why)
         self.kinds.setdefault(kind, []).append(re.findall(_DIGITS, why))
-        return f' ({chr(97 + list(self.kinds).index(kind))})'
+        return f' ({_letters(list(self.kinds).index(kind))})'
 
     def lines(self) -> list[str]:
         "The footnotes"
-        def span(found): return found[0] if len(set(found)) == 1 else f'{min(found, key=float)} to {max(found, key=float)}'
-        def whole(kind, found): spans = iter([span(f) for f in zip(*found)]); return re.sub('#', lambda _: next(spans), kind)
-        return [f'({chr(97 + i)}) {whole(*k)}' for i, k in enumerate(self.kinds.items())]
+        size = lambda number: float(number.split(':')[-1])
+        def span(found): return found[0] if len(set(found)) == 1 else ', '.join(found) if len(found) < 6 else f'{min(found, key=size)} to {max(found, key=size)}'
+        def whole(kind, found): spans = iter([span(f) for f in zip(*dict.fromkeys(map(tuple, found)))]); return re.sub('#', lambda _: next(spans), kind)     # few are listed in step, so that it can be seen which belong together
+        return [f'({_letters(i)}) {whole(*k)}' for i, k in enumerate(self.kinds.items())]
 
 # %% ../nbs/06a_page.ipynb #fc0051eb
 def markdown_text(text) -> str:
