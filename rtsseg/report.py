@@ -12,8 +12,8 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'views_tables', 'data_tables', 'environment_table', 'training_table', 'commands', 'recompute', 'notes',
            'tables', 'figures', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #d2c56a14
-import json, os, re, shlex, sys
+# %% ../nbs/07_report.ipynb #ec4e8b81
+import json, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,16 @@ from fastcore.script import Param, call_parse
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
-from .calibrate import Calibration, Replicates, probability_text, recommend, show_reliability, views_gain
+from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, show_reliability, views_gain
 from .config import UNDECIDING, Config, ConfigError, load, settings, write_atomic
-from .data import DataError, Manifest, find_run, read_manifest, read_tile, show_tile
-from .intervals import SUPPORT, Estimate, bootstrap, compare, subsample, summary
-from .metrics import (Evidence, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
+from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
+from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
+from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
                             tile_counts, weight)
 from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
 from .page import Bullets, Code, Fold, Number, Part, Picture, Slider, Table, Text, Tiles, appendix, page
 
-# %% ../nbs/07_report.ipynb #6c7628ef
+# %% ../nbs/07_report.ipynb #024880e1
 class ReportError(RuntimeError):
     "A run that cannot be reported: says what is missing, or which two numbers disagree"
 
@@ -59,8 +59,22 @@ def _shell(path): return shlex.quote(os.path.relpath(path))     # as it can be p
 
 def _read_evidence(path):
     try: return Evidence.read(path)
-    except ValueError as e:
-        raise ReportError(f'{_place(path, 6)}: {e}. It is made anew by rtsseg-evaluate --run {_shell(path.parents[1])} --split {re.split("[-.]", path.name)[0]}') from None
+    except (ValueError, OSError, KeyError) as e:
+        raise ReportError(f'{_place(path, 6)}: {" ".join(str(e).split())}. It is made anew by rtsseg-evaluate --run {_shell(path.parents[1])} --split {re.split("[-.]", path.name)[0]}') from None
+
+def _json(path, command, text=None):
+    "What a file, or a text from it, holds as JSON: an object"
+    try: found = json.loads(path.read_text() if text is None else text)
+    except (ValueError, OSError) as e: raise ReportError(f'{_place(path, 6)} is damaged ({e}): {command}') from None
+    if not isinstance(found, dict): raise ReportError(f'{_place(path, 6)} is damaged (it holds no JSON object): {command}')
+    return found
+
+def _log(path, command):
+    "The lines of a log, without a last one that is not whole, as a run leaves it that was killed"
+    *lines, last = path.read_text(errors='replace').split('\n')
+    try: lines += [last] * isinstance(json.loads(last), dict)
+    except ValueError: pass
+    return [_json(path, f'line {i}: leave it out, or {command}', l) for i, l in enumerate(lines, 1) if l]
 
 def read_run(folder:str|Path    # a run folder
             ) -> Run:
@@ -71,19 +85,20 @@ def read_run(folder:str|Path    # a run folder
         return path
     train = f'rtsseg-train --config {_shell(folder/"config.yaml")}'; calibrate = f'rtsseg-calibrate --run {_shell(folder)}'
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
-    best = json.loads(need(folder/'model'/'metrics.json', f'{train}, when it is done,').read_text())
+    best = _json(need(folder/'model'/'metrics.json', f'{train}, when it is done,'), f'{train} --fresh makes it anew')
     val = _read_evidence(need(evidence_path(folder, 'val', cfg.infer.views), f'rtsseg-evaluate --run {_shell(folder)} --split val'))
-    try: calibration = Calibration.load(need(folder/'model'/'calibration.json', calibrate), cfg.infer.views)
+    _json(path := need(folder/'model'/'calibration.json', calibrate), f'take it away, and {calibrate} makes it anew')
+    try: calibration = Calibration.load(path, cfg.infer.views)
     except ValueError as e: raise ReportError(f'{e}: {calibrate} makes it') from None
     test = evidence_path(folder, 'test', cfg.infer.views)
-    env = json.loads(need(folder/'environment.json', train).read_text())
-    lines = [json.loads(l) for l in need(folder/'log.jsonl', train).read_text().splitlines()]
+    env = _json(need(folder/'environment.json', train), f'{train} --fresh makes it anew')
+    lines = _log(need(folder/'log.jsonl', train), f'{train} --fresh makes it anew')
     rows = {l['epoch']: l for l in lines if l['event'] == 'epoch'}                       # the later line of an epoch counts: it was resumed
     try: manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
     except (DataError, OSError): manifest = None
     if manifest and manifest.hash != env.get('manifest_hash'): manifest = None
     ledger = next((p for p in (folder.parents[2]/'test_ledger.json', cfg.runs/'test_ledger.json') if p.exists()), None)      # a run that was moved has taken its own along, or not
-    looks = json.loads(ledger.read_text()).get(env.get('manifest_hash'), {}) if ledger.exists() else {}
+    looks = _json(ledger, 'bring it back from a copy').get(env.get('manifest_hash'), {}) if ledger else {}
     return Run(folder, cfg, env, pd.DataFrame(list(rows.values())), [l for l in lines if l['event'] != 'epoch'], best, calibration,
                dict(val=val) | (dict(test=_read_evidence(test)) if test.exists() else {}), manifest, looks)
 
@@ -143,7 +158,7 @@ def estimates(runs:list[Run], split:str, ratios, metrics=None) -> dict:    # {ra
     m = metrics or runs[0].cfg.metrics
     return bootstrap([x.evidence[split] for x in runs], ratios, [cuts(x, ratios) for x in runs], IOUS, m.min_area, m.replicates)
 
-# %% ../nbs/07_report.ipynb #5c210acb
+# %% ../nbs/07_report.ipynb #a55a9b1b
 def read_results(folders         # run folders
                 ) -> list[Results]:  # one a configuration, in the order they were named
     "Read runs and make their estimates; raises `ReportError` where a seed occurs twice, seeds do not fit together, or configurations were measured on different tiles"
@@ -152,6 +167,8 @@ def read_results(folders         # run folders
     groups = {x.folder.parent: sorted([y for y in runs if y.folder.parent == x.folder.parent], key=lambda y: y.seed) for x in runs}
     for group in groups.values():
         if len({x.folder for x in group}) < len(group): raise ReportError(f'{_place(group[0].folder)} or another seed of it was named twice')
+        for a, b in zip(group, group[1:]):
+            if a.seed == b.seed: raise ReportError(f'{_place(a.folder)} and {_place(b.folder)} are both of seed {a.seed}: leave one out, a spread over seeds is that of different ones')
         tests = [x.seed for x in group if 'test' in x.evidence]
         for x in group:
             if tests and 'test' not in x.evidence: raise ReportError(f'test was evaluated for seeds {tests} only, of {[y.seed for y in group]}: run rtsseg-evaluate --run {_shell(x.folder)} --split test, or leave it out')
@@ -168,7 +185,7 @@ def _results(runs, label):
     ratios = dict(val=list(dict.fromkeys([1, *m.ratios, 'native'])), test=m.ratios)
     return Results(runs, label, split, {s: estimates(runs, s, ratios[s]) for s in runs[0].evidence}, curves(runs, split), [confirm(x) for x in runs])
 
-# %% ../nbs/07_report.ipynb #9b9cfecc
+# %% ../nbs/07_report.ipynb #c3344c7d
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')
 OBJECTS = dict(object_precision='object precision', object_recall='object recall', object_f1='object F1')
 
@@ -219,8 +236,11 @@ def results_table(results:Results,     # of one configuration
              ['threshold of objects', *(Several([probability(x, logit(x.evidence[split].nearest(cuts(x, [r])[r]))) for x in runs]) for r in ratios)],
              ['tiles with + without a slump', *[f'{n_pos} + {n_neg}'] * len(ratios)], ['ratio in the split', *[Number(n_neg / n_pos if n_pos else np.nan, '1:{:.3g}')] * len(ratios)],
              ['weight w of a tile without', *(Number(weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(_prevalence(e, r) for r in ratios)]]
+    bounds = {r: [ap_bounds(histogram(x.evidence[split], r), x.evidence[split].exact) for x in runs] for r in ratios} if pixels else {}
+    if any(high - low > 1e-4 for each in bounds.values() for low, high in each):
+        rows.append(['PR-AUC, bounds by rounding', *('–' if found[r]['pr_auc'].value is None else ', '.join(f'[{low:.4f}, {high:.4f}]' for low, high in each) for r, each in bounds.items())])
     notes = [f'one seed ({runs[0].seed}): no spread over seeds'] if n == 1 else [f'±: standard deviation over {n} seeds ({", ".join(str(x.seed) for x in runs)}), what another seed would have given']
-    if blocks >= 10: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
+    if blocks >= BLOCKS: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
     return Table(['metric', *map(ratio_name, ratios)], rows, notes + ['threshold of objects: they are cut out at a few thresholds only, and the nearest is taken'])
 
 def _prevalence(evidence, ratio): neg, pos = histogram(evidence, ratio).sum(1); return Number(100 * pos / (neg + pos) if neg + pos else np.nan, '{:.2g}%')
@@ -470,17 +490,20 @@ def reliability_figure(run:Run) -> Figure:
     for ax, r in zip(fig.subplots(1, len(ratios), squeeze=False)[0], ratios): show_reliability(run.evidence['val'], run.calibration, r, ax)
     return fig
 
-# %% ../nbs/07_report.ipynb #f7cf8a54
+# %% ../nbs/07_report.ipynb #489ee26e
 PICTURES = dict(false_alarms='Worst false alarms', misses='Worst misses', finds='Best finds')
 
 def gallery(run:Run,
             split:str,
             n:int=4                # tiles of each kind
            ) -> dict:              # {kind: [(figure, caption), …]}; empty where manifest or logits are gone
-    "Pictures of the tiles that decide the numbers, at the threshold of the calibration's ratio"
+    "Pictures of the tiles that decide the numbers, at the threshold of the calibration's ratio; raises `ReportError` where their scores are damaged"
     path = evidence_path(run.folder, split, run.cfg.infer.views).with_suffix('.npz')
     if run.manifest is None or not path.exists(): return {}
-    maps, e, t = dict(np.load(path)), run.evidence[split], _shown(run)[1]['threshold']
+    try: maps = dict(np.load(path))
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as e:
+        raise ReportError(f'The scores for the pictures are damaged ({_place(path, 6)}: {e}): rtsseg-evaluate --run {_place(run.folder)} --split {split} makes them anew.') from None
+    e, t = run.evidence[split], _shown(run)[1]['threshold']
     cut = _cut_score(run, split, t); e = e.select(np.array([tile in maps for tile in e['tile_id']], bool)); counts = tile_counts(e, t)
     def picture(i):
         tile = e['tile_id'][i]
@@ -497,7 +520,7 @@ def _picture(run, split, tile, z, cut):
         if 0 < inside.mean() < 1: right.contour(inside, [.5], colors=color, linewidths=1.2)
     return fig
 
-# %% ../nbs/07_report.ipynb #cfbfc89a
+# %% ../nbs/07_report.ipynb #f199d3c1
 def operating_tables(run:Run) -> list[Table]:
     "Thresholds for pixels and for objects, and what they gave on validation (guide 12.2)"
     c, target = run.calibration, f'on validation, target precision {run.calibration.target_precision:g}; precision and recall are those of the tiles that the threshold was chosen on'
@@ -545,10 +568,11 @@ def _small(e): return Number(np.nan if e.value is None else e.value, '{:.2g}' if
 
 def views_tables(run:Run) -> list[Table]:      # empty where validation was seen one way only
     "What test-time augmentation gains on validation, and what it costs (guide 10.4, step 4)"
+    if sum(evidence_path(run.folder, 'val', v).exists() for v in VIEWS) < 2: return []
     gains = views_gain(run.folder); scores = [k for k in gains if k.startswith('PR-AUC')]
     rows = [[views, Number(x['seconds a tile'], '{:.3g}'), *(Number(x[k], '{:.4f}') for k in scores), Number(x.get('gain', np.nan), '{:+.4f}', why), Number(x.get('noise', np.nan), '{:.4f}'), x.verdict if why is not None else '–']
             for views, x in gains.iterrows() for why in [x.get('why') if isinstance(x.get('why'), str) else None]]
-    return [Table(['views', 'seconds a tile', *scores, 'gain', 'noise', 'verdict'], rows, [f'gain: of {_monitor(run)} over one view; noise: two standard deviations of it, over blocks', recommend(gains)], 'Test-time augmentation')] * (len(gains) > 1)
+    return [Table(['views', 'seconds a tile', *scores, 'gain', 'noise', 'verdict'], rows, [f'gain: of {_monitor(run)} over one view; noise: two standard deviations of it, over blocks', recommend(gains)], 'Test-time augmentation')]
 
 def data_tables(run:Run) -> list[Table]:
     "The data card: tiles, positives and prevalence by split and by region"
@@ -604,7 +628,9 @@ def notes(results:Results) -> list[str]:
         if r.calibration.evidence != r.evidence['val'].hash: out.append(f'Seed {r.seed}: the validation evidence was written anew after the calibration; if the model changed, run rtsseg-calibrate --run {_place(r.folder)} again.')
     if x.environment.get('git_clean') is False: out.append('The code had uncommitted changes: the commit alone does not bring this run back.')
     if x.manifest is None: out.append('The manifest is gone, or is no longer what this run was trained on: no data card and no pictures of tiles.')
-    if not x.evidence['val'].exact: out.append('Scores were rounded to half precision for the evidence; summary() in rtsseg.intervals gives the bounds that this puts on each PR-AUC.')
+    for split, e in x.evidence.items():
+        grid = 'half precision' if e.bins == 'float16' else f'the nearest of {CODES - 1} values from {{:.4g}} to {{:.4g}}'.format(*e.bins)
+        if not e.exact: out.append(f'Scores of the {split} split were rounded to {grid} for the evidence. That bounds each PR-AUC; the bounds stand below the metrics where they are more than 1e-4 apart.')
     return out
 
 # %% ../nbs/07_report.ipynb #27a1c31a
@@ -631,7 +657,7 @@ def _all_tables(results):
     split, found = comparison(results)
     return split, found | {f'{x.label}: {section}': t for x in results for section, t in _tables(x).items()}
 
-# %% ../nbs/07_report.ipynb #aaa5c26a
+# %% ../nbs/07_report.ipynb #3d0c698c
 WORDS = [('PR-AUC', 'area under the curve of precision against recall, over all thresholds: 1 is perfect, chance gives the share of slump pixels'),
          ('precision, recall', 'the share of what is predicted that is labelled a slump, and the share of what is labelled that is predicted'),
          ('IoU_RTS, F1_RTS', 'overlap of predicted and labelled pixels: those in both, over those in either (IoU), or twice over the sum of the two (F1)'),
@@ -652,7 +678,9 @@ def _sections(results, found, drawn):
     shown = [Text(f'Of {len(results.runs)} seeds, {run.seed} is shown.', 'soft')] * many
     def others(name): n = len(found[name]) // len(results.runs); return found[name][:n] + [Fold(f'The other seed{"s" * (len(results.runs) > 2)}', found[name][n:])] * many
     head, loose, *seeds = found['Headline']; by_threshold, *stops = found['Threshold']; whole, drawn_too, *views = found['Validation']
-    fit = run.calibration.ratio; cut = probability(run, logit(_shown(run)[1]['threshold'])); pictures = gallery(run, split)
+    fit = run.calibration.ratio; cut = probability(run, logit(_shown(run)[1]['threshold']))
+    try: pictures, gone = gallery(run, split), Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')
+    except ReportError as e: pictures, gone = {}, Text(str(e), 'hint')
     tiles = [b for k, items in pictures.items() for b in (Text(PICTURES[k], 'head'), Tiles([Picture(f, c, 'jpeg', 110) for f, c in items]) if items else Text('There are none.', 'soft'))]
     return {'Headline': [*[Text(results.doubt, 'hint')] * bool(results.doubt), Text(f'Measured on {SPLITS["doubt" if results.doubt else split]}. Ratio 1:r means r tiles without a slump for each tile with one.'), head, Fold('What the words mean', [Bullets(WORDS)]), Fold('Objects at IoU 0.1 and 0.5', [loose])] + [Fold('Each seed', seeds)] * many,
             'Threshold': [Text('What other thresholds would have given. The same threshold is applied at every ratio here, whereas in the headline each ratio has its own.'), slider(results, split, stops), Fold('The same as a table', [by_threshold])],
@@ -661,10 +689,10 @@ def _sections(results, found, drawn):
             'Validation': [Text('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at 1:1 only has learnt the balanced sample, not the landscape (guide 10.5).'), whole, *shown,
                            Text('A ratio is reached by counting each tile without a slump w times, as above, or by drawing that many of them at random. Where the split has enough to draw from, both should agree.'), drawn_too, *views],
             'Precision and recall': [Picture(drawn['precision and recall'], f'{"Test" if split == "test" else "Validation"}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on validation, hollow where the target precision was not reached there. '
-                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= 10 else 'No bands: fewer than 10 blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
+                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= BLOCKS else f'No bands: fewer than {BLOCKS} blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
             'Objects': shown + found['Objects'], 'Regions': shown + found['Regions'],
             'Gallery': [*shown, Text(f'Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted, '
-                                     f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')],
+                                     f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [gone],
             'Training': [*found['Training'], Picture(drawn['training'], 'Left: training and validation loss. Middle: validation, a star at the exported epoch. Right: learning rates. Dotted lines are curriculum steps (positive to negative tiles), shading is a frozen phase.')],
             'Data': [Text(f"Manifest {run.environment.get('manifest_hash', 'unknown')}. Most of a tile with a slump is background, so the share of slump pixels is far below that of tiles."), *found['Data']],
             'Environment': found['Environment'],
@@ -679,7 +707,7 @@ def _lead(results):
     cfg, runs = results.first.cfg, results.runs
     return f'{cfg.model.architecture} with {cfg.model.encoder}, {cfg.model.in_channels} channels; seed{"s" * (len(runs) > 1)} {", ".join(str(x.seed) for x in runs)}; configuration {results.first.folder.parent.name}.{" " * bool(results.doubt)}{results.doubt}'
 
-# %% ../nbs/07_report.ipynb #7afef996
+# %% ../nbs/07_report.ipynb #accf4fab
 @dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
@@ -705,13 +733,15 @@ def title_of(results, split):
     return f'{results[0].label}: {which}' + ' (Test-Realistic was not evaluated)' * (split == 'val')
 
 def report(runs,                     # a run folder, or several: seeds of one configuration, or configurations to be compared
-           out:str|Path|None=None    # where the page goes; None: report.html in the run folder, or above several
+           out:str|Path|None=None    # where the page goes: a file that ends in .html, or a folder; None: report.html in the run folder, or above several
           ) -> Report:
     "Write report.html, and report.md for an appendix; raises `ReportError`"
+    path = Path(out)/'report.html' if out and Path(out).is_dir() else Path(out or 'report.html')
+    if path.suffix != '.html': raise ReportError(f'{out}: a page is written to a file that ends in .html, with report.md beside it, or into a folder that is there')
     results = read_results(runs); split, found = _all_tables(results)
     folders = [x.folder for r in results for x in r.runs]
     if not out and len({f.parents[2] for f in folders}) > 1: raise ReportError('the runs lie under different roots: say with --out where the report goes')
-    path = Path(out) if out else Path(os.path.commonpath(folders))/'report.html'
+    if not out: path = Path(os.path.commonpath(folders))/'report.html'
     drawn = [figures(x) for x in results]
     if len(results) == 1: parts, lead = [Part('', _sections(results[0], found, drawn[0]), _cards(results[0]))], _lead(results[0])
     else:
@@ -720,7 +750,8 @@ def report(runs,                     # a run folder, or several: seeds of one co
         lead = f'{len(results)} configurations on the {"test" if split == "test" else "validation"} split; {reason}. Each has its own report below.'
         parts = [Part('', {**{k: found[k] for k in ('Comparison', 'Paired differences', 'Settings that differ')}, 'Curves': [Picture(comparison_figure(results, split), 'Precision against recall at each ratio, a line a seed.')], 'How to repeat it': [Text('Every number of this page, in one call:'), Code(recompute(results))]}),
                  *(Part(f'{title_of([x], x.split)}. {_lead(x)}', _sections(x, own(x), d), _cards(x)) for x, d in zip(results, drawn))]
-    write(path, title_of(results, split), lead, parts)
+    try: write(path, title_of(results, split), lead, parts)
+    except OSError as e: raise ReportError(f'{path} cannot be written: {e.strerror}') from None
     return Report(results, split, found, drawn[0], path)
 
 def write(path, title, lead, parts):
@@ -730,7 +761,7 @@ def write(path, title, lead, parts):
     for name, data in pictures.items(): write_atomic(folder/name, data)
     write_atomic(path.with_suffix('.md'), text); write_atomic(path, page(title, lead, parts))
 
-# %% ../nbs/07_report.ipynb #6d3d8154
+# %% ../nbs/07_report.ipynb #7a6692b1
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -760,8 +791,10 @@ def rtsseg_report(runs:Param('run folders: seeds of one configuration, or config
                   seed:int=None,                   # another seed
                   seeds:str='',                    # several seeds, as '42 43 44'
                   overrides:str='[]',              # one section.field=value, or a JSON list of them
-                  out:str=''                       # where the page goes; '' puts report.html into the run folder, or above several
+                  out:str=''                       # where the page goes, a file that ends in .html or a folder; '' puts report.html into the run folder, or above several
                  ):
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
-    try: print(report(runs or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
+    try:
+        named = [named_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in runs or []]
+        print(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
     except (ReportError, ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
