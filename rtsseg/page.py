@@ -6,10 +6,11 @@
 __all__ = ['SCRIPT', 'STYLE', 'Number', 'Reasons', 'markdown_text', 'Table', 'Text', 'Bullets', 'Code', 'Fold', 'Picture',
            'Tiles', 'Slider', 'Part', 'page', 'appendix']
 
-# %% ../nbs/06a_page.ipynb #f09ac070
+# %% ../nbs/06a_page.ipynb #8ff00734
 import base64, hashlib, io, json, math, re
 from dataclasses import dataclass, field
 from html import escape
+from urllib.parse import quote
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,8 +24,10 @@ class Number:
     why: str = ''
     def __str__(self): return '–' if self.value is None or math.isnan(self.value) else self.form.format(self.value)
 
-# %% ../nbs/06a_page.ipynb #0f90896d
-_DIGITS = r'\d+(?:\.\d+)?(?:e[+-]?\d+)?'
+# %% ../nbs/06a_page.ipynb #b091869b
+_DIGITS = r'(?:\b1:)?\d+(?:\.\d+)?(?:e[+-]?\d+)?'       # a ratio is one number too
+
+def _letters(i): return (_letters(i // 26 - 1) if i > 25 else '') + chr(97 + i % 26)     # a … z, aa, ab …
 
 class Reasons:
     "Gives each kind of reason a letter; reasons that differ in their numbers only are of one kind"
@@ -35,18 +38,20 @@ class Reasons:
         if not why: return ''
         kind = re.sub(_DIGITS, '#', why)
         self.kinds.setdefault(kind, []).append(re.findall(_DIGITS, why))
-        return f' ({chr(97 + list(self.kinds).index(kind))})'
+        return f' ({_letters(list(self.kinds).index(kind))})'
 
     def lines(self) -> list[str]:
         "The footnotes"
-        def span(found): return found[0] if len(set(found)) == 1 else f'{min(found, key=float)} to {max(found, key=float)}'
-        def whole(kind, found): spans = iter([span(f) for f in zip(*found)]); return re.sub('#', lambda _: next(spans), kind)
-        return [f'({chr(97 + i)}) {whole(*k)}' for i, k in enumerate(self.kinds.items())]
+        size = lambda number: float(number.split(':')[-1])
+        def span(found): return found[0] if len(set(found)) == 1 else ', '.join(found) if len(found) < 6 else f'{min(found, key=size)} to {max(found, key=size)}'
+        def whole(kind, found): spans = iter([span(f) for f in zip(*dict.fromkeys(map(tuple, found)))]); return re.sub('#', lambda _: next(spans), kind)     # few are listed in step, so that it can be seen which belong together
+        return [f'({_letters(i)}) {whole(*k)}' for i, k in enumerate(self.kinds.items())]
 
-# %% ../nbs/06a_page.ipynb #fc0051eb
+# %% ../nbs/06a_page.ipynb #e9deae63
 def markdown_text(text) -> str:
     "A text as Markdown shows it letter by letter, in one line"
-    return re.sub(r'([\\`*_{}\[\]|~$#])', r'\\\1', escape(' '.join(str(text).split()), quote=False))
+    text = re.sub(r'([\\`*_{}\[\]|~$#])', r'\\\1', escape(' '.join(str(text).split()), quote=False))
+    return re.sub(r'^(\d*)([.)]|[-+=]+)(?=\s|$)', r'\1\\\2', text)      # at its head: a list, a line or a heading
 
 # %% ../nbs/06a_page.ipynb #b43b7ebf
 @dataclass
@@ -124,7 +129,7 @@ class Fold:
     def html(self): return f'<details><summary>{escape(self.title)}</summary>{"".join(b.html() for b in self.blocks)}</details>'
     def markdown(self, link): return '\n\n'.join([f'**{markdown_text(self.title)}**', *(b.markdown(link) for b in self.blocks)])
 
-# %% ../nbs/06a_page.ipynb #6e90bb36
+# %% ../nbs/06a_page.ipynb #2b550b73
 @dataclass
 class Picture:
     "A figure and its caption"
@@ -136,7 +141,7 @@ class Picture:
     def __post_init__(self): out = io.BytesIO(); self.figure.savefig(out, format=self.format, dpi=self.dpi); self.data = out.getvalue()
     def html(self):
         return f'<figure><img alt="{escape(self.caption)}" src="data:image/{self.format};base64,{base64.b64encode(self.data).decode()}"><figcaption>{escape(self.caption)}</figcaption></figure>'
-    def markdown(self, link): return f'![{markdown_text(self.caption)}]({link(self)})'
+    def markdown(self, link): return f'![{markdown_text(self.caption)}]({quote(link(self))})'
 
 @dataclass
 class Tiles:

@@ -12,8 +12,8 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'views_tables', 'data_tables', 'environment_table', 'training_table', 'commands', 'recompute', 'notes',
            'tables', 'figures', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs', 'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #6b5fa6f5
-import json, os, re, shlex, sys
+# %% ../nbs/07_report.ipynb #ec4e8b81
+import json, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,16 @@ from fastcore.script import Param, call_parse
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
-from .calibrate import Calibration, Replicates, probability_text, recommend, show_reliability, views_gain
+from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, show_reliability, views_gain
 from .config import UNDECIDING, Config, ConfigError, load, settings, write_atomic
-from .data import DataError, Manifest, find_run, read_manifest, read_tile, show_tile
-from .intervals import SUPPORT, Estimate, bootstrap, compare, subsample, summary
-from .metrics import (Evidence, average_precision, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
-                            tile_counts, weight, weights)
+from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
+from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
+from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
+                            tile_counts, weight)
 from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
 from .page import Bullets, Code, Fold, Number, Part, Picture, Slider, Table, Text, Tiles, appendix, page
 
-# %% ../nbs/07_report.ipynb #bbd38868
+# %% ../nbs/07_report.ipynb #024880e1
 class ReportError(RuntimeError):
     "A run that cannot be reported: says what is missing, or which two numbers disagree"
 
@@ -59,8 +59,22 @@ def _shell(path): return shlex.quote(os.path.relpath(path))     # as it can be p
 
 def _read_evidence(path):
     try: return Evidence.read(path)
-    except ValueError as e:
-        raise ReportError(f'{_place(path, 6)}: {e}. It is made anew by rtsseg-evaluate --run {_shell(path.parents[1])} --split {re.split("[-.]", path.name)[0]}') from None
+    except (ValueError, OSError, KeyError) as e:
+        raise ReportError(f'{_place(path, 6)}: {" ".join(str(e).split())}. It is made anew by rtsseg-evaluate --run {_shell(path.parents[1])} --split {re.split("[-.]", path.name)[0]}') from None
+
+def _json(path, command, text=None):
+    "What a file, or a text from it, holds as JSON: an object"
+    try: found = json.loads(path.read_text() if text is None else text)
+    except (ValueError, OSError) as e: raise ReportError(f'{_place(path, 6)} is damaged ({e}): {command}') from None
+    if not isinstance(found, dict): raise ReportError(f'{_place(path, 6)} is damaged (it holds no JSON object): {command}')
+    return found
+
+def _log(path, command):
+    "The lines of a log, without a last one that is not whole, as a run leaves it that was killed"
+    *lines, last = path.read_text(errors='replace').split('\n')
+    try: lines += [last] * isinstance(json.loads(last), dict)
+    except ValueError: pass
+    return [_json(path, f'line {i}: leave it out, or {command}', l) for i, l in enumerate(lines, 1) if l]
 
 def read_run(folder:str|Path    # a run folder
             ) -> Run:
@@ -71,19 +85,20 @@ def read_run(folder:str|Path    # a run folder
         return path
     train = f'rtsseg-train --config {_shell(folder/"config.yaml")}'; calibrate = f'rtsseg-calibrate --run {_shell(folder)}'
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
-    best = json.loads(need(folder/'model'/'metrics.json', f'{train}, when it is done,').read_text())
+    best = _json(need(folder/'model'/'metrics.json', f'{train}, when it is done,'), f'{train} --fresh makes it anew')
     val = _read_evidence(need(evidence_path(folder, 'val', cfg.infer.views), f'rtsseg-evaluate --run {_shell(folder)} --split val'))
-    try: calibration = Calibration.load(need(folder/'model'/'calibration.json', calibrate), cfg.infer.views)
+    _json(path := need(folder/'model'/'calibration.json', calibrate), f'take it away, and {calibrate} makes it anew')
+    try: calibration = Calibration.load(path, cfg.infer.views)
     except ValueError as e: raise ReportError(f'{e}: {calibrate} makes it') from None
     test = evidence_path(folder, 'test', cfg.infer.views)
-    env = json.loads(need(folder/'environment.json', train).read_text())
-    lines = [json.loads(l) for l in need(folder/'log.jsonl', train).read_text().splitlines()]
+    env = _json(need(folder/'environment.json', train), f'{train} --fresh makes it anew')
+    lines = _log(need(folder/'log.jsonl', train), f'{train} --fresh makes it anew')
     rows = {l['epoch']: l for l in lines if l['event'] == 'epoch'}                       # the later line of an epoch counts: it was resumed
     try: manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
     except (DataError, OSError): manifest = None
     if manifest and manifest.hash != env.get('manifest_hash'): manifest = None
-    ledger = Path(*folder.parts[:-3])/'test_ledger.json'
-    looks = json.loads(ledger.read_text()).get(env.get('manifest_hash'), {}) if ledger.exists() else {}
+    ledger = next((p for p in (folder.parents[2]/'test_ledger.json', cfg.runs/'test_ledger.json') if p.exists()), None)      # a run that was moved has taken its own along, or not
+    looks = _json(ledger, 'bring it back from a copy').get(env.get('manifest_hash'), {}) if ledger else {}
     return Run(folder, cfg, env, pd.DataFrame(list(rows.values())), [l for l in lines if l['event'] != 'epoch'], best, calibration,
                dict(val=val) | (dict(test=_read_evidence(test)) if test.exists() else {}), manifest, looks)
 
@@ -103,7 +118,7 @@ def confirm(run:Run                # a run
                           f'run rtsseg-evaluate --run {_shell(run.folder)} --split val and rtsseg-calibrate --run {_shell(run.folder)} again, and if they still differ, train anew')
     return f"seed {run.seed}: all {len(then)} metrics of the exported model are within {near:g} of the best validation (epoch {run.best['epoch']}, step {run.best['step']}; {m.monitor} {run.best['value']:.6f})"
 
-# %% ../nbs/07_report.ipynb #5a3dee59
+# %% ../nbs/07_report.ipynb #c843d19c
 def cuts(run:Run,      # a run
          ratios        # r of 1:r, or 'native'
         ) -> dict:     # {ratio: raw probability, as the metrics take it}
@@ -126,16 +141,24 @@ class Results:
     @property
     def metrics(self): return self.first.cfg.metrics
     @property
+    def doubt(self):
+        "Why its numbers of the test split are in doubt; '' where the ledger let each seed read it"
+        looks = [[l for l in x.looks.get('looks', []) if (l['config'], l['seed']) == (x.folder.parent.name, x.seed)] for x in self.runs]
+        forced, unknown = ([x.seed for x, found in zip(self.runs, looks) if odd(found)] for odd in (lambda found: any(l['forced'] for l in found), lambda found: not found))
+        return ('' if self.split == 'val' else
+                f'The look at the test split was FORCED (seed {", ".join(map(str, forced))}): it had been looked at before with another configuration or rule, so it is a second validation split, and these numbers may flatter.' if forced else
+                f'The ledger of the test split knows of no look by this configuration (seed {", ".join(map(str, unknown))}): whether anything was chosen on the test split cannot be told.' if unknown else '')
+    @property
     def allowed(self):
-        "Whether the ledger let this configuration read the test split"
-        return self.split == 'test' and any(l['config'] == self.first.folder.parent.name and not l['forced'] for l in self.first.looks.get('looks', []))
+        "Whether the ledger let every seed read the test split"
+        return self.split == 'test' and not self.doubt
 
 def estimates(runs:list[Run], split:str, ratios, metrics=None) -> dict:    # {ratio: {metric: Estimate}}
     "Every metric of some seeds at every ratio, at the threshold of each seed; `metrics` are the settings of the first run where others are not given"
     m = metrics or runs[0].cfg.metrics
     return bootstrap([x.evidence[split] for x in runs], ratios, [cuts(x, ratios) for x in runs], IOUS, m.min_area, m.replicates)
 
-# %% ../nbs/07_report.ipynb #5c210acb
+# %% ../nbs/07_report.ipynb #a55a9b1b
 def read_results(folders         # run folders
                 ) -> list[Results]:  # one a configuration, in the order they were named
     "Read runs and make their estimates; raises `ReportError` where a seed occurs twice, seeds do not fit together, or configurations were measured on different tiles"
@@ -144,6 +167,8 @@ def read_results(folders         # run folders
     groups = {x.folder.parent: sorted([y for y in runs if y.folder.parent == x.folder.parent], key=lambda y: y.seed) for x in runs}
     for group in groups.values():
         if len({x.folder for x in group}) < len(group): raise ReportError(f'{_place(group[0].folder)} or another seed of it was named twice')
+        for a, b in zip(group, group[1:]):
+            if a.seed == b.seed: raise ReportError(f'{_place(a.folder)} and {_place(b.folder)} are both of seed {a.seed}: leave one out, a spread over seeds is that of different ones')
         tests = [x.seed for x in group if 'test' in x.evidence]
         for x in group:
             if tests and 'test' not in x.evidence: raise ReportError(f'test was evaluated for seeds {tests} only, of {[y.seed for y in group]}: run rtsseg-evaluate --run {_shell(x.folder)} --split test, or leave it out')
@@ -160,7 +185,7 @@ def _results(runs, label):
     ratios = dict(val=list(dict.fromkeys([1, *m.ratios, 'native'])), test=m.ratios)
     return Results(runs, label, split, {s: estimates(runs, s, ratios[s]) for s in runs[0].evidence}, curves(runs, split), [confirm(x) for x in runs])
 
-# %% ../nbs/07_report.ipynb #1d472ac1
+# %% ../nbs/07_report.ipynb #c3344c7d
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')
 OBJECTS = dict(object_precision='object precision', object_recall='object recall', object_f1='object F1')
 
@@ -178,7 +203,7 @@ class Several:
     @property
     def value(self): return self.cells[0].value if len(self.cells) == 1 else [c.value for c in self.cells]
     @property
-    def why(self): return next((c.why for c in self.cells if c.why), '')
+    def why(self): return '; '.join(dict.fromkeys(c.why for c in self.cells if c.why))
     def __str__(self): return ', '.join(map(str, self.cells)) if len(set(map(str, self.cells))) > 1 else str(self.cells[0])
 
 def probability(run:Run,       # a run
@@ -188,10 +213,14 @@ def probability(run:Run,       # a run
     "The calibrated probability of a score, written so that near 0 and 1 too it can be told from others"
     return Number(float(run.calibration.probability(score)), probability_text(run.calibration.score(score)), why)
 
+def _instead(run, point):
+    "What a reader has to know of an operating point: whose numbers these are, and what is used instead"
+    return point.why if point.reached else f'on validation, seed {run.seed}: {point.why}; the uncalibrated {point.raw_threshold:.3g} is used instead'
+
 def threshold(run:Run, ratio) -> Number:
     "The threshold of a ratio as a calibrated probability, with the reason where it is not the one that was asked for"
     point = run.calibration.thresholds.get(ratio)
-    return probability(run, point.logit, point.why) if point else probability(run, logit(run.cfg.metrics.reference_threshold), 'the fixed reference threshold: none is calibrated for this ratio')
+    return probability(run, point.logit, _instead(run, point)) if point else probability(run, logit(run.cfg.metrics.reference_threshold), 'the fixed reference threshold: none is calibrated for this ratio')
 
 def results_table(results:Results,     # of one configuration
                   split:str,           # 'val' or 'test'
@@ -207,8 +236,11 @@ def results_table(results:Results,     # of one configuration
              ['threshold of objects', *(Several([probability(x, logit(x.evidence[split].nearest(cuts(x, [r])[r]))) for x in runs]) for r in ratios)],
              ['tiles with + without a slump', *[f'{n_pos} + {n_neg}'] * len(ratios)], ['ratio in the split', *[Number(n_neg / n_pos if n_pos else np.nan, '1:{:.3g}')] * len(ratios)],
              ['weight w of a tile without', *(Number(weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(_prevalence(e, r) for r in ratios)]]
+    bounds = {r: [ap_bounds(histogram(x.evidence[split], r), x.evidence[split].exact) for x in runs] for r in ratios} if pixels else {}
+    if any(high - low > 1e-4 for each in bounds.values() for low, high in each):
+        rows.append(['PR-AUC, bounds by rounding', *('–' if found[r]['pr_auc'].value is None else ', '.join(f'[{low:.4f}, {high:.4f}]' for low, high in each) for r, each in bounds.items())])
     notes = [f'one seed ({runs[0].seed}): no spread over seeds'] if n == 1 else [f'±: standard deviation over {n} seeds ({", ".join(str(x.seed) for x in runs)}), what another seed would have given']
-    if blocks >= 10: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
+    if blocks >= BLOCKS: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
     return Table(['metric', *map(ratio_name, ratios)], rows, notes + ['threshold of objects: they are cut out at a few thresholds only, and the nearest is taken'])
 
 def _prevalence(evidence, ratio): neg, pos = histogram(evidence, ratio).sum(1); return Number(100 * pos / (neg + pos) if neg + pos else np.nan, '{:.2g}%')
@@ -321,25 +353,25 @@ def curves_table(results:Results) -> Table:
     "Precision at some recalls"
     return Table(['recall', *map(ratio_name, results.curves)], [[Number(RECALLS[i], '{:.2f}'), *(found[i] for found in results.curves.values())] for i in range(4, len(RECALLS), 5)], ['where the curve first reaches the recall'], 'Precision at a recall')
 
-# %% ../nbs/07_report.ipynb #4216ec2f
+# %% ../nbs/07_report.ipynb #e4d73653
 def _shown(run):
     "Ratio, threshold, IoU and smallest object of the tables about objects"
     r = run.calibration.ratio
     return r, dict(threshold=cuts(run, [r])[r], iou=0.3, min_area=run.cfg.metrics.min_area)
 
 def region_table(run:Run, split:str) -> Table:
-    "Every region at the global threshold, negative tiles weighted as in the whole split"
+    "Every region at the global threshold, its negative tiles weighted so that it has the ratio itself"
     e, (r, how), rows, recalls = run.evidence[split], _shown(run), [], {}
-    t, w, m = how['threshold'], weights(e, r), match(e, **how)
+    m = match(e, **how)
     for name in sorted(set(e['region'])):
-        here = e['region'] == name; n_pos = int(e['positive'][here].sum())
-        x, ap = pixel_metrics(e.select(here), w[here], t), average_precision(histogram(e.select(here), w[here])) if n_pos else np.nan
-        rows.append([name, n_pos, int(here.sum()) - n_pos, Number(float(ap)), Number(x['precision']), Number(x['recall']), int(m.tp[here].sum()), int(m.fn[here].sum()), int(m.fp[here].sum())])
-        if n_pos >= run.cfg.calibrate.min_region_positives: recalls[name] = x['recall']
+        here = e['region'] == name; n_pos, part = int(e['positive'][here].sum()), e.select(here)
+        x = bootstrap(part, [r], how['threshold'], (), replicates=0)[r]
+        rows.append([name, n_pos, len(part) - n_pos, Number(weight(part, r), '{:.3g}'), *(_plain(x[k]) for k in ('pr_auc', 'precision', 'recall')), int(m.tp[here].sum()), int(m.fn[here].sum()), int(m.fp[here].sum())])
+        if n_pos >= run.cfg.calibrate.min_region_positives and x['recall'].value is not None: recalls[name] = x['recall'].value
     gap = max(recalls.values()) - min(recalls.values()) if recalls else 0
     hints = [f'Recall differs by {gap:.2f} between {min(recalls, key=recalls.get)} and {max(recalls, key=recalls.get)}: consider region-specific thresholds (guide 6.4).'] if gap > 0.2 else []
-    return Table(['region', 'tiles with', 'without', 'PR-AUC', 'precision', 'recall', 'slumps found', 'missed', 'false objects'], rows,
-                 [f'tiles with and without a slump; pixel metrics at {ratio_name(r)}, at the one threshold of all regions; slumps and false objects as counted in the split, found from an IoU of 0.3 on'], hints=hints)
+    return Table(['region', 'tiles with', 'without', 'w', 'PR-AUC', 'precision', 'recall', 'slumps found', 'missed', 'false objects'], rows,
+                 [f'tiles with and without a slump; pixel metrics at {ratio_name(r)} in each region, where a tile without counts w times, at the one threshold of all regions; slumps and false objects as counted in the split, found from an IoU of 0.3 on'], hints=hints)
 
 def size_table(run:Run, split:str) -> Table:
     "Object recall by size, the longest side of the object's rectangle on the ground"
@@ -372,7 +404,7 @@ def false_alarms_table(run:Run, split:str) -> Table:
     return Table(['false objects', 'in tiles with a slump', 'in tiles without', f'at {ratio_name(r)}'], rows,
                  [f'at the threshold of {ratio_name(r)}; each of a tile without a slump counts {w:.3g} times at {ratio_name(r)}', 'confidence: the mean probability of the object, calibrated'], 'False alarms')
 
-# %% ../nbs/07_report.ipynb #980c16bf
+# %% ../nbs/07_report.ipynb #59426392
 def comparison(results:list[Results]) -> tuple[str, dict[str, list[Table]]]:    # the split, and {section: tables}
     "Headline, paired differences to the first configuration, and the settings that differ"
     first, *others = results; m = first.metrics
@@ -381,6 +413,7 @@ def comparison(results:list[Results]) -> tuple[str, dict[str, list[Table]]]:    
     seen = lambda x: ([y.evidence[split] for y in x.runs], [cuts(y, m.ratios) for y in x.runs])
     (a, at), names, rows = seen(first), _rows(found[first.label]), []
     for label, k in names: rows += [[label], *([f'{x.label} ({len(x.runs)})', *(found[x.label][r][k] for r in m.ratios)] for x in results)]
+    rows += [['probability threshold'], *([f'{x.label} ({len(x.runs)})', *(Several([threshold(y, r) for y in x.runs]) for r in m.ratios)] for x in results)]
     headline = Table(['configuration (seeds)', *map(ratio_name, m.ratios)], rows, [f'± standard deviation over seeds; [low, high] 95% over blocks; pixels and objects at the thresholds of each; sizes and ratios as set for {first.label}'])
     def differences(x): b, bt = seen(x); return compare(a, b, m.ratios, at, bt, IOUS, m.min_area, m.replicates)
     paired, rows = {x.label: differences(x) for x in others}, []
@@ -457,17 +490,20 @@ def reliability_figure(run:Run) -> Figure:
     for ax, r in zip(fig.subplots(1, len(ratios), squeeze=False)[0], ratios): show_reliability(run.evidence['val'], run.calibration, r, ax)
     return fig
 
-# %% ../nbs/07_report.ipynb #f7cf8a54
+# %% ../nbs/07_report.ipynb #489ee26e
 PICTURES = dict(false_alarms='Worst false alarms', misses='Worst misses', finds='Best finds')
 
 def gallery(run:Run,
             split:str,
             n:int=4                # tiles of each kind
            ) -> dict:              # {kind: [(figure, caption), …]}; empty where manifest or logits are gone
-    "Pictures of the tiles that decide the numbers, at the threshold of the calibration's ratio"
+    "Pictures of the tiles that decide the numbers, at the threshold of the calibration's ratio; raises `ReportError` where their scores are damaged"
     path = evidence_path(run.folder, split, run.cfg.infer.views).with_suffix('.npz')
     if run.manifest is None or not path.exists(): return {}
-    maps, e, t = dict(np.load(path)), run.evidence[split], _shown(run)[1]['threshold']
+    try: maps = dict(np.load(path))
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as e:
+        raise ReportError(f'The scores for the pictures are damaged ({_place(path, 6)}: {e}): rtsseg-evaluate --run {_place(run.folder)} --split {split} makes them anew.') from None
+    e, t = run.evidence[split], _shown(run)[1]['threshold']
     cut = _cut_score(run, split, t); e = e.select(np.array([tile in maps for tile in e['tile_id']], bool)); counts = tile_counts(e, t)
     def picture(i):
         tile = e['tile_id'][i]
@@ -484,16 +520,37 @@ def _picture(run, split, tile, z, cut):
         if 0 < inside.mean() < 1: right.contour(inside, [.5], colors=color, linewidths=1.2)
     return fig
 
-# %% ../nbs/07_report.ipynb #e545316e
+# %% ../nbs/07_report.ipynb #f199d3c1
 def operating_tables(run:Run) -> list[Table]:
     "Thresholds for pixels and for objects, and what they gave on validation (guide 12.2)"
     c, target = run.calibration, f'on validation, target precision {run.calibration.target_precision:g}; precision and recall are those of the tiles that the threshold was chosen on'
     pixels = [[ratio_name(r), threshold(run, r), Number(p.raw_threshold, probability_text(p.logit)), p.precision, p.recall] for r, p in c.thresholds.items()]
-    objects = [[f'{ratio_name(r)}, {name}', probability(run, logit(p.raw_threshold), p.why or p.monotone_why), p.min_area, p.precision, p.recall, p.f1]
+    tested, floor = run.evidence.get('test'), run.cfg.metrics.min_area
+    objects = [[f'{ratio_name(r)}, {name}', _object_threshold(run, p), p.min_area, p.precision, p.recall, p.share, p.f1, *(_on_test(tested, r, p, floor) if tested else [])]
                for r in c.objects for name, p in (('best floor', c.objects[r]), ('floor of the tables', c.object_thresholds[r]))]
+    regions = []
+    for name, x in c.regions.items():
+        if not x.thresholds: regions.append([name, 'every ratio', Estimate(None, why=x.why), *['–'] * 6])
+        for r, p in x.thresholds.items():
+            o = x.objects.get(r)
+            regions.append([name, ratio_name(r), probability(run, p.logit, _instead(run, p)), p.precision, p.recall, *([_object_threshold(run, o), o.min_area, o.precision, o.share] if o else ['–'] * 4)])
     return [Table(['ratio', 'threshold', 'uncalibrated', 'precision', 'recall'], pixels, [target], f'Pixels, seed {run.seed}'),
-            Table(['ratio', 'threshold', 'smallest object, px', 'object precision', 'object recall', 'object F1'], objects,
-                  [f'{target}; matched at IoU 0.3', 'best floor: of all thresholds and smallest objects that reach the target, the one of highest recall; the floor holds for true objects too'], f'Objects, seed {run.seed}')]
+            Table(['ratio', 'threshold', 'smallest object, px', 'object precision', 'object recall', 'of all', 'object F1', *['precision on test', 'of all on test'] * bool(tested)], objects,
+                  [f'{target}; matched at IoU 0.3', 'best floor: of all thresholds and smallest objects that reach the target, the one that finds most of all slumps; the floor holds for true objects too, so recall is of those that reach it',
+                   f'of all: the share that is found of all slumps{f" of at least {floor} pixels" * bool(floor)}, whether they reach the floor or not']
+                  + ['on test: at the nearest threshold at which its objects were cut out'] * bool(tested), f'Objects, seed {run.seed}'),
+            Table(['region', 'ratio', 'threshold', 'precision', 'recall', 'threshold of objects', 'smallest object, px', 'object precision', 'of all'], regions,
+                  [f'{target}; each region at the ratio itself, objects with the best floor. Where a region has no thresholds of its own, use those of all regions, above; the other tables of this page use those everywhere'], f'Thresholds by region, seed {run.seed}')]
+
+def _object_threshold(run, point): return probability(run, logit(point.raw_threshold), _instead(run, point) or point.monotone_why)
+
+def _on_test(evidence, ratio, point, floor):
+    "Object precision of an operating point, and the share that it finds of all slumps"
+    at = lambda area: object_grid(evidence, ratio, 0.3, [area], [point.raw_threshold]).iloc[0]
+    own, every = at(point.min_area), at(floor)
+    tp, false = own.tp, own.fp_positive + own.fp_negative
+    n = every.tp + every.fn
+    return _supported(own.precision, tp / (tp + false) if tp + false else np.nan, int(own.support), weight(evidence, ratio)), Number(tp / n if n else np.nan)
 
 def calibration_tables(run:Run) -> list[Table]:
     "How scores become probabilities, and how right these are before and after (guide 12.1)"
@@ -511,10 +568,11 @@ def _small(e): return Number(np.nan if e.value is None else e.value, '{:.2g}' if
 
 def views_tables(run:Run) -> list[Table]:      # empty where validation was seen one way only
     "What test-time augmentation gains on validation, and what it costs (guide 10.4, step 4)"
+    if sum(evidence_path(run.folder, 'val', v).exists() for v in VIEWS) < 2: return []
     gains = views_gain(run.folder); scores = [k for k in gains if k.startswith('PR-AUC')]
     rows = [[views, Number(x['seconds a tile'], '{:.3g}'), *(Number(x[k], '{:.4f}') for k in scores), Number(x.get('gain', np.nan), '{:+.4f}', why), Number(x.get('noise', np.nan), '{:.4f}'), x.verdict if why is not None else '–']
             for views, x in gains.iterrows() for why in [x.get('why') if isinstance(x.get('why'), str) else None]]
-    return [Table(['views', 'seconds a tile', *scores, 'gain', 'noise', 'verdict'], rows, [f'gain: of {_monitor(run)} over one view; noise: two standard deviations of it, over blocks', recommend(gains)], 'Test-time augmentation')] * (len(gains) > 1)
+    return [Table(['views', 'seconds a tile', *scores, 'gain', 'noise', 'verdict'], rows, [f'gain: of {_monitor(run)} over one view; noise: two standard deviations of it, over blocks', recommend(gains)], 'Test-time augmentation')]
 
 def data_tables(run:Run) -> list[Table]:
     "The data card: tiles, positives and prevalence by split and by region"
@@ -570,7 +628,9 @@ def notes(results:Results) -> list[str]:
         if r.calibration.evidence != r.evidence['val'].hash: out.append(f'Seed {r.seed}: the validation evidence was written anew after the calibration; if the model changed, run rtsseg-calibrate --run {_place(r.folder)} again.')
     if x.environment.get('git_clean') is False: out.append('The code had uncommitted changes: the commit alone does not bring this run back.')
     if x.manifest is None: out.append('The manifest is gone, or is no longer what this run was trained on: no data card and no pictures of tiles.')
-    if not x.evidence['val'].exact: out.append('Scores were rounded to half precision for the evidence; summary() in rtsseg.intervals gives the bounds that this puts on each PR-AUC.')
+    for split, e in x.evidence.items():
+        grid = 'half precision' if e.bins == 'float16' else f'the nearest of {CODES - 1} values from {{:.4g}} to {{:.4g}}'.format(*e.bins)
+        if not e.exact: out.append(f'Scores of the {split} split were rounded to {grid} for the evidence. That bounds each PR-AUC; the bounds stand below the metrics where they are more than 1e-4 apart.')
     return out
 
 # %% ../nbs/07_report.ipynb #27a1c31a
@@ -597,7 +657,7 @@ def _all_tables(results):
     split, found = comparison(results)
     return split, found | {f'{x.label}: {section}': t for x in results for section, t in _tables(x).items()}
 
-# %% ../nbs/07_report.ipynb #3863bbb7
+# %% ../nbs/07_report.ipynb #3d0c698c
 WORDS = [('PR-AUC', 'area under the curve of precision against recall, over all thresholds: 1 is perfect, chance gives the share of slump pixels'),
          ('precision, recall', 'the share of what is predicted that is labelled a slump, and the share of what is labelled that is predicted'),
          ('IoU_RTS, F1_RTS', 'overlap of predicted and labelled pixels: those in both, over those in either (IoU), or twice over the sum of the two (F1)'),
@@ -606,7 +666,7 @@ WORDS = [('PR-AUC', 'area under the curve of precision against recall, over all 
          ('positive, negative tile', 'a tile with, and a tile without a pixel that is labelled a slump'),
          ('block', 'a square of land. Neighbours look alike, so whole blocks are dealt to the splits, and drawn for intervals'),
          ('guide', 'the RTS training guide, with the section')]
-SPLITS = dict(test='the test split, on which nothing was chosen', val='the validation split, on which checkpoint, calibration and thresholds were chosen, so it flatters: no evidence of a test split is in the run folder')
+SPLITS = dict(test='the test split, on which nothing was chosen', doubt='the test split', val='the validation split, on which checkpoint, calibration and thresholds were chosen, so it flatters: no evidence of a test split is in the run folder')
 
 def figures(results:Results) -> dict[str, Figure]:
     "The figures of one configuration"
@@ -616,21 +676,23 @@ def _sections(results, found, drawn):
     "{heading: blocks} of one configuration, from its tables and figures"
     run, split, many, m = results.first, results.split, len(results.runs) > 1, results.metrics
     shown = [Text(f'Of {len(results.runs)} seeds, {run.seed} is shown.', 'soft')] * many
-    def others(name): return found[name][:2] + [Fold(f'The other seed{"s" * (len(results.runs) > 2)}', found[name][2:])] * many
+    def others(name): n = len(found[name]) // len(results.runs); return found[name][:n] + [Fold(f'The other seed{"s" * (len(results.runs) > 2)}', found[name][n:])] * many
     head, loose, *seeds = found['Headline']; by_threshold, *stops = found['Threshold']; whole, drawn_too, *views = found['Validation']
-    fit = run.calibration.ratio; cut = probability(run, logit(_shown(run)[1]['threshold'])); pictures = gallery(run, split)
+    fit = run.calibration.ratio; cut = probability(run, logit(_shown(run)[1]['threshold']))
+    try: pictures, gone = gallery(run, split), Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')
+    except ReportError as e: pictures, gone = {}, Text(str(e), 'hint')
     tiles = [b for k, items in pictures.items() for b in (Text(PICTURES[k], 'head'), Tiles([Picture(f, c, 'jpeg', 110) for f, c in items]) if items else Text('There are none.', 'soft'))]
-    return {'Headline': [Text(f'Measured on {SPLITS[split]}. Ratio 1:r means r tiles without a slump for each tile with one.'), head, Fold('What the words mean', [Bullets(WORDS)]), Fold('Objects at IoU 0.1 and 0.5', [loose])] + [Fold('Each seed', seeds)] * many,
+    return {'Headline': [*[Text(results.doubt, 'hint')] * bool(results.doubt), Text(f'Measured on {SPLITS["doubt" if results.doubt else split]}. Ratio 1:r means r tiles without a slump for each tile with one.'), head, Fold('What the words mean', [Bullets(WORDS)]), Fold('Objects at IoU 0.1 and 0.5', [loose])] + [Fold('Each seed', seeds)] * many,
             'Threshold': [Text('What other thresholds would have given. The same threshold is applied at every ratio here, whereas in the headline each ratio has its own.'), slider(results, split, stops), Fold('The same as a table', [by_threshold])],
             'Operating point': others('Operating point'),
             'Calibration': [*others('Calibration'), Picture(drawn['reliability'], f'Reliability on validation, seed {run.seed}: of the pixels that are given a probability, the share that is positive. Nearly all pixels lie in the lowest bin.')],
             'Validation': [Text('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at 1:1 only has learnt the balanced sample, not the landscape (guide 10.5).'), whole, *shown,
                            Text('A ratio is reached by counting each tile without a slump w times, as above, or by drawing that many of them at random. Where the split has enough to draw from, both should agree.'), drawn_too, *views],
             'Precision and recall': [Picture(drawn['precision and recall'], f'{"Test" if split == "test" else "Validation"}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on validation, hollow where the target precision was not reached there. '
-                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= 10 else 'No bands: fewer than 10 blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
+                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= BLOCKS else f'No bands: fewer than {BLOCKS} blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
             'Objects': shown + found['Objects'], 'Regions': shown + found['Regions'],
             'Gallery': [*shown, Text(f'Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted, '
-                                     f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')],
+                                     f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [gone],
             'Training': [*found['Training'], Picture(drawn['training'], 'Left: training and validation loss. Middle: validation, a star at the exported epoch. Right: learning rates. Dotted lines are curriculum steps (positive to negative tiles), shading is a frozen phase.')],
             'Data': [Text(f"Manifest {run.environment.get('manifest_hash', 'unknown')}. Most of a tile with a slump is background, so the share of slump pixels is far below that of tiles."), *found['Data']],
             'Environment': found['Environment'],
@@ -643,9 +705,9 @@ def _cards(results):
 
 def _lead(results):
     cfg, runs = results.first.cfg, results.runs
-    return f'{cfg.model.architecture} with {cfg.model.encoder}, {cfg.model.in_channels} channels; seed{"s" * (len(runs) > 1)} {", ".join(str(x.seed) for x in runs)}; configuration {results.first.folder.parent.name}.'
+    return f'{cfg.model.architecture} with {cfg.model.encoder}, {cfg.model.in_channels} channels; seed{"s" * (len(runs) > 1)} {", ".join(str(x.seed) for x in runs)}; configuration {results.first.folder.parent.name}.{" " * bool(results.doubt)}{results.doubt}'
 
-# %% ../nbs/07_report.ipynb #cff67d1a
+# %% ../nbs/07_report.ipynb #accf4fab
 @dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
@@ -661,7 +723,7 @@ class Report:
     def title(self): return title_of(self.results, self.split)
     def __str__(self):
         folders = [f'run folder: {os.path.relpath(x.folder)}' for r in self.results for x in r.runs]
-        return '\n'.join([self.title, '', str(self.headline), '', *folders, f'report:     {os.path.relpath(self.path)}', f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}'])
+        return '\n'.join([self.title, *[x.doubt for x in self.results if x.doubt and self.split == 'test'], '', str(self.headline), '', *folders, f'report:     {os.path.relpath(self.path)}', f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}'])
     def __repr__(self): return f'{self.title}\n{self.headline}'
     def _repr_html_(self): return Text(self.title, 'head').html() + self.headline.html()
 
@@ -671,13 +733,15 @@ def title_of(results, split):
     return f'{results[0].label}: {which}' + ' (Test-Realistic was not evaluated)' * (split == 'val')
 
 def report(runs,                     # a run folder, or several: seeds of one configuration, or configurations to be compared
-           out:str|Path|None=None    # where the page goes; None: report.html in the run folder, or above several
+           out:str|Path|None=None    # where the page goes: a file that ends in .html, or a folder; None: report.html in the run folder, or above several
           ) -> Report:
     "Write report.html, and report.md for an appendix; raises `ReportError`"
+    path = Path(out)/'report.html' if out and Path(out).is_dir() else Path(out or 'report.html')
+    if path.suffix != '.html': raise ReportError(f'{out}: a page is written to a file that ends in .html, with report.md beside it, or into a folder that is there')
     results = read_results(runs); split, found = _all_tables(results)
     folders = [x.folder for r in results for x in r.runs]
     if not out and len({f.parents[2] for f in folders}) > 1: raise ReportError('the runs lie under different roots: say with --out where the report goes')
-    path = Path(out) if out else Path(os.path.commonpath(folders))/'report.html'
+    if not out: path = Path(os.path.commonpath(folders))/'report.html'
     drawn = [figures(x) for x in results]
     if len(results) == 1: parts, lead = [Part('', _sections(results[0], found, drawn[0]), _cards(results[0]))], _lead(results[0])
     else:
@@ -686,7 +750,8 @@ def report(runs,                     # a run folder, or several: seeds of one co
         lead = f'{len(results)} configurations on the {"test" if split == "test" else "validation"} split; {reason}. Each has its own report below.'
         parts = [Part('', {**{k: found[k] for k in ('Comparison', 'Paired differences', 'Settings that differ')}, 'Curves': [Picture(comparison_figure(results, split), 'Precision against recall at each ratio, a line a seed.')], 'How to repeat it': [Text('Every number of this page, in one call:'), Code(recompute(results))]}),
                  *(Part(f'{title_of([x], x.split)}. {_lead(x)}', _sections(x, own(x), d), _cards(x)) for x, d in zip(results, drawn))]
-    write(path, title_of(results, split), lead, parts)
+    try: write(path, title_of(results, split), lead, parts)
+    except OSError as e: raise ReportError(f'{path} cannot be written: {e.strerror}') from None
     return Report(results, split, found, drawn[0], path)
 
 def write(path, title, lead, parts):
@@ -696,7 +761,7 @@ def write(path, title, lead, parts):
     for name, data in pictures.items(): write_atomic(folder/name, data)
     write_atomic(path.with_suffix('.md'), text); write_atomic(path, page(title, lead, parts))
 
-# %% ../nbs/07_report.ipynb #6d3d8154
+# %% ../nbs/07_report.ipynb #7a6692b1
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -726,8 +791,10 @@ def rtsseg_report(runs:Param('run folders: seeds of one configuration, or config
                   seed:int=None,                   # another seed
                   seeds:str='',                    # several seeds, as '42 43 44'
                   overrides:str='[]',              # one section.field=value, or a JSON list of them
-                  out:str=''                       # where the page goes; '' puts report.html into the run folder, or above several
+                  out:str=''                       # where the page goes, a file that ends in .html or a folder; '' puts report.html into the run folder, or above several
                  ):
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
-    try: print(report(runs or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
+    try:
+        named = [named_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in runs or []]
+        print(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
     except (ReportError, ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

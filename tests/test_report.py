@@ -1,9 +1,10 @@
 "The report: its numbers by other libraries, its page in a browser, its errors from a shell"
 import base64, hashlib, html, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
 from pathlib import Path
 
-import cv2, mistune, numpy as np, pytest
+import cv2, mistune, numpy as np, pandas as pd, pytest
 from PIL import Image
 from scipy import ndimage
 from scipy.special import expit, logit
@@ -14,8 +15,8 @@ from rtsseg.config import CurriculumRow, load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
 from rtsseg.intervals import summary
 from rtsseg.metrics import Meter, evidence_path, telling_tiles
-from rtsseg.page import Table, Text
-from rtsseg.report import METRICS, ReportError, gallery, read_run, report, tables, training_figure
+from rtsseg.page import Bullets, Reasons, Table, Text
+from rtsseg.report import METRICS, ReportError, Several, gallery, read_run, region_table, report, tables, threshold, training_figure
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -119,8 +120,8 @@ def test_where_it_fails_by_other_libraries(runs):
     "Regions, sizes, misses and false alarms at the threshold of the fit, from the pixels"
     made = runs[0][0]; s, found = Split(made, 1), tables(made[0]); region, = found['Regions']; sizes, missed, false = found['Objects']; counts = s.objects(s.grid)
     for name, row in region.frame.iterrows():
-        here, pixels = s.region == name, (s.region == name)[s.of]
-        want = {k: v for k, v in s.pixels(s.cut, pixels).items() if k in ('precision', 'recall')} | {'PR-AUC': average_precision_score(s.y[pixels], s.s[pixels], sample_weight=s.each[pixels])}
+        here, pixels = s.region == name, (s.region == name)[s.of]; w = s.positive[here].sum() / (~s.positive[here]).sum(); s.each = np.where(s.positive, 1., w)[s.of]
+        want = {'w': w} | {k: v for k, v in s.pixels(s.cut, pixels).items() if k in ('precision', 'recall')} | {'PR-AUC': average_precision_score(s.y[pixels], s.s[pixels], sample_weight=s.each[pixels])}
         assert {k: row[k] for k in want} == pytest.approx(want)
         assert [row[k] for k in ('slumps found', 'false objects', 'missed')] == list(counts[here].sum(0)) and (row['tiles with'], row['without']) == (s.positive[here].sum(), (~s.positive[here]).sum())
     assert set(region.frame.index) == set(s.region)
@@ -134,6 +135,65 @@ def test_where_it_fails_by_other_libraries(runs):
     assert blocks[-1][1:3] == total and blocks[-1][3].value == pytest.approx(s.tile @ counts[:, 1])
     for name in set(s.region): assert [r[1] + r[2] for r in blocks if r[0] == name] == [counts[s.region == name, 1].sum()]
     assert sum(r[1] + r[2] for r in blocks) == 4 * sum(total)                                  # by size, by region, by confidence, and all
+
+def test_regions_are_at_the_ratio_too(runs):
+    "At 1:200 each of a region's few empty tiles counts often: what rests on fewer than 30 of them is a bound, and the bound holds; recall is a number"
+    made = runs[0][0]; run, s = read_run(made[0]), Split(made, 200); run.calibration = run.calibration.model_copy(update=dict(ratio=200))
+    for name, n_pos, n_neg, w, ap, precision, recall, *_ in region_table(run, 'test').rows:
+        pixels = (s.region == name)[s.of]; s.each = np.where(s.positive, 1., w.value)[s.of]; want = s.pixels(s.cut, pixels)
+        assert w.value == pytest.approx(200 * n_pos / n_neg) and w.value > 1 and n_neg < 30 and recall.value == pytest.approx(want['recall'])
+        for cell, value in ((ap, average_precision_score(s.y[pixels], s.s[pixels], sample_weight=s.each[pixels])), (precision, want['precision'])):
+            assert cell.value is None and 'of the 30 negative tiles that are needed' in cell.why and cell.high >= value - 1e-12
+
+def test_operating_points_of_objects_by_hand(runs):
+    "On validation and on test: precision, and the share that is found of all slumps, small ones too"
+    made = runs[0][0]; c, run = made[2], read_run(made[0]); frame = tables(made[0])['Operating point'][1].frame
+    for ratio, name in ((1, '1:1 (balanced)'), (200, '1:200')):
+        for label, point in (('best floor', c.objects[ratio]), ('floor of the tables', c.object_thresholds[ratio])):
+            row = frame.loc[f'{name}, {label}']
+            for split, share, precision in (('val', 'of all', 'object precision'), ('test', 'of all on test', 'precision on test')):
+                s = Split(made, ratio, split); near = min(run.evidence[split].thresholds, key=lambda t: abs(t - point.raw_threshold))
+                tp, fp, fn = s.tile @ s.objects(near, .3, point.min_area); every = s.objects(near)[:, [0, 2]].sum()
+                assert row[share] == pytest.approx(tp / every) and (s.w > 1 if pd.isna(row[precision]) else row[precision] == pytest.approx(tp / (tp + fp)))
+    assert c.objects[1].min_area > 0 and frame['of all'].iloc[0] <= frame['object recall'].iloc[0]
+
+def test_regions_have_their_thresholds_or_a_reason(runs, tmp_path):
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); run = read_run(folder); few = tables(folder)['Operating point'][2]
+    assert set(few.frame.index) == set(run.evidence['val']['region']) and all('30 are needed: global thresholds' in r[2].why and r[2].value is None for r in few.rows)
+    found = calibrate(run.evidence['val'], run.cfg.calibrate.model_copy(update=dict(min_region_positives=1)), run.cfg.metrics); found.save(folder/'model'/'calibration.json'); own = tables(folder)['Operating point'][2]
+    want = [[name, p.threshold, p.precision.value, p.recall.value, o.threshold, o.min_area, o.share.value] for name, x in found.regions.items() for r, p in x.thresholds.items() for o in [x.objects[r]]]
+    assert [[r[0], r[2].value, r[3].value, r[4].value, r[5].value, r[6], r[8].value] for r in own.rows] == want and len(want) == 2 * len(found.regions)
+
+def test_what_is_used_instead(runs):
+    "A target that is not reached is missed on validation, by a seed; several seeds are named each, and numbers stay with their ratio"
+    both = [read_run(f) for f, *_ in runs[0]]
+    for x, best in zip(both, ('0.3', '0.2')):
+        for r in (1, 200): x.calibration.thresholds[r] = x.calibration.thresholds[r].model_copy(update=dict(reached=False, raw_threshold=.5, logit=0., why=f'not reached at 1:{r}: the best is {best if r == 1 else best + "5"}'))
+    cells = [Several([threshold(x, r) for x in both]) for r in (200, 1)]
+    assert cells[1].why == 'on validation, seed 42: not reached at 1:1: the best is 0.3; the uncalibrated 0.5 is used instead; on validation, seed 43: not reached at 1:1: the best is 0.2; the uncalibrated 0.5 is used instead'
+    assert 'seed 42: not reached at 1:200, 1:1: the best is 0.35, 0.3; ' in str(Table(['a', 'b'], [['x', c] for c in cells]))
+    many = Reasons(); marks = [many.mark('x' * i) for i in range(1, 80)]; assert marks[25:28] == [' (z)', ' (aa)', ' (ab)'] and marks[52] == ' (ba)' and many.lines()[27] == f'(ab) {"x" * 28}'
+
+@pytest.mark.parametrize('looks, says', [([], 'knows of no look'), ([(43, False)], 'knows of no look'), ([(42, False)], ''), ([(42, True)], 'was FORCED (seed 42)'), ([(42, False), (42, True)], 'was FORCED (seed 42)')])
+@pytest.mark.parametrize('beside', [True, False])
+def test_the_head_tells_of_doubtful_looks(runs, tmp_path, looks, says, beside):
+    "Lead and headline say where the ledger, beside the run or where its config says, does not bear out that nothing was chosen on test"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); path = folder/'config.yaml'; path.write_text(path.read_text().replace(str(runs[1].runs), str(tmp_path/'elsewhere')))
+    ledger = dict(config='h', rule='', looks=[dict(config='h', rule='', when='', seed=s, forced=f) for s, f in looks])
+    write_atomic((tmp_path if beside else tmp_path/'elsewhere')/'test_ledger.json', json.dumps({read_run(folder).environment['manifest_hash']: ledger}))
+    done = report(folder); head = done.path.read_text().partition('<table>')[0]
+    assert ('on which nothing was chosen' in head) == (not says) == done.results[0].allowed and ('<p class="hint">' in head) == bool(says)
+    assert not says or head.count(says) == 2 and says in str(done)
+
+@pytest.mark.parametrize('bins', ['float16', (-400, 400)])
+def test_rounded_scores_have_bounds(runs, tmp_path, bins):
+    "Scores that the grid does not hold: the report gives bounds, which hold scikit-learn's value, and names the grid"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); run, s = read_run(folder), Split(runs[0][0], 1); z = s.z / 40 + 100
+    meter = Meter(run.manifest.of('test').table, run.evidence['test'].thresholds, bins); meter.update(z, s.masks, np.arange(len(z))); meter.evidence().write(evidence_path(folder, 'test'))
+    low, high = map(float, re.findall(r'[\d.]+', tables(folder)['Headline'][0].frame.loc['PR-AUC, bounds by rounding', '1:1 (balanced)']))
+    assert low - 5e-5 <= average_precision_score(s.y, z[s.masks != 255], sample_weight=s.each) <= high + 5e-5 and high - low > 1e-4
+    page = report(folder).path.read_text(); assert ('rounded to half precision' in page) == (bins == 'float16') and ('65535 values from -400 to 400' in page) == (bins != 'float16')
+    assert 'bounds by rounding' not in str(tables(runs[0][0][0])['Headline'][0])
 
 def test_calibration_by_other_libraries(runs):
     made = runs[0][0]; c = made[2]; frame = tables(made[0])['Calibration'][1].rows; ratio = None
@@ -184,6 +244,7 @@ def test_configurations_are_compared(runs, tmp_path):
     mine = [[r for r in rows if len(r) > 1] for rows in (headline.rows, paired.rows)]
     assert [r[1].value for r in mine[0][:2]] == pytest.approx([np.mean(a) for a in ap]) and mine[1][0][1].value == pytest.approx(np.mean(ap[1]) - np.mean(ap[0]))
     assert mine[1][0][1].std == pytest.approx(np.std(np.subtract(ap[1], ap[0]), ddof=1))
+    want = [', '.join(dict.fromkeys(str(threshold(read_run(f), 1)) for f, *_ in group)) for group in made]; assert [str(r[1]) for r in mine[0][-2:]] == want
     assert [r[:3] for r in done.tables['Settings that differ'][0].rows] == [['epochs', '2', '3']]
     page = done.path.read_text(); label = [x.label for x in done.results]
     assert done.path == (tmp_path/'r'/'report.html').resolve() and done.split == 'val' and 'would make it a second validation split' in page
@@ -253,6 +314,10 @@ def test_other_tiles_are_not_compared(runs, tmp_path):
     other, *_ = make_run(cfg.model_copy(update=dict(runs=tmp_path, data=cfg.data.model_copy(update=dict(manifest=world.path)))), world)
     with pytest.raises(ReportError, match=f'evaluated on different tiles.*{world.hash}'): report([both[0][0], other])
     with pytest.raises(ReportError, match='named twice'): report([both[0][0]] * 2)
+    again = shutil.copytree(both[0][0], both[0][0].parent/'seed42-before')
+    try:
+        with pytest.raises(ReportError, match='seed42 and .*seed42-before are both of seed 42'): report([both[0][0], again])
+    finally: shutil.rmtree(again)
 
 def test_gallery_shows_what_the_report_counts(runs):
     "The tiles that tell most of all at the calibrated threshold, each once; beside each the calibrated probability of its own scores, on a scale with the threshold"
@@ -327,10 +392,15 @@ def test_markdown_says_the_same(runs):
     files = re.findall(r'<img src="(.*?)"', shown); assert len(files) == page.count('<img ') and all(Image.open(made.path.parent/f).size[0] > 300 for f in files)
     (made.path.parent/'report_files'/'figure-999.png').write_bytes(b''); report([runs[0][0][0]]); assert not (made.path.parent/'report_files'/'figure-999.png').exists()     # of an older report
 
-@pytest.mark.parametrize('text', ['a|b', '*a* _b_ `c`', '[a](b)', '<b>', 'a\nb', '# a', '\\', '$a$', '~~a~~', '&amp;', '- a', '![a](b)', '1. a', 'https://a.b'])
+@pytest.mark.parametrize('text', ['a|b', '*a* _b_ `c`', '[a](b)', '<b>', 'a\nb', '# a', '\\', '$a$', '~~a~~', '&amp;', '- a', '+ a', '---', '- - -', '===', '![a](b)', '1. a', '1) a', '12.', '-0.3', 'https://a.b'])
 def test_markdown_shows_every_letter(text):
     render = mistune.create_markdown(escape=False, plugins=['table', 'strikethrough', 'math'])
-    for block in (Table(['a', 'b'], [[text, 'x']]), Text('x ' + text)): assert ' '.join(text.split()) in html.unescape(re.sub(r'<[^>]*>', '', render(block.markdown(str))))
+    for block in (Table(['a', 'b'], [[text, 'x']]), Text(text), Bullets([text]), Bullets([(text, text)]), Text(text, 'hint')): assert ' '.join(text.split()) in html.unescape(re.sub(r'<[^>]*>', '', render(block.markdown(str))))
+
+def test_pictures_are_found_where_names_have_spaces(runs, tmp_path):
+    "Beside a page with any name, by another library's links"
+    done = report([runs[0][0][0]], tmp_path/'my report (1).html'); shown = mistune.create_markdown(plugins=['table'])(done.path.with_suffix('.md').read_text())
+    files = [unquote(html.unescape(f)) for f in re.findall(r'<img src="(.*?)"', shown)]; assert len(files) > 3 and all((tmp_path/f).is_file() and f.startswith('my report (1)_files/') for f in files)
 
 browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome') or shutil.which('chrome')
 in_browser = pytest.mark.skipif(not browser, reason='no Chromium here: the page was not looked at in a browser (.ci/run installs one where it can)')
@@ -393,6 +463,30 @@ def test_damaged_evidence_is_an_error(runs, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ReportError, match=f'val.parquet.*rtsseg-evaluate --run {os.path.relpath(folder)} --split val'): report([folder])
 
+@pytest.mark.parametrize('name', ['environment.json', 'model/metrics.json', 'model/calibration.json', 'log.jsonl', 'evidence/test.parquet', '../../../test_ledger.json'])
+@pytest.mark.parametrize('damage', [lambda old: old[:len(old) // 3], lambda old: b'[1]\n' + old[:5], lambda old: b'\xff\xfe' + old])
+def test_damaged_files_are_named(runs, tmp_path, name, damage):
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); path = folder/name; old = path.read_bytes() if path.exists() else b'{"a": {"looks": []}}'
+    path.write_bytes(damage(old) if name != 'log.jsonl' else damage(old.splitlines()[0]) + b'\n' + old)
+    with pytest.raises(ReportError, match=f'{path.name}.*(anew|copy)'): tables(folder)
+
+def test_a_killed_run_has_a_report(runs, tmp_path):
+    "Its log's last line is not whole, and is left out; pictures that are not whole are said to be damaged"
+    folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); log = folder/'log.jsonl'; whole = len(read_run(folder).epochs)
+    log.write_text(log.read_text() + '{"event": "epoch", "epoch": 3, "los'); assert len(read_run(folder).epochs) == whole == 2
+    maps = evidence_path(folder, 'test').with_suffix('.npz'); data = maps.read_bytes()
+    for broken in (data[:len(data) // 2], b'', data[:200] + bytes(100) + data[300:]):
+        maps.write_bytes(broken); page = report(folder).path.read_text()
+        assert 'The scores for the pictures are damaged' in page and 'seed42 --split test makes them anew' in page and 'image/jpeg' not in page
+
+def test_where_the_page_goes(runs, tmp_path):
+    folder = runs[0][0][0]; (tmp_path/'file').write_text('')
+    assert report(folder, tmp_path).path == tmp_path/'report.html' and report(folder, str(tmp_path/'new'/'x.html')).path == tmp_path/'new'/'x.html'
+    for name in ('x.md', 'x', 'x.htm'):
+        with pytest.raises(ReportError, match=re.escape(f'{tmp_path/name}: a page is written to a file that ends in .html')): report(folder, tmp_path/name)
+        assert not (tmp_path/name).exists()
+    with pytest.raises(ReportError, match='x.html cannot be written'): report(folder, tmp_path/'file'/'x.html')
+
 def test_command(runs):
     both, cfg = runs
     command = str(Path(sys.executable).with_name('rtsseg-report')); call = lambda *a: subprocess.run([command, *map(str, a)], capture_output=True, text=True, timeout=120)
@@ -404,3 +498,4 @@ def test_command(runs):
     found = call('--config', config, '--seeds', '42,43'); assert found.stdout == named.stdout
     missing = call('--config', config, '--seed', '7'); assert missing.returncode == 2 and 'no run yet' in missing.stderr and 'Traceback' not in missing.stderr
     assert call('nowhere/x/seed1').returncode == 2
+    both_said = call(both[0][0], '--seed', '7', '--name', 'z'); assert both_said.returncode == 2 and 'a run folder has its own config: leave out name, seed' in both_said.stderr and not both_said.stdout
