@@ -25,10 +25,12 @@ from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
 from .segment import SegmentTask, background_ratio, loaders, prepare, probe
 
-# %% ../nbs/05_train.ipynb #7b6f4606
+# %% ../nbs/05_train.ipynb #66ce05a8
 class Log:
     "Writes log.jsonl, a line an event, and prints a line an epoch"
-    def __init__(self, folder:Path): self.path, self.told, self.steps, self.waited, self.starved, self.seen = folder/'log.jsonl', time.monotonic(), 0, 0., False, set()
+    def __init__(self, folder:Path):
+        self.path, self.told, self.steps, self.waited, self.starved, self.seen = folder/'log.jsonl', time.monotonic(), 0, 0., False, set()
+        if self.path.exists() and (text := self.path.read_bytes()) and not text.endswith(b'\n'): os.truncate(self.path, text.rfind(b'\n') + 1)      # a line that a kill cut off
 
     def write(self, event, **row):
         with open(self.path, 'a') as f: f.write(json.dumps(dict(event=event, **row)) + '\n')

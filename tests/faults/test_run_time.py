@@ -1,5 +1,5 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, math, multiprocessing, os, random, shutil, signal, time
+import errno, json, math, multiprocessing, os, random, shutil, signal, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, load
 from rtsseg.loop import CheckpointError, WorkerError, load_state, newest_state
 from rtsseg.toy import tiny_toy
-from rtsseg.train import Busy, RunError, Terminated, locked
+from rtsseg.train import Busy, Log, RunError, Terminated, locked
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
 CFG = dict(data=points(76), accumulate=2, epochs=4, checkpoint=dict(every=2), loader=dict(shuffle=True))      # 10 batches, 5 steps an epoch
@@ -105,6 +105,11 @@ def test_31_killed_at_random_points(tmp_path):
             for f in other.runs.rglob('*.ckpt'): load_state(f)
         assert same(one, result(other)); shutil.rmtree(other.runs)
     print(f'{killed} of {killed} kills survived, in {runs} runs')
+
+def test_31_a_line_of_the_log_that_was_cut_off(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"event": "start"}\n{"event": "ep')
+    Log(tmp_path).write('start', epoch=1)
+    assert [json.loads(l)['event'] for l in (tmp_path/'log.jsonl').read_text().splitlines()] == ['start', 'start']
 
 # ---------------------------------------------------------------- 32: asked to stop
 class Asks(Nothing):
