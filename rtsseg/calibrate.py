@@ -265,7 +265,7 @@ def probability_text(score:float    # log-odds, as `Calibration.score` gives the
     p = expit(score)
     return f'{p:.3f}' if 0.001 <= p <= 0.999 else f'{p:.2g}' if score < 0 else f'1 − {expit(-score):.2g}'
 
-# %% ../nbs/06_calibrate.ipynb #804cf548
+# %% ../nbs/06_calibrate.ipynb #6b292786
 def points(evidence:Evidence,      # of some tiles
            score,                  # log-odds of a logit, calibrated
            cfg:Calibrate,          # target and floors
@@ -283,16 +283,17 @@ def points(evidence:Evidence,      # of some tiles
         row, at = rows[r], float(score(z[best]))
         plain = lambda k: e if (e := spread[r][k]).value is not None or np.isnan(row[k]) else Estimate(row[k], why=e.why.split('; bound')[0])
         goal = f'precision {cfg.target_precision:g}'
-        why = ('' if named[r] else f'{goal} holds at 1:{r} only from a score of {z[code]:g} on, where neighbouring probabilities are rounded to the same number, and no threshold names one' if code is not None else
-               f'{goal} does not hold at 1:{r}: it is {precision:.3f} at {probability_text(at)}, but lower again above that' if precision >= cfg.target_precision else
-               f'{goal} is not reached at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {probability_text(at)}')
+        why = ('' if named[r] else f'{goal} holds on validation at 1:{r} only from a score of {z[code]:g} on, where neighbouring probabilities are rounded to the same number, and no threshold names one'
+               if code is not None else f'{goal} does not hold on validation at 1:{r}: it is {precision:.3f} at {probability_text(at)}, but lower again above that' if precision >= cfg.target_precision else
+               f'{goal} is not reached on validation at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {probability_text(at)}')
+        if why: why += '; the uncalibrated 0.5 is used'
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
         out[r] = Point(threshold=float(expit(score(logits[r]))), raw_threshold=raw[r], logit=logits[r], reached=named[r],
                        precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=float(expit(at)),
                        w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
 
-# %% ../nbs/06_calibrate.ipynb #525b7a80
+# %% ../nbs/06_calibrate.ipynb #f31406b0
 IOU = 0.3      # the headline of guide 6.2
 
 class ObjectPoint(Strict):
@@ -347,11 +348,12 @@ def object_points(evidence:Evidence,      # of some tiles, with objects
         for into, tried, chosen in ((out[0], known, high.sort_values(['share', 'f1'], kind='stable').index[-1:]), (out[1], plain, holds.index[:1])):
             best = tried.loc[tried.precision.idxmax()] if len(tried) else None
             where = '' if best is None else f'{best.precision:.3f}, at {name(best.threshold)}' + (f' with objects of at least {best.min_area:g} pixels' if best.min_area else '')
-            why = ('' if len(chosen) else f'no threshold finds {cfg.min_recall:g} of the objects at IoU {IOU:g}' if best is None else
-                   f'object precision {cfg.target_precision:g} does not hold at 1:{r}: it is {where}, but lower again above that' if best.precision >= cfg.target_precision else
-                   f'object precision {cfg.target_precision:g} is not reached at 1:{r}: the best that finds at least {cfg.min_recall:g} of all is {where}')
+            why = ('' if len(chosen) else f'no threshold finds {cfg.min_recall:g} of the objects of validation at IoU {IOU:g}' if best is None else
+                   f'object precision {cfg.target_precision:g} does not hold on validation at 1:{r}: it is {where}, but lower again above that' if best.precision >= cfg.target_precision else
+                   f'object precision {cfg.target_precision:g} is not reached on validation at 1:{r}: the best that finds at least {cfg.min_recall:g} of all is {where}')
             i = chosen[0] if len(chosen) else grid.index[(grid.threshold == evidence.nearest(0.5)) & (grid.min_area == metrics.min_area)][0]
             t, area, support = grid.loc[i]
+            if why: why += f'; the uncalibrated {t:g} is used'
             thin = f'rests on {support:g} of the {SUPPORT} negative tiles that are needed where each counts {w:.3g} times' if w > 1 and support < SUPPORT else ''
             ladder = tried.index[tried.min_area == area]
             into[r] = ObjectPoint(threshold=probability(t), raw_threshold=t, min_area=area, reached=len(chosen) > 0,
