@@ -104,8 +104,17 @@ def test_a_calibration(toy, method, tmp_path):
             assert (q.nll.value, q.brier.value) == pytest.approx((log_loss(y, prob, sample_weight=w), brier_score_loss(y, prob, sample_weight=w))) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
     assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path/'calibration.json')) == c
-    assert all(region.thresholds and region.objects for region in c.regions.values())                           # 20 positive tiles each
+    for region in c.regions.values():                                                                           # 20 positive tiles each: own points, but where too few tiles stand behind one
+        assert region.thresholds and region.objects and all(p.support >= 30 or p.w <= 1 or not p.reached for p in [*region.thresholds.values(), *region.objects.values()])
     assert max(map(len, show_calibration(c).splitlines())) <= 100
+
+def test_a_threshold_on_few_tiles_is_told(toy):
+    "At 1:200 eleven negative tiles decide: globally that is said, and a region, which has fewer still, takes the global point of that ratio"
+    c = calibrate(toy, CFG, Metrics(ratios=[5, 200], replicates=50)); thin = c.thresholds[200]
+    assert thin.reached and thin.support < 30 and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times' and not c.thresholds[5].why
+    for name, region in c.regions.items():
+        assert set(region.thresholds) == {5} and c.point(200, name) == thin and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
+        assert 'global threshold of pixels at 1:200, since its own rests on' in region.why and f'Region {name}: global' in (said := show_calibration(c)) and f'Region {name}: pixels' in said
 
 def test_an_old_file_is_told(toy, tmp_path):
     path = calibrate(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
