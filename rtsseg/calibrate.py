@@ -361,7 +361,7 @@ def object_points(evidence:Evidence,      # of some tiles, with objects
                                     w=w, support=support, why=why, monotone_why=_falls(name, grid.threshold[ladder].to_numpy(), spread['precision'][:, ladder], drawn.why))
     return out
 
-# %% ../nbs/06_calibrate.ipynb #bf0d11f7
+# %% ../nbs/06_calibrate.ipynb #9e34c13f
 class Region(Strict):
     "A region's own operating points, and why it takes the global ones where it has none"
     n_pos_tiles: int
@@ -383,6 +383,14 @@ class Quality(Strict):
     temperature: Scores
     slope_intercept: Scores
     shifted: Scores
+
+def _stored(path):
+    "What a calibration.json holds, by views"
+    try:
+        if isinstance(known := json.loads(Path(path).read_text()), dict): return known
+        why = 'it holds no object'
+    except ValueError as e: why = e
+    raise ValueError(f'{Path(path).name} cannot be read ({why}): rtsseg-calibrate makes it anew')
 
 class Calibration(Strict):
     "What calibration.json holds for one setting of views"
@@ -431,14 +439,16 @@ class Calibration(Strict):
 
     def save(self, path):
         "Write into a calibration.json, beside what it holds for other views"
-        path = Path(path)
-        known = json.loads(path.read_text()) if path.exists() else {}
+        path, known = Path(path), {}
+        if path.exists():
+            try: known = _stored(path)
+            except ValueError as e: print(f'note: {e}; done for views {self.views}, those of other views are gone', flush=True)
         return write_atomic(path, json.dumps(known | {self.views: self.model_dump(mode='json')}, indent=1) + '\n')
 
     @classmethod
     def load(cls, path, views='none'):
-        "Read the calibration of some views; raises `ValueError` where there is none, or one of another version"
-        known = json.loads(Path(path).read_text())
+        "Read the calibration of some views; raises `ValueError` where there is none, one of another version, or no readable file"
+        known = _stored(path)
         if views not in known: raise ValueError(f'{Path(path).name} holds no calibration for views {views!r}, only for {", ".join(sorted(known)) or "none at all"}')
         try: return cls.model_validate(known[views])
         except ValidationError as e:
@@ -556,16 +566,21 @@ def show_calibration(c:Calibration) -> str:
         lines += ['', fill(f'Region {name}: {region.why}')] * bool(region.why) + pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
     return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #06933324
+# %% ../nbs/06_calibrate.ipynb #0a46a134
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
+
+def _events(log):
+    "The events of a log; a line that was cut off, as by a full disk, is left out"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try: yield json.loads(line)
+        except ValueError: pass
 
 def views_gain(folder:str|Path      # a run folder with validation evidence of several views
               ) -> pd.DataFrame:    # a row a setting: seconds a tile, PR-AUC at each ratio; gain over none at the monitored ratio, its noise (2σ), the verdict, and why there is none
     "What test-time augmentation gains on validation, and what it costs (guide 10.4, 11)"
     folder = Path(folder); cfg = load(folder/'config.yaml')
     seen = {v: Evidence.read(p) for v in VIEWS if (p := evidence_path(folder, 'val', v)).exists()}
-    log = folder/'log.jsonl'
-    passes = [l for l in map(json.loads, log.read_text().splitlines() if log.exists() else []) if l['event'] == 'evaluate' and l['split'] == 'val']
+    passes = [l for l in _events(folder/'log.jsonl') if l['event'] == 'evaluate' and l['split'] == 'val']
     seconds = {l['views']: l['seconds'] / l['tiles'] for l in passes}                                  # of the last pass
     monitor = cfg.metrics.monitor.removeprefix('pr_auc@'); monitor = int(monitor) if monitor.isdigit() else monitor
     ratios, rows = list(dict.fromkeys([monitor, *cfg.metrics.ratios])), {}

@@ -122,6 +122,13 @@ def test_an_old_file_is_told(toy, tmp_path):
     path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
 
+@pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
+def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
+    path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate(toy, CFG, METRICS)
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
+    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
+    c.save(path); assert not capsys.readouterr().out
+
 def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
 @pytest.mark.parametrize('target', [.3, .5, .7, .99])
@@ -218,6 +225,11 @@ def test_views_by_their_gain_and_cost(folder, capsys):
     assert 'not recommended: no gain beyond the noise' in recommend(gains.loc[['none', 'minimal']]) and 'nothing to compare' in recommend(views_gain(folder).loc[['none'], ['PR-AUC 1:5']])
     rtsseg_calibrate(run=str(folder)); said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
+
+def test_a_log_that_was_cut_off(folder):
+    before = views_gain(folder)
+    with open(folder/'log.jsonl', 'a') as f: f.write('{"event": "evaluate", "spl')
+    assert views_gain(folder).equals(before)
 
 def test_advice_can_be_typed(folder):
     with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate_run(folder, 'ful')
