@@ -6,7 +6,7 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #b94950a2
+# %% ../nbs/05a_evaluate.ipynb #3abd7f4e
 import fcntl, io, json, os, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from .config import Config, ConfigError, config_hash, load, nearest, settings, w
 from .data import DataError, find_run, named_run, read_manifest
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
-from .metrics import Evidence, Meter, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
+from .metrics import Evidence, Meter, ap_bounds, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
 from .segment import eval_loader
 
 # %% ../nbs/05a_evaluate.ipynb #a22a20dc
@@ -54,7 +54,7 @@ def look(cfg:Config,            # who wants to look
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #3e460d3f
+# %% ../nbs/05a_evaluate.ipynb #62569c0a
 def thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
     path = Path(folder)/'model'/'calibration.json'
@@ -110,8 +110,11 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
     evidence = one_pass()
     if not resolved(evidence, cfg.metrics.ratios):
         low, high = evidence.range
-        print(f'{split}: scores lie too close together for half precision; a second pass counts them on a grid from {low:g} to {high:g}', flush=True)
+        print(f'{split}: half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts scores on a finer grid from {low:g} to {high:g}', flush=True)
         evidence = one_pass((low, high))
+        if not resolved(evidence, cfg.metrics.ratios):
+            bounds = ((r, *ap_bounds(histogram(evidence, r), evidence.exact)) for r in cfg.metrics.ratios)
+            print(f'note: {split}: PR-AUC stays uncertain by more than 1e-4: ' + ', '.join(f'between {a:.5f} and {b:.5f} at 1:{r}' for r, a, b in bounds), flush=True)
     path = evidence_path(folder, split, views); evidence.write(path)
     maps = {}                                                      # a picture says why. Validation comes before its calibration: tiles that tell at any threshold
     for tile in sorted({evidence['tile_id'][i] for t in evidence.thresholds for rows in telling_tiles(evidence, t).values() for i in rows}):

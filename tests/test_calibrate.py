@@ -14,7 +14,7 @@ from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
 from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate, thresholds
 from rtsseg.infer import VIEWS, predict, save_model, unview, view
 from rtsseg.intervals import Estimate
-from rtsseg.metrics import Evidence, Meter, average_precision, decode, evidence_path, histogram, tile_evidence
+from rtsseg.metrics import Evidence, Meter, ap_bounds, average_precision, decode, evidence_path, histogram, tile_evidence
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.segment import eval_loader
@@ -250,13 +250,22 @@ def untrained(tmp_path_factory):
 
 def test_scores_too_close_together_are_counted_again(untrained, capsys):
     folder, cfg, part, model, stats = untrained
-    evidence = Evidence.read(evaluate_run(folder)); assert 'a second pass' in capsys.readouterr().out and evidence.bins != 'float16'
+    evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    assert 'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in said and 'stays uncertain' not in said and evidence.bins != 'float16'
     with torch.inference_mode(): z, y = (np.concatenate(x) for x in zip(*((predict(model.to(memory_format=torch.channels_last), b['image']).numpy(), b['target'].numpy()) for b in eval_loader(part, stats, cfg))))
     positive = part.table.positive.to_numpy(); w = np.broadcast_to(np.where(positive, 1, positive.sum() / (~positive).sum())[:, None, None], y.shape); seen = y != 255
     half, true = (average_precision_score(y[seen] == 1, x[seen], sample_weight=w[seen]) for x in (z.astype(np.float16), z))
     assert average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4) and abs(half - true) > 1e-3
     passes = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
     assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [('evaluate', 'val', 'none', len(part), 'cpu')] * 2 and all(l['seconds'] > 0 for l in passes)
+
+def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypatch):
+    "Scores that lie within a step of the finer grid too, since the other half lies far away"
+    folder, *_ = untrained
+    def far(net, image, views): z = 1e-3 * predict(net, image, views); z[..., ::2] += 1000; return z
+    monkeypatch.setattr('rtsseg.evaluate.predict', far); evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
+    assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
 
 def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     "The grid of objects is the config's on validation, which thresholds are chosen on, and holds the chosen ones elsewhere"
