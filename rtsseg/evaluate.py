@@ -6,8 +6,8 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #3abd7f4e
-import fcntl, io, json, os, sys, time, zipfile
+# %% ../nbs/05a_evaluate.ipynb #3776b758
+import fcntl, hashlib, io, json, os, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def look(cfg:Config,            # who wants to look
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #62569c0a
+# %% ../nbs/05a_evaluate.ipynb #0d1674b2
 def thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
     path = Path(folder)/'model'/'calibration.json'
@@ -88,6 +88,7 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
     "Run the exported model over a split and write its evidence; raises `ConfigError`, `DataError`, `ModelError` and `Locked`"
     if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
     folder = Path(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
+    weights = hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]
     make_deterministic(cfg.deterministic)
     views, = split_views(views, cfg)
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
@@ -104,8 +105,8 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         for i, batch in enumerate(loader):
             meter.update(logits(batch['image']), batch['target'], batch['tile'])
             if time.monotonic() - told > 10 or i + 1 == len(loader): told = time.monotonic(); print(f'{split}: {min((i + 1) * cfg.batch_size, len(part))} of {len(part)} tiles', flush=True)
-        with open(folder/'log.jsonl', 'a') as f:      # what a pass costs, for who weighs views against each other
-            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device))) + '\n')
+        with open(folder/'log.jsonl', 'a') as f:      # what a pass costs, for who weighs views against each other, and whose scores these are
+            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device), model=weights)) + '\n')
         return meter.evidence()
     evidence = one_pass()
     if not resolved(evidence, cfg.metrics.ratios):

@@ -1,5 +1,5 @@
 "Calibration: its fits by other libraries, its points by hand, what it refuses, and what averaging over views is worth"
-import json
+import hashlib, json
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -258,6 +258,7 @@ def test_scores_too_close_together_are_counted_again(untrained, capsys):
     assert average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4) and abs(half - true) > 1e-3
     passes = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
     assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [('evaluate', 'val', 'none', len(part), 'cpu')] * 2 and all(l['seconds'] > 0 for l in passes)
+    assert {l['model'] for l in passes} == {hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]}
 
 def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypatch):
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
