@@ -601,13 +601,15 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'
 
-# %% ../nbs/06_calibrate.ipynb #37c4e3eb
+# %% ../nbs/06_calibrate.ipynb #2e0897f9
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
-    "Calibrate a run on Val-Realistic; raises `DataError` where validation has not been evaluated"
+    "Calibrate a run on Val-Realistic; raises `DataError` where the run is not trained or validation has not been evaluated"
     folder = Path(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
     if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+    if not (folder/'model'/'model.safetensors').exists():
+        raise DataError(f'{os.path.relpath(folder)}: model/model.safetensors is missing, so the run is not trained: rtsseg-train --config {os.path.relpath(folder/"config.yaml")} makes it')
     path = evidence_path(folder, 'val', views)
     if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run: rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views} makes it')
     found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)

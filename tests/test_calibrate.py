@@ -213,6 +213,7 @@ def folder(tmp_path):
         z = logits + rng.normal(0, 1, logits.shape) * noise
         meter = Meter(table, (.3, .5, .7), views=views); meter.update(z.astype(np.float16), masks, np.arange(len(table))); meter.evidence().write(evidence_path(folder, 'val', views))
         log += [dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu') for s in (99., 44. * len(VIEWS[views]))]
+    write_atomic(folder/'model'/'model.safetensors', b'')                     # calibration does not open it
     write_atomic(folder/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in [dict(event='start'), *log]))
     return folder
 
@@ -233,6 +234,9 @@ def test_a_log_that_was_cut_off(folder):
 
 def test_advice_can_be_typed(folder):
     with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate_run(folder, 'ful')
+    (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
+    with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate_run(folder)
+    assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
     evidence_path(folder, 'val', 'standard').unlink()
     with pytest.raises(DataError, match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it'): calibrate_run(folder, 'standard')
 
