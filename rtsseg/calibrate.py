@@ -566,7 +566,7 @@ def show_calibration(c:Calibration) -> str:
         lines += ['', fill(f'Region {name}: {region.why}')] * bool(region.why) + pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
     return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #0a46a134
+# %% ../nbs/06_calibrate.ipynb #33fac57d
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
 
 def _events(log):
@@ -596,7 +596,9 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     "The cheapest setting whose gain is beyond the noise (guide 11.1)"
     if 'verdict' not in gains: return 'test-time augmentation: nothing to compare; evaluate views none and others, as --views none,minimal'
     good = gains[gains.verdict == 'gain']
-    if not len(good): return 'test-time augmentation is not recommended: ' + next(filter(None, gains.why.dropna()), 'no gain beyond the noise')
+    if not len(good):
+        unknown = gains.why[gains.verdict == 'unknown']
+        return f'whether test-time augmentation is worth it cannot be told: {unknown.iloc[0]}' if len(unknown) else 'test-time augmentation is not recommended: no gain beyond the noise'
     x = good.iloc[0]; cost = x['seconds a tile'] / gains['seconds a tile'].get('none', np.nan)
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'

@@ -242,7 +242,7 @@ def bootstrap(evidences,                  # `Evidence`, or a list of them, of th
         return Estimate(value, low, high, why, std)
     return {r: {k: estimate(*v) for k, v in row.items()} for r, row in measured.items()}
 
-# %% ../nbs/03c_intervals.ipynb #996c9935
+# %% ../nbs/03c_intervals.ipynb #db29795e
 @dataclass(frozen=True)
 class Difference:
     "How much better one of two runs is. Without a value nothing can be said, and `why` says why not"
@@ -254,8 +254,8 @@ class Difference:
     why: str = ''
     @property
     def verdict(self):
-        "The noise rule: 'gain' or 'loss' beyond two sigma, else 'noise'"
-        return 'noise' if self.sigma is None or abs(self.value) <= 2 * self.sigma else 'gain' if self.value > 0 else 'loss'
+        "The noise rule: 'gain' or 'loss' beyond two sigma, else 'noise'; 'unknown' where the noise is, which `why` explains"
+        return 'unknown' if self.sigma is None else 'noise' if abs(self.value) <= 2 * self.sigma else 'gain' if self.value > 0 else 'loss'
     def __str__(self):
         if self.value is None: return '–'
         return f'{self.value:+.3f}' + ('' if self.std is None else f' ± {self.std:.3f}') + ('' if self.low is None else f' [{self.low:+.3f}, {self.high:+.3f}]') + f' {self.verdict}'

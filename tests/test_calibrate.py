@@ -227,6 +227,12 @@ def test_views_by_their_gain_and_cost(folder, capsys):
     rtsseg_calibrate(run=str(folder)); said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
 
+def test_views_of_few_blocks_cannot_be_told_apart(folder):
+    for v in VIEWS:
+        e = Evidence.read(path := evidence_path(folder, 'val', v)); e.select(np.isin(e['block'], np.unique(e['block'][e['positive']])[:9])).write(path)
+    gains = views_gain(folder); assert gains.verdict.tolist()[1:] == ['unknown'] * 3 and gains.gain.notna().sum() == 3
+    assert recommend(gains) == 'whether test-time augmentation is worth it cannot be told: no interval: 9 blocks hold positives, 10 are needed'
+
 def test_a_log_that_was_cut_off(folder):
     before = views_gain(folder)
     with open(folder/'log.jsonl', 'a') as f: f.write('{"event": "evaluate", "spl')

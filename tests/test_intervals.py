@@ -194,9 +194,9 @@ def test_other_tiles_are_not_compared(change):
 def test_what_cannot_be_said_is_no_difference():
     e = make(range(60), n_blocks=20)
     d = compare(e, e, [200], replicates=20)[200]
-    assert d['iou'].value is None and d['iou'].verdict == 'noise' and d['iou'].why.startswith('rests on') and str(d['iou']) == '–' and d['recall'].value == 0
+    assert d['iou'].value is None and d['iou'].verdict == 'unknown' and d['iou'].why.startswith('rests on') and str(d['iou']) == '–' and d['recall'].value == 0
     few = compare(make(range(12)), make(range(12), shift=1.), ['native'])['native']['iou']
-    assert few.value > 0 and few.low is None and few.verdict == 'noise' and '10 are needed' in few.why
+    assert few.value > 0 and few.low is None and few.verdict == 'unknown' and '10 are needed' in few.why
     assert Difference(.03, .01, .05, .005, .01).verdict == 'gain' and str(Difference(.03, .01, .05, .005, .01)) == '+0.030 ± 0.010 [+0.010, +0.050] gain'
 
 @quick
