@@ -159,7 +159,7 @@ def subsample(evidence,              # `Evidence`
     found = _drawn(evidence, drawn, np.arange(len(evidence)), ['native'], threshold, ious, min_area)['native']
     return {k: (float(v.mean()), float(v.std())) for k, v in found.items()}
 
-# %% ../nbs/03c_intervals.ipynb #72901ea5
+# %% ../nbs/03c_intervals.ipynb #7041de3d
 @dataclass(frozen=True)
 class Estimate:
     "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
@@ -180,7 +180,7 @@ def _cells(evidence, ratios, thresholds, ious, min_area):
     for r, row in summary(evidence, ratios, thresholds, ious, min_area).items():
         out[r], own = {}, None
         for name in [k for k in row if k in ('pr_auc', 'precision', 'recall', 'f1', 'iou') or k.startswith(('boundary_', 'object_')) and k != 'object_threshold']:
-            support = row['support_pr_auc' if name == 'pr_auc' else f'support_object_{name[-2:]}' if name.startswith('object_') else 'support']
+            support = row['support_pr_auc' if name == 'pr_auc' else f'support_object_{name.rsplit("_", 1)[1]}' if name.startswith('object_') else 'support']
             if np.isnan(row[name]): e = Estimate(None, why='undefined: nothing to divide by, or scores that are no numbers')
             elif (why := unsupported(support, row['w'])) and 'recall' not in name:
                 own = own or summary(evidence, ['native'], _at(thresholds, r), ious, min_area)['native']

@@ -95,6 +95,12 @@ def test_a_cell_that_the_split_cannot_support_is_blank_with_a_bound():
             assert cell.high >= summary(e, [200])[200][name]                            # it is a bound
     assert all(c.value is not None for c in bootstrap(e, ['native'], replicates=20)['native'].values())          # nothing is weighted: every number is what was seen
 
+def test_any_iou_of_a_match():
+    "Each cell is that of its own IoU, also where its name has one digit or three"
+    e, ious = make(SEEDS, n_blocks=16), (.05, .5, 1.); got, want = (f(e, ['native'], .5, ious)['native'] for f in (lambda *a: bootstrap(*a, replicates=20), summary))
+    for name in ('5', '50', '100'): assert got[f'object_f1_{name}'].value == want[f'object_f1_{name}'] or got[f'object_f1_{name}'].value is None and np.isnan(want[f'object_f1_{name}'])
+    assert want['object_f1_5'] > want['object_f1_50'] > 0
+
 def test_no_interval_without_ten_blocks_that_hold_positives():
     few, enough = (bootstrap(make(SEEDS, n_blocks=n), ['native'], replicates=50)['native']['iou'] for n in (9, 10))
     assert few.low is None and '9 blocks hold positives' in few.why and enough.low < enough.value < enough.high and few.value == enough.value
@@ -115,17 +121,17 @@ def population(scenes, side=512, tile=32, block=4):
     return Evidence.from_rows(rows, thresholds=(.3,))
 
 def test_intervals_hold_the_truth_of_a_toy_world():
-    "50 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 85% or better does, for every headline number; intervals over tiles do not"
+    "120 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 90% or better does, for every headline number; intervals over tiles do not"
     world = population(16); truth = summary(world, [5], .3, (.3,))[5]
     names, block = np.unique(world['block'], return_inverse=True); rng, inside, naive = np.random.default_rng(0), {}, []
-    for _ in range(50):
+    for _ in range(120):
         split = world.select(np.isin(block, rng.choice(len(names), 28, replace=False)))
         for name, e in bootstrap(split, [5], .3, replicates=200)[5].items():
             if e.low is not None: inside.setdefault(name, []).append(e.low <= truth[name] <= e.high)
         tiles = bootstrap(split, [5], .3, replicates=200, unit='tile_id')[5]
         naive.append([tiles[k].low <= truth[k] <= tiles[k].high for k in ('pr_auc', 'iou', 'precision', 'f1')])
     assert set(inside) == {'pr_auc', 'precision', 'recall', 'f1', 'iou', 'boundary_iou_2', 'boundary_iou_3', 'object_precision_30', 'object_recall_30', 'object_f1_30'}
-    for name, hits in inside.items(): assert len(hits) >= 40 and sum(hits) >= binom.ppf(.01, len(hits), .85), f'{name}: {sum(hits)} of {len(hits)}'
+    for name, hits in inside.items(): print(name, sum(hits), len(hits), binom.ppf(.01, len(hits), .9)); assert len(hits) >= 100 and sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
     assert np.mean(naive) < np.mean([np.mean(inside[k]) for k in ('pr_auc', 'iou', 'precision', 'f1')]) - .05
 
 def test_intervals_cover_the_truth():
