@@ -121,17 +121,18 @@ def population(scenes, side=512, tile=32, block=4):
     return Evidence.from_rows(rows, thresholds=(.3,))
 
 def test_intervals_hold_the_truth_of_a_toy_world():
-    "120 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 90% or better does, for every headline number; intervals over tiles do not"
+    "100 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 90% or better does, for every headline number; intervals over tiles do not"
     world = population(16); truth = summary(world, [5], .3, (.3,))[5]
     names, block = np.unique(world['block'], return_inverse=True); rng, inside, naive = np.random.default_rng(0), {}, []
-    for _ in range(120):
+    for i in range(100):
         split = world.select(np.isin(block, rng.choice(len(names), 28, replace=False)))
         for name, e in bootstrap(split, [5], .3, replicates=200)[5].items():
             if e.low is not None: inside.setdefault(name, []).append(e.low <= truth[name] <= e.high)
-        tiles = bootstrap(split, [5], .3, replicates=200, unit='tile_id')[5]
+        if i % 4: continue
+        tiles = bootstrap(split, [5], .3, (), replicates=200, unit='tile_id')[5]
         naive.append([tiles[k].low <= truth[k] <= tiles[k].high for k in ('pr_auc', 'iou', 'precision', 'f1')])
     assert set(inside) == {'pr_auc', 'precision', 'recall', 'f1', 'iou', 'boundary_iou_2', 'boundary_iou_3', 'object_precision_30', 'object_recall_30', 'object_f1_30'}
-    for name, hits in inside.items(): print(name, sum(hits), len(hits), binom.ppf(.01, len(hits), .9)); assert len(hits) >= 100 and sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
+    for name, hits in inside.items(): assert len(hits) >= 85 and sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
     assert np.mean(naive) < np.mean([np.mean(inside[k]) for k in ('pr_auc', 'iou', 'precision', 'f1')]) - .05
 
 def test_intervals_cover_the_truth():
