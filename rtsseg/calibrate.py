@@ -6,10 +6,10 @@
 __all__ = ['OFF', 'IOU', 'KINDS', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_intercept', 'prior_shift', 'reliability', 'ece',
            'brier', 'Replicates', 'Fit', 'fits', 'enough', 'find_threshold', 'Point', 'probability_text', 'points',
            'ObjectPoint', 'object_points', 'Region', 'Scores', 'Quality', 'Calibration', 'calibrate',
-           'show_reliability', 'show_pr', 'show_all', 'fill', 'show_calibration', 'views_gain', 'recommend',
-           'calibrate_run', 'rtsseg_calibrate']
+           'show_reliability', 'show_pr', 'fill', 'show_calibration', 'views_gain', 'recommend', 'calibrate_run',
+           'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #2efcac6c
+# %% ../nbs/06_calibrate.ipynb #759115e5
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, settings, write_atomic
-from .data import DataError, find_run, named_run
-from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, interval, summary, unsupported
+from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, write_atomic
+from .data import DataError, named_run
+from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, drawn_weight, interval, summary, unsupported
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
 
@@ -96,7 +96,7 @@ def prior_shift(evidence,     # `Evidence`
     there, here = (histogram(evidence, r).sum(1) for r in (to_ratio, from_ratio))
     return float(np.log(there[1] / there[0]) - np.log(here[1] / here[0]))
 
-# %% ../nbs/06_calibrate.ipynb #12b4569b
+# %% ../nbs/06_calibrate.ipynb #094d681b
 def reliability(evidence,               # `Evidence`
                 slope:float=1.,         # 1/T
                 intercept:float=0.,     # added to the scaled score
@@ -106,11 +106,10 @@ def reliability(evidence,               # `Evidence`
     "The reliability diagram as a table (Guo et al. 2017)"
     z, neg, pos = _masses(evidence, ratio)
     p, mass = expit(slope * z + intercept), neg + pos
-    total, prob, hits = (np.bincount(_bin(p, bins), x, bins) for x in (mass, mass * p, pos))
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    total, prob, hits = (np.bincount(which, x, bins) for x in (mass, mass * p, pos))
     keep = total > 0
     return pd.DataFrame(dict(probability=prob[keep] / total[keep], frequency=hits[keep] / total[keep], mass=total[keep]))
-
-def _bin(p, bins): return np.minimum((p * bins).astype(int), bins - 1)
 
 def ece(evidence, slope=1., intercept=0., ratio='native', bins=15):
     "Expected calibration error: the mean distance of the reliability diagram from its diagonal, by mass"
@@ -123,7 +122,7 @@ def brier(evidence, slope=1., intercept=0., ratio='native'):
     p = expit(slope * z + intercept)
     return float((pos * (1 - p)**2 + neg * p**2).sum() / (neg.sum() + pos.sum()))
 
-# %% ../nbs/06_calibrate.ipynb #f7ef2c6f
+# %% ../nbs/06_calibrate.ipynb #fc0a606d
 class Replicates:
     "Sums over the pixels or tiles of an evidence: row 0 is the evidence itself, the others are replicates of its blocks"
     def __init__(self,
@@ -171,9 +170,7 @@ class Replicates:
             ratio          # r of 1:r, or 'native'
            ):              # (1 + replicates, …): NaN where a class was not drawn
         "Negative tiles weighted, w = r·n₊/n₋ in each replicate"
-        n_neg, n_pos = self.tiles
-        with np.errstate(invalid='ignore', divide='ignore'):
-            w = np.where((n_pos == 0) | (n_neg == 0) & (not self.one_class), np.nan, 1. if ratio == 'native' or self.one_class else ratio * n_pos / n_neg)
+        w = drawn_weight(*self.tiles, ratio, self.one_class)
         return sums[1] + w.reshape(-1, *[1] * (sums.ndim - 2)) * sums[0]
 
     def estimate(self,
@@ -455,15 +452,14 @@ class Calibration(Strict):
             first = e.errors()[0]
             raise ValueError(f'{Path(path).name} was written by another version (views {views!r}, {".".join(map(str, first["loc"]))}: {first["msg"]}): rtsseg-calibrate makes it anew') from None
 
-# %% ../nbs/06_calibrate.ipynb #3367a52d
-def _quality(evidence, drawn, slope, intercept, bins=15):
+# %% ../nbs/06_calibrate.ipynb #4f1c3aeb
+def _quality(evidence, drawn, slope, intercept):
     "Scores by ratio, of one way to make probabilities"
     s = slope * _scores(evidence.bins) + intercept; p = expit(s)
-    each = np.zeros((CODES, bins)); each[np.arange(CODES), _bin(p, bins)] = 1
-    sums = drawn.pixels(*(np.column_stack([np.logaddexp(0, sign * s), (y - p)**2, each * (p - y)[:, None], np.ones(CODES)]) for y, sign in ((0, 1), (1, -1))))
+    sums = drawn.pixels(*(np.column_stack([np.logaddexp(0, sign * s), (y - p)**2, np.ones(CODES)]) for y, sign in ((0, 1), (1, -1))))
     def of(ratio):
-        loss, square, *gap, mass = drawn.mix(sums, ratio).T
-        return Scores(nll=drawn.estimate(loss / mass), brier=drawn.estimate(square / mass), ece=Estimate(float(np.abs([g[0] for g in gap]).sum() / mass[0])))
+        loss, square, mass = drawn.mix(sums, ratio).T
+        return Scores(nll=drawn.estimate(loss / mass), brier=drawn.estimate(square / mass), ece=Estimate(ece(evidence, slope, intercept, ratio)))
     return of
 
 KINDS = dict(thresholds='threshold of pixels', objects='threshold and smallest object', object_thresholds='threshold of objects')
@@ -498,7 +494,7 @@ def calibrate(evidence:Evidence,             # of the validation split
                        ratio=cfg.ratio, target_precision=cfg.target_precision, min_recall=cfg.min_recall, **chosen(evidence, drawn), regions=regions, quality=quality,
                        n_pos_tiles=int(positive.sum()), n_neg_tiles=int((~positive).sum()), evidence=evidence.hash)
 
-# %% ../nbs/06_calibrate.ipynb #f85cd83a
+# %% ../nbs/06_calibrate.ipynb #01f5e49b
 def show_reliability(evidence,               # `Evidence`
                      calibration:Calibration,
                      ratio=None,             # r of 1:r that was calibrated; None: the ratio of the fit
@@ -530,14 +526,6 @@ def show_pr(evidence,                # `Evidence`
     ax.axhline(calibration.target_precision, c='k', lw=0.5, ls='--')
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}'); ax.legend(fontsize=7)
     return ax
-
-def show_all(evidence, calibration):
-    "Reliability at every ratio, and the thresholds"
-    ratios = list(dict.fromkeys([calibration.ratio, *calibration.thresholds]))
-    fig, axes = plt.subplots(1, len(ratios) + 1, figsize=(3.4 * (len(ratios) + 1), 3.2))
-    for ax, r in zip(axes, ratios): show_reliability(evidence, calibration, r, ax)
-    show_pr(evidence, calibration, axes[-1]); fig.tight_layout()
-    return fig
 
 # %% ../nbs/06_calibrate.ipynb #f70dade3
 def fill(text, indent=''): return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)

@@ -6,7 +6,7 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #3776b758
+# %% ../nbs/05a_evaluate.ipynb #a156eb62
 import fcntl, hashlib, io, json, os, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, store_true
 
-from .config import Config, ConfigError, config_hash, load, nearest, settings, write_atomic
-from .data import DataError, find_run, named_run, read_manifest
+from .config import Config, ConfigError, config_hash, load, nearest, write_atomic
+from .data import DataError, named_run, read_manifest
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
 from .metrics import Evidence, Meter, ap_bounds, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
