@@ -148,11 +148,11 @@ def resample(evidence,                   # `Evidence`
     "Metrics of replicates in which blocks are drawn with replacement, w recomputed in each"
     return _drawn(evidence, *blocks(evidence, replicates, seed, unit), ratios, thresholds, ious, min_area)
 
-# %% ../nbs/03c_intervals.ipynb #7d016771
+# %% ../nbs/03c_intervals.ipynb #bc102652
 def subsample(evidence,              # `Evidence`
               ratio:int,             # r of 1:r
               threshold:float=0.5,   # a probability
-              draws:int=20,          # how often
+              draws:int=20,          # how often, 2 or more
               seed:int=0,            # fixes the draws
               ious=(0.3,),           # IoUs of a match
               min_area:int=0         # smallest object that counts, pixels
@@ -164,7 +164,7 @@ def subsample(evidence,              # `Evidence`
     drawn = np.tile(positive.astype(float), (draws, 1))
     for row in drawn: row[rng.choice(negative, n, replace=False)] = 1
     found = _drawn(evidence, drawn, np.arange(len(evidence)), ['native'], threshold, ious, min_area)['native']
-    return {k: (float(v.mean()), float(v.std())) for k, v in found.items()}
+    return {k: (float(v.mean()), float(v.std(ddof=1))) for k, v in found.items()}
 
 # %% ../nbs/03c_intervals.ipynb #7041de3d
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_the_rule_names_what_decides(tmp_path):
     look(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked): look(Config(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): look(Config(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
@@ -284,6 +284,17 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     try: val, test = (thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
     finally: (folder/'model'/'calibration.json').unlink()
     assert set(val) == {*cfg.metrics.object_thresholds, .5} and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
+
+def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
+    folder, *_ = untrained; path = folder/'model'/'calibration.json'
+    evaluate_run(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
+    try:
+        calibrate(toy, CFG, METRICS).save(path); evaluate_run(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
+        path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
+        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate_run(folder, 'test')
+        assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
+    finally: path.unlink()
+    evaluate_run(folder); assert 'not calibrated' not in capsys.readouterr().out
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained

@@ -215,5 +215,5 @@ def test_a_subsample_is_its_tiles_alone(seed, threshold):
         part = e.select(np.sort(np.r_[np.flatnonzero(positive), rng.choice(np.flatnonzero(~positive), 2 * positive.sum(), replace=False)]))
         found.append(summary(part, ['native'], threshold, (.3,))['native'])
     got = subsample(e, 2, threshold, draws=3, seed=seed)
-    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found])), abs=1e-9, nan_ok=True)
+    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found], ddof=1)), abs=1e-9, nan_ok=True)
     assert {'pr_auc', 'iou', 'boundary_iou_2', 'object_f1_30'} <= set(got) and subsample(e, 4) is None
