@@ -6,8 +6,8 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #b94950a2
-import fcntl, io, json, os, sys, time, zipfile
+# %% ../nbs/05a_evaluate.ipynb #315aafc1
+import fcntl, hashlib, io, json, os, re, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, store_true
 
-from .config import Config, ConfigError, config_hash, load, nearest, settings, write_atomic
-from .data import DataError, find_run, named_run, read_manifest
+from .config import Config, ConfigError, config_hash, load, nearest, write_atomic
+from .data import DataError, named_run, read_manifest
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
-from .metrics import Evidence, Meter, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
+from .metrics import Evidence, Meter, ap_bounds, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
 from .segment import eval_loader
 
-# %% ../nbs/05a_evaluate.ipynb #a22a20dc
+# %% ../nbs/05a_evaluate.ipynb #ca322989
 class Locked(RuntimeError):
     "The test split has been looked at by another configuration"
 
@@ -33,6 +33,11 @@ def rule(cfg:Config,  # metrics and calibrate
     c, m = cfg.calibrate, cfg.metrics
     return (f'best {m.monitor}, {c.method} at 1:{c.ratio}, precision ≥ {c.target_precision:g} up to recall {c.min_recall:g} at {", ".join(f"1:{r}" for r in m.ratios)}, '
             f'objects from {m.min_area} or {", ".join(map(str, c.min_areas))} pixels, regions from {c.min_region_positives} positive tiles, views {views}')
+
+def _differences(a, b):
+    "What two looks, each a config hash and a rule, do not have in common"
+    a, b = ([f"config {x['config']}", *re.split(', (?=[a-z])', x['rule'])] for x in (a, b))
+    return (', '.join(part for part in x if part not in y) for x, y in ((a, b), (b, a)))
 
 def look(cfg:Config,            # who wants to look
          manifest_hash:str,     # at which data
@@ -49,16 +54,21 @@ def look(cfg:Config,            # who wants to look
         entry = ledger.setdefault(manifest_hash, dict(mine, looks=[]))
         same = {k: entry[k] for k in mine} == mine
         if not same and not force:
-            raise Locked(f"the test split of this data was evaluated for config {entry['config']} ({entry['rule']}); looking again with {mine['config']} ({mine['rule']}) would "
-                         f"make it a second validation split. Choose on the validation split, or say --force (force=True): the report will tell")
+            old, new = _differences(entry, mine)
+            raise Locked(f"the test split of this data was evaluated with {old}; looking again with {new} would make it a second validation split. Choose on the validation split, or say --force (force=True): the report will tell")
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #3e460d3f
+# %% ../nbs/05a_evaluate.ipynb #feed5f26
+def _calibrated(folder, views):
+    "The calibrated points of pixels by ratio, as the file holds them; none where these views are not calibrated"
+    path = Path(folder)/'model'/'calibration.json'
+    try: return json.loads(path.read_text()).get(views, {}).get('thresholds', {}) if path.exists() else {}
+    except ValueError as e: raise DataError(f'{path.name} cannot be read ({e}): rtsseg-calibrate --run {os.path.relpath(folder)} makes it anew') from None
+
 def thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
-    path = Path(folder)/'model'/'calibration.json'
-    found = json.loads(path.read_text()).get(views, {}).get('thresholds', {}) if split != 'val' and path.exists() else {}
+    found = _calibrated(folder, views) if split != 'val' else {}
     return sorted({*cfg.metrics.object_thresholds, cfg.metrics.reference_threshold, *(p['raw_threshold'] for p in found.values())})
 
 def split_views(text:str,    # names with commas between them; '' is the config's
@@ -88,6 +98,7 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
     "Run the exported model over a split and write its evidence; raises `ConfigError`, `DataError`, `ModelError` and `Locked`"
     if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
     folder = Path(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
+    weights = hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]
     make_deterministic(cfg.deterministic)
     views, = split_views(views, cfg)
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
@@ -95,7 +106,10 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         raise DataError(f'{cfg.data.manifest.name}: config or manifest are not what this run was trained with (now {config_hash(cfg, manifest.hash)}, then {folder.parent.name})')
     part = manifest.of(split)
     if not len(part): return None
-    if split == 'test': look(cfg, manifest.hash, views, force)
+    if split == 'test':
+        if not _calibrated(folder, views):
+            print(f'note: views {views} are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run {os.path.relpath(folder)} --views {views}', flush=True)
+        look(cfg, manifest.hash, views, force)
     acc = accelerator(cfg); net = model.model.to(acc.device); loader = eval_loader(part, model.stats, cfg)
     def logits(image):
         with torch.inference_mode(), acc.autocast(): return predict(net, image.to(acc.device), views)
@@ -104,14 +118,17 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         for i, batch in enumerate(loader):
             meter.update(logits(batch['image']), batch['target'], batch['tile'])
             if time.monotonic() - told > 10 or i + 1 == len(loader): told = time.monotonic(); print(f'{split}: {min((i + 1) * cfg.batch_size, len(part))} of {len(part)} tiles', flush=True)
-        with open(folder/'log.jsonl', 'a') as f:      # what a pass costs, for who weighs views against each other
-            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device))) + '\n')
+        with open(folder/'log.jsonl', 'a') as f:      # what a pass costs, for who weighs views against each other, and whose scores these are
+            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device), model=weights)) + '\n')
         return meter.evidence()
     evidence = one_pass()
     if not resolved(evidence, cfg.metrics.ratios):
         low, high = evidence.range
-        print(f'{split}: scores lie too close together for half precision; a second pass counts them on a grid from {low:g} to {high:g}', flush=True)
+        print(f'{split}: half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts scores on a finer grid from {low:g} to {high:g}', flush=True)
         evidence = one_pass((low, high))
+        if not resolved(evidence, cfg.metrics.ratios):
+            bounds = ((r, *ap_bounds(histogram(evidence, r), evidence.exact)) for r in cfg.metrics.ratios)
+            print(f'note: {split}: PR-AUC stays uncertain by more than 1e-4: ' + ', '.join(f'between {a:.5f} and {b:.5f} at 1:{r}' for r, a, b in bounds), flush=True)
     path = evidence_path(folder, split, views); evidence.write(path)
     maps = {}                                                      # a picture says why. Validation comes before its calibration: tiles that tell at any threshold
     for tile in sorted({evidence['tile_id'][i] for t in evidence.thresholds for rows in telling_tiles(evidence, t).values() for i in rows}):

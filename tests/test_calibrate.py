@@ -1,5 +1,5 @@
 "Calibration: its fits by other libraries, its points by hand, what it refuses, and what averaging over views is worth"
-import json
+import hashlib, json
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -14,7 +14,7 @@ from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
 from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate, thresholds
 from rtsseg.infer import VIEWS, predict, save_model, unview, view
 from rtsseg.intervals import Estimate
-from rtsseg.metrics import Evidence, Meter, average_precision, decode, evidence_path, histogram, tile_evidence
+from rtsseg.metrics import Evidence, Meter, ap_bounds, average_precision, decode, evidence_path, histogram, tile_evidence
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.segment import eval_loader
@@ -104,14 +104,30 @@ def test_a_calibration(toy, method, tmp_path):
             assert (q.nll.value, q.brier.value) == pytest.approx((log_loss(y, prob, sample_weight=w), brier_score_loss(y, prob, sample_weight=w))) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
     assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path/'calibration.json')) == c
-    assert all(region.thresholds and region.objects for region in c.regions.values())                           # 20 positive tiles each
+    for region in c.regions.values():                                                                           # 20 positive tiles each: own points, but where too few tiles stand behind one
+        assert region.thresholds and region.objects and all(p.support >= 30 or p.w <= 1 or not p.reached for p in [*region.thresholds.values(), *region.objects.values()])
     assert max(map(len, show_calibration(c).splitlines())) <= 100
+
+def test_a_threshold_on_few_tiles_is_told(toy):
+    "At 1:200 eleven negative tiles decide: globally that is said, and a region, which has fewer still, takes the global point of that ratio"
+    c = calibrate(toy, CFG, Metrics(ratios=[5, 200], replicates=50)); thin = c.thresholds[200]
+    assert thin.reached and thin.support < 30 and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times' and not c.thresholds[5].why
+    for name, region in c.regions.items():
+        assert set(region.thresholds) == {5} and c.point(200, name) == thin and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
+        assert 'global threshold of pixels at 1:200, since its own rests on' in region.why and f'Region {name}: global' in (said := show_calibration(c)) and f'Region {name}: pixels' in said
 
 def test_an_old_file_is_told(toy, tmp_path):
     path = calibrate(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
     for name in ('slope', 'objects'): del old['none'][name]
     path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
+
+@pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
+def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
+    path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate(toy, CFG, METRICS)
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
+    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
+    c.save(path); assert not capsys.readouterr().out
 
 def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
@@ -122,7 +138,7 @@ def test_object_points_by_hand(toy, target):
         every = cells(toy, r, CFG.min_areas); n = len(toy.objects('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
         p = operating[r]; m = every[p.raw_threshold, p.min_area]
         assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.share.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
-        assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached at 1:{r}' in p.why
+        assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached on validation at 1:{r}' in p.why and p.why.endswith('; the uncalibrated 0.5 is used')
         assert p.best_precision == pytest.approx(max(m['precision'] for m in every.values() if m['tp'] >= .05 * n))
         assert p.recall.low <= p.recall.value <= p.recall.high
         if p.w > 1 and p.support < 30: assert p.precision.low is None and 'of the 30 negative tiles' in p.precision.why
@@ -177,7 +193,7 @@ def test_the_rule_names_what_decides(tmp_path):
     look(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked): look(Config(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): look(Config(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
@@ -197,6 +213,7 @@ def folder(tmp_path):
         z = logits + rng.normal(0, 1, logits.shape) * noise
         meter = Meter(table, (.3, .5, .7), views=views); meter.update(z.astype(np.float16), masks, np.arange(len(table))); meter.evidence().write(evidence_path(folder, 'val', views))
         log += [dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu') for s in (99., 44. * len(VIEWS[views]))]
+    write_atomic(folder/'model'/'model.safetensors', b'')                     # calibration does not open it
     write_atomic(folder/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in [dict(event='start'), *log]))
     return folder
 
@@ -210,8 +227,22 @@ def test_views_by_their_gain_and_cost(folder, capsys):
     rtsseg_calibrate(run=str(folder)); said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
 
+def test_views_of_few_blocks_cannot_be_told_apart(folder):
+    for v in VIEWS:
+        e = Evidence.read(path := evidence_path(folder, 'val', v)); e.select(np.isin(e['block'], np.unique(e['block'][e['positive']])[:9])).write(path)
+    gains = views_gain(folder); assert gains.verdict.tolist()[1:] == ['unknown'] * 3 and gains.gain.notna().sum() == 3
+    assert recommend(gains) == 'whether test-time augmentation is worth it cannot be told: no interval: 9 blocks hold positives, 10 are needed'
+
+def test_a_log_that_was_cut_off(folder):
+    before = views_gain(folder)
+    with open(folder/'log.jsonl', 'a') as f: f.write('{"event": "evaluate", "spl')
+    assert views_gain(folder).equals(before)
+
 def test_advice_can_be_typed(folder):
     with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate_run(folder, 'ful')
+    (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
+    with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate_run(folder)
+    assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
     evidence_path(folder, 'val', 'standard').unlink()
     with pytest.raises(DataError, match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it'): calibrate_run(folder, 'standard')
 
@@ -229,13 +260,23 @@ def untrained(tmp_path_factory):
 
 def test_scores_too_close_together_are_counted_again(untrained, capsys):
     folder, cfg, part, model, stats = untrained
-    evidence = Evidence.read(evaluate_run(folder)); assert 'a second pass' in capsys.readouterr().out and evidence.bins != 'float16'
+    evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    assert 'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in said and 'stays uncertain' not in said and evidence.bins != 'float16'
     with torch.inference_mode(): z, y = (np.concatenate(x) for x in zip(*((predict(model.to(memory_format=torch.channels_last), b['image']).numpy(), b['target'].numpy()) for b in eval_loader(part, stats, cfg))))
     positive = part.table.positive.to_numpy(); w = np.broadcast_to(np.where(positive, 1, positive.sum() / (~positive).sum())[:, None, None], y.shape); seen = y != 255
     half, true = (average_precision_score(y[seen] == 1, x[seen], sample_weight=w[seen]) for x in (z.astype(np.float16), z))
     assert average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4) and abs(half - true) > 1e-3
     passes = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
     assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [('evaluate', 'val', 'none', len(part), 'cpu')] * 2 and all(l['seconds'] > 0 for l in passes)
+    assert {l['model'] for l in passes} == {hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]}
+
+def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypatch):
+    "Scores that lie within a step of the finer grid too, since the other half lies far away"
+    folder, *_ = untrained
+    def far(net, image, views): z = 1e-3 * predict(net, image, views); z[..., ::2] += 1000; return z
+    monkeypatch.setattr('rtsseg.evaluate.predict', far); evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
+    assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
 
 def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     "The grid of objects is the config's on validation, which thresholds are chosen on, and holds the chosen ones elsewhere"
@@ -243,6 +284,17 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     try: val, test = (thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
     finally: (folder/'model'/'calibration.json').unlink()
     assert set(val) == {*cfg.metrics.object_thresholds, .5} and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
+
+def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
+    folder, *_ = untrained; path = folder/'model'/'calibration.json'
+    evaluate_run(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
+    try:
+        calibrate(toy, CFG, METRICS).save(path); evaluate_run(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
+        path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
+        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate_run(folder, 'test')
+        assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
+    finally: path.unlink()
+    evaluate_run(folder); assert 'not calibrated' not in capsys.readouterr().out
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained

@@ -95,6 +95,12 @@ def test_a_cell_that_the_split_cannot_support_is_blank_with_a_bound():
             assert cell.high >= summary(e, [200])[200][name]                            # it is a bound
     assert all(c.value is not None for c in bootstrap(e, ['native'], replicates=20)['native'].values())          # nothing is weighted: every number is what was seen
 
+def test_any_iou_of_a_match():
+    "Each cell is that of its own IoU, also where its name has one digit or three"
+    e, ious = make(SEEDS, n_blocks=16), (.05, .5, 1.); got, want = (f(e, ['native'], .5, ious)['native'] for f in (lambda *a: bootstrap(*a, replicates=20), summary))
+    for name in ('5', '50', '100'): assert got[f'object_f1_{name}'].value == want[f'object_f1_{name}'] or got[f'object_f1_{name}'].value is None and np.isnan(want[f'object_f1_{name}'])
+    assert want['object_f1_5'] > want['object_f1_50'] > 0
+
 def test_no_interval_without_ten_blocks_that_hold_positives():
     few, enough = (bootstrap(make(SEEDS, n_blocks=n), ['native'], replicates=50)['native']['iou'] for n in (9, 10))
     assert few.low is None and '9 blocks hold positives' in few.why and enough.low < enough.value < enough.high and few.value == enough.value
@@ -115,17 +121,18 @@ def population(scenes, side=512, tile=32, block=4):
     return Evidence.from_rows(rows, thresholds=(.3,))
 
 def test_intervals_hold_the_truth_of_a_toy_world():
-    "50 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 85% or better does, for every headline number; intervals over tiles do not"
+    "100 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 90% or better does, for every headline number; intervals over tiles do not"
     world = population(16); truth = summary(world, [5], .3, (.3,))[5]
     names, block = np.unique(world['block'], return_inverse=True); rng, inside, naive = np.random.default_rng(0), {}, []
-    for _ in range(50):
+    for i in range(100):
         split = world.select(np.isin(block, rng.choice(len(names), 28, replace=False)))
         for name, e in bootstrap(split, [5], .3, replicates=200)[5].items():
             if e.low is not None: inside.setdefault(name, []).append(e.low <= truth[name] <= e.high)
-        tiles = bootstrap(split, [5], .3, replicates=200, unit='tile_id')[5]
+        if i % 4: continue
+        tiles = bootstrap(split, [5], .3, (), replicates=200, unit='tile_id')[5]
         naive.append([tiles[k].low <= truth[k] <= tiles[k].high for k in ('pr_auc', 'iou', 'precision', 'f1')])
     assert set(inside) == {'pr_auc', 'precision', 'recall', 'f1', 'iou', 'boundary_iou_2', 'boundary_iou_3', 'object_precision_30', 'object_recall_30', 'object_f1_30'}
-    for name, hits in inside.items(): assert len(hits) >= 40 and sum(hits) >= binom.ppf(.01, len(hits), .85), f'{name}: {sum(hits)} of {len(hits)}'
+    for name, hits in inside.items(): assert len(hits) >= 85 and sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
     assert np.mean(naive) < np.mean([np.mean(inside[k]) for k in ('pr_auc', 'iou', 'precision', 'f1')]) - .05
 
 def test_intervals_cover_the_truth():
@@ -194,9 +201,9 @@ def test_other_tiles_are_not_compared(change):
 def test_what_cannot_be_said_is_no_difference():
     e = make(range(60), n_blocks=20)
     d = compare(e, e, [200], replicates=20)[200]
-    assert d['iou'].value is None and d['iou'].verdict == 'noise' and d['iou'].why.startswith('rests on') and str(d['iou']) == '–' and d['recall'].value == 0
+    assert d['iou'].value is None and d['iou'].verdict == 'unknown' and d['iou'].why.startswith('rests on') and str(d['iou']) == '–' and d['recall'].value == 0
     few = compare(make(range(12)), make(range(12), shift=1.), ['native'])['native']['iou']
-    assert few.value > 0 and few.low is None and few.verdict == 'noise' and '10 are needed' in few.why
+    assert few.value > 0 and few.low is None and few.verdict == 'unknown' and '10 are needed' in few.why
     assert Difference(.03, .01, .05, .005, .01).verdict == 'gain' and str(Difference(.03, .01, .05, .005, .01)) == '+0.030 ± 0.010 [+0.010, +0.050] gain'
 
 @quick
@@ -208,5 +215,5 @@ def test_a_subsample_is_its_tiles_alone(seed, threshold):
         part = e.select(np.sort(np.r_[np.flatnonzero(positive), rng.choice(np.flatnonzero(~positive), 2 * positive.sum(), replace=False)]))
         found.append(summary(part, ['native'], threshold, (.3,))['native'])
     got = subsample(e, 2, threshold, draws=3, seed=seed)
-    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found])), abs=1e-9, nan_ok=True)
+    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found], ddof=1)), abs=1e-9, nan_ok=True)
     assert {'pr_auc', 'iou', 'boundary_iou_2', 'object_f1_30'} <= set(got) and subsample(e, 4) is None
