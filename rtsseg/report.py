@@ -185,7 +185,7 @@ def _results(runs, label):
     ratios = dict(val=list(dict.fromkeys([1, *m.ratios, 'native'])), test=m.ratios)
     return Results(runs, label, split, {s: estimates(runs, s, ratios[s]) for s in runs[0].evidence}, curves(runs, split), [confirm(x) for x in runs])
 
-# %% ../nbs/07_report.ipynb #c3344c7d
+# %% ../nbs/07_report.ipynb #d9a048b7
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')
 OBJECTS = dict(object_precision='object precision', object_recall='object recall', object_f1='object F1')
 
@@ -214,8 +214,8 @@ def probability(run:Run,       # a run
     return Number(float(run.calibration.probability(score)), probability_text(run.calibration.score(score)), why)
 
 def _instead(run, point):
-    "What a reader has to know of an operating point: whose numbers these are, and what is used instead"
-    return point.why if point.reached else f'on validation, seed {run.seed}: {point.why}; the uncalibrated {point.raw_threshold:.3g} is used instead'
+    "What a reader has to know of an operating point, and whose numbers these are"
+    return point.why if point.reached or not point.why else f'seed {run.seed}: {point.why}'
 
 def threshold(run:Run, ratio) -> Number:
     "The threshold of a ratio as a calibrated probability, with the reason where it is not the one that was asked for"
@@ -520,7 +520,7 @@ def _picture(run, split, tile, z, cut):
         if 0 < inside.mean() < 1: right.contour(inside, [.5], colors=color, linewidths=1.2)
     return fig
 
-# %% ../nbs/07_report.ipynb #f199d3c1
+# %% ../nbs/07_report.ipynb #bfafde07
 def operating_tables(run:Run) -> list[Table]:
     "Thresholds for pixels and for objects, and what they gave on validation (guide 12.2)"
     c, target = run.calibration, f'on validation, target precision {run.calibration.target_precision:g}; precision and recall are those of the tiles that the threshold was chosen on'
@@ -530,7 +530,8 @@ def operating_tables(run:Run) -> list[Table]:
                for r in c.objects for name, p in (('best floor', c.objects[r]), ('floor of the tables', c.object_thresholds[r]))]
     regions = []
     for name, x in c.regions.items():
-        if not x.thresholds: regions.append([name, 'every ratio', Estimate(None, why=x.why), *['–'] * 6])
+        if missing := [ratio_name(r) for r in c.thresholds if r not in x.thresholds]:
+            regions.append([name, 'every ratio' if not x.thresholds else ', '.join(missing), Estimate(None, why=x.why), *['–'] * 6])
         for r, p in x.thresholds.items():
             o = x.objects.get(r)
             regions.append([name, ratio_name(r), probability(run, p.logit, _instead(run, p)), p.precision, p.recall, *([_object_threshold(run, o), o.min_area, o.precision, o.share] if o else ['–'] * 4)])
