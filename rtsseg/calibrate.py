@@ -262,7 +262,7 @@ def probability_text(score:float    # log-odds, as `Calibration.score` gives the
     p = expit(score)
     return f'{p:.3f}' if 0.001 <= p <= 0.999 else f'{p:.2g}' if score < 0 else f'1 − {expit(-score):.2g}'
 
-# %% ../nbs/06_calibrate.ipynb #8c990611
+# %% ../nbs/06_calibrate.ipynb #ebe639bd
 def points(evidence:Evidence,      # of some tiles
            score,                  # log-odds of a logit, calibrated
            cfg:Calibrate,          # target and floors
@@ -283,7 +283,8 @@ def points(evidence:Evidence,      # of some tiles
         why = ('' if named[r] else f'{goal} holds on validation at 1:{r} only from a score of {z[code]:g} on, where neighbouring probabilities are rounded to the same number, and no threshold names one'
                if code is not None else f'{goal} does not hold on validation at 1:{r}: it is {precision:.3f} at {probability_text(at)}, but lower again above that' if precision >= cfg.target_precision else
                f'{goal} is not reached on validation at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {probability_text(at)}')
-        why = f'{why}; the uncalibrated 0.5 is used' if why else unsupported(row['support'], row['w'])
+        behind = unsupported((evidence.top[~evidence['positive']] >= best).sum(), row['w'])
+        why = f'{why}{behind and ", which "}{behind}; the uncalibrated 0.5 is used' if why else unsupported(row['support'], row['w'])
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
         out[r] = Point(threshold=float(expit(score(logits[r]))), raw_threshold=raw[r], logit=logits[r], reached=named[r],
                        precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=float(expit(at)),
@@ -358,7 +359,7 @@ def object_points(evidence:Evidence,      # of some tiles, with objects
                                     w=w, support=support, why=why, monotone_why=_falls(name, grid.threshold[ladder].to_numpy(), spread['precision'][:, ladder], drawn.why))
     return out
 
-# %% ../nbs/06_calibrate.ipynb #9e34c13f
+# %% ../nbs/06_calibrate.ipynb #5454265e
 class Region(Strict):
     "A region's own operating points, and why it takes the global ones where it has none"
     n_pos_tiles: int
@@ -433,6 +434,10 @@ class Calibration(Strict):
     def probability(self, logits, ratio=None):
         "Calibrated probabilities of logits, at the ratio of the fit or at another"
         return expit(self.score(logits, ratio))
+
+    def raw(self, probability):
+        "The uncalibrated probability of a calibrated one: what the thresholds of metrics, objects and intervals are"
+        return expit((logit(probability) - self.intercept) / self.slope)
 
     def save(self, path):
         "Write into a calibration.json, beside what it holds for other views"

@@ -150,7 +150,7 @@ class Tiles:
     def html(self): return f'<div class="tiles">{"".join(p.html() for p in self.pictures)}</div>'
     def markdown(self, link): return '\n\n'.join(p.markdown(link) for p in self.pictures)
 
-# %% ../nbs/06a_page.ipynb #32d53d8e
+# %% ../nbs/06a_page.ipynb #6d008037
 @dataclass
 class Slider:
     "Rows of texts that follow a slider"
@@ -168,10 +168,10 @@ class Slider:
         return (f'<div class="slider" hidden><script type="application/json">{_json(self.seeds)}</script>'
                 f'<label for="{name}">What is a slump: pixels whose probability is at least</label> <output class="now" for="{name}">{escape(first["text"][i])}</output>'
                 f'<input id="{name}" type="range" min="0" max="{len(first["text"]) - 1}" value="{i}" step="1" list="{name}m"><datalist id="{name}m"></datalist>'
-                f'<p>Chosen on validation: {" ".join(f"""<button type="button">{escape(r)}</button>""" for r in self.rows)} {choice("seed", "Seed", list(self.seeds))} {choice("area", "Smallest object, pixels", list(first["objects"]))}</p>'
+                f'<p>In the tables: {" ".join(f"""<button type="button">{escape(r)}</button>""" for r in self.rows)} {choice("seed", "Seed", list(self.seeds))} {choice("area", "Smallest object, pixels", list(first["objects"]))}</p>'
                 f'<div class="scroll" tabindex="0"><table><thead><tr>{"".join(f"<th>{escape(h)}</th>" for h in ["ratio", *self.pixels, *self.objects])}</tr></thead>'
                 f'<tbody>{"".join(f"<tr><td>{escape(r)}</td>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for r, row in zip(self.rows, cells))}</tbody></table></div>'
-                f'<p class="soft">Objects are cut out at a few thresholds only; those shown are of <output class="cut">{escape(first["cut"][first["nearest"][i]])}</output>. A row in bold stands at the threshold that was chosen for it.</p></div>')
+                f'<p class="soft">Objects are cut out at a few thresholds only; those shown are of <output class="cut">{escape(first["cut"][first["nearest"][i]])}</output>. A row in bold stands at the threshold that the tables have for it. ≤: too few tiles without a slump score so high, and the number is a bound.</p></div>')
     def markdown(self, link): return 'report.html has a slider here that moves the threshold.'
 
 def _json(x): return json.dumps(x, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')      # nothing inside can end the element

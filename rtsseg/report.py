@@ -10,7 +10,8 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'misses_table', 'false_alarms_table', 'comparison', 'settings_table', 'training_figure', 'pr_figure',
            'comparison_figure', 'reliability_figure', 'gallery', 'operating_tables', 'calibration_tables',
            'views_tables', 'data_tables', 'environment_table', 'training_table', 'commands', 'recompute', 'notes',
-           'tables', 'figures', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs', 'rtsseg_report']
+           'tables', 'figures', 'plain', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs',
+           'rtsseg_report']
 
 # %% ../nbs/07_report.ipynb #ec4e8b81
 import json, os, re, shlex, sys, zipfile, zlib
@@ -31,7 +32,7 @@ from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_c
 from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
 from .page import Bullets, Code, Fold, Number, Part, Picture, Slider, Table, Text, Tiles, appendix, page
 
-# %% ../nbs/07_report.ipynb #024880e1
+# %% ../nbs/07_report.ipynb #5766cbca
 class ReportError(RuntimeError):
     "A run that cannot be reported: says what is missing, or which two numbers disagree"
 
@@ -80,6 +81,7 @@ def read_run(folder:str|Path    # a run folder
             ) -> Run:
     "Read a run; raises `ReportError` naming the file that is missing and the command that makes it"
     folder = Path(folder).resolve()
+    if not folder.is_dir(): raise ReportError(f'{os.path.relpath(folder)}: no such run folder; they are named like runs/<name>/<hash>/seed42')
     def need(path, command):
         if not path.is_file(): raise ReportError(f'{_place(path, 6)} is missing: {command} makes it')
         return path
@@ -658,7 +660,7 @@ def _all_tables(results):
     split, found = comparison(results)
     return split, found | {f'{x.label}: {section}': t for x in results for section, t in _tables(x).items()}
 
-# %% ../nbs/07_report.ipynb #3d0c698c
+# %% ../nbs/07_report.ipynb #f38c6683
 WORDS = [('PR-AUC', 'area under the curve of precision against recall, over all thresholds: 1 is perfect, chance gives the share of slump pixels'),
          ('precision, recall', 'the share of what is predicted that is labelled a slump, and the share of what is labelled that is predicted'),
          ('IoU_RTS, F1_RTS', 'overlap of predicted and labelled pixels: those in both, over those in either (IoU), or twice over the sum of the two (F1)'),
@@ -673,6 +675,18 @@ def figures(results:Results) -> dict[str, Figure]:
     "The figures of one configuration"
     return {'precision and recall': pr_figure(results), 'reliability': reliability_figure(results.first), 'training': training_figure(results.runs)}
 
+def plain(results:Results) -> list[str]:
+    "What the headline means for a map, in sentences"
+    run, r = results.first, results.metrics.ratios[0]; found, c = results.found[results.split][r], run.calibration
+    def of(e):
+        if e.value is None: return 'an unknown number' if e.high is None else f'at most {np.ceil(100 * e.high):.0f}'
+        return 'fewer than 1' if e.value < .01 else f'about {100 * e.value:.0f}'
+    out = [f'At {ratio_name(r)}, of 100 objects that are predicted {of(found["object_precision_30"])} are slumps, and of 100 slumps {of(found["object_recall_30"])} are found.']
+    if missed := [x.seed for x in results.runs if r in x.calibration.thresholds and not x.calibration.thresholds[r].reached]:
+        out.append(f'A precision of {c.target_precision:g} was asked for, and no threshold reached it on validation (seed {", ".join(map(str, missed))}): the 0.5 of the tables is a stand-in that nobody chose. Use the slider to see what others give.')
+    if 'not enough' in c.temperature_enough and c.method == 'temperature': out.append(f'What this page calls a probability is a score with the right order only: {c.temperature_enough}.')
+    return out
+
 def _sections(results, found, drawn):
     "{heading: blocks} of one configuration, from its tables and figures"
     run, split, many, m = results.first, results.split, len(results.runs) > 1, results.metrics
@@ -683,7 +697,7 @@ def _sections(results, found, drawn):
     try: pictures, gone = gallery(run, split), Text('The tiles, or the scores that rtsseg-evaluate keeps for their pictures, are not at hand.', 'soft')
     except ReportError as e: pictures, gone = {}, Text(str(e), 'hint')
     tiles = [b for k, items in pictures.items() for b in (Text(PICTURES[k], 'head'), Tiles([Picture(f, c, 'jpeg', 110) for f, c in items]) if items else Text('There are none.', 'soft'))]
-    return {'Headline': [*[Text(results.doubt, 'hint')] * bool(results.doubt), Text(f'Measured on {SPLITS["doubt" if results.doubt else split]}. Ratio 1:r means r tiles without a slump for each tile with one.'), head, Fold('What the words mean', [Bullets(WORDS)]), Fold('Objects at IoU 0.1 and 0.5', [loose])] + [Fold('Each seed', seeds)] * many,
+    return {'Headline': [*[Text(results.doubt, 'hint')] * bool(results.doubt), Text(f'Measured on {SPLITS["doubt" if results.doubt else split]}. Ratio 1:r means r tiles without a slump for each tile with one.'), *[Text(s, 'hint' if i else '') for i, s in enumerate(plain(results))], head, Fold('What the words mean', [Bullets(WORDS)]), Fold('Objects at IoU 0.1 and 0.5', [loose])] + [Fold('Each seed', seeds)] * many,
             'Threshold': [Text('What other thresholds would have given. The same threshold is applied at every ratio here, whereas in the headline each ratio has its own.'), slider(results, split, stops), Fold('The same as a table', [by_threshold])],
             'Operating point': others('Operating point'),
             'Calibration': [*others('Calibration'), Picture(drawn['reliability'], f'Reliability on validation, seed {run.seed}: of the pixels that are given a probability, the share that is positive. Nearly all pixels lie in the lowest bin.')],

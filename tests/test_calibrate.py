@@ -93,6 +93,7 @@ def test_a_calibration(toy, method, tmp_path):
     want = (1 / fit_temperature(toy, 20)[0], 0) if method == 'temperature' else fit_slope_intercept(toy, 20)[:2]
     z = np.linspace(-9, 9, 7)
     np.testing.assert_allclose(c.probability(z), expit(want[0] * z + want[1])); np.testing.assert_allclose(c.score(z, 5), want[0] * z + want[1] + prior_shift(toy, 20, 5))
+    np.testing.assert_allclose(c.probability(logit(c.raw(np.array([.1, .5, .9])))), [.1, .5, .9])
     for r in (5, 20):
         p, q = c.thresholds[r], plain.thresholds[r]
         assert (p.logit, p.raw_threshold, p.precision, p.recall) == (q.logit, q.raw_threshold, q.precision, q.recall) and p.threshold == pytest.approx(c.probability(p.logit))

@@ -13,10 +13,10 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from rtsseg.calibrate import calibrate
 from rtsseg.config import CurriculumRow, load, run_folder, to_yaml, write_atomic
 from rtsseg.data import read_manifest, read_tile, write_manifest
-from rtsseg.intervals import summary
+from rtsseg.intervals import Estimate, summary
 from rtsseg.metrics import Meter, evidence_path, telling_tiles
 from rtsseg.page import Bullets, Reasons, Table, Text
-from rtsseg.report import METRICS, ReportError, Several, gallery, read_run, region_table, report, tables, threshold, training_figure
+from rtsseg.report import METRICS, ReportError, Several, gallery, plain, read_results, read_run, region_table, report, tables, threshold, training_figure
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -165,6 +165,15 @@ def test_regions_have_their_thresholds_or_a_reason(runs, tmp_path):
     assert [[r[0], r[2].value, r[3].value, r[4].value, r[5].value, r[6], r[8].value] for r in own.rows if r[2].value is not None] == want != []
     missing = {name: x.why for name, x in found.regions.items() if len(x.thresholds) < 2}
     assert {r[0]: r[2].why for r in own.rows if r[2].value is None} == missing
+
+def test_the_headline_in_plain_words(runs):
+    "Bounds are called so, what was not reached is not called chosen, and scores that are no probabilities not probabilities"
+    results = read_results([f for f, *_ in runs[0]])[0]; row = results.found[results.split][1]
+    said = plain(results); assert f'of 100 objects that are predicted about {100 * row["object_precision_30"].value:.0f} are slumps' in said[0] and f'of 100 slumps about {100 * row["object_recall_30"].value:.0f} are found' in said[0]
+    row['object_precision_30'] = Estimate(None, high=.004); results.runs[1].calibration.thresholds[1] = results.runs[1].calibration.thresholds[1].model_copy(update=dict(reached=False))
+    results.first.calibration = results.first.calibration.model_copy(update=dict(temperature_enough='temperature alone is not enough: so'))
+    said = plain(results); assert 'predicted at most 1 are slumps' in said[0]
+    assert 'no threshold reached it on validation (seed 43)' in said[1] and 'the right order only: temperature alone is not enough: so' in said[2]
 
 def test_what_is_used_instead(runs):
     "A target that is not reached is missed on validation, by a seed; several seeds are named each, and numbers stay with their ratio"

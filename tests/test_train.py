@@ -139,7 +139,7 @@ def test_a_real_run_in_two_processes(tiny, tmp_path):
     assert json.loads((folder/'log.jsonl').read_text().splitlines()[0])['processes'] == 2
     seen = headline(Evidence.read(evaluate_run(folder, 'val')), cfg)
     best = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
-    assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-9, nan_ok=True)
+    assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-4, nan_ok=True)       # evaluation counts on finer bins
 
 def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_path):
     "Paired draws of blocks, by hand and with scikit-learn's average precision; and the file is a config for the next run"
