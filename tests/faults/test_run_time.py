@@ -254,7 +254,7 @@ def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
     with pytest.raises(WorkerError, match='(have died|no batch came within 3 seconds).*goes on from the last checkpoint'):
         again(tmp_path, 0, data=Dies(how), loader=dict(shuffle=True, num_workers=2, timeout=3), **often)
     assert time.monotonic() - began < 30 and not multiprocessing.active_children()
-    equal(undisturbed, again(tmp_path, **often))
+    equal(undisturbed, again(tmp_path, 9 if newest_state(tmp_path/'checkpoints') else 0, **often))       # it may have been lost before the first step
 
 def test_37_real_loaders_have_the_time_limit(tmp_path):
     from rtsseg.segment import loaders, prepare
