@@ -12,7 +12,7 @@ import cv2, numpy as np
 from skimage.measure import label, regionprops
 
 from common import emit, turns
-from rtsseg.metrics import Evidence, tile_histograms, tile_objects
+from rtsseg.metrics import Evidence, tile_bands, tile_histograms, tile_objects
 from rtsseg.objects import match
 
 IOU, LOGIT = 0.3, 0.5                                                   # a logit of 0.5 is a half-precision number
@@ -61,7 +61,7 @@ def main(rounds=5):
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
     tiles = [blobs(rng, 512, n) for n in range(31)]
-    known = [dict(tile_id=f'{i:02}', split='val', region='', block='', positive=i > 0, pixel_size=3.) | tile_histograms(*t) for i, t in enumerate(tiles)]
+    known = [dict(tile_id=f'{i:02}', split='val', region='', block='', positive=i > 0, pixel_size=3.) | tile_histograms(*t) | tile_bands(*t, ()) for i, t in enumerate(tiles)]
     def ours():
         m = match(Evidence.from_rows([k | tile_objects(*t, (THRESHOLD,)) for k, t in zip(known, tiles)], thresholds=(THRESHOLD,)), THRESHOLD, IOU)
         return list(zip(m.tp, m.fp, m.fn))

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_average_precision
 
 from common import emit, timed, turns
-from rtsseg.metrics import Evidence, average_precision, histogram, tile_evidence, tile_histograms, tile_objects, weights
+from rtsseg.metrics import Evidence, average_precision, histogram, tile_evidence, tile_histograms, weights
 
 RATIOS, THRESHOLDS = (200, 500, 1000), np.arange(1, 20)/20
 
@@ -44,7 +44,7 @@ def main(n=400):
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     logits, masks, who = split(n, rng)
-    none = tile_objects(np.zeros((1, 1), np.float16), np.zeros((1, 1), np.uint8), ())
+    none = tile_evidence(np.zeros((1, 1), np.float16), np.zeros((1, 1), np.uint8), ())
     see = lambda logits, n=n: Evidence.from_rows((i | none | tile_histograms(*t) for i, *t in zip(who[:n], logits, masks)), thresholds=())
     ap = lambda evidence, ratio: float(average_precision(histogram(evidence, ratio)))
     def three(logits):
