@@ -1,7 +1,7 @@
 # make demo   the main job on the toy world, ending in a report        make test   everything that is checked
 # make seeds  the job for three seeds, and the report over them        make docs   the site (needs Quarto)
 # make soak   what a kill costs a run: nothing
-# make sync   modules, README and schema anew from the notebooks       make clean  what the above made, but not .venv, data or runs
+# make sync   all that is made from notebooks and tests anew         make clean  what the above made, but not .venv, data or runs
 SHELL  := /bin/bash
 CONFIG ?= configs/toy.yaml
 SEEDS  ?= 42 43 44
@@ -33,7 +33,7 @@ seeds: $(STAMP)
 	@echo; rtsseg-report --config $(CONFIG) --seeds "$(SEEDS)"
 
 test: $(STAMP)
-	@echo "1/3 notebooks, modules, README and schema in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check
+	@echo "1/3 notebooks, modules and all that is made from them in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check
 	@echo "2/3 the tests inside the notebooks …"; TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
 	@echo "3/3 pytest …"; OMP_NUM_THREADS=2 python -m pytest -q
 

@@ -1,5 +1,5 @@
-"Modules, README and JSON schema are made from the notebooks: make them, or (--check) say what is out of step, in a copy that leaves this tree alone"
-import os, re, shutil, subprocess, sys
+"Modules, README, JSON schema and the page of faults are made from notebooks and tests: make them, or (--check) say what is out of step, in a copy that leaves this tree alone"
+import ast, os, re, shutil, subprocess, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +18,39 @@ def readme(root):
     text = re.sub(r'\]\((?!\w+:|#)([^)]+)\)', lambda m: f']({os.path.normpath(os.path.join("nbs", m[1]))})', text)
     (root/'README.md').write_text(text.strip() + '\n')
 
+SURVIVES = """---
+title: What survives what
+---
+
+Spot machines die, disks fill, trackers go down, rasters lie. Each line here is a promise, and a test that does it to the library and looks what is left; this page is made from those tests.
+*Refused* means: exit code 2, a message that names file and field, all that is wrong at once, and nothing written. *Stops* means that the same command goes on later, and ends in the same bits.
+`pytest tests/faults` runs them all, `make soak` kills a run 200 times instead of 50.
+"""
+
+def faults(root):
+    "Of each file of tests/faults, by number: its title, {number: (what happens, what then)}, and {number: [(test, its docstring)]}"
+    return sorted(map(_group, (root/'tests/faults').glob('test_*.py')), key=lambda group: f'{next(iter(group[1])):>2}')
+
+def _group(path):
+    tree, shown = ast.parse(path.read_text()), {}
+    table = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'FAULTS')
+    for n in tree.body:
+        if isinstance(n, ast.FunctionDef) and (m := re.match(r'test_(?:(\d+)|(S\d+))_', n.name)): shown.setdefault(int(m[1]) if m[1] else m[2], []).append((n.name, ast.get_docstring(n)))
+    return ast.get_docstring(tree), table, shown
+
+def survives(root):
+    "nbs/survives.qmd, from the tables and docstrings of tests/faults"
+    cell, text = lambda s: s.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' '), [SURVIVES]
+    for title, table, shown in faults(root):
+        text += [f'## {cell(title)}', '', '| | what happens | what then | how it is shown |', '|---|---|---|---|']
+        for k, (what, then) in table.items():
+            text.append(f'| {k} | {cell(what)} | {cell(then)} | ' + '<br>'.join(f'{cell(told)} (`{name}`)' if told else f'`{name}`' for name, told in shown.get(k, [])) + ' |')
+        text.append('')
+    (root/'nbs/survives.qmd').write_text('\n'.join(text))
+
 def sync(root):
     for command in ([BIN/'nbdev_export'], [BIN/'nbdev_clean'], [sys.executable, '-c', SCHEMA]): subprocess.run(command, cwd=root, env=ENV, check=True)
-    readme(root)
+    readme(root); survives(root)
 
 def check():
     "Everything that is made, made anew in a copy of the tree, must come out as it stands"

@@ -119,6 +119,14 @@ def test_readme_opens_with_the_two_commands():
     for p in chapters: assert f'({p.relative_to(ROOT).as_posix()})' in text, f'the table of chapters lacks {p.name}'
     for command, _ in scripts: assert command in text
 
+def test_every_fault_has_its_test():
+    "What the page of faults promises is shown, and what is shown is promised"
+    sys.path.insert(0, str(ROOT)); import sync; sys.path.pop(0)
+    groups = sync.faults(ROOT); assert all(title for title, *_ in groups)
+    assert [k for _, table, _ in groups for k in table if isinstance(k, int)] == list(range(1, 43))
+    for title, table, shown in groups: assert set(shown) == set(table), f'{title}: {set(shown) ^ set(table)}'
+    page = (ROOT/'nbs'/'survives.qmd').read_text(); assert all(name in page for _, _, shown in groups for tests in shown.values() for name, _ in tests)
+
 def test_the_site_can_be_built(tmp_path):
     "All of nbdev's work for the site, in a copy, with a Quarto that only says that it was called"
     site = tmp_path/'site'

@@ -1,15 +1,37 @@
-"Faults 19 to 25: settings that cannot be meant"
-import json, subprocess, sys
+"Settings that cannot be meant"
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from rtsseg.config import ConfigError, load, run_folder, to_yaml
+from rtsseg.config import Config, ConfigError, check_parameters, doubts, load, read_yaml, run_folder, to_yaml
 from rtsseg.segment import prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, locked, run, start_over
 
+FAULTS = {
+    19: ('`lr: 1e-3`, which YAML 1.1 reads as a text', 'it is a number'),
+    20: ('`ratio: 1:20` without quotes, which YAML 1.1 reads as 80', 'it means 1:20'),
+    21: ('a key that stands twice, a misspelt key', 'refused, with the nearest name'),
+    22: ('a curriculum with a gap or an overlap; rows that are never reached, a backbone that never trains', 'refused; said before the run'),
+    23: ('a run folder whose config or data are not those that it was begun with', 'refused; with --force it goes on, and that is recorded; --fresh puts the folder aside'),
+    24: ('a config that would run code, or fill the memory', 'refused within a second'),
+    25: ('a parameter that the notebook does not have', 'refused; what papermill itself only warns of'),
+}
+
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+SHELL = dict(env={k: v for k, v in os.environ.items() if k != 'IN_TEST'}, capture_output=True, text=True, timeout=200)
+
+def written(folder, text):
+    path = folder/'c.yaml'; path.write_text(text); return path
+
+def refused(command, *args):
+    "What a command says that ends with code 2, and without a traceback"
+    done = subprocess.run([BIN/command, *map(str, args)], **SHELL)
+    assert done.returncode == 2 and 'Traceback' not in done.stdout + done.stderr, done.stdout + done.stderr
+    return done.stderr
 
 @pytest.fixture
 def tiny(tmp_path):
@@ -17,18 +39,64 @@ def tiny(tmp_path):
                 freeze_backbone_epochs=0, data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
                 model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
 
+# ---------------------------------------------------------------- 19, 20: numbers
+@pytest.mark.parametrize('text', ['1e-3', '1E-3', '1.e-3', '0.001', '.001', '+1e-3', '1e-03'])
+def test_19_a_number_with_an_exponent(tmp_path, text):
+    assert load(written(tmp_path, f'lr: {{base_lr: {text}}}')).lr.base_lr == load(overrides=[f'lr.base_lr={text}']).lr.base_lr == 1e-3
+
+@pytest.mark.parametrize('text', ['1:20', '"1:20"', '20'])
+def test_20_a_ratio(tmp_path, text):
+    cfg = load(written(tmp_path, f'sampler:\n  curriculum:\n  - first: 1\n    last: 300\n    ratio: {text}\n'))
+    assert cfg.sampler.curriculum[0].ratio == 20
+
+@pytest.mark.parametrize('text', ['2:20', '1:20:3', '1:', '1:x', '0', '1:0', '-20', '1.5', 'yes'])
+def test_20_what_is_no_ratio(tmp_path, text):
+    with pytest.raises(ConfigError, match='sampler.curriculum.0.ratio'): load(written(tmp_path, f'sampler: {{curriculum: [{{first: 1, last: 300, ratio: "{text}"}}]}}'))
+
+# ---------------------------------------------------------------- 21, 22: keys, rows
+def test_21_a_key_that_stands_twice(tmp_path):
+    for text in ('epochs: 1\nepochs: 2', 'lr: {base_lr: 1.0, base_lr: 2.0}'):
+        with pytest.raises(ConfigError, match=r'c.yaml: .*duplicate key'): load(written(tmp_path, text))
+
+def test_21_all_mistakes_at_once(tmp_path):
+    "Each with its place and the nearest name; nothing is written"
+    path = written(tmp_path, 'epoch: 3\nlr: {bse_lr: 1e-3}\nbatch_size: many\nsampler: {positive_fraction: 3}\nloss: {gama: 1}\n')
+    said = refused('rtsseg-train', '--config', path)
+    for part in ("epoch: no such setting (did you mean 'epochs'?)", "lr.bse_lr: no such setting (did you mean 'base_lr'?)", 'batch_size: ', 'sampler.positive_fraction: ', "loss.gama: no such setting (did you mean 'gamma'?)"):
+        assert part in said
+    assert str(path) in said and os.listdir(tmp_path) == ['c.yaml']
+
+@pytest.mark.parametrize('command', ['rtsseg-check', 'rtsseg-evaluate', 'rtsseg-calibrate', 'rtsseg-report', 'rtsseg-search'])
+def test_21_every_command_refuses_it(tmp_path, command):
+    assert "did you mean 'epochs'" in refused(command, '--config', written(tmp_path, 'epoch: 3')) and os.listdir(tmp_path) == ['c.yaml']
+
+@pytest.mark.parametrize('rows,word', [([(1, 10), (12, 20)], 'epoch 12 where 11 was due .gap'), ([(1, 10), (10, 20)], 'epoch 10 where 11 was due .overlap'), ([(2, 10)], 'gap'), ([], 'at least 1 item')])
+def test_22_a_curriculum_with_a_hole(rows, word):
+    with pytest.raises(ConfigError, match=word): load(sampler=dict(curriculum=[dict(first=a, last=b, ratio=1) for a, b in rows]))
+
+def test_22_what_is_never_reached_is_said(tiny, capfd):
+    "Rows past the last epoch, and a backbone that stays frozen to the end; the run goes on"
+    cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=tiny.sampler.model_copy(update=dict(curriculum=Config().sampler.curriculum))))
+    told = doubts(cfg)
+    assert any('rows from epoch 11 on begin after the last epoch, 1' in t for t in told) and any('the backbone never trains' in t for t in told)
+    with pytest.warns(UserWarning) as seen: run(cfg)
+    assert set(told) <= {str(w.message) for w in seen}
+
+# ---------------------------------------------------------------- 23: a folder of another config
+def files(folder): return {f: f.stat().st_mtime_ns for f in folder.rglob('*') if f.is_file() and f.name != '.lock'}
+
 def test_23_a_run_folder_whose_config_was_changed(tiny):
     "It is refused, and nothing in it is touched"
     folder = run(tiny); path = folder/'config.yaml'; path.write_text(path.read_text().replace('weight_decay: 0.01', 'weight_decay: 0.02'))
-    before = {f: f.stat().st_mtime_ns for f in folder.rglob('*') if f.is_file() and f.name != '.lock'}
+    before = files(folder)
     with pytest.raises(ConfigError, match='config.yaml has been changed since the run began.*--fresh'): run(tiny)
-    assert {f: f.stat().st_mtime_ns for f in folder.rglob('*') if f.is_file() and f.name != '.lock'} == before
+    assert files(folder) == before
 
 def test_23_fresh_puts_the_old_folder_aside(tiny, tmp_path):
     "Whole, under another name; the same command trains anew and ends in the same bytes"
     folder = run(tiny); model = (folder/'model'/'model.safetensors').read_bytes(); held = {f.relative_to(folder) for f in folder.rglob('*')}
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
-    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh'], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh'], **SHELL)
     assert done.returncode == 0 and 'put aside: ' in done.stdout, done.stderr
     aside, = folder.parent.glob('old-seed42-*')
     assert {f.relative_to(aside) for f in aside.rglob('*')} == held and (aside/'model'/'model.safetensors').read_bytes() == model == (folder/'model'/'model.safetensors').read_bytes()
@@ -38,3 +106,35 @@ def test_23_a_run_under_way_is_not_put_aside(tiny):
     folder = run_folder(tiny, prepare(tiny).hash); assert start_over(folder) is None
     with locked(folder), pytest.raises(Busy): start_over(folder)
     assert folder.is_dir()
+
+# ---------------------------------------------------------------- 24: hostile text
+BOMBS = {'code': '!!python/object/apply:os.system ["touch made"]', 'an object': 'a: !!python/object:os.stat_result {}', 'a tag of its own': 'a: !x 1', 'aliases': 'a: &a [x, x]\n' + ''.join(f'b{i}: &b{i} [*a, *a]\n' for i in range(30)),
+         'an alias of itself': 'a: &a [*a]', 'merged aliases': 'a: &a {b: 1}\nc: {<<: *a}', 'depth': '[' * 60_000, 'depth of mappings': '{a: ' * 15_000, 'depth by keys': '? ' * 30_000, 'depth by dashes': '- ' * 30_000,
+         'length': 'a: 1\n' * 10**6, 'a long number': 'epochs: ' + '9' * 60_000, 'a zero byte': 'name: a\0b', 'no text': '\ud800', 'another version': '%YAML 1.1\n---\nepochs: 1', 'two documents': 'epochs: 1\n---\nepochs: 2', 'a list': '- 1', 'a number': '1', 'a stray tab': 'a:\n\t- 1'}
+
+@pytest.mark.parametrize('what', BOMBS)
+def test_24_hostile_text(tmp_path, monkeypatch, what):
+    "Code, objects, aliases, depth, length: refused before anything is built of it"
+    monkeypatch.chdir(tmp_path); path = tmp_path/'c.yaml'; path.write_bytes(BOMBS[what].encode('utf-8', 'surrogatepass')); began = time.process_time()
+    with pytest.raises(ConfigError, match='c.yaml'): load(path)
+    with pytest.raises(ConfigError): load(overrides=['name=' + BOMBS[what]])
+    assert time.process_time() - began < 10 and os.listdir(tmp_path) == ['c.yaml']       # an exploding one would take for ever
+
+ODD = ['1: 2', '? [a]\n: 1', 'name: 2001-99-99', '<<: 1', 'a: !!binary x', '? {a: b}', '= : 1', '- ? a', 'null: 1', 'model: {options: {a: .nan}}', 'lr: {base_lr: .inf}', 'seed: 0x2a', 'runs: "~"', 'runs: "a\\0b"', 'data: {manifest: 3}']
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(ODD) | st.text(st.characters(codec='utf-8'), max_size=60) | st.text('{}[]:,-&*!?|>#%@`"\' \n\tab1e.<~', max_size=40))
+def test_24_any_text(tmp_path_factory, text):
+    "Whatever stands in the file: a config, or an error that names it"
+    path = tmp_path_factory.getbasetemp()/'any.yaml'; path.write_text(text, encoding='utf-8')
+    try: assert isinstance(load(path), Config)
+    except ConfigError as e: assert 'any.yaml' in str(e)
+
+def test_24_through_a_command(tmp_path):
+    for what in ('code', 'aliases'): refused('rtsseg-train', '--config', written(tmp_path, BOMBS[what]))
+    assert os.listdir(tmp_path) == ['c.yaml']
+
+# ---------------------------------------------------------------- 25: parameters
+def test_25_all_unknown_parameters_at_once():
+    with pytest.raises(ConfigError) as e: check_parameters(dict(before=set(), seed=1, sed=2, epoch=3, _=4), ['seed', 'epochs', 'config'])
+    assert str(e.value).splitlines() == ["no such parameter: 'epoch' (did you mean 'epochs'?)", "no such parameter: 'sed' (did you mean 'seed'?)"]
