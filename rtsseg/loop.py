@@ -150,7 +150,7 @@ class Stopper:
         if not self.since or mean > self.best + es.min_delta: self.best, self.since = mean, epoch
         return epoch - self.since >= es.patience
 
-# %% ../nbs/04a_loop.ipynb #923e9541
+# %% ../nbs/04a_loop.ipynb #fc3421b5
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be read or gone on from"
 
@@ -190,19 +190,22 @@ def load_state(path:str|Path    # a file of `save_state`
 
 def newest_state(folder:str|Path   # the checkpoints folder
                 ) -> dict|None:    # the newest state that can be gone on from; None where there is no file at all
-    "What to resume from. Where it is damaged, or the best weights that it speaks of are, falls back to the one before it, and says so; raises `CheckpointError` where none is left"
+    "What to resume from. Where it is damaged, or the best weights that it speaks of are, falls back to one from before, and says so; raises `CheckpointError` where there is none"
     def step(f):      # only one file need be read whole; one with a damaged head is tried first, so that it is named
         try:
             with f.open('rb') as file: head = file.read(16)
         except OSError: return math.inf
         return n if head == _head(n := int.from_bytes(head[8:12])) else math.inf
-    failed = []
+    failed, lost = [], 0      # lost: the step of the best weights, where those are not to be had
     for f in sorted([f for f in Path(folder).glob('*.ckpt') if f.name != 'best.ckpt'], key=lambda f: (step(f), f.name), reverse=True):
         try:
-            state = load_state(f); best = state.get('best')
-            if best and load_state(f.with_name('best.ckpt')).get('best', {}).get('step', 0) < best['step']: raise CheckpointError(f'best.ckpt does not hold the weights that {f.name} calls the best')
+            state = load_state(f)
+            if state.get('step', 0) < lost: state['best'] = {}      # they will be found again on the way
+            elif best := state.get('best'):
+                lost = best['step']
+                if load_state(f.with_name('best.ckpt')).get('best', {}).get('step', 0) < lost: raise CheckpointError(f'best.ckpt does not hold the weights that {f.name} calls the best')
         except CheckpointError as e: failed.append(str(e)); continue
-        if failed: print(f'note: {"; ".join(dict.fromkeys(failed))}. Going on from {f.name}, which was written before', flush=True)
+        if failed: print(f'note: {"; ".join(dict.fromkeys(failed))}. Going on from {f.name}, which is from before', flush=True)
         return state
     if failed: raise CheckpointError(f'{folder}: there is no checkpoint to go on from: {"; ".join(dict.fromkeys(failed))}. Put a good copy back, or start over (rtsseg-train --fresh)')
 
