@@ -297,7 +297,7 @@ class Observers:
     def __call__(self, hook, *args):
         for f in self.hooks[hook]: f(*args)
 
-# %% ../nbs/04a_loop.ipynb #a9e0aa2b
+# %% ../nbs/04a_loop.ipynb #09d753b4
 @dataclass
 class Run:
     "The state of a training run: what observers see, and what a checkpoint saves"
@@ -347,7 +347,7 @@ class Run:
     def machine(self) -> str:
         "On what results repeat to the bit"
         n, device = self.accelerator.num_processes, self.accelerator.device
-        return f'{n} process{"es" * (n > 1)} with {f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)}'
+        return f'processes: {n}, {f"CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)}'
 
     def state(self) -> dict:
         "What a resume needs"
@@ -372,7 +372,7 @@ class Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise CheckpointError(f'{self.folder/"checkpoints"}: a state of another model, or of another version of this library ({textwrap.shorten(f"{type(e).__name__}: {e}", 200)}). '
                                   'Train with what it was begun with, or start over (rtsseg-train --fresh)') from None
-        if was != self.machine and self.accelerator.is_main_process: print(f'note: begun on {was}, going on on {self.machine}: a good run, but not the same to the bit', flush=True)
+        if was != self.machine and self.accelerator.is_main_process: print(f'note: this run had {was}; now it has {self.machine}. It goes on, but not to the same bits', flush=True)
 
     def save(self, name:str, state:dict|None=None, wait:bool=True) -> Path|None:      # None where it is not written, or not yet
         "Write checkpoints/<name>.ckpt from the main process, or begin to; where the disk refuses, the old file stands, and the run goes on"
