@@ -1,5 +1,5 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, json, math, multiprocessing, os, random, shutil, signal, socket, sys, threading, time, traceback
+import errno, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
 import rtsseg.config, rtsseg.loop, rtsseg.train
-from rtsseg.config import Loader, load
+from rtsseg.config import Loader, load, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
 from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, Log, RunError, Terminated, locked
@@ -232,6 +232,25 @@ def test_31_one_of_two_processes_is_killed(undisturbed_two, tmp_path, rank, step
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
     assert load_state(folder/'checkpoints'/'resume.ckpt')['step'] in (step - 2, step - 1)      # the thread may have been killed too
     assert two(folder) == [0, 0] and same(files(folder), undisturbed_two)
+
+def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
+    "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the same command goes on to the same model, byte for byte"
+    def start(name):
+        cfg = tiny(tmp_path, name='two', runs=tmp_path/name, epochs=16, batch_size=4, model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+        (tmp_path/f'{name}.yaml').write_text(to_yaml(cfg))
+        return subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/f'{name}.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    def said(trainer): out, _ = trainer.communicate(timeout=200); return trainer.returncode, out
+    code, out = said(start('whole')); assert code == 0, out
+    trainer = start('half'); logs = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
+    while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in logs()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
+    launcher, = children(trainer.pid); workers = children(launcher); os.kill(launcher, signal.SIGTERM); code, out = said(trainer)
+    assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and code == 3
+    whole, half = (next(tmp_path.glob(f'{name}/two/*/seed42')) for name in ('whole', 'half')); end = logs()[-1]
+    assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
+    code, out = said(start('half')); assert code == 0 and f'going on from epoch {end["epoch"]}, step {end["step"]}' in out
+    assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
 # ---------------------------------------------------------------- 33: no room
 def full_disk(monkeypatch, refuse):
