@@ -170,17 +170,13 @@ def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
     equal(undisturbed, again(tmp_path))
 
 # ---------------------------------------------------------------- 31, 32: two processes
-def two(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None, limit=60):
-    "Both train, forked from here, and meet `hurt(rank, run)` after every step; their exit codes"
+def two(work, limit=60):
+    "Fork two processes of one run, which call work(rank); their exit codes"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     pids = []
     for rank in (0, 1):
         if not (child := os.fork()):
-            try:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-                log = os.open(f'{folder}-{rank}.txt', os.O_CREAT | os.O_APPEND | os.O_WRONLY); os.dup2(log, 1); os.dup2(log, 2)
-                with Terminated() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
-                os._exit(0)
+            try: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)); work(rank); os._exit(0)
             except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
         pids.append(child)
     codes, end = {}, time.monotonic() + limit
@@ -192,12 +188,18 @@ def two(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None, lim
     assert len(codes) == 2, f'a process still waited for the other after {limit} seconds'
     return [codes[p] for p in pids]
 
+def pair(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None):
+    "Two processes train in the small world, and meet `hurt(rank, run)` after every step"
+    def work(rank):
+        with Terminated() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
+    return two(work)
+
 def files(folder): return {n: load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best', 'epoch-0002', 'epoch-0004')}
 
 @pytest.fixture(scope='module')
 def undisturbed_two(tmp_path_factory):
     "What two processes leave behind that nobody disturbed: 5 micro-batches each, 3 steps an epoch"
-    folder = tmp_path_factory.mktemp('two')/'run'; assert two(folder, seed=0) == [0, 0]
+    folder = tmp_path_factory.mktemp('two')/'run'; assert pair(folder, seed=0) == [0, 0]
     return files(folder)
 
 def signals(sign, ranks, step):
@@ -209,9 +211,9 @@ def signals(sign, ranks, step):
 def test_32_sigterm_to_one_of_two_processes_or_both(undisturbed_two, tmp_path, ranks):
     "Both stop after the same step, and go on to the same bits"
     folder = tmp_path/'run'
-    assert two(folder, signals(signal.SIGTERM, ranks, 5), seed=0) == [0, 0]
+    assert pair(folder, signals(signal.SIGTERM, ranks, 5), seed=0) == [0, 0]
     half = load_state(folder/'checkpoints'/'resume.ckpt'); assert half['step'] == 5 and not half['finished']
-    assert two(folder) == [0, 0] and same(files(folder), undisturbed_two)
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
 
 @pytest.mark.parametrize('ranks', [(0,), (1,)])
 def test_32_sigterm_in_validation_of_two_processes(undisturbed_two, tmp_path, ranks):
@@ -220,36 +222,34 @@ def test_32_sigterm_in_validation_of_two_processes(undisturbed_two, tmp_path, ra
         def __init__(self, rank): self.rank = rank
         def meter(self): return Asks(1) if self.rank in ranks else Nothing()
     folder = tmp_path/'run'
-    assert two(folder, seed=0, task=Task) == [0, 0]
+    assert pair(folder, seed=0, task=Task) == [0, 0]
     half = load_state(folder/'checkpoints'/'resume.ckpt'); assert (half['step'], half['batch'], half['history'], half['best']) == (3, 5, [], {})
-    assert two(folder) == [0, 0] and same(files(folder), undisturbed_two)
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
 
 @pytest.mark.parametrize('rank', [0, 1])
 @pytest.mark.parametrize('step', [4, 9])
 def test_31_one_of_two_processes_is_killed(undisturbed_two, tmp_path, rank, step):
     "The other does not wait for it for ever; started again, both go on from the last checkpoint to the same bits"
-    folder = tmp_path/'run'; codes = two(folder, signals(signal.SIGKILL, (rank,), step), seed=0)
+    folder = tmp_path/'run'; codes = pair(folder, signals(signal.SIGKILL, (rank,), step), seed=0)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
     assert load_state(folder/'checkpoints'/'resume.ckpt')['step'] in (step - 2, step - 1)      # the thread may have been killed too
-    assert two(folder) == [0, 0] and same(files(folder), undisturbed_two)
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
 
 def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
-    "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the same command goes on to the same model, byte for byte"
-    def start(name):
-        cfg = tiny(tmp_path, name='two', runs=tmp_path/name, epochs=16, batch_size=4, model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
-        (tmp_path/f'{name}.yaml').write_text(to_yaml(cfg))
-        return subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/f'{name}.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    def said(trainer): out, _ = trainer.communicate(timeout=200); return trainer.returncode, out
-    code, out = said(start('whole')); assert code == 0, out
-    trainer = start('half'); logs = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
-    while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in logs()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
-    launcher, = children(trainer.pid); workers = children(launcher); os.kill(launcher, signal.SIGTERM); code, out = said(trainer)
-    assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and code == 3
-    whole, half = (next(tmp_path.glob(f'{name}/two/*/seed42')) for name in ('whole', 'half')); end = logs()[-1]
+    "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the run goes on to the same model, byte for byte"
+    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    (tmp_path/'half.yaml').write_text(to_yaml(cfg('half'))); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
+    trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
+    while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in log()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
+    launcher, = children(trainer.pid); workers = children(launcher); os.kill(launcher, signal.SIGTERM); out, _ = trainer.communicate(timeout=200)
+    assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
+    half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
     assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
-    code, out = said(start('half')); assert code == 0 and f'going on from epoch {end["epoch"]}, step {end["step"]}' in out
+    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg(name)), 200) == [0, 0]
+    whole, = tmp_path.glob('whole/two/*/seed42')
     assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
 # ---------------------------------------------------------------- 33: no room
