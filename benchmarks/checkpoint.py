@@ -2,12 +2,11 @@
 import json, os, statistics, sys, threading, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import segmentation_models_pytorch as smp, torch
 from accelerate import Accelerator
 
-from common import emit, timed, turns
+from common import emit, timed
 from rtsseg.config import LoopConfig
 from rtsseg.loop import Average, Run, Task, Writing, load_state
 
@@ -32,16 +31,14 @@ def main(rounds=10):
         def waits(): run.save('resume')
         def bare():
             with open(Path(d)/'peer.pt', 'wb') as f: torch.save(run.state(), f); f.flush(); os.fsync(f.fileno())
-        def periodic(): Writing.settle(); os.sync(); return timed(blocks)              # the one before is written by then: minutes lie between
         ours, sealed, peer = [], [], []
-        for _ in range(rounds + 2): ours.append(periodic()); Writing.settle(); os.sync(); sealed.append(timed(waits)); os.sync(); peer.append(timed(bare))
+        for _ in range(rounds + 2):
+            for f, times in ((blocks, ours), (waits, sealed), (bare, peer)): times.append(timed(f)); Writing.settle(); os.sync()      # minutes lie between
         size = (Path(d)/'checkpoints'/'resume.ckpt').stat().st_size; assert load_state(Path(d)/'checkpoints'/'resume.ckpt')['step'] == 1
         share = statistics.median(ours[2:]) / (60 * minutes)
         emit('training stands still for the checkpoint of every few minutes / torch.save and fsync', ours[2:], peer[2:], bytes=size, device=device, minutes=minutes, share=round(share, 6), share_goal=.01, met_share=share <= .01)
         emit('a sealed checkpoint that is waited for / torch.save and fsync', sealed[2:], peer[2:], bytes=size, device=device)
         print(json.dumps(dict(what='megabytes held beside the state', ours=beside(lambda: (blocks(), Writing.settle())), waited_for=beside(waits), peer=beside(bare), bytes=size)), flush=True)
-        def writing():
-            if not any(isinstance(t, Writing) for t in threading.enumerate()): blocks()
         during, alone = [], []
         for _ in range(rounds):                                                         # steps with a write under way, and as many without
             Writing.settle(); os.sync(); blocks(); n = len(during)

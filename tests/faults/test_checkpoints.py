@@ -135,12 +135,13 @@ def test_28_the_command_refuses(real, tmp_path, names):
     line, = [l for l in done.stderr.splitlines() if l.startswith('error: ')]; assert all(f'{n}.ckpt is damaged' in line for n in names) and '--fresh' in line
 
 def test_28_the_best_weights_are_damaged_as_the_run_ends(real, tmp_path):
-    "What is exported is read back and checked: damaged best weights never become a model"
-    cfg = real[0].model_copy(update=dict(runs=tmp_path/'runs'))
+    "Damaged best weights never become a model; the same command finds them again, from a checkpoint before them, and ends in the same bytes"
+    cfg, whole = real[0].model_copy(update=dict(runs=tmp_path/'runs')), real[1]; assert load_state(whole/'checkpoints'/'best.ckpt')['best']['epoch'] > 1
     class Breaks:
         def on_end(self, run): damage(run.folder, 'best')
     with pytest.raises(CheckpointError, match='best.ckpt is damaged'): rtsseg.train.run(cfg, [Breaks()])
     folder, = cfg.runs.glob('tiny/*/seed42'); assert not (folder/'model').exists()
+    assert (rtsseg.train.run(cfg)/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
 @pytest.mark.parametrize('how,why', [
     (lambda s: s | dict(model={k: v[:1] for k, v in s['model'].items() if v.ndim}), 'RuntimeError: Error'),      # other shapes

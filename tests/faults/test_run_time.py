@@ -170,14 +170,16 @@ def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
     equal(undisturbed, again(tmp_path))
 
 # ---------------------------------------------------------------- 31, 32: two processes
-def two(work, limit=60):
-    "Fork two processes of one run, which call work(rank); their exit codes"
+def two(work, said, limit=60):
+    "Fork two processes of one run, which call work(rank), and say what they say to the files <said>-<rank>.txt; their exit codes"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     pids = []
     for rank in (0, 1):
         if not (child := os.fork()):
-            try: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)); work(rank); os._exit(0)
-            except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
+            try:
+                sys.stdout = sys.stderr = open(f'{said}-{rank}.txt', 'a', buffering=1)
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)); work(rank); os._exit(0)
+            except BaseException: traceback.print_exc(); os._exit(1)
         pids.append(child)
     codes, end = {}, time.monotonic() + limit
     while len(codes) < 2 and time.monotonic() < end:
@@ -192,7 +194,7 @@ def pair(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None):
     "Two processes train in the small world, and meet `hurt(rank, run)` after every step"
     def work(rank):
         with Terminated() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
-    return two(work)
+    return two(work, folder)
 
 def files(folder): return {n: load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best', 'epoch-0002', 'epoch-0004')}
 
@@ -248,7 +250,7 @@ def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
     half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
     assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
-    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg(name)), 200) == [0, 0]
+    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg(name)), tmp_path/name, 200) == [0, 0]
     whole, = tmp_path.glob('whole/two/*/seed42')
     assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
@@ -280,6 +282,12 @@ def test_33_disk_full_at_the_end(undisturbed, tmp_path, monkeypatch):
     with pytest.raises(UnsavedError, match='could not be written; make room'): again(tmp_path, 0)
     monkeypatch.undo()
     equal(undisturbed, again(tmp_path))
+
+def test_33_disk_full_at_the_end_of_two_processes(undisturbed_two, tmp_path, monkeypatch):
+    "The first cannot write, and ends; the second does not wait for it"
+    folder = tmp_path/'run'; full_disk(monkeypatch, lambda i, name: 'resume' in name)
+    assert pair(folder, seed=0) == [1, 1] and not (folder/'checkpoints'/'resume.ckpt').exists(); monkeypatch.undo()
+    assert 'could not be written; make room' in Path(f'{folder}-0.txt').read_text() and pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
 
 # ---------------------------------------------------------------- 34, 35: no numbers
 class Bad(Points):
