@@ -120,6 +120,7 @@ def test_31_killed_at_random_points(tmp_path):
     print(f'{killed} of {killed} kills survived, in {runs} runs')
 
 def test_31_a_line_of_the_log_that_was_cut_off(tmp_path):
+    "A kill in the middle of a line of the log leaves no half line for those that follow"
     (tmp_path/'log.jsonl').write_text('{"event": "start"}\n{"event": "ep')
     Log(tmp_path).write('start', epoch=1)
     assert [json.loads(l)['event'] for l in (tmp_path/'log.jsonl').read_text().splitlines()] == ['start', 'start']
@@ -145,6 +146,7 @@ def test_32_sigterm_in_validation(undisturbed, tmp_path):
 
 @pytest.mark.parametrize('times', [1, 2])
 def test_32_sigterm_in_training(undisturbed, tmp_path, times):
+    "Asked once or twice: the step under way is the last, and the run goes on from there to the same bits"
     with Terminated() as t:
         half = again(tmp_path, 0, observers=[At(7, lambda run: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(times)]), t])
     assert half.step == 7 and not half.finished
@@ -163,6 +165,7 @@ def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
     equal(undisturbed, again(tmp_path))
 
 def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
+    "Asked for before there is anything to stop: it stops after one step"
     with Terminated() as t:
         os.kill(os.getpid(), signal.SIGTERM)
         half = again(tmp_path, 0, observers=[t])
@@ -311,6 +314,7 @@ def test_34_one_bad_loss_changes_nothing(tmp_path):
     assert done.finished and all(v.isfinite().all() for s in (done.model, done.judged) for v in s.state_dict().values() if v.is_floating_point())
 
 def test_34_ten_in_a_row_stop_the_run(tmp_path):
+    "A run that can learn nothing any more stops, says where to look, and remembers how many there were"
     done = again(tmp_path, 0, task=Bad(*range(9, 999)))
     assert done.step == 4 + 10 and not done.finished and done.reason.startswith('10 steps in a row without a finite loss') and 'rtsseg-check' in done.reason
     assert again(tmp_path, task=Bad(1)).step == 15                      # it remembers: one more is enough
@@ -326,6 +330,7 @@ def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
     assert done.skipped > rtsseg.loop.BAD and done.bad == 0 and done.finished and all(v.isfinite().all() for v in done.judged.state_dict().values())
 
 def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
+    "Neither first nor later: the best weights are those of the best number"
     class Blind(Points):
         monitor, values = 'score', [math.nan, .2, math.nan, .1]
         mode = 'max'
@@ -371,6 +376,7 @@ def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
     equal(undisturbed, again(tmp_path, 9 if newest_state(tmp_path/'checkpoints') else 0, **often))       # it may have been lost before the first step
 
 def test_37_real_loaders_have_the_time_limit(tmp_path):
+    "loader.timeout holds for training and validation, wherever workers are used"
     from rtsseg.segment import loaders, prepare
     cfg = tiny(tmp_path); manifest = prepare(cfg)
     for n, want in ((0, 0), (2, 7)):
@@ -379,6 +385,7 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
 
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
+    "The second waits for a while, and is refused"
     with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder'):
         with locked(tmp_path, wait=.5): pass
     with locked(tmp_path, wait=0): pass
