@@ -1,17 +1,28 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, json, math, multiprocessing, os, random, shutil, signal, time
+import errno, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
 import rtsseg.config, rtsseg.loop, rtsseg.train
-from rtsseg.config import Loader, load
-from rtsseg.loop import CheckpointError, WorkerError, load_state, newest_state
+from rtsseg.config import Loader, load, to_yaml
+from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
 from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, Log, RunError, Terminated, locked
 from small_world import At, Nothing, Points, equal, net, points, quick, run
+
+FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
+          32: ('the run is asked to stop (SIGTERM): in training, in validation, while saving, twice', 'it stops within a step; the same command goes on'),
+          33: ('the disk is full', 'the older file stays whole and the run goes on; where its last state cannot be written it stops, and can be gone on from'),
+          34: ('a loss is no number', 'the step leaves no trace; ten in a row stop the run. An overflow of the fp16 scaler is none of them'),
+          35: ('a validation gives no number', 'it is never the best'),
+          36: ('the memory of the GPU is full', 'it stops, and says which batch size would fit'),
+          37: ('a process that prepares batches dies or freezes', 'it stops within the time limit, and can be gone on from'),
+          38: ('two runs in one folder', 'the second is refused')}
 
 CFG = dict(data=points(76), accumulate=2, epochs=4, checkpoint=dict(every=2), loader=dict(shuffle=True))      # 10 batches, 5 steps an epoch
 
@@ -24,6 +35,12 @@ def one_thread():
 def undisturbed(): return run(model=net(norm=True), **CFG)
 
 def again(folder, seed=9, **cfg): return run(folder, model=net(seed, norm=True), **CFG | cfg)
+
+def same(a, b):
+    "States agree to the bit"
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b or (a != a and b != b)
 
 # ---------------------------------------------------------------- 31: killed anywhere
 CALLS = ['open', 'fsync', 'replace', 'unlink', 'close']      # of os: what a write consists of
@@ -93,10 +110,6 @@ def test_31_killed_at_random_points(tmp_path):
     def result(cfg):
         folder, = cfg.runs.glob('soak/*/seed42'); states = [load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best')]
         return *states, (folder/'model'/'model.safetensors').read_bytes()
-    def same(a, b):
-        if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-        return torch.equal(a, b) if torch.is_tensor(a) else a == b or (a != a and b != b)
     one, killed, runs = result(cfg), 0, 0
     while killed < kills:
         other = cfg.model_copy(update=dict(runs=tmp_path/'b')); runs += 1
@@ -107,6 +120,7 @@ def test_31_killed_at_random_points(tmp_path):
     print(f'{killed} of {killed} kills survived, in {runs} runs')
 
 def test_31_a_line_of_the_log_that_was_cut_off(tmp_path):
+    "A kill in the middle of a line of the log leaves no half line for those that follow"
     (tmp_path/'log.jsonl').write_text('{"event": "start"}\n{"event": "ep')
     Log(tmp_path).write('start', epoch=1)
     assert [json.loads(l)['event'] for l in (tmp_path/'log.jsonl').read_text().splitlines()] == ['start', 'start']
@@ -132,29 +146,116 @@ def test_32_sigterm_in_validation(undisturbed, tmp_path):
 
 @pytest.mark.parametrize('times', [1, 2])
 def test_32_sigterm_in_training(undisturbed, tmp_path, times):
+    "Asked once or twice: the step under way is the last, and the run goes on from there to the same bits"
     with Terminated() as t:
         half = again(tmp_path, 0, observers=[At(7, lambda run: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(times)]), t])
     assert half.step == 7 and not half.finished
     equal(undisturbed, again(tmp_path))
 
 def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
-    "The file is written to its end; the step after it is the last"
-    write, asked = rtsseg.loop.write_atomic, []
+    "The file is written to its end, by a thread; the step that is under way is the last"
+    write, asked = rtsseg.loop.write_atomic, threading.Event()
     def slow(path, data):
-        if not asked: asked.append(1); os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+        if not asked.is_set(): os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); asked.set()
         return write(path, data)
     monkeypatch.setattr(rtsseg.loop, 'write_atomic', slow)
-    with Terminated() as t: half = again(tmp_path, 0, observers=[t], checkpoint=dict(every=2, resume_minutes=1e-9))
+    with Terminated() as t: half = again(tmp_path, 0, observers=[At(2, lambda run: asked.wait(60)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
     monkeypatch.undo()
     assert half.step == 2 and [load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()] == [2]
     equal(undisturbed, again(tmp_path))
 
 def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
+    "Asked for before there is anything to stop: it stops after one step"
     with Terminated() as t:
         os.kill(os.getpid(), signal.SIGTERM)
         half = again(tmp_path, 0, observers=[t])
     assert half.step == 1
     equal(undisturbed, again(tmp_path))
+
+# ---------------------------------------------------------------- 31, 32: two processes
+def two(work, said, limit=60):
+    "Fork two processes of one run, which call work(rank), and say what they say to the files <said>-<rank>.txt; their exit codes"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    pids = []
+    for rank in (0, 1):
+        if not (child := os.fork()):
+            try:
+                sys.stdout = sys.stderr = open(f'{said}-{rank}.txt', 'a', buffering=1)
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)); work(rank); os._exit(0)
+            except BaseException: traceback.print_exc(); os._exit(1)
+        pids.append(child)
+    codes, end = {}, time.monotonic() + limit
+    while len(codes) < 2 and time.monotonic() < end:
+        for p in set(pids) - codes.keys():
+            if (found := os.waitpid(p, os.WNOHANG))[0]: codes[p] = os.waitstatus_to_exitcode(found[1])
+        time.sleep(.01)
+    for p in set(pids) - codes.keys(): os.kill(p, signal.SIGKILL); os.waitpid(p, 0)
+    assert len(codes) == 2, f'a process still waited for the other after {limit} seconds'
+    return [codes[p] for p in pids]
+
+def pair(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None):
+    "Two processes train in the small world, and meet `hurt(rank, run)` after every step"
+    def work(rank):
+        with Terminated() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
+    return two(work, folder)
+
+def files(folder): return {n: load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best', 'epoch-0002', 'epoch-0004')}
+
+@pytest.fixture(scope='module')
+def undisturbed_two(tmp_path_factory):
+    "What two processes leave behind that nobody disturbed: 5 micro-batches each, 3 steps an epoch"
+    folder = tmp_path_factory.mktemp('two')/'run'; assert pair(folder, seed=0) == [0, 0]
+    return files(folder)
+
+def signals(sign, ranks, step):
+    def hurt(rank, run):
+        if run.step == step and rank in ranks: os.kill(os.getpid(), sign)
+    return hurt
+
+@pytest.mark.parametrize('ranks', [(0,), (1,), (0, 1)])
+def test_32_sigterm_to_one_of_two_processes_or_both(undisturbed_two, tmp_path, ranks):
+    "Both stop after the same step, and go on to the same bits"
+    folder = tmp_path/'run'
+    assert pair(folder, signals(signal.SIGTERM, ranks, 5), seed=0) == [0, 0]
+    half = load_state(folder/'checkpoints'/'resume.ckpt'); assert half['step'] == 5 and not half['finished']
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
+
+@pytest.mark.parametrize('ranks', [(0,), (1,)])
+def test_32_sigterm_in_validation_of_two_processes(undisturbed_two, tmp_path, ranks):
+    "Whichever is asked, the validation is left by both, and done anew"
+    class Task(Points):
+        def __init__(self, rank): self.rank = rank
+        def meter(self): return Asks(1) if self.rank in ranks else Nothing()
+    folder = tmp_path/'run'
+    assert pair(folder, seed=0, task=Task) == [0, 0]
+    half = load_state(folder/'checkpoints'/'resume.ckpt'); assert (half['step'], half['batch'], half['history'], half['best']) == (3, 5, [], {})
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
+
+@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('step', [4, 9])
+def test_31_one_of_two_processes_is_killed(undisturbed_two, tmp_path, rank, step):
+    "The other does not wait for it for ever; started again, both go on from the last checkpoint to the same bits"
+    folder = tmp_path/'run'; codes = pair(folder, signals(signal.SIGKILL, (rank,), step), seed=0)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    assert load_state(folder/'checkpoints'/'resume.ckpt')['step'] in (step - 2, step - 1)      # the thread may have been killed too
+    assert pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
+
+def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
+    "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the run goes on to the same model, byte for byte"
+    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    (tmp_path/'half.yaml').write_text(to_yaml(cfg('half'))); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
+    trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
+    while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in log()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
+    launcher, = children(trainer.pid); workers = children(launcher); os.kill(launcher, signal.SIGTERM); out, _ = trainer.communicate(timeout=200)
+    assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
+    half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
+    assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
+    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg(name)), tmp_path/name, 200) == [0, 0]
+    whole, = tmp_path.glob('whole/two/*/seed42')
+    assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
 # ---------------------------------------------------------------- 33: no room
 def full_disk(monkeypatch, refuse):
@@ -168,21 +269,28 @@ def full_disk(monkeypatch, refuse):
         return real(fd)
     monkeypatch.setattr(rtsseg.config.os, 'fsync', fsync)
 
-@pytest.mark.parametrize('k', range(1, 7))
-def test_33_disk_full_at_a_write(undisturbed, tmp_path, monkeypatch, capsys, k):
-    "One write fails, its old file stays whole, and the run ends in the same weights"
+@pytest.mark.parametrize('k,minutes', [*((k, 5) for k in range(1, 7)), *((k, 1e-9) for k in (1, 2, 5, 6, 14))])
+def test_33_disk_full_at_a_write(undisturbed, tmp_path, monkeypatch, capsys, k, minutes):
+    "One write fails, at once or in a thread, its old file stays whole, and the run ends in the same weights"
     full_disk(monkeypatch, lambda i, name: i == k)
-    done = again(tmp_path, 0, checkpoint=dict(every=1, keep_last=9)); monkeypatch.undo()
+    done = again(tmp_path, 0, checkpoint=dict(every=1, keep_last=9, resume_minutes=minutes)); monkeypatch.undo()
     assert 'was not written (No space left on device)' in capsys.readouterr().out and done.finished
     for f in (tmp_path/'checkpoints').iterdir(): load_state(f)
     assert done.best == load_state(tmp_path/'checkpoints'/'best.ckpt')['best']           # never a best that no file holds
     if done.best == undisturbed.best: equal(undisturbed, done)
 
 def test_33_disk_full_at_the_end(undisturbed, tmp_path, monkeypatch):
+    "The run stops with an error that says so; once there is room it goes on"
     full_disk(monkeypatch, lambda i, name: 'resume' in name)
-    with pytest.raises(CheckpointError, match='could not be written; make room'): again(tmp_path, 0)
+    with pytest.raises(UnsavedError, match='could not be written; make room'): again(tmp_path, 0)
     monkeypatch.undo()
     equal(undisturbed, again(tmp_path))
+
+def test_33_disk_full_at_the_end_of_two_processes(undisturbed_two, tmp_path, monkeypatch):
+    "The first cannot write, and ends; the second does not wait for it"
+    folder = tmp_path/'run'; full_disk(monkeypatch, lambda i, name: 'resume' in name)
+    assert pair(folder, seed=0) == [1, 1] and not (folder/'checkpoints'/'resume.ckpt').exists(); monkeypatch.undo()
+    assert 'could not be written; make room' in Path(f'{folder}-0.txt').read_text() and pair(folder) == [0, 0] and same(files(folder), undisturbed_two)
 
 # ---------------------------------------------------------------- 34, 35: no numbers
 class Bad(Points):
@@ -206,12 +314,23 @@ def test_34_one_bad_loss_changes_nothing(tmp_path):
     assert done.finished and all(v.isfinite().all() for s in (done.model, done.judged) for v in s.state_dict().values() if v.is_floating_point())
 
 def test_34_ten_in_a_row_stop_the_run(tmp_path):
+    "A run that can learn nothing any more stops, says where to look, and remembers how many there were"
     done = again(tmp_path, 0, task=Bad(*range(9, 999)))
     assert done.step == 4 + 10 and not done.finished and done.reason.startswith('10 steps in a row without a finite loss') and 'rtsseg-check' in done.reason
     assert again(tmp_path, task=Bad(1)).step == 15                      # it remembers: one more is enough
     assert again(tmp_path).finished                                     # and the count begins anew with the first good step
 
+def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
+    "Far more than ten in a row, until the scale fits: the run goes on"
+    def scaled(cfg):
+        AcceleratorState._reset_state(reset_partial_state=True); acc = Accelerator(cpu=True)
+        acc.scaler = torch.amp.GradScaler('cpu', init_scale=2.**127, growth_interval=10**6); return acc
+    monkeypatch.setattr(rtsseg.loop, 'accelerator', scaled)
+    done = again(None, 0, epochs=6, loss_weights=dict(bce=1e6, square=1e6)); AcceleratorState._reset_state(reset_partial_state=True)
+    assert done.skipped > rtsseg.loop.BAD and done.bad == 0 and done.finished and all(v.isfinite().all() for v in done.judged.state_dict().values())
+
 def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
+    "Neither first nor later: the best weights are those of the best number"
     class Blind(Points):
         monitor, values = 'score', [math.nan, .2, math.nan, .1]
         mode = 'max'
@@ -257,6 +376,7 @@ def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
     equal(undisturbed, again(tmp_path, 9 if newest_state(tmp_path/'checkpoints') else 0, **often))       # it may have been lost before the first step
 
 def test_37_real_loaders_have_the_time_limit(tmp_path):
+    "loader.timeout holds for training and validation, wherever workers are used"
     from rtsseg.segment import loaders, prepare
     cfg = tiny(tmp_path); manifest = prepare(cfg)
     for n, want in ((0, 0), (2, 7)):
@@ -265,6 +385,7 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
 
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
+    "The second waits for a while, and is refused"
     with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder'):
         with locked(tmp_path, wait=.5): pass
     with locked(tmp_path, wait=0): pass
