@@ -37,8 +37,9 @@ def lines(path:Path,      # the file
             except ValueError: row = None
             yield row if isinstance(row, dict) else None, start
 
-# %% ../nbs/04d_track.ipynb #e37e5ff6
-QUICK = dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='0', MLFLOW_HTTP_REQUEST_TIMEOUT='10', MLFLOW_DISABLE_TELEMETRY='true')      # where the user has not set them
+# %% ../nbs/04d_track.ipynb #073bde9b
+QUICK = dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='0', MLFLOW_HTTP_REQUEST_TIMEOUT='10', MLFLOW_DISABLE_TELEMETRY='true',      # where the user has not set them
+             MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT='true')                                                                # it would print the password too
 _one = threading.RLock()
 
 @contextmanager

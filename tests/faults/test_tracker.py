@@ -1,5 +1,5 @@
 "Fault 39: a tracker that is down, slow or gone"
-import json, os, re, signal, socket, subprocess, sys, threading, time
+import json, os, shutil, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -111,22 +111,25 @@ def test_39_the_deliverer_dies_at_every_step(tmp_path, monkeypatch):
     folder, tracker = world(tmp_path); t = tracker(); monkeypatch.setattr(t, 'mirror', lambda: None)
     t.thread = threading.Thread(target=print, daemon=True)
     done = run(folder, model=net(), observers=[t], **EPOCHS); t.write('end', status='FINISHED', files=['log.jsonl'])
+    MlflowClient(f'sqlite:///{tmp_path}/empty.db')
     class Dies(Exception): pass
-    k, trials, names = 0, 0, ('create_experiment', 'create_run', 'update_run', 'log_batch', 'set_terminated')
-    count = [0]
-    def dies(f):
+    count, real = [0], {n: getattr(MlflowClient, n) for n in ('create_experiment', 'create_run', 'update_run', 'log_batch', 'log_artifact', 'set_terminated')}
+    def dies(f, k):
         def call(*a, **kw):
             out = f(*a, **kw); count[0] += 1
             if count[0] == k: raise Dies
             return out
         return call
-    for name in names: monkeypatch.setattr(MlflowClient, name, dies(getattr(MlflowClient, name)))
-    while True:
-        k, count[0] = k + 1, 0; (folder/'tracker.json').unlink(missing_ok=True)       # nothing is known of what was sent: the worst case
-        try: deliver(folder, t.uri); break
-        except Dies: trials += 1
-        if k % 2: deliver(folder, t.uri)                                              # every other time it goes on from its note instead
-    assert trials > 8 and points(folder, t.uri)[1] == kept(folder) and len(kept(folder)['train/loss/bce']) == len(done.history)
+    for k in range(1, 99):
+        shutil.copy(tmp_path/'empty.db', tmp_path/f'{k}.db'); uri, count[0] = f'sqlite:///{tmp_path}/{k}.db', 0
+        for n, f in real.items(): monkeypatch.setattr(MlflowClient, n, dies(f, k))
+        try: deliver(folder, uri)
+        except Dies:
+            if k % 2: (folder/'tracker.json').unlink(missing_ok=True)                 # nothing is known of what was sent: the worst case
+            deliver(folder, uri)
+        else: break
+        assert points(folder, uri)[1] == kept(folder)
+    assert k > 9 and len(kept(folder)['train/loss/bce']) == len(done.history)
 
 def test_39_a_spool_that_a_kill_cut_off(tmp_path):
     "The half line is not delivered, the next one follows the last whole one, and a damaged one is passed over"
@@ -172,10 +175,10 @@ def test_39_a_password_stays_where_it_was_given(tiny, server, tmp_path, health):
     if health == 'down': (tmp_path/'secret.yaml').write_text(f'tracker: {{uri: "{uri}"}}'); given, env = f"{tmp_path/'tiny.yaml'},{tmp_path/'secret.yaml'}", CLEAN      # in a config
     else: given, env = tmp_path/'tiny.yaml', CLEAN | dict(RTSSEG_TRACKER_URI=uri)                                                                                    # in the environment
     stopped, seen = threading.Event(), set(); watch = threading.Thread(target=commands, args=(stopped, seen)); watch.start()
-    done = [subprocess.run(c, env=env, capture_output=True, text=True, timeout=200) for c in ([BIN/'rtsseg-train', '--config', given],
-            [sys.executable, '-c', f'from rtsseg.track import rtsseg_track; rtsseg_track({str(run_folder(cfg, prepare(cfg).hash))!r})'])]
-    stopped.set(); watch.join()
     folder = run_folder(cfg, prepare(cfg).hash)
+    done = [subprocess.run(c, env=env, capture_output=True, text=True, timeout=200) for c in ([BIN/'rtsseg-train', '--config', given],
+            [sys.executable, '-c', f'from rtsseg.track import rtsseg_track; rtsseg_track({str(folder)!r})'])]
+    stopped.set(); watch.join()
     assert [d.returncode for d in done] == [0, 0 if health == 'healthy' else 3], done
     assert ('does not take what it is sent (ConnectionRefusedError)' in done[0].stdout) == (health == 'down')
     assert not [d for d in done if 'canary' in d.stdout + d.stderr]
