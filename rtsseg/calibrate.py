@@ -9,7 +9,7 @@ __all__ = ['OFF', 'IOU', 'KINDS', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_
            'show_reliability', 'show_pr', 'fill', 'show_calibration', 'views_gain', 'recommend', 'calibrate_run',
            'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #759115e5
+# %% ../nbs/06_calibrate.ipynb #8f9f682d
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
 from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, write_atomic
-from .data import DataError, named_run
+from .data import DataError, finished, named_run
 from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, drawn_weight, interval, summary, unsupported
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
@@ -596,15 +596,13 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'
 
-# %% ../nbs/06_calibrate.ipynb #2e0897f9
+# %% ../nbs/06_calibrate.ipynb #1ef4b653
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
     "Calibrate a run on Val-Realistic; raises `DataError` where the run is not trained or validation has not been evaluated"
-    folder = Path(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
+    folder = finished(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
     if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
-    if not (folder/'model'/'model.safetensors').exists():
-        raise DataError(f'{os.path.relpath(folder)}: model/model.safetensors is missing, so the run is not trained: rtsseg-train --config {os.path.relpath(folder/"config.yaml")} makes it')
     path = evidence_path(folder, 'val', views)
     if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run: rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views} makes it')
     found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)

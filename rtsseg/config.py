@@ -144,7 +144,7 @@ class LoopConfig(Strict):
         _tile(self.stages, 'stages')
         return self
 
-# %% ../nbs/00_config.ipynb #85fe82bc
+# %% ../nbs/00_config.ipynb #f3723dac
 class Toy(Strict):
     "A procedural tundra (see the toy chapter)"
     kind: Literal['toy'] = 'toy'
@@ -338,7 +338,7 @@ class Tracker(Strict):
     experiment: str = Field('rtsseg', description='experiment of the tracker')
 
     @field_serializer('uri', when_used='json')
-    def _no_password(self, uri): return uri and re.sub('//[^/@]*@', '//', uri)      # it never reaches a file, a log or a parameter
+    def _no_password(self, uri): return uri and re.sub('://[^/].*@', '://', uri).partition('?')[0]      # it never reaches a file, a log or a parameter
 
 class Config(LoopConfig):
     "The whole tree of a segmentation run; its defaults are the baseline of the RTS training guide"

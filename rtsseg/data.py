@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_VALUES', 'GDAL', 'SPLITS', 'TEXT', 'BOX', 'COLUMNS', 'GEOD', 'LEVELS', 'ELSEWHERE', 'DataError', 'contained',
            'write_raster', 'Raw', 'crs_name', 'show_tile', 'ground', 'grid_blocks', 'complete', 'Manifest',
-           'read_manifest', 'write_manifest', 'find_run', 'named_run', 'overlaps', 'thin', 'make_splits', 'Finding',
-           'leaks', 'audit', 'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink', 'cuts',
-           'neighbours', 'read_coarse', 'import_table', 'import_field', 'balanced_correlation', 'check_files', 'failed',
-           'show_findings', 'check_batches', 'show_batch', 'checklist', 'verdict']
+           'read_manifest', 'write_manifest', 'finished', 'find_run', 'named_run', 'overlaps', 'thin', 'make_splits',
+           'Finding', 'leaks', 'audit', 'Moments', 'moments', 'merge', 'Stats', 'compute_stats', 'read_tile', 'shrink',
+           'cuts', 'neighbours', 'read_coarse', 'import_table', 'import_field', 'balanced_correlation', 'check_files',
+           'failed', 'show_findings', 'check_batches', 'show_batch', 'checklist', 'verdict']
 
 # %% ../nbs/01_data.ipynb #8cd0c8a1
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
@@ -384,13 +384,22 @@ def _footprints(t, target):
         out[at] = box
     return out
 
-# %% ../nbs/01_data.ipynb #639fb8c5
+# %% ../nbs/01_data.ipynb #45981641
+def finished(folder:str|Path      # a run folder
+            ) -> Path:            # the same
+    "A run that came to its end; raises `DataError` saying where another one stands, and what goes on with it"
+    folder = Path(folder)
+    if (folder/'model'/'model.safetensors').is_file(): return folder      # written last of all
+    path = folder/'log.jsonl'; done = re.findall(r'"event": "epoch", "epoch": (\d+)', path.read_text(errors='replace')) if path.is_file() else []
+    raise DataError(f"{os.path.relpath(folder)}: {done[-1] if done else 0} of {settings([folder/'config.yaml']).epochs} epochs are done and model/model.safetensors is missing, so the run is not trained: "
+                    f"rtsseg-train --config {os.path.relpath(folder/'config.yaml')} goes on with it")
+
 def find_run(cfg:Config     # the config
             ) -> Path:      # its run folder
-    "The run folder of a config; raises `DataError` where there is no trained model in it"
+    "The run folder of a config; raises `DataError` where it is not trained, or not to its end"
     folder = run_folder(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size).hash)
-    if not (folder/'model').exists(): raise DataError(f'{cfg.name}: no trained model for seed {cfg.seed} of config {folder.parent.name}; train it first')
-    return folder
+    if not folder.exists(): raise DataError(f'{cfg.name}: no run of seed {cfg.seed} and config {folder.parent.name}: rtsseg-train with the same settings makes it')
+    return finished(folder)
 
 def named_run(run:str|Path,      # a run folder; '' finds it from the rest
               config,            # for `settings`

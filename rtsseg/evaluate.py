@@ -6,7 +6,7 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #315aafc1
+# %% ../nbs/05a_evaluate.ipynb #9971144b
 import fcntl, hashlib, io, json, os, re, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from .config import Config, ConfigError, config_hash, load, nearest, write_atomic
-from .data import DataError, named_run, read_manifest
+from .data import DataError, finished, named_run, read_manifest
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
 from .metrics import Evidence, Meter, ap_bounds, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
@@ -59,7 +59,7 @@ def look(cfg:Config,            # who wants to look
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(path, json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #feed5f26
+# %% ../nbs/05a_evaluate.ipynb #0dc8df58
 def _calibrated(folder, views):
     "The calibrated points of pixels by ratio, as the file holds them; none where these views are not calibrated"
     path = Path(folder)/'model'/'calibration.json'
@@ -97,7 +97,7 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
                 ) -> Path|None:         # the evidence file; None where the split has no tile
     "Run the exported model over a split and write its evidence; raises `ConfigError`, `DataError`, `ModelError` and `Locked`"
     if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
-    folder = Path(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
+    folder = finished(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
     weights = hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]
     make_deterministic(cfg.deterministic)
     views, = split_views(views, cfg)

@@ -8,7 +8,7 @@ __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdic
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
            'rtsseg_search', 'rtsseg_ablate']
 
-# %% ../nbs/09_search.ipynb #db837c69
+# %% ../nbs/09_search.ipynb #8b7509bb
 import hashlib, io, itertools, json, math, os, re, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -29,7 +29,8 @@ from .loop import CheckpointError, key_seed
 from .models import build, check_size
 from .report import ReportError, seed_list
 from .segment import prepare
-from .train import Busy, RunError, Stopped, Tracker, flat, run
+from .track import Tracker, flat
+from .train import Busy, RunError, Stopped, run
 
 # %% ../nbs/09_search.ipynb #43f25dc5
 FLOOR = 0.01     # a smaller difference of the monitored value is never called a gain
@@ -142,7 +143,7 @@ def combinations(axes:dict,          # of `read_axes`
     if len(out) < 2: raise ConfigError(f'{source}: one variant alone has nothing to be compared with')
     return out
 
-# %% ../nbs/09_search.ipynb #1b302638
+# %% ../nbs/09_search.ipynb #061f149b
 FAILURES = (ConfigError, DataError, CheckpointError, RunError, torch.OutOfMemoryError)      # what costs one run, and not the whole search
 
 def trained(cfg:Config, parent:str='', observers=()) -> float:
@@ -153,12 +154,12 @@ def trained(cfg:Config, parent:str='', observers=()) -> float:
 def nest(cfg:Config,       # with its tracker
          folder:Path,      # of the search; its name is the name of the parent
          files             # names of files in it that the tracker gets
-        ):                 # the parent's id, '' where there is no tracker
+        ):                 # the folder, '' where there is no tracker
     "A run of the tracker for other runs to belong to"
     tracker, whole = Tracker(cfg, folder, {}), False
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.tracker.kind == 'mlflow': tracker.start(folder.name)
-    try: yield tracker.id; whole = True
+    try: yield str(folder) if cfg.tracker.kind == 'mlflow' else ''; whole = True
     finally: tracker.finish(whole, files)
 
 def save_figure(path:Path, fig:Figure):

@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, signal, socket, subprocess, sys, time
+import json, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +9,13 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, run_folder, to_yaml
-from rtsseg.evaluate import evaluate_run
+from rtsseg.evaluate import evaluate_run, rtsseg_evaluate
 from rtsseg.loop import Run, load_state
 from rtsseg.metrics import Evidence
 from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
-from rtsseg.train import SIGNS, Log, read_log, run, show_training
+from rtsseg.track import lines
+from rtsseg.train import SIGNS, Log, Stopped, adopt, locked, read_log, rtsseg_train, run, show_training
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -62,26 +63,81 @@ def wait_for(condition, seconds=90):
         assert time.monotonic() < until, 'waited too long'
         time.sleep(0.05)
 
-@pytest.mark.parametrize('death', ['the notebook is killed', 'the trainer is asked to stop', 'the trainer is killed'])
-def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death):
-    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs'), deep=True)
-    cfg.checkpoint.resume_minutes = 1e-4                        # after every step, so that a kill finds something to go on from
+def elsewhere(tiny, tmp_path):
+    "The same run in another place, saved after every step, so that a kill finds something to go on from"
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs'), deep=True); cfg.checkpoint.resume_minutes = 1e-4
     (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
-    folder = run_folder(cfg, prepare(cfg).hash)
-    if death == 'the notebook is killed': program = [sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.train import launch\nlaunch(load({str(tmp_path/'tiny.yaml')!r}))"]
-    else: program = [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline']
-    first = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=SHELL['env'])
-    wait_for(lambda: (folder/'log.jsonl').exists() and '"epoch", "epoch": 1' in (folder/'log.jsonl').read_text())
-    first.send_signal(signal.SIGTERM if death == 'the trainer is asked to stop' else signal.SIGKILL); first.wait()
-    saved = run(cfg)                                            # waits for the lock of a trainer that still saves
-    assert saved == folder and len(read_log(folder)) == cfg.epochs
-    starts = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines() if '"start"' in l]
-    assert len(starts) == 2 and starts[1]['step'] > 0           # it went on, it did not start over
-    a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in (folder, undisturbed))
+    return cfg, run_folder(cfg, prepare(cfg).hash)
+
+def events(folder, name=''): return [e for e, _ in lines(folder/'log.jsonl') if e['event'] == name] if (folder/'log.jsonl').exists() else []
+
+def same(folder, other):
+    "Two runs ended alike, to the bit"
+    a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in (folder, other))
     for part in ('model', 'average'):
         x, y = (s[part] if part == 'model' else s[part]['module'] for s in (a, b))
         assert all(torch.equal(x[k], y[k]) for k in y), part
-    assert [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(folder)] == [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(undisturbed)]
+    assert [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(folder)] == [(r['epoch'], r['val/pr_auc@200'], r['train/loss/focal']) for r in read_log(other)]
+
+def default_hangup(): signal.signal(signal.SIGHUP, signal.SIG_DFL)      # whoever runs these tests may have it ignored
+
+@pytest.mark.parametrize('death, how', [('the notebook', signal.SIGKILL), ('the trainer', signal.SIGTERM), ('the trainer', signal.SIGKILL), ('the command', signal.SIGTERM), ('the command', signal.SIGHUP)])
+def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how):
+    cfg, folder = elsewhere(tiny, tmp_path)
+    program = {'the notebook': [sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.train import launch\nlaunch(load({str(tmp_path/'tiny.yaml')!r}))"],
+               'the trainer': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline'], 'the command': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml']}[death]
+    first = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHELL['env'], preexec_fn=default_hangup)
+    wait_for(lambda: events(folder, 'epoch'))
+    first.send_signal(how); said = first.communicate(timeout=60)[0]
+    assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command goes on from there' in said and 'Traceback' not in said), said
+    if death == 'the command': assert f'stopped ({how.name})' in said and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
+    saved = run(cfg)                                            # waits for the lock of a trainer that still saves
+    assert saved == folder and len(read_log(folder)) == cfg.epochs
+    starts = events(folder, 'start')
+    assert len(starts) == 2 and starts[1]['step'] > 0           # it went on, it did not start over
+    same(folder, undisturbed)
+
+def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
+    "papermill is asked to stop, then killed: it does not look like success, the trainer saves within a step, and the same command comes to the same end"
+    cfg, folder = elsewhere(tiny, tmp_path); out = tmp_path/'out.ipynb'
+    command = dict(args=[BIN/'papermill', '05_train.ipynb', out, '-p', 'config', tmp_path/'tiny.yaml'], cwd=ROOT/'nbs', env=SHELL['env'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = lambda: re.search(r'^ *"done: ', out.read_text(), re.M)      # as the chapter has it
+    for how, epoch in ((signal.SIGTERM, 1), (signal.SIGKILL, 2)):
+        notebook = subprocess.Popen(**command)
+        wait_for(lambda: any(r['epoch'] >= epoch for r in events(folder, 'epoch')), 200)
+        notebook.send_signal(how); assert notebook.wait(30) != 0 and not done()
+        with locked(folder): pass                               # the trainer has saved and is gone
+        if how == signal.SIGTERM:
+            assert events(folder, 'end')[-1]['reason'] == 'SIGTERM' and 0 < load_state(folder/'checkpoints'/'resume.ckpt')['step'] < load_state(undisturbed/'checkpoints'/'resume.ckpt')['step']
+            with pytest.raises(SystemExit) as e: rtsseg_evaluate(str(folder))
+            assert e.value.code == 2 and f'{len(read_log(folder))} of 4 epochs are done' in (said := capsys.readouterr().err) and 'rtsseg-train --config ' in said
+    assert subprocess.run(**command).returncode == 0 and done()
+    assert all(e['step'] > 0 for e in events(folder, 'start')[1:]) and (folder/'model'/'model.safetensors').read_bytes() == (undisturbed/'model'/'model.safetensors').read_bytes()
+    same(folder, undisturbed)
+
+def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys):
+    "A run folder that is taken, or was changed: one line, exit 2; --force goes on, and the log keeps what differed"
+    cfg, folder = elsewhere(tiny, tmp_path); given = str(tmp_path/'tiny.yaml')
+    def call(**more):
+        try: rtsseg_train(given, **more)
+        except SystemExit as e: return e.code, capsys.readouterr().err
+    with locked(folder):
+        (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
+        for how in ('fresh', 'force'): assert call(**{how: True}) == (2, f'{folder.parent.name}/seed42: another process trains in this run folder; wait for it or stop it\n')
+    code, said = call(); assert code == 2 and '--force' in said and not (folder/'log.jsonl').exists()
+    assert adopt(cfg) == {'epochs': [7, 4]} and events(folder, 'forced') == [dict(event='forced', differs={'epochs': [7, 4]})]
+    (folder/'config.yaml').write_text('epochs: ['); assert 'config.yaml' in adopt(cfg) and load(folder/'config.yaml') == cfg and adopt(cfg) == {}
+
+def test_another_machine_is_told(tiny, undisturbed, tmp_path, capsys):
+    "A run that goes on with other libraries says so once, keeps where it began, and logs what differs"
+    cfg, folder = elsewhere(tiny, tmp_path)
+    class Stop:
+        def on_epoch(self, run): run.stop('as asked')
+    with pytest.raises(Stopped): run(cfg, [Stop()])
+    first = json.loads((folder/'environment.json').read_text()); first['versions']['torch'] = '1.0'; (folder/'environment.json').write_text(json.dumps(first)); capsys.readouterr()
+    run(cfg); said = capsys.readouterr().out
+    assert said.count('results repeat to the bit only where all is the same: versions.torch 1.0 → ') == 1 and json.loads((folder/'environment.json').read_text()) == first
+    a, b = events(folder, 'start'); assert 'differs' not in a and list(b['differs']) == ['versions.torch']
 
 def test_seeds_differ_and_share_a_hash(tiny, undisturbed):
     other = run(tiny[0].model_copy(update=dict(seed=43)))
@@ -90,18 +146,23 @@ def test_seeds_differ_and_share_a_hash(tiny, undisturbed):
 def port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    "A real MLflow server on loopback"
-    folder, p = tmp_path_factory.mktemp('mlflow'), port()
+def start_server(folder, p):
+    "A real MLflow server on loopback, when it answers"
     process = subprocess.Popen([BIN/'mlflow', 'server', '--host', '127.0.0.1', '--port', str(p), '--workers', '1', '--backend-store-uri', f'sqlite:///{folder}/mlflow.db',
                                 '--artifacts-destination', str(folder/'artifacts')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     import urllib.request
     def healthy():
         try: return urllib.request.urlopen(f'http://127.0.0.1:{p}/health', timeout=2).status == 200
         except OSError: return False
-    try: wait_for(healthy); yield f'http://127.0.0.1:{p}'
-    finally: os.killpg(process.pid, signal.SIGTERM); process.wait()
+    try: wait_for(healthy)
+    except BaseException: os.killpg(process.pid, signal.SIGKILL); raise
+    return process
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    process = start_server(tmp_path_factory.mktemp('mlflow'), p := port())
+    try: yield f'http://127.0.0.1:{p}'
+    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()
 
 def test_tracker_mirrors_the_run(tiny, server, tmp_path):
     from mlflow import MlflowClient
@@ -112,16 +173,6 @@ def test_tracker_mirrors_the_run(tiny, server, tmp_path):
     history = client.get_metric_history(found.info.run_id, 'val/pr_auc_at_200')
     assert [(m.step, m.value) for m in history] == [(r['epoch'], r['val/pr_auc@200']) for r in read_log(folder)]
     assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {'config.yaml', 'environment.json', 'model'}
-
-def test_a_missing_tracker_costs_nothing(tiny, undisturbed, tmp_path, capfd):
-    uri = f'http://user:canary@127.0.0.1:{port()}'             # nobody listens there
-    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', tracker=tiny[0].tracker.model_copy(update=dict(kind='mlflow', uri=uri))))
-    os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES'] = '0'
-    try: folder = run(cfg)
-    finally: del os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES']
-    said = ''.join(capfd.readouterr())
-    assert numbers(folder) == numbers(undisturbed) and 'training goes on without it' in said and 'canary' not in said
-    assert not [f for f in folder.rglob('*') if f.is_file() and b'canary' in f.read_bytes()]
     assert str(tmp_path) not in (folder/'model'/'config.yaml').read_text()                    # a model is handed on, this machine is not
 
 def test_a_finished_run_is_left_alone(tiny, undisturbed, capfd):
