@@ -56,7 +56,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #0b04dc79
+# %% ../nbs/01_data.ipynb #4726071a
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR', GDAL_PAM_ENABLED='NO')   # no sidecar file is read or written
 
@@ -91,7 +91,7 @@ def _open(path, pictures=False, sha256=''):
                     raise DataError(f'{Path(path).name} claims blocks of {w} × {h} pixels in {ds.count} bands: more than {MAX_VALUES} values')
                 yield ds
     except DataError: raise
-    except Exception as e: raise DataError(f'{Path(path).name} cannot be read: {" ".join(str(e).split())}') from None
+    except Exception as e: raise DataError(f'{Path(path).name} cannot be read: {" ".join(str(e.__cause__ or e).split())}') from None
     finally: sys.unraisablehook = hook
 
 # %% ../nbs/01_data.ipynb #dbb380b4
