@@ -35,7 +35,7 @@ from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy
 
-# %% ../nbs/04b_segment.ipynb #9b65d027
+# %% ../nbs/04b_segment.ipynb #cb89c7ef
 def prepare(cfg:Config          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
     "Read the manifest; make it first where it is missing and `data.source` says how. Raises `DataError`, also where train or val hold no positive tile"
@@ -44,6 +44,7 @@ def prepare(cfg:Config          # data.manifest and data.source
     return manifest
 
 def _manifest(cfg):
+    "The manifest as it is, made where it has to be"
     path, source = cfg.data.manifest, cfg.data.source
     if not path.exists() and source is None: raise DataError(f'{path.name}: no such manifest in {path.parent}, and data.source does not say what to make it from')
     if source is not None and not _made(source, path):
@@ -68,7 +69,7 @@ def _made(source, path):
     if odd: raise DataError(f'{path}: was made with other settings of data.source: {", ".join(odd)}. Name another data.manifest, delete this folder, or set data.source to null to use it as it is')
     return True
 
-# %% ../nbs/04b_segment.ipynb #31e2e1fc
+# %% ../nbs/04b_segment.ipynb #2d8ae55a
 def stats_path(cfg:Config, manifest:Manifest) -> Path:
     "Where the statistics of this config and data lie: beside the runs of its seeds, which share them"
     return run_folder(cfg, manifest.hash).parent/'normalization_stats.json'
@@ -79,7 +80,6 @@ def statistics(cfg:Config, manifest:Manifest) -> Stats:
     if path.exists() and (found := Stats.load(path)).manifest_hash == manifest.hash: return found
     mean, std = pretrained_stats(cfg.model) if cfg.model.normalisation == 'pretrained' else ([], [])
     own = compute_stats(manifest.of('train'), cfg.data.extra_bands)
-    if not own.positive: raise DataError(f'{manifest.path.name}: no pixel of the training masks that counts is 1; if 255 means positive, import with classes {{0: 0, 255: 1}}')
     stats = replace(own, mean=[*mean, *own.mean[len(mean):]], std=[*std, *own.std[len(std):]], manifest_hash=manifest.hash)
     stats.save(path)
     return stats
