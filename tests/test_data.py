@@ -1,5 +1,5 @@
 "The data room across files and formats: manifests, splits, statistics, importers. What cannot be meant is in faults/test_manifest.py, test_rasters.py and test_masks.py"
-import json, os, shutil
+import json, shutil
 
 import cv2
 import numpy as np

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import rasterio
 
-from rtsseg.config import Table, load
-from rtsseg.data import check_files, compute_stats, failed, import_table, overlaps, read_manifest, read_tile, thin
+from rtsseg.config import load
+from rtsseg.data import check_files, compute_stats, failed, import_table, overlaps, read_tile, thin
 
 PROJECT = Path(__file__).parents[1]; REAL = PROJECT.parent/'shared'/'data'
 def real(name): return pytest.mark.skipif(not (REAL/name).is_dir(), reason=f'{name} is not here')

@@ -1,14 +1,13 @@
 "Faults 1 to 7: manifests that cannot be meant"
 import os, re, shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from rtsseg.data import DataError, Finding, audit, check_files, leaks, read_manifest, seal, show_findings, write_manifest
+from rtsseg.data import DataError, check_files, leaks, read_manifest, seal, show_findings, write_manifest
 from rtsseg.segment import prepare
 from rtsseg.train import run
-from small_tiles import CFG, change, files, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
+from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, world, wrong
 
 FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or through a link", 'refused, with row and field'),
           2: ('a path on a network, or a table that only points to one', 'refused; no connection is opened'),

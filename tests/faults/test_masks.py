@@ -7,7 +7,7 @@ import pytest
 from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
 from rtsseg.segment import loaders
 from rtsseg.train import run
-from small_tiles import CFG, files, refused, rewrite, seen, settings, world, wrong
+from small_tiles import refused, rewrite, seen, settings, world, wrong
 
 FAULTS = {15: ('mask values that are not 0, 1 and 255; or 0 and 255 alone, which many tools write for yes and no', 'refused, with the values'),
           16: ('a mask whose grid is off by a pixel', 'refused, with the shift'),

@@ -1,6 +1,5 @@
 "Faults 8 to 14: rasters that cannot be read, or not as they are meant"
-import itertools, json, os, re, shutil, struct, warnings
-from pathlib import Path
+import itertools, re, shutil, struct, warnings
 
 import numpy as np
 import pandas as pd
