@@ -1,5 +1,5 @@
 "Real data, which this project did not make: skipped where it is missing"
-import shutil, warnings
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import rasterio
 
-from rtsseg.config import Table, load
-from rtsseg.data import DataError, check_files, compute_stats, failed, import_table, overlaps, read_manifest, read_tile, thin
+from rtsseg.config import load
+from rtsseg.data import check_files, compute_stats, failed, import_table, overlaps, read_tile, thin
 
 PROJECT = Path(__file__).parents[1]; REAL = PROJECT.parent/'shared'/'data'
 def real(name): return pytest.mark.skipif(not (REAL/name).is_dir(), reason=f'{name} is not here')
@@ -44,21 +44,3 @@ def test_dubai(tmp_path):
     np.testing.assert_allclose(by / size.loc[by.index] * 100, theirs.building_pct.loc[by.index], atol=.6)     # their share of buildings, at half resolution
     found = check_files(m, cfg); assert not failed(found)
     pixels = next(f.value for f in found if f.what == 'split val'); assert '1.8' in pixels
-
-HOSTILE = sorted(p.name for p in (REAL/'hostile_geotiff').glob('*.tif')) if (REAL/'hostile_geotiff').is_dir() else ['absent.tif']
-
-@real('hostile_geotiff')
-@pytest.mark.parametrize('name', HOSTILE)
-@pytest.mark.parametrize('bands', [[1, 1, 1], [3, 2, 1]])
-def test_hostile_geotiff(tmp_path, name, bands):
-    "A DataError that names the row, or a clean tile; as a manifest and through the importer"
-    (tmp_path/'a.tif').write_bytes((REAL/'hostile_geotiff'/name).read_bytes())
-    row = dict(tile_id='a', image='a.tif', mask='', region='r', split='train'); pd.DataFrame([row]).to_csv(tmp_path/'m.csv', index=False)
-    with pytest.raises(DataError, match="row 1.*a.tif"): read_manifest(tmp_path/'m.csv')
-    with rasterio.open(tmp_path/'zero.tif', 'w', driver='GTiff', width=71, height=2475, count=1, dtype='uint8', crs='EPSG:32628',
-                       transform=rasterio.Affine(3, 0, 341970, 0, -3, 1603902)) as ds: ds.write(np.zeros((1, 2475, 71), 'uint8'))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try: m = import_table(Table(path=tmp_path/'m.csv', image='a.tif', mask='zero.tif', bands=bands), tmp_path/'out'/'m.csv')
-        except DataError as e: assert "row 1 (tile_id 'a')" in str(e) and not list((tmp_path/'out').iterdir()); return
-    assert name == 'all-nodata.tif' and (read_tile(m, 0)[2] == 255).all()

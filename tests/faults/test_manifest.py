@@ -1,0 +1,141 @@
+"Faults 1 to 7: manifests that cannot be meant"
+import os, re, shutil
+
+import pandas as pd
+import pytest
+
+from rtsseg.data import DataError, check_files, leaks, read_manifest, seal, show_findings, write_manifest
+from rtsseg.segment import prepare
+from rtsseg.train import run
+from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, world, wrong
+
+FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or through a link", 'refused, with row and field'),
+          2: ('a path on a network, or a table that only points to one', 'refused; no connection is opened'),
+          3: ('a missing column, an empty file; a byte-order mark or Windows line ends', 'refused; the latter read as any other table'),
+          4: ('one tile, or one file, in two splits', 'refused, with both rows'),
+          5: ('tiles of two splits that overlap on the ground', 'refused'),
+          6: ('no slump in training or validation', 'refused'),
+          7: ('HTML in a name', 'shown as text')}
+
+def at(world, field, value, name='m.csv', row=2): change(world, name, **{field: (row, value)})
+
+@pytest.mark.parametrize('path,word', [('../x.tif', 'leaves'), ('a/../../x.tif', 'leaves'), ('link.tif', 'leaves'), ('/etc/hostname', 'absolute'), ('C:\\x.tif', 'absolute'), ('\\\\host\\x.tif', 'absolute'),
+                                       ('none.tif', 'no such file'), ('.', 'no such file'), ('loop.tif', 'no such file')])
+@pytest.mark.parametrize('field', ['image', 'mask', 'extra'])
+def test_01_a_path_that_leaves_the_folder(world, path, word, field):
+    "The row and the field are named; nothing outside of the manifest's folder is looked at"
+    (world.parent/'x.tif').write_text('x'); os.symlink(world.parent/'x.tif', world/'link.tif'); os.symlink('loop.tif', world/'loop.tif')
+    at(world, field, path)
+    with pytest.raises(DataError, match=rf"m.csv: row 3 \(tile_id 't2'\), {field}: .*{word}"): read_manifest(world/'m.csv')
+
+def test_01_a_link_that_was_put_there_later(world):
+    "The path is followed anew each time that a tile is read"
+    m = read_manifest(world/'full.csv'); shutil.move(world/'t0.tif', world.parent/'t0.tif'); os.symlink(world.parent/'t0.tif', world/'t0.tif')
+    assert "tile 't0', image 't0.tif': 't0.tif' leaves the manifest's folder" in next(f.note for f in check_files(m, CFG) if f.what == 'files')
+
+@pytest.mark.parametrize('path', ['/vsicurl/http://127.0.0.1:{}/x.tif', 'http://127.0.0.1:{}/x.tif', 's3://127.0.0.1:{}/x.tif', '/vsizip//vsicurl/http://127.0.0.1:{}/x.zip/x.tif'])
+def test_02_a_network_path(world, path):
+    with nobody_calls() as port:
+        at(world, 'image', path.format(port))
+        with pytest.raises(DataError, match=r"row 3 \(tile_id 't2'\), image: .* is a network path"): read_manifest(world/'m.csv')
+
+@pytest.mark.parametrize('name', ['v.gpkg', 'v.parquet', 'v.geoparquet', 'v.xlsx', 'v.vrt'])
+def test_02_a_table_that_points_elsewhere(world, name):
+    "A virtual table under the name of a real one"
+    with nobody_calls() as port:
+        (world/name).write_text(f'<OGRVRTDataSource><OGRVRTLayer name="x"><SrcDataSource>/vsicurl/http://127.0.0.1:{port}/x</SrcDataSource></OGRVRTLayer></OGRVRTDataSource>')
+        with pytest.raises(DataError, match=name): read_manifest(world/name)
+
+@pytest.mark.parametrize('command', ['rtsseg-check', 'rtsseg-train'])
+def test_03_all_that_is_wrong_is_told_at_once(world, command):
+    "Paths, names, numbers, files that cannot be read and rasters that do not fit: one answer, exit code 2, nothing written, no connection opened"
+    with nobody_calls() as port:
+        at(world, 'image', '../x.tif', row=0); at(world, 'split', 'vall', row=1); at(world, 'image', f'/vsicurl/http://127.0.0.1:{port}/x.tif', row=2)
+        (world/'t3.tif').write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32"><VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>/vsicurl/http://127.0.0.1:{port}/x.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
+        (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t5_m.tif', lambda a: a * 2)
+        said = refused(command, world, 'm.csv')
+    for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: none of train", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
+                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif cannot be read", r"row 5, tile 't4', image 't4.tif': t4.tif cannot be read", r"row 6, tile 't5', mask 't5_m.tif': values 0, 2"):
+        assert re.search(word, said), (word, said)
+
+@pytest.mark.parametrize('content,word', [('', 'empty file'), ('tile_id,image,mask,split,region\n', 'no rows'), ('tile_id,image,masks,split,region\n1,a,b,train,r\n', r"'mask' is missing \(did you mean 'masks'"),
+                                          ('a,b\n1', "'tile_id' is missing(.|\n)*'image' is(.|\n)*'mask' is(.|\n)*'split' is(.|\n)*'region' is"), ('\x00\x01', 'm2.csv'), ('tile_id,image\n1,2,3,4\n1,2', 'm2.csv')])
+def test_03_broken_tables(world, content, word):
+    "All columns that are missing are named, with the nearest name that is there"
+    (world/'m2.csv').write_text(content)
+    with pytest.raises(DataError, match=word): read_manifest(world/'m2.csv')
+
+def test_03_a_table_out_of_a_spreadsheet(world):
+    "A byte-order mark, Windows line ends and spaces around names change nothing"
+    text = (world/'m.csv').read_text()
+    (world/'excel.csv').write_bytes(b'\xef\xbb\xbf' + text.replace('tile_id,', 'tile_id ,').replace('\n', '\r\n').encode())
+    assert read_manifest(world/'excel.csv').hash == read_manifest(world/'m.csv').hash
+
+def test_04_one_tile_in_two_splits(world):
+    at(world, 'tile_id', 't0', row=5)
+    with pytest.raises(DataError, match="rows 1, 6, tile_id: 't0' stands 2 times, in test, train"): read_manifest(world/'m.csv')
+
+@pytest.mark.parametrize('path', ['t0.tif', './t0.tif', 'sub/../t0.tif', 'link.tif'])
+def test_04_one_file_in_two_splits(world, path):
+    "However its path is written"
+    (world/'sub').mkdir(); os.symlink('t0.tif', world/'link.tif'); at(world, 'image', path, 'full.csv', row=5)
+    for use in (lambda: read_manifest(world/'full.csv'), lambda: run(settings(world))):
+        with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), image: one file, 't0.tif', stands in test, train"): use()
+
+def test_04_one_content_in_two_splits(world):
+    "Copies are found by the check, and at once where the manifest holds hashes"
+    shutil.copy(world/'t0.tif', world/'t5.tif')
+    assert "leak: equal files: t0 (train, t0.tif) = t5 (test, t5.tif)" in wrong(world)
+    write_manifest(seal(read_manifest(world/'full.csv')), world/'sealed.csv')
+    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), sha256: one file, 't0.tif', stands in test, train"): read_manifest(world/'sealed.csv')
+
+def test_04_copies_inside_a_split_are_a_warning(world):
+    shutil.copy(world/'t0.tif', world/'t1.tif'); found = seen(world)['duplicates']
+    assert found.level == 'warning' and found.note == 't0 (train, t0.tif) = t1 (train, t1.tif)'
+
+def shared_ground(world):
+    for f in ('t1.tif', 't1_m.tif'): rewrite(world/f, shift=(16, 0))
+    write_manifest(read_manifest(world/'m.csv'), world/'full.csv')
+
+def test_05_splits_that_share_ground(world):
+    "Not the check alone: whoever never called it is stopped, too, before anything is written"
+    shared_ground(world); assert [f.level for f in leaks(read_manifest(world/'m.csv')) if f.what == 'leak: footprints'] == ['error']
+    cfg = settings(world); cfg.data.split_check = 'error'
+    with pytest.raises(DataError, match=r'splits share ground.*t1 \(train\) and t2 \(val\)'): run(cfg)
+    assert not (world.parent/'runs').exists()
+
+def test_05_through_the_check(world):
+    shared_ground(world); assert 'leak: footprints: t1 (train) and t2 (val)' in refused('rtsseg-check', world)
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_06_a_split_without_slumps(world, split):
+    "There is nothing to learn from, or nothing to be judged by: refused before anything is written"
+    m = read_manifest(world/'full.csv'); at_split = m.table.split == split
+    for f in m.table['mask'][at_split]: rewrite(world/f, lambda a: a * 0)
+    write_manifest(m.table.assign(n_positive=m.table.n_positive.where(~at_split, 0)), world/'full.csv')
+    for use in (prepare, run):
+        with pytest.raises(DataError, match=f"full.csv: split '{split}': 2 tiles, and none of them is positive"): use(settings(world))
+    assert not (world.parent/'runs').exists()
+    assert any(l.startswith(f'split {split}: 0 of 2 tiles positive') and 'no positive tile' in l for l in wrong(world))
+
+def test_06_through_the_commands(world):
+    m = read_manifest(world/'full.csv'); write_manifest(m.table.assign(n_positive=0, mask=''), world/'full.csv')
+    said = refused('rtsseg-train', world); assert all(f"split '{s}': 2 tiles, and none of them is positive" in said for s in ('train', 'val'))
+    said = refused('rtsseg-check', world); assert all(f'split {s}: 0 of 2 tiles positive' in said for s in ('train', 'val'))
+
+EVIL = '<script>alert(1)</script>'
+
+def test_07_html_in_names(world):
+    "Names of regions, tiles and files stand in the table of the check as text, whoever shows it; the report has a test of its own"
+    for f in ('t0.tif', 't0_m.tif'): (world/f).rename(world/f.replace('t0', '<b>t0'))
+    t = pd.read_csv(world/'m.csv'); t['region'] = [EVIL, 'a'] * 3; t.loc[0, ['tile_id', 'image', 'mask']] = ['<img src=x>', '<b>t0.tif', '<b>t0_m.tif']
+    t.to_csv(world/'m.csv', index=False); rewrite(world/'<b>t0_m.tif', lambda a: a * 0 + 255)
+    found = check_files(read_manifest(world/'m.csv'), CFG); page = show_findings(found)._repr_html_()
+    assert '&lt;script&gt;' in page and '&lt;img' in page and not re.search('<(script|img|b)\\b', page)
+    assert EVIL in repr(show_findings(found))                     # a terminal shows it as it is
+
+@pytest.mark.parametrize('field', ['tile_id', 'region', 'block'])
+def test_07_control_characters_in_names(world, field):
+    "They could clear a terminal or forge a line of a log"
+    at(world, field, 'x\x1b[2J')
+    with pytest.raises(DataError, match=rf'row 3 .*{field}: holds control characters'): read_manifest(world/'m.csv')
