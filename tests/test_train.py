@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, re, signal, socket, subprocess, sys, time
+import json, os, re, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,9 +115,9 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
     assert all(e['step'] > 0 for e in events(folder, 'start')[1:]) and (folder/'model'/'model.safetensors').read_bytes() == (undisturbed/'model'/'model.safetensors').read_bytes()
     same(folder, undisturbed)
 
-def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys):
+def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys, monkeypatch):
     "A run folder that is taken, or was changed: one line, exit 2; --force goes on, and the log keeps what differed"
-    cfg, folder = elsewhere(tiny, tmp_path); given = str(tmp_path/'tiny.yaml')
+    cfg, folder = elsewhere(tiny, tmp_path); given = str(tmp_path/'tiny.yaml'); monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning)      # put back afterwards
     def call(**more):
         try: rtsseg_train(given, **more)
         except SystemExit as e: return e.code, capsys.readouterr().err
