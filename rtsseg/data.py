@@ -52,7 +52,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #525ef1bd
+# %% ../nbs/01_data.ipynb #32a55b7f
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR', GDAL_PAM_ENABLED='NO')   # no sidecar file is read or written
 
@@ -69,8 +69,8 @@ def contained(root:str|Path,     # folder that must not be left
     return file
 
 @contextmanager
-def _open(path, pictures=False):
-    "A GeoTIFF (or, for an importer, JPEG or PNG by its first bytes); whatever a hostile file makes the decoder say becomes a `DataError`"
+def _open(path, pictures=False, rows=None):
+    "A GeoTIFF (or, for an importer, JPEG or PNG by its first bytes) that is read whole, or `rows` at a time; whatever a hostile file makes the decoder say becomes a `DataError`"
     if os.path.exists(f'{path}.msk'): raise DataError(f'{Path(path).name} has a sidecar .msk file, which is not read: write the mask band into the file')
     try:
         with open(path, 'rb') as f: start = f.read(4)
@@ -78,11 +78,13 @@ def _open(path, pictures=False):
         with warnings.catch_warnings(), rasterio.Env(**GDAL):
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(path, driver=driver) as ds:
-                if ds.width * ds.height * ds.count > MAX_VALUES:
-                    raise DataError(f'{Path(path).name} claims {ds.width} × {ds.height} pixels in {ds.count} bands: more than {MAX_VALUES} values')
+                blocks = np.max(ds.block_shapes, 0).tolist()                       # the decoder holds whole ones
+                if max(rows or ds.height, blocks[0]) * max(ds.width, blocks[1]) * ds.count > MAX_VALUES:
+                    raise DataError(f'{Path(path).name} claims {ds.width} × {ds.height} pixels in {ds.count} bands and blocks of {blocks[1]} × {blocks[0]}: '
+                                    + (f'{rows} rows of it are ' if rows else '') + f'more than {MAX_VALUES} values')
                 yield ds
     except DataError: raise
-    except Exception as e: raise DataError(f'{Path(path).name} cannot be read: {" ".join(str(e).split())}') from None
+    except Exception as e: raise DataError(f'{Path(path).name} cannot be read: {" ".join(str(e.__cause__ or e).split())}') from None
 
 # %% ../nbs/01_data.ipynb #dbb380b4
 def write_raster(path:str|Path,             # the GeoTIFF
@@ -102,7 +104,7 @@ def write_raster(path:str|Path,             # the GeoTIFF
             for i, name in enumerate(names): ds.set_band_description(i + 1, name)
             if valid is not None and not valid.all(): ds.write_mask(valid)
 
-# %% ../nbs/01_data.ipynb #98fa65e9
+# %% ../nbs/01_data.ipynb #559e079a
 class Raw(NamedTuple):
     "A tile as it lies in its files"
     rgb: np.ndarray     # 3 × H × W, uint8 or uint16
@@ -117,11 +119,11 @@ def crs_name(crs) -> str:   # 'EPSG:3413' where an authority knows it, else WKT
     authority = crs.to_authority()
     return ':'.join(authority) if authority else crs.to_wkt()
 
-def _valid(ds, planes, nodata=None):
+def _valid(ds, planes, nodata=None, window=None):
     "H × W: where the image holds data, by its nodata value (all bands equal it), else by its mask or alpha band"
     nodata = ds.nodata if nodata is None else nodata
     if nodata is not None: return (planes != nodata).any(0)
-    if {MaskFlags.per_dataset, MaskFlags.alpha} & set(ds.mask_flag_enums[0]): return ds.read_masks(1) > 0
+    if {MaskFlags.per_dataset, MaskFlags.alpha} & set(ds.mask_flag_enums[0]): return ds.read_masks(1, window=window) > 0
     return np.ones(planes.shape[1:], bool)
 
 def _same_grid(a, b, what):
@@ -142,28 +144,33 @@ def _labels(ds):
 
 def _read(root, row, names=()):
     "One tile of a manifest; raises `DataError` naming tile and field"
-    root = Path(root); what = 'image'
+    try: return _pixels(Path(root), row, names)
+    except DataError as e: raise DataError(f"tile {row['tile_id']!r}, {e}") from None
+
+def _pixels(root, row, names=(), window=None):
+    "A tile, or a window of whole rows of a scene; raises `DataError` naming the field"
+    what, rows = 'image', window and window.height
     try:
-        with _open(root/row['image']) as ds:
+        with _open(root/row['image'], rows=rows) as ds:
             if ds.count != 3 and not (ds.count == 4 and ds.colorinterp[3] == ColorInterp.alpha): raise DataError(f'an image has 3 bands, this one has {ds.count}')
             if len(set(ds.dtypes)) > 1 or ds.dtypes[0] not in ('uint8', 'uint16'): raise DataError(f'an image is uint8 or uint16, this one is {ds.dtypes[0]}')
             t = ds.transform
             if t.b or t.d: raise DataError('a rotated grid: warp it to a north-up one')
-            rgb = ds.read([1, 2, 3]); valid = _valid(ds, rgb); what = 'mask'
+            rgb = ds.read([1, 2, 3], window=window); valid = _valid(ds, rgb, window=window); what = 'mask'
             if row['mask']:
                 with _open(root/row['mask']) as m: _same_grid(ds, m, 'the mask'); label = _labels(m)
-            else: label = np.zeros(ds.shape, 'uint8')
-            what = 'extra'; extra = np.empty((0, *ds.shape), 'float32')
+            else: label = np.zeros(valid.shape, 'uint8')
+            what = 'extra'; extra = np.empty((0, *valid.shape), 'float32')
             if names:
                 if not row['extra']: raise DataError(f'no EXTRA raster, but bands {list(names)} are asked for')
-                with _open(root/row['extra']) as e:
+                with _open(root/row['extra'], rows=rows) as e:
                     _same_grid(ds, e, 'the EXTRA raster')
                     for n in names:
                         if n not in e.descriptions: raise DataError(f'no band is described as {n!r}' + nearest(n, [x or '(no description)' for x in e.descriptions]))
-                    extra = e.read([e.descriptions.index(n) + 1 for n in names])
+                    extra = e.read([e.descriptions.index(n) + 1 for n in names], window=window)
                     good = np.isfinite(extra).all(0) if e.nodata is None else (np.isfinite(extra) & (extra != e.nodata)).all(0)
                     valid, extra = valid & good, extra.astype('float32')
-    except DataError as e: raise DataError(f"tile {row['tile_id']!r}, {what} {row[what]!r}: {e}") from None
+    except DataError as e: raise DataError(f'{what} {row[what]!r}: {e}') from None
     label[~valid] = 255
     return Raw(rgb, extra, label, valid)
 
