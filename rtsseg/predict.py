@@ -59,7 +59,7 @@ class _Scene:
         image, extra, _ = _scaled(Raw(*(a[..., left:left + self.tile] for a in band)), self.files['image'], self.stats)
         return torch.from_numpy(self.stats.normalise(np.concatenate([image, extra], 2)).transpose(2, 0, 1))
 
-# %% ../nbs/08_predict.ipynb #82fe5a25
+# %% ../nbs/08_predict.ipynb #0334e96a
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 def _probabilities(model, images, batch, views):
@@ -79,7 +79,7 @@ def _strips(model, scene, views, batch, wanted, check):
         top, end = tops[i], [*tops[1:], scene.height][i]
         sums[:, :tile - top + at] = sums[:, top - at:]; sums[:, tile - top + at:] = 0; at = top
         if not any(j >= i and tops[j] < top + tile for j in wanted): continue
-        band = scene.band(top); seen = [x for x in lefts if band.valid[:, x:x + tile].any()]
+        check(); band = scene.band(top); seen = [x for x in lefts if band.valid[:, x:x + tile].any()]
         for k in range(0, len(seen), batch):
             some = seen[k:k + batch]
             for x, p in zip(some, _probabilities(model, [scene.window(band, x) for x in some], batch, views)):
@@ -88,7 +88,8 @@ def _strips(model, scene, views, batch, wanted, check):
             check()
         if i in wanted:
             (total, share), valid = sums[:, :end - top, :scene.width], band.valid[:end - top, :scene.width]
-            yield i, np.divide(total, share, out=np.zeros_like(total), where=valid), valid, dict(pixels=valid.size, valid=int(valid.sum()), windows=len(seen), empty=len(lefts) - len(seen))
+            counts = dict(pixels=valid.size, valid=int(valid.sum()), windows=len(seen), empty=len(lefts) - len(seen))
+            yield i, np.divide(total, share, out=np.zeros_like(total), where=valid), valid, counts
 
 # %% ../nbs/08_predict.ipynb #d58d5227
 STEPS, NODATA = 65534, 65535      # a pixel is 65534 × its probability; where there is no data, 65535
@@ -131,7 +132,7 @@ def _alone(folder):
         os.close(handle)
         with suppress(OSError): folder.rmdir()
 
-# %% ../nbs/08_predict.ipynb #eba9b72e
+# %% ../nbs/08_predict.ipynb #b6d74373
 class Stopped(RuntimeError):
     "Asked to stop before the end; the same command goes on from the rows that are finished"
 
@@ -163,26 +164,27 @@ def _told(path):
     except (ValueError, TypeError): return {}
 
 def _write(out, work, parts, n, scene, made):
-    "Put the finished rows together; what the map tells of itself"
-    whole, cog = work/'whole.tif', work/'map.tif'; counts, row = dict(pixels=0, valid=0, windows=0, empty=0), 0
+    "Put the finished rows together"
+    whole, cog, counts = work/'whole.tif', work/'map.tif', dict(pixels=0, valid=0, windows=0, empty=0)
     for f in (whole, cog): f.unlink(missing_ok=True)
-    with warnings.catch_warnings(), rasterio.Env(**GDAL):
-        warnings.simplefilter('ignore', NotGeoreferencedWarning)
-        with rasterio.open(whole, 'w', driver='GTiff', count=1, height=scene.height, width=scene.width, dtype='uint16', nodata=NODATA, crs=scene.crs, transform=scene.transform,
-                           compress='deflate', zlevel=1, bigtiff='if_safer') as ds:
-            for i in range(n):
-                of, values = parts.get(i, scene.width); counts = {k: v + of[k] for k, v in counts.items()}
-                ds.write(values, 1, window=Window(0, row, *values.shape[::-1])); row += len(values)
-            ds.scales, told = (1 / STEPS,), made | counts
-            ds.set_band_description(1, 'probability'); ds.update_tags(RTSSEG=json.dumps(told))
-        rasterio.shutil.copy(whole, cog, driver='COG', compress='deflate', predictor='yes', overview_resampling='average', bigtiff='if_safer')
-        with rasterio.open(whole) as a, rasterio.open(cog) as b:
-            for top in range(0, scene.height, 512):
-                if (a.read(window=(w := Window(0, top, scene.width, 512))) != b.read(window=w)).any(): raise OSError(f'{out.name}: what was written is not what is read back: is the disk failing?')
+    def rows():
+        at = 0
+        for i in range(n): of, values = parts.get(i, scene.width); yield of, values, Window(0, at, *values.shape[::-1]); at += len(values)
+    try:
+        with warnings.catch_warnings(), rasterio.Env(**GDAL):
+            warnings.simplefilter('ignore', NotGeoreferencedWarning)
+            with rasterio.open(whole, 'w', driver='GTiff', count=1, height=scene.height, width=scene.width, dtype='uint16', nodata=NODATA, crs=scene.crs, transform=scene.transform,
+                               compress='deflate', zlevel=1, bigtiff='if_safer') as ds:
+                for of, values, window in rows(): ds.write(values, 1, window=window); counts = {k: v + of[k] for k, v in counts.items()}
+                ds.scales = (1 / STEPS,); ds.set_band_description(1, 'probability'); ds.update_tags(RTSSEG=json.dumps(made | counts))
+            rasterio.shutil.copy(whole, cog, driver='COG', compress='deflate', predictor='yes', overview_resampling='average', bigtiff='if_safer')
+            with rasterio.open(cog) as ds:
+                if any((ds.read(1, window=window) != values).any() for _, values, window in rows()): raise OSError('what is read back is not what was written')
+    except Exception as e: raise OSError(f'{out.name} cannot be written: {" ".join(str(e.__cause__ or e).split())}') from None
     with open(cog, 'rb') as f: os.fsync(f.fileno())
     os.replace(cog, out)
 
-# %% ../nbs/08_predict.ipynb #392a08b0
+# %% ../nbs/08_predict.ipynb #d066eeae
 def predict_scene(model_dir:str|Path,      # a model directory
                   scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
                   out:str|Path,            # the map, a .tif
@@ -193,7 +195,7 @@ def predict_scene(model_dir:str|Path,      # a model directory
                   batch:int=8,             # windows at once; half precision gives other last digits for another number
                   force:bool=False         # replace a map that was made otherwise
                  ) -> dict:                # what the map was made with, and counts of pixels and windows
-    "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `Stopped` and, of a bad calibration.json, `ValueError`"
+    "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `OSError`, `Stopped`, `ValueError`"
     scene, out, folder = Path(scene), Path(out), Path(model_dir); parts = out.with_name(f'{out.name}.parts')
     if out.suffix not in ('.tif', '.tiff'): raise ConfigError(f'{out.name}: a map is a .tif')
     if out.resolve() in (scene.resolve(), Path(extra).resolve()): raise ConfigError(f'{out.name} is what the map is made of: give the map another name')
@@ -206,8 +208,8 @@ def predict_scene(model_dir:str|Path,      # a model directory
     calibration, tells = _calibration(folder, views); source = _Scene(scene, extra, crs, model); n = len(starts(source.height, source.tile))
     if not calibration: _say('note: the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities (rtsseg-calibrate)')
     decides = [_digest(folder/f) for f in ('config.yaml', 'normalization_stats.json', 'model.safetensors')]
-    made = dict(rtsseg=version('rtsseg'), model=hashlib.sha256(''.join(decides).encode()).hexdigest(), calibration=tells, views=views, scene=_digest(scene), extra=_digest(extra) if extra else None,
-                crs=crs, tile=source.tile, batch=batch, precision=model.cfg.precision if device == 'cuda' else 'fp32', device=device)
+    made = dict(rtsseg=version('rtsseg'), model=hashlib.sha256(''.join(decides).encode()).hexdigest(), calibration=tells, views=views, scene=_digest(scene),
+                extra=_digest(extra) if extra else None, crs=crs, tile=source.tile, batch=batch, precision=model.cfg.precision if device == 'cuda' else 'fp32', device=device)
     with _alone(parts), _sigterm() as check:
         told = _told(out); other = [k for k, v in made.items() if told.get(k) != v]
         if other and out.exists() and not force:
@@ -223,11 +225,11 @@ def predict_scene(model_dir:str|Path,      # a model directory
         shutil.rmtree(parts)
     return told
 
-# %% ../nbs/08_predict.ipynb #18872494
+# %% ../nbs/08_predict.ipynb #c4635df9
 @call_parse
 def rtsseg_predict(model:str='',              # model directory, as runs/…/model
                    scene:str='',              # GeoTIFF of any size: R, G, B as in training
-                   out:str='',                # the map, a .tif; beside it comes a .json of the same name
+                   out:str='',                # the map, a .tif; beside it comes a .tif.json
                    extra:str='',              # GeoTIFF on the same grid with the model's EXTRA bands, by their description
                    views:str='',              # none, minimal, standard or full; '' takes the model's
                    crs:str='',                # of a scene that names none: as EPSG:3413, or none
@@ -241,4 +243,5 @@ def rtsseg_predict(model:str='',              # model directory, as runs/…/mod
             if not value: raise ConfigError(f'--{name} is not given')
         print(json.dumps(predict_scene(model, scene, out, extra, views, crs, device, batch, force), indent=1))
     except Stopped as e: _say(e); sys.exit(3)
+    except KeyboardInterrupt: _say('stopped; the same command goes on from the rows that are finished'); sys.exit(130)
     except (ValueError, ModelError, OSError) as e: _say(f'error: {e}'); sys.exit(2)
