@@ -67,13 +67,14 @@ def test_41_a_scene_with_data_in_parts(model, tmp_path):
 
 # ---------------------------------------------------------------- 42: cut off
 class Kill:
-    "In a forked process: do the work, and be killed at the k-th file that is opened, renamed or removed, or after some seconds"
-    def __init__(self, work): self.work = work
+    "In a forked process: do the work, and be killed at the k-th file that is opened, renamed or removed, or after some seconds; the map itself is never opened for writing"
+    def __init__(self, work, out): self.work, self.out = work, str(out)
     def __call__(self, k=None, seconds=None):
         "Whether it was killed"
         if not (child := os.fork()):
             null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2); seen = [0]
             def event(name, args):
+                if name == 'open' and str(args[0]) == self.out and args[2] & (os.O_WRONLY | os.O_RDWR): os._exit(1)
                 if name in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'shutil.rmtree'):
                     seen[0] += 1
                     if seen[0] == k: os.kill(os.getpid(), signal.SIGKILL)
@@ -90,7 +91,7 @@ def files(out): return [f.read_bytes() for f in (out, out.with_name(f'{out.name}
 def test_42_killed_at_every_step_on_disk(model, tmp_path):
     "Whichever file is opened, renamed or removed last: what is called a map is one, and the same command ends in the same bytes"
     path, valid = scene(tmp_path/'scene.tif', 130, 70, (0, 20, 0, 30)); predict_scene(model, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
-    kill, kept = Kill(lambda: predict_scene(model, path, out)), 0
+    kill, kept = Kill(lambda: predict_scene(model, path, out), out), 0
     for k in range(1, 1000):
         if not kill(k): break
         kept += out.with_name('map.tif.parts').exists()
@@ -102,7 +103,7 @@ def test_42_killed_at_every_step_on_disk(model, tmp_path):
 def test_42_killed_at_random_points(model, tmp_path):
     "Again and again, until it is through"
     path, valid = scene(tmp_path/'scene.tif', 700, 500, (0, 90, 0, 300)); begun = time.monotonic(); predict_scene(model, path, tmp_path/'undisturbed.tif'); whole = time.monotonic() - begun
-    out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict_scene(model, path, out))
+    out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict_scene(model, path, out), out)
     while killed < kills:
         while kill(seconds=dice.uniform(.05, .7) * whole if killed < kills else None): killed += 1
         check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
