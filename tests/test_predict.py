@@ -191,9 +191,9 @@ def test_extra_bands_are_found_by_name_and_lie_on_the_same_grid(tmp_path, change
     folder = make_model(tmp_path/'model', stats); write(tmp_path/'scene.tif', pixels(70, 70)); extra = np.random.default_rng(0).normal(size=(2, 70, 70)).astype('float32')
     if change is not None: write_raster(tmp_path/'extra.tif', extra, **dict(transform=GRID, crs=CRS, names=BANDS) | change)
     with pytest.raises(DataError, match=text): predict_scene(folder, tmp_path/'scene.tif', tmp_path/'map.tif', tmp_path/'extra.tif' if change is not None else '')
-    extra[0, 60:, :5] = np.nan; write_raster(tmp_path/'extra.tif', extra[::-1], GRID, CRS, names=BANDS[::-1])      # in another order: names decide
+    extra[0, 60:, :5] = np.nan; write_raster(tmp_path/'extra.tif', extra[::-1], GRID, CRS, names=BANDS[::-1], nodata=np.nan)      # in another order: names decide
     predict_scene(folder, tmp_path/'scene.tif', tmp_path/'a.tif', tmp_path/'extra.tif'); a = read(tmp_path/'a.tif')
-    write_raster(tmp_path/'extra.tif', extra, GRID, CRS, names=BANDS); predict_scene(folder, tmp_path/'scene.tif', tmp_path/'b.tif', tmp_path/'extra.tif')
+    write_raster(tmp_path/'extra.tif', extra, GRID, CRS, names=BANDS, nodata=np.nan); predict_scene(folder, tmp_path/'scene.tif', tmp_path/'b.tif', tmp_path/'extra.tif')
     assert (a == read(tmp_path/'b.tif')).all() and ((a == NODATA) == np.isnan(extra[0])).all()
 
 def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
