@@ -56,7 +56,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #4726071a
+# %% ../nbs/01_data.ipynb #fd001355
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR', GDAL_PAM_ENABLED='NO')   # no sidecar file is read or written
 
@@ -73,8 +73,8 @@ def contained(root:str|Path,     # folder that must not be left
     return file
 
 @contextmanager
-def _open(path, pictures=False, sha256=''):
-    "A GeoTIFF (or, for an importer, JPEG or PNG by its first bytes); whatever a hostile file makes the decoder say becomes a `DataError`"
+def _open(path, pictures=False, sha256='', rows=None):
+    "A GeoTIFF (or, for an importer, JPEG or PNG by its first bytes) that is read whole, or `rows` at a time; whatever a hostile file makes the decoder say becomes a `DataError`"
     if os.path.exists(f'{path}.msk'): raise DataError(f'{Path(path).name} has a sidecar .msk file, which is not read: write the mask band into the file')
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # rasterio stumbles, and says so at length, over messages of GDAL that quote bytes which are no text
     try:
@@ -85,8 +85,8 @@ def _open(path, pictures=False, sha256=''):
         with warnings.catch_warnings(), rasterio.Env(**GDAL), MemoryFile(data) if sha256 else nullcontext() as memory:
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(memory.name if memory else path, driver=driver) as ds:
-                if ds.width * ds.height * ds.count > MAX_VALUES:
-                    raise DataError(f'{Path(path).name} claims {ds.width} × {ds.height} pixels in {ds.count} bands: more than {MAX_VALUES} values')
+                if ds.width * (rows or ds.height) * ds.count > MAX_VALUES:
+                    raise DataError(f'{Path(path).name} claims {ds.width} × {ds.height} pixels in {ds.count} bands: ' + (f'{rows} rows of it are ' if rows else '') + f'more than {MAX_VALUES} values')
                 if (h := max(b[0] for b in ds.block_shapes)) * (w := max(b[1] for b in ds.block_shapes)) * ds.count > MAX_VALUES:
                     raise DataError(f'{Path(path).name} claims blocks of {w} × {h} pixels in {ds.count} bands: more than {MAX_VALUES} values')
                 yield ds
@@ -112,7 +112,7 @@ def write_raster(path:str|Path,             # the GeoTIFF
             for i, name in enumerate(names): ds.set_band_description(i + 1, name)
             if valid is not None and not valid.all(): ds.write_mask(valid)
 
-# %% ../nbs/01_data.ipynb #af4f35ba
+# %% ../nbs/01_data.ipynb #02b8222f
 HASHES = {'image': 'sha256', 'mask': 'mask_sha256', 'extra': 'extra_sha256'}   # columns that may hold the SHA-256 of a tile's files
 
 class Raw(NamedTuple):
@@ -129,11 +129,11 @@ def crs_name(crs) -> str:   # 'EPSG:3413' where an authority knows it, else WKT
     authority = crs.to_authority()
     return ':'.join(authority) if authority else crs.to_wkt()
 
-def _valid(ds, planes, nodata=None):
+def _valid(ds, planes, nodata=None, window=None):
     "H × W: where the image holds data, by its nodata value (all bands equal it), else by its mask or alpha band"
     nodata = ds.nodata if nodata is None else nodata
     if nodata is not None: return (planes != nodata).any(0)
-    if {MaskFlags.per_dataset, MaskFlags.alpha} & set(ds.mask_flag_enums[0]): return ds.read_masks(1) > 0
+    if {MaskFlags.per_dataset, MaskFlags.alpha} & set(ds.mask_flag_enums[0]): return ds.read_masks(1, window=window) > 0
     return np.ones(planes.shape[1:], bool)
 
 def _same_grid(a, b, what):
@@ -152,50 +152,61 @@ def _labels(ds):
         raise DataError(f'values {", ".join(f"{v:g}" for v in np.unique(label)[:6])} of type {ds.dtypes[0]}: a mask is uint8 and holds 0, 1 and 255')
     return label
 
-def _written(ds, planes, bands, valid):
-    "Raise where pixels that count lie in blocks that were never written"
-    missing = np.zeros(ds.shape, bool)
+def _unwritten(ds, planes, bands, top=0):
+    "Pixels of planes, from a row of the raster on, that lie in blocks that were never written: they are read as 0"
+    missing, (rows, columns) = np.zeros(planes.shape[1:], bool), planes.shape[1:]
     for b, plane in zip(bands, planes):
         h, w = ds.block_shapes[b - 1]
-        if plane.size - np.count_nonzero(plane) < ((ds.height - 1) % h + 1) * ((ds.width - 1) % w + 1): continue      # too few for the smallest block
-        for y, x in itertools.product(range(0, ds.height, h), range(0, ds.width, w)):
-            if ds.get_tag_item(f'BLOCK_OFFSET_{x // w}_{y // h}', 'TIFF', bidx=b) is None: missing[y:y + h, x:x + w] = True
+        if not top and rows == ds.height and plane.size - np.count_nonzero(plane) < ((rows - 1) % h + 1) * ((columns - 1) % w + 1): continue      # too few for the smallest block
+        for y, x in itertools.product(range(top - top % h, top + rows, h), range(0, columns, w)):
+            if ds.get_tag_item(f'BLOCK_OFFSET_{x // w}_{y // h}', 'TIFF', bidx=b) is None: missing[max(y - top, 0):y + h - top, x:x + w] = True
+    return missing
+
+def _declared(missing, valid):
+    "Raise where pixels that count were never written"
     if (share := (missing & valid).mean()) > 0:
         raise DataError(f'{share:.1%} of its pixels lie in blocks that were never written, and no nodata declares them: they would be read as 0')
 
-def _extra(e, names):
-    "EXTRA bands by description, and where they hold data"
+def _extra(e, names, window):
+    "EXTRA bands by description, where they hold data, and where they were never written"
     for n in names:
         if n not in e.descriptions: raise DataError(f'no band is described as {n!r}' + nearest(n, [x or '(no description)' for x in e.descriptions]))
-    bands = [e.descriptions.index(n) + 1 for n in names]; planes = e.read(bands)
+    bands = [e.descriptions.index(n) + 1 for n in names]; planes = e.read(bands, window=window)
     if planes.dtype.kind not in 'uif': raise DataError(f'EXTRA bands are numbers, these are {planes.dtype}')
     with np.errstate(over='ignore'): extra = planes.astype('float32')
     none = np.zeros(planes.shape, bool) if e.nodata is None else np.isnan(planes) if np.isnan(e.nodata) else planes == e.nodata
-    if {MaskFlags.per_dataset} == set(e.mask_flag_enums[0]): none |= e.read_masks(1) == 0
+    if {MaskFlags.per_dataset} == set(e.mask_flag_enums[0]): none |= e.read_masks(1, window=window) == 0
     stray = (~np.isfinite(extra) & ~none).sum((1, 2))
     if stray.any():
         raise DataError(', '.join(f'{n} pixels of {name} are NaN or infinite' for name, n in zip(names, stray) if n) + f', and the nodata that is declared is {e.nodata}')
-    _written(e, planes, bands, ~none.any(0))
-    return extra, ~none.any(0)
+    return extra, ~none.any(0), _unwritten(e, planes, bands, window.row_off if window else 0)
 
 def _read(root, row, names=()):
     "One tile of a manifest; raises `DataError` naming tile and field"
-    what = 'image'; door = lambda: _open(contained(root, row[what]), sha256=row.get(HASHES[what], ''))
+    try: return _pixels(lambda what: _open(contained(root, row[what]), sha256=row.get(HASHES[what], '')), row, names)
+    except DataError as e: raise DataError(f"tile {row['tile_id']!r}, {e}") from None
+
+def _pixels(door, row, names=(), window=None):
+    "A tile, or whole rows of a scene, where what was never written is no data, from the rasters that `door` opens; raises `DataError` naming the field"
+    what = 'image'
+    def good(valid, missing):
+        if window is None: _declared(missing, valid)
+        return valid & ~missing
     try:
-        with door() as ds:
+        with door(what) as ds:
             if ds.count != 3 and not (ds.count == 4 and ds.colorinterp[3] == ColorInterp.alpha): raise DataError(f'an image has 3 bands, this one has {ds.count}')
             if len(set(ds.dtypes)) > 1 or ds.dtypes[0] not in ('uint8', 'uint16'): raise DataError(f'an image is uint8 or uint16, this one is {ds.dtypes[0]}')
             t = ds.transform
             if t.b or t.d: raise DataError('a rotated grid: warp it to a north-up one')
-            rgb = ds.read([1, 2, 3]); valid = _valid(ds, rgb); _written(ds, rgb, [1, 2, 3], valid); what = 'mask'
+            rgb = ds.read([1, 2, 3], window=window); valid = good(_valid(ds, rgb, window=window), _unwritten(ds, rgb, [1, 2, 3], window.row_off if window else 0)); what = 'mask'
             if row['mask']:
-                with door() as m: _same_grid(ds, m, 'the mask'); label = _labels(m)
-            else: label = np.zeros(ds.shape, 'uint8')
-            what = 'extra'; extra = np.empty((0, *ds.shape), 'float32')
+                with door(what) as m: _same_grid(ds, m, 'the mask'); label = _labels(m)
+            else: label = np.zeros(valid.shape, 'uint8')
+            what = 'extra'; extra = np.empty((0, *valid.shape), 'float32')
             if names:
                 if not row['extra']: raise DataError(f'no EXTRA raster, but bands {list(names)} are asked for')
-                with door() as e: _same_grid(ds, e, 'the EXTRA raster'); extra, good = _extra(e, names); valid &= good
-    except DataError as e: raise DataError(f"tile {row['tile_id']!r}, {what} {row[what]!r}: {e}") from None
+                with door(what) as e: _same_grid(ds, e, 'the EXTRA raster'); extra, there, missing = _extra(e, names, window); valid &= good(there, missing)
+    except DataError as e: raise DataError(f'{what} {row[what]!r}: {e}') from None
     label[~valid] = 255
     return Raw(rgb, extra, label, valid)
 

@@ -7,7 +7,7 @@ import nbformat, pytest, yaml
 from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = 'config data toy augment sampler losses metrics objects intervals models loop segment infer track train evaluate calibrate page report search'.split()
+ORDER = 'config files data toy augment sampler losses metrics objects intervals models loop segment infer track train evaluate calibrate page report predict search'.split()
 CHAIN = ['01_data', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
 settings = configparser.ConfigParser(delimiters=['=']); settings.read(ROOT/'settings.ini'); settings = settings['DEFAULT']
@@ -49,6 +49,7 @@ def test_imports_point_backwards(name):
     if name in ('objects', 'intervals'): assert used <= {'metrics', 'objects'}
     if name == 'page': assert not used
     if name == 'track': assert used <= {'config'}
+    if name == 'predict': assert used <= {'config', 'files', 'data', 'infer', 'calibrate'}
     if name == 'loop': assert not used & {'data', 'models', 'losses', 'metrics', 'recipes'}
     if name in ('calibrate', 'report'): assert not used & {'train', 'loop', 'infer'}
 

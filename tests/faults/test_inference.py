@@ -1,0 +1,206 @@
+"Faults 41 and 42: scenes that hold little, and predictions that are cut off"
+import contextlib, io, json, os, random, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pytest, rasterio, torch
+
+import rtsseg.predict
+from rtsseg.config import Config
+from rtsseg.data import DataError, Stats, write_raster
+from rtsseg.infer import save_model
+from rtsseg.models import build
+from rtsseg.predict import NODATA, predict_scene, starts
+from rasterio.transform import from_origin
+
+FAULTS = {41: ('a scene that is smaller than a tile, holds no data at all, or holds it in parts', 'a valid map, with no data where the scene has none; counted'),
+          42: ('a prediction is killed in its middle', 'the same command goes on from the rows that are finished, to the same bytes')}
+
+GRID, CRS = from_origin(-2_500_000, 700_000, 3, 3), 'EPSG:3413'
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "Toys are faster so, and a process of one thread may be forked"
+    before = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(before)
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    "A model directory of an untrained network whose scores spread"
+    torch.manual_seed(0)
+    cfg = Config(batch_size=8, data=dict(tile_size=64), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    net = build(cfg.model); stats = Stats(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.4, .35, .3], std=[.2, .2, .2], pixels=1, manifest_hash='none')
+    with torch.no_grad(): net.segmentation_head[0].weight *= 30
+    return save_model(tmp_path_factory.mktemp('model')/'model', net, cfg, stats, dict(epoch=1, value=0., metrics={}), {})
+
+def scene(path, h, w, *holes):
+    "A scene of noise with rectangles without data: (top, bottom, left, right)"
+    image = np.random.default_rng(0).integers(1, 256, (3, h, w), 'uint8')
+    for top, bottom, left, right in holes: image[:, top:bottom, left:right] = 0
+    write_raster(path, image, GRID, CRS, nodata=0)
+    return path, image.any(0)
+
+def check(out, told, valid):
+    "Data where the scene has some, the right numbers in both places, and nothing left behind"
+    with rasterio.open(out) as ds: found = ds.read(1); assert ds.nodata == NODATA and ds.crs == CRS and ds.transform == GRID and told == json.loads(ds.tags()['RTSSEG'])
+    assert ((found != NODATA) == valid).all() and told == json.loads(out.with_name(f'{out.name}.json').read_text()) and not out.with_name(f'{out.name}.parts').exists()
+    seen = [valid[y:y + 64, x:x + 64].any() for y in starts(valid.shape[0], 64) for x in starts(valid.shape[1], 64)]
+    assert {k: told[k] for k in ('pixels', 'valid', 'windows', 'empty')} == dict(pixels=valid.size, valid=valid.sum(), windows=sum(seen), empty=len(seen) - sum(seen))
+    return found
+
+# ---------------------------------------------------------------- 41: little to see
+@pytest.mark.parametrize('h, w', [(1, 1), (63, 64), (20, 200), (200, 20)])
+def test_41_a_scene_smaller_than_a_tile(model, tmp_path, h, w):
+    "It is filled up as tiles at the edge of the data are in training; the map has the size of the scene"
+    path, valid = scene(tmp_path/'scene.tif', h, w); found = check(tmp_path/'map.tif', predict_scene(model, path, tmp_path/'map.tif'), valid)
+    assert h * w == 1 or np.ptp(found) > 5000
+
+@pytest.mark.parametrize('h, w', [(30, 30), (150, 200)])
+def test_41_a_scene_without_any_data(model, tmp_path, monkeypatch, h, w):
+    "The map holds no data, says so in numbers, and the model is not asked at all"
+    monkeypatch.setattr(rtsseg.predict, '_probabilities', None)
+    path, valid = scene(tmp_path/'scene.tif', h, w, (0, h, 0, w)); told = predict_scene(model, path, tmp_path/'map.tif')
+    check(tmp_path/'map.tif', told, valid); assert told['valid'] == told['windows'] == 0
+
+def test_41_a_scene_with_data_in_parts(model, tmp_path):
+    "Nothing is told of pixels without data; windows wholly without it are skipped and counted; others see the mean there, as in training"
+    path, valid = scene(tmp_path/'scene.tif', 250, 310, (0, 250, 0, 130), (100, 101, 200, 300)); told = predict_scene(model, path, tmp_path/'map.tif')
+    found = check(tmp_path/'map.tif', told, valid); assert told['empty'] >= 15 and np.ptp(found[valid]) > 5000
+
+# ---------------------------------------------------------------- 42: cut off
+class Kill:
+    "In a forked process: do the work, and be killed at the k-th file that is opened, renamed or removed, or after some seconds; the map itself is never opened for writing"
+    def __init__(self, work, out): self.work, self.out = work, str(out)
+    def __call__(self, k=None, seconds=None):
+        "Whether it was killed"
+        if not (child := os.fork()):
+            null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2); seen = [0]
+            def event(name, args):
+                if name == 'open' and str(args[0]) == self.out and args[2] & (os.O_WRONLY | os.O_RDWR): os._exit(1)
+                if name in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'shutil.rmtree'):
+                    seen[0] += 1
+                    if seen[0] == k: os.kill(os.getpid(), signal.SIGKILL)
+            if k: sys.addaudithook(event)
+            try: self.work()
+            except BaseException: os._exit(1)
+            os._exit(0)
+        if seconds is not None: time.sleep(seconds); os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]); assert code in (0, -signal.SIGKILL), code
+        return code != 0
+
+def files(out): return [f.read_bytes() for f in (out, out.with_name(f'{out.name}.json'))]
+
+def test_42_killed_at_every_step_on_disk(model, tmp_path):
+    "Whichever file is opened, renamed or removed last: what is called a map is one, and the same command ends in the same bytes"
+    path, valid = scene(tmp_path/'scene.tif', 130, 70, (0, 20, 0, 30)); predict_scene(model, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
+    kill, kept = Kill(lambda: predict_scene(model, path, out), out), 0
+    for k in range(1, 1000):
+        if not kill(k): break
+        kept += out.with_name('map.tif.parts').exists()
+        if out.exists(): assert out.read_bytes() == want[0]
+        check(out, predict_scene(model, path, out), valid); assert files(out) == want
+        for f in tmp_path.glob('map.tif*'): f.unlink()
+    assert k > 40 and kept > 20
+
+def test_42_killed_at_random_points(model, tmp_path):
+    "Again and again, until it is through"
+    path, valid = scene(tmp_path/'scene.tif', 700, 500, (0, 90, 0, 300)); begun = time.monotonic(); predict_scene(model, path, tmp_path/'undisturbed.tif'); whole = time.monotonic() - begun
+    out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict_scene(model, path, out), out)
+    while killed < kills:
+        while kill(seconds=dice.uniform(.05, .7) * whole if killed < kills else None): killed += 1
+        check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+        for f in tmp_path.glob('map.tif*'): f.unlink()
+
+def cut_off(model, path, out, monkeypatch, after):
+    "Leave a prediction after some rows of windows"
+    real, put = rtsseg.predict._Parts.put, []
+    def stops(self, *args):
+        if len(put) == after: raise KeyboardInterrupt
+        put.append(real(self, *args))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(rtsseg.predict._Parts, 'put', stops); predict_scene(model, path, out)
+    return out.with_name(f'{out.name}.parts')
+
+@pytest.fixture
+def rows(monkeypatch):
+    "How many rows of windows were run"
+    real, run = rtsseg.predict._Scene.band, []
+    monkeypatch.setattr(rtsseg.predict._Scene, 'band', lambda self, top: run.append(top) or real(self, top))
+    def count(work): run.clear(); work(); return len(run) - 1      # one is read when a scene is opened
+    return count
+
+def test_42_finished_rows_are_not_made_again(model, tmp_path, monkeypatch, rows):
+    "Of what is finished, only the windows that reach into the rest are run again"
+    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); assert rows(lambda: predict_scene(model, path, tmp_path/'undisturbed.tif')) == 10; out = tmp_path/'map.tif'
+    assert len(list(cut_off(model, path, out, monkeypatch, 7).iterdir())) == 7 and not out.exists()
+    assert rows(lambda: predict_scene(model, path, out)) == 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
+    assert rows(lambda: predict_scene(model, path, out)) == 0      # and a finished map not at all
+
+@pytest.mark.parametrize('damage', ['flipped', 'truncated', 'empty', 'swapped', 'of another model'])
+def test_42_rows_that_are_damaged_or_foreign(model, tmp_path, monkeypatch, damage, rows, capfd):
+    "They are told, and made again: the map is the same bytes"
+    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'
+    if damage == 'of another model':
+        other = shutil.copytree(model, tmp_path/'model'); text = (other/'normalization_stats.json').read_text(); (other/'normalization_stats.json').write_text(text.replace('0.35', '0.36'))
+        cut_off(other, path, out, monkeypatch, 7); bad = 7
+    else:
+        parts = cut_off(model, path, out, monkeypatch, 10 - 1); part = parts/'000004'; data = part.read_bytes(); bad = 1
+        if damage == 'swapped': part.write_bytes((parts/'000005').read_bytes())
+        else: part.write_bytes(dict(flipped=data[:90] + bytes([data[90] ^ 4]) + data[91:], truncated=data[:-9], empty=b'')[damage])
+    capfd.readouterr(); made = rows(lambda: predict_scene(model, path, out)); said = capfd.readouterr().err
+    assert files(out) == files(tmp_path/'undisturbed.tif') and said.count('is damaged or was left by another run') == bad and made == (10 if bad == 7 else 4)
+
+def test_42_a_map_of_other_settings_is_kept(model, tmp_path):
+    "Another scene, model or setting is refused while the old map stands there, and names what differs; --force replaces it"
+    path, _ = scene(tmp_path/'scene.tif', 70, 70); other, _ = scene(tmp_path/'other.tif', 70, 71); out = tmp_path/'map.tif'; predict_scene(model, path, out); old = files(out)
+    with pytest.raises(DataError, match=r'map.tif is there and was made otherwise \(scene\)'): predict_scene(model, other, out)
+    with pytest.raises(DataError, match=r'made otherwise \(views\)'): predict_scene(model, path, out, views='minimal')
+    assert files(out) == old and len(list(tmp_path.iterdir())) == 4
+    assert predict_scene(model, other, out, force=True)['pixels'] == 70 * 71 and files(out) != old
+    mine, _ = scene(tmp_path/'mine.tif', 9, 9); held = mine.read_bytes()
+    with pytest.raises(DataError, match='not by this library'): predict_scene(model, path, mine)
+    assert mine.read_bytes() == held
+
+def test_42_asked_to_stop(model, tmp_path):
+    "SIGTERM ends the command after the windows in hand, with exit code 3; the same command goes on. A wrong setting ends it with 2"
+    path, _ = scene(tmp_path/'scene.tif', 900, 900); out = tmp_path/'map.tif'; predict_scene(model, path, tmp_path/'undisturbed.tif')
+    (tmp_path/'command.py').write_text('from rtsseg.predict import rtsseg_predict\nrtsseg_predict()')
+    call = [sys.executable, tmp_path/'command.py', '--model', model, '--scene', path, '--out', out]; env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')      # another number of threads gives other last digits
+    with subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        until = time.monotonic() + 200
+        while p.poll() is None and time.monotonic() < until and not (tmp_path/'map.tif.parts'/'000001').exists(): time.sleep(.005)
+        p.terminate(); said = p.communicate(timeout=60)
+    assert p.returncode == 3 and 'stopped; the same command goes on' in said[1] and 'Traceback' not in said[1] and not out.exists() and len(list((tmp_path/'map.tif.parts').iterdir())) >= 2
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and 'rows of windows are done already' in done.stderr and files(out) == files(tmp_path/'undisturbed.tif') and json.loads(done.stdout) == json.loads(files(out)[1])
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as left: rtsseg.predict.rtsseg_predict(model=str(model), scene=str(path), out=str(out), views='all')
+    assert left.value.code == 2 and said.getvalue().startswith("error: views: 'all' is none of")
+
+def test_42_a_scene_with_a_damaged_block(model, tmp_path):
+    "The message names the block; rows that were finished before it are kept"
+    path, _ = scene(tmp_path/'scene.tif', 400, 70); data = bytearray(path.read_bytes()); at = int(len(data) * .7); data[at:at + 400] = bytes(400); path.write_bytes(data)
+    with pytest.raises(DataError, match=r"rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+"): predict_scene(model, path, tmp_path/'map.tif')
+    assert not (tmp_path/'map.tif').exists() and len(list((tmp_path/'map.tif.parts').iterdir())) > 3
+
+def test_42_a_full_disk_under_the_map(model, tmp_path):
+    "The rows are finished, and the map does not fit beside them: no map, and the same command makes it once there is room"
+    path, valid = scene(tmp_path/'scene.tif', 300, 300); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; parts = tmp_path/'map.tif.parts'
+    for share in (.3, .6, .9, .999):
+        if not (child := os.fork()):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (tmp_path/'undisturbed.tif').stat().st_size),) * 2); null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
+            try: predict_scene(model, path, out)
+            except OSError: os._exit(2)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2 and not out.exists() and len(list(parts.glob('0*'))) == len(starts(300, 64))
+    check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+
+def test_42_a_full_disk(model, tmp_path, monkeypatch):
+    "A disk that fills up leaves no map behind, and finished rows that the same command goes on from"
+    path, valid = scene(tmp_path/'scene.tif', 200, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; real = rtsseg.predict.write_atomic
+    for n in range(6):
+        wrote = []
+        def full(*args):
+            if len(wrote) == n: raise OSError(28, 'No space left on device')
+            wrote.append(real(*args))
+        with monkeypatch.context() as m: m.setattr(rtsseg.predict, 'write_atomic', full); pytest.raises(OSError, predict_scene, model, path, out)
+        assert not out.exists() or n == 5
+        for f in tmp_path.glob('map.tif.parts'): assert n > 0
+        check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+        for f in tmp_path.glob('map.tif*'): f.unlink()
