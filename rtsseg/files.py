@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Name', 'Drawn', 'SEAL', 'SEALED', 'FileError', 'inside', 'read_bytes', 'parse_json', 'read_json', 'typed', 'Best',
-           'Environment', 'Look', 'Looks', 'event', 'digest', 'sealed', 'seal_model', 'check_seal']
+           'Environment', 'Look', 'Looks', 'read_ledger', 'Thresholds', 'event', 'digest', 'sealed', 'seal_model',
+           'check_seal']
 
-# %% ../nbs/00a_files.ipynb #4ac769e7
+# %% ../nbs/00a_files.ipynb #eb66cce5
 import hashlib, json, math, os, re, shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from .config import Count, Strict, write_atomic
+from .config import Count, Share, Strict, write_atomic
 
 # %% ../nbs/00a_files.ipynb #c531290f
 class FileError(ValueError):
@@ -43,7 +44,7 @@ def read_bytes(path:str|Path,        # a file …
     if len(data) > most: raise FileError(f'{path.name} is larger than {most} bytes')
     return data
 
-# %% ../nbs/00a_files.ipynb #ce50f831
+# %% ../nbs/00a_files.ipynb #55c29a11
 def parse_json(data:bytes,        # UTF-8
                what:str,          # how messages name it
                nan:bool=False     # whether NaN and infinities are numbers
@@ -63,7 +64,7 @@ def parse_json(data:bytes,        # UTF-8
         if not isinstance(found, dict): raise ValueError('it holds no object')
         json.dumps(found, ensure_ascii=False).encode()       # half a character ends here
         return found
-    except (ValueError, RecursionError) as e: raise FileError(f'{what} cannot be read: {e}') from None
+    except (ValueError, RecursionError) as e: raise FileError(f'{what} cannot be read ({e})') from None
 
 def read_json(path:str|Path, folder:str|Path, nan:bool=False) -> dict:
     "A JSON object from a file of a folder; raises `FileError`"
@@ -76,11 +77,11 @@ def typed(kind,       # a type that pydantic knows
     "Check fields and types, without turning one type into another; raises `FileError`"
     try: TypeAdapter(kind).validate_python(tree, strict=True)
     except ValidationError as e:
-        first, more = e.errors()[0], e.error_count() - 1
-        raise FileError(f'{what}: {".".join(map(str, first["loc"]))[:200]}: {first["msg"]}' + f', and {more} more' * bool(more)) from None
+        lines = [f'{what}: {".".join(map(str, x["loc"]))[:200]}: {x["msg"]}' for x in e.errors()[:10]]
+        raise FileError('\n'.join(lines + [f'and {e.error_count() - 10} more'] * (e.error_count() > 10))) from None
     return tree
 
-# %% ../nbs/00a_files.ipynb #95b34227
+# %% ../nbs/00a_files.ipynb #bea43f4c
 Name = Annotated[str, StringConstraints(pattern=r'^[\w/@.:-]{1,100}$')]      # nothing that a legend or a shell would take for more than a text
 
 def _drawable(v):
@@ -89,6 +90,9 @@ def _drawable(v):
 
 Drawn = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_drawable)]
 
+class _Open(Strict):
+    model_config = ConfigDict(extra='allow')       # other fields are not looked at
+
 class Best(Strict):
     "metrics.json: the best validation"
     epoch: Count
@@ -96,9 +100,8 @@ class Best(Strict):
     value: float
     metrics: dict[Annotated[str, StringConstraints(pattern=r'^\w+(@(native|[1-9]\d{0,6}))?(/\w+)?$')], Annotated[float, Field(allow_inf_nan=True)]]
 
-class Environment(Strict):
+class Environment(_Open):
     "environment.json, as far as it is read"
-    model_config = ConfigDict(extra='allow')
     manifest_hash: str | None = None
     git_commit: Annotated[str, StringConstraints(pattern=r'^[0-9a-f]{7,64}$')] | None = None
     git_clean: bool | None = None
@@ -118,21 +121,32 @@ class Looks(Strict):
     rule: str
     looks: list[Look]
 
-class _Event(Strict):
-    model_config = ConfigDict(extra='allow')
+def read_ledger(folder:str|Path    # the runs root
+               ) -> dict:          # {hash of a manifest: `Looks`}; empty where nobody looked
+    "test_ledger.json; raises `FileError`"
+    path = Path(folder)/'test_ledger.json'
+    try: return typed(dict[str, Looks], read_json(path, folder), path.name) if path.exists() else {}
+    except FileError as e: raise FileError(f'{e}: bring it back from a copy, for it says who has seen the test split') from None
 
-class _Start(_Event):
+class _Cut(_Open):
+    raw_threshold: Share
+
+class Thresholds(_Open):
+    "What is read of calibration.json before the test split is: thresholds of pixels, for one setting of views"
+    thresholds: dict[str, _Cut] = {}
+
+class _Start(_Open):
     device: Name
 
-class _Stage(_Event):
+class _Stage(_Open):
     first: Count
     last: Count
     frozen: list[Name]
 
-class _End(_Event):
+class _End(_Open):
     reason: str
 
-class _Pass(_Event):
+class _Pass(_Open):
     split: Name
     views: Name
     tiles: Count
@@ -146,11 +160,11 @@ def event(line:str|bytes,      # of log.jsonl
     "A line of a log; raises `FileError` where an event that is read later is not as it was written"
     row = parse_json(line if isinstance(line, bytes) else line.encode(), what, nan=True)
     kind = typed(str, row.get('event'), f'{what}: event')
-    if kind == 'epoch': typed(Annotated[int, Field(ge=1, le=10**6)], row.get('epoch'), f'{what}: epoch'); typed(int, row.get('step'), f'{what}: step')
+    for k, t in dict(epoch=Annotated[int, Field(ge=1, le=10**6)], step=int, seconds=float).items() if kind == 'epoch' else (): typed(t, row.get(k), f'{what}: {k}')
     if kind in _EVENTS: typed(_EVENTS[kind], {k: v for k, v in row.items() if k != 'event'}, what)
     return row
 
-# %% ../nbs/00a_files.ipynb #dfaaf988
+# %% ../nbs/00a_files.ipynb #47eb1c97
 SEAL = 'SHA256SUMS'
 SEALED = 'README.md', 'calibration.json', 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json'      # all that a model directory is
 
@@ -187,6 +201,6 @@ def check_seal(folder:str|Path,   # a model directory
         if n not in found: why = f'is not in {SEAL}: it was put there later, or by a command that was cut off' * there
         elif not there: why = f'is missing, and {SEAL} lists it'
         else: why = f'is not the file that {SEAL} lists: it was damaged, changed or exchanged' * (digest(path) != found[n])
-        if why: problems.append(f'{n} {why} ({"rtsseg-calibrate makes it anew" if n == "calibration.json" else "copy the directory again"})')
+        if why: problems.append(f'{n} {why} ({"rtsseg-calibrate makes it anew, seal_model leaves it out" if n == "calibration.json" and not there else "rtsseg-calibrate makes it anew" if n == "calibration.json" else "copy the directory again"})')
     if problems: raise FileError('\n'.join(problems))
     return found

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'HERE', 'CARD', 'view', 'unview', 'predict', 'ModelError', 'save_model', 'Predictor', 'load_model']
 
-# %% ../nbs/04c_infer.ipynb #66367850
+# %% ../nbs/04c_infer.ipynb #37a94dc4
 import json, math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Config, Strict, load, to_yaml, write_atomic
-from .data import Stats
+from .data import DataError, Stats
 from .files import SEALED, Best, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed
 from .models import build
 
@@ -89,7 +89,7 @@ def save_model(folder:str|Path,       # the model directory
     seal_model(folder)
     return folder
 
-# %% ../nbs/04c_infer.ipynb #3a7affc2
+# %% ../nbs/04c_infer.ipynb #04ce9a3b
 class _Tensor(Strict):
     dtype: str
     shape: list[int]
@@ -128,7 +128,9 @@ def _build(cfg, size):
 def _stats(folder, cfg):
     "Statistics that fit the bands of a config"
     name = 'normalization_stats.json'
-    stats = Stats(**typed(create_model(name, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)}), read_json(folder/name, folder), name))
+    kind = create_model(name, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)})
+    try: stats = Stats(**typed(kind, read_json(folder/name, folder), name))
+    except DataError as e: raise ValueError(f'{name}: {e}') from None
     if stats.channels != (bands := ['R', 'G', 'B', *cfg.data.extra_bands]): raise ValueError(f'{name} has the bands {stats.channels}, and config.yaml {bands}, in this order')
     with np.errstate(over='ignore'): single = np.float32([stats.scale, *stats.std, *stats.mean])
     if not np.isfinite(single).all() or not (single[:1 + len(stats.std)] > np.finfo(np.float32).tiny).all(): raise ValueError(f'{name}: a number too large or too small: scale {stats.scale}, mean {stats.mean}, std {stats.std}')

@@ -284,7 +284,7 @@ def tile_evidence(logits,                # float (H, W)
     "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps, its boundaries"
     return tile_histograms(logits, mask, bins) | tile_objects(logits, mask, thresholds, bins) | tile_bands(logits, mask, thresholds, bins, widths)
 
-# %% ../nbs/03a_metrics.ipynb #b4391e7b
+# %% ../nbs/03a_metrics.ipynb #806d1fda
 FORMAT = 2      # one more with every change of what the file holds
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
              size='pixels, longest side of the minimum rotated rectangle', score='mean probability, three decimals', threshold='probability', pixel_size='metres')
@@ -376,7 +376,7 @@ class Evidence:
         try:
             with pq.ParquetFile(path) as file:
                 parts = [file.metadata.row_group(i).column(j) for i in range(file.metadata.num_row_groups) for j in range(file.metadata.num_columns)]
-                if sum(p.num_values for p in parts) > 10**6 + 1000 * path.stat().st_size: raise ValueError('it would unfold to more than a pass can have seen')
+                if sum(p.num_values for p in parts) > 10**6 + 100 * path.stat().st_size: raise ValueError('it would unfold to more than a pass can have seen')
                 meta, table = json.loads((file.schema_arrow.metadata or {}).get(b'rtsseg', b'{}')), file.read()
         except (pa.ArrowException, OSError, ValueError) as e: raise ValueError(f'{path.name} is no evidence file: {" ".join(str(e).split())}') from None
         if not isinstance(meta, dict) or meta.get('format') != FORMAT:
@@ -432,9 +432,10 @@ class Evidence:
         if not self.thresholds: raise ValueError('this evidence holds no objects: it was made without thresholds')
         return min(self.thresholds, key=lambda t: abs(t - threshold))
 
-_META = dict(thresholds=lambda v: isinstance(v, list) and all(isinstance(t, float) and 0 <= t <= 1 for t in v), exact=lambda v: isinstance(v, bool),
-             bins=lambda v: v == 'float16' or isinstance(v, list) and len(v) == 2 and all(isinstance(x, float) and np.isfinite(x) for x in v) and v[0] < v[1],
-             views=lambda v: isinstance(v, str), model=lambda v: isinstance(v, str))
+def _numbers(v, low, high): return isinstance(v, list) and all(type(x) in (int, float) and low <= x <= high for x in v)
+
+_META = dict(thresholds=lambda v: _numbers(v, 0, 1), bins=lambda v: v == 'float16' or _numbers(v, -1e300, 1e300) and len(v) == 2 and v[0] < v[1],
+             views=lambda v: isinstance(v, str), exact=lambda v: isinstance(v, bool), model=lambda v: isinstance(v, str))
 
 def _checked(table, meta):
     "Evidence from a file that anybody may have written: types, counts and references have to hold"

@@ -7,7 +7,7 @@ import nbformat, pytest, yaml
 from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = 'config data toy augment sampler losses metrics objects intervals models loop segment infer train evaluate calibrate page report search'.split()
+ORDER = 'config files data toy augment sampler losses metrics objects intervals models loop segment infer train evaluate calibrate page report search'.split()
 CHAIN = ['01_data', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
 settings = configparser.ConfigParser(delimiters=['=']); settings.read(ROOT/'settings.ini'); settings = settings['DEFAULT']
