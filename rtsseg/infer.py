@@ -89,7 +89,7 @@ def save_model(folder:str|Path,       # the model directory
     seal_model(folder)
     return folder
 
-# %% ../nbs/04c_infer.ipynb #04ce9a3b
+# %% ../nbs/04c_infer.ipynb #f8b30f0d
 class _Tensor(Strict):
     dtype: str
     shape: list[int]
@@ -122,8 +122,7 @@ def _build(cfg, size):
     try:
         with _Bounded(4 * size + (1 << 28)): return build(cfg.model_copy(update=dict(weights=None)))       # more, since some encoders make heads that they do not keep
     except MemoryError: raise ValueError(f'config.yaml builds a model larger than the {size} bytes of model.safetensors') from None
-    except ValueError: raise
-    except Exception as e: raise ValueError(f'config.yaml builds no model: {type(e).__name__}: {e}') from None      # whatever the options lead to inside other libraries
+    except Exception as e: raise ValueError(f'config.yaml builds no model: {str(e) or type(e).__name__}') from None      # whatever the options lead to inside other libraries
 
 def _stats(folder, cfg):
     "Statistics that fit the bands of a config"

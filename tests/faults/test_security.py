@@ -364,12 +364,12 @@ def test_S9_markup_in_every_text(folder):
 # ---------------------------------------------------------------- any byte
 FILES = [*(f'model/{n}' for n in (SEAL, *SEALED)), 'config.yaml', 'environment.json', 'log.jsonl', 'evidence/val.parquet', 'evidence/test.parquet', 'evidence/test.npz', '../../../test_ledger.json']
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.integers(0, 8), relist=st.booleans())
-def test_S10_any_byte(whole, made, name, where, flip, relist):
+def test_S10_any_byte(made, name, where, flip, relist):
     "Whether the list of digests notices or has been written anew over the damage"
-    folder, x, want, rows = made; path = folder/name; before = path.read_bytes(); at = int(where * len(before))
-    path.write_bytes(before[:at] if flip == 8 else before[:at] + bytes([before[at] ^ 1 << flip]) + before[at + 1:]); listed = (folder/'model'/SEAL).read_bytes()
+    folder, x, want = made; path = folder/name; before, listed = path.read_bytes(), (folder/'model'/SEAL).read_bytes(); at = int(where * len(before))
+    path.write_bytes(before[:at] if flip == 8 else before[:at] + bytes([before[at] ^ 1 << flip]) + before[at + 1:])
     if relist and name.startswith('model/') and SEAL not in name: seal_model(folder/'model', path.name)
     try:
         with small_run.guard(folder.parents[2]):
@@ -377,13 +377,13 @@ def test_S10_any_byte(whole, made, name, where, flip, relist):
                 with torch.no_grad(): got = predict(load_model(folder/'model').model, x)
                 assert relist or name == f'model/{SEAL}' or not name.startswith('model/'), f'{name} was changed, and nobody noticed'
                 assert torch.equal(got, want) or relist
-            except ModelError as e: assert name.startswith('model/') and not (set(FILES) - {name}) & {f'model/{n}' for n in re.findall(r'[\w.]+', str(e))} - {f'model/{SEAL}'}
+            except ModelError: assert name.startswith('model/')
             try: tables(folder)
             except KNOWN as e: assert path.name in str(e) or path.suffix in ('.yaml', '.json') or 'evidence is of other weights' in str(e) or 'different tiles' in str(e), e
-    finally: path.write_bytes(before); (folder/'model'/SEAL).write_bytes(listed)
+    finally: (folder/'model'/SEAL).write_bytes(listed); path.write_bytes(before)
 
 @pytest.fixture(scope='module')
 def made(whole, tmp_path_factory):
     "A copy, an image, its logits"
     folder = shutil.copytree(whole.parents[2], tmp_path_factory.mktemp('fuzz')/'runs')/whole.relative_to(whole.parents[2]); x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): return folder, x, predict(load_model(folder/'model').model, x), None
+    with torch.no_grad(): return folder, x, predict(load_model(folder/'model').model, x)
