@@ -164,7 +164,7 @@ def event(line:str|bytes,      # of log.jsonl
     if kind in _EVENTS: typed(_EVENTS[kind], {k: v for k, v in row.items() if k != 'event'}, what)
     return row
 
-# %% ../nbs/00a_files.ipynb #56060f96
+# %% ../nbs/00a_files.ipynb #ed1dd253
 SEAL = 'SHA256SUMS'
 SEALED = 'README.md', 'calibration.json', 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json'      # all that a model directory is
 
@@ -177,7 +177,7 @@ def sealed(folder:str|Path    # a model directory
     "The list of a model directory, {name: digest}; raises `FileError`"
     path = Path(folder)/SEAL
     if not os.path.lexists(path): raise FileError(f"{SEAL} is missing: the directory is not whole; the command that made it, run again, mends it. If it was made before there were such lists, and is as it was then: "
-                                          f"python -c {shlex.quote(f'from rtsseg.files import seal_model; seal_model({os.path.relpath(folder)!r})')}")
+                                          f"python -c {shlex.quote(f'from rtsseg.files import seal_model; seal_model({json.dumps(os.path.relpath(folder))})')}")
     lines = read_bytes(path, folder, 1 << 16).decode('ascii', 'replace').splitlines()
     found = dict(reversed(l.split('  ')) for l in lines if re.fullmatch(f'[0-9a-f]{{64}}  ({"|".join(map(re.escape, SEALED))})', l))
     if len(found) < len(lines) or not found: raise FileError(f'{SEAL}: one line "digest  name" was expected for each file of {", ".join(SEALED)}')

@@ -16,6 +16,8 @@ from rtsseg.files import SEAL, SEALED, FileError, seal_model
 from rtsseg.infer import ModelError, load_model, predict
 from rtsseg.metrics import Evidence, evidence_path
 from rtsseg.report import ReportError, report, rtsseg_report, tables
+from rtsseg.toy import tiny_toy
+from rtsseg.train import run
 
 FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, added or lost', 'refused, every such file named'),
           'S2': ('weights, statistics or notes of a model that lie: broken tables, other types and shapes, numbers that are none', 'refused'),
@@ -87,6 +89,13 @@ def test_S1_a_new_calibration_seals_nothing_else(whole, folder):
     (folder/'model'/'config.yaml').open('a').write('\n'); calibrate_run(folder); said = refused(folder/'model', 'config.yaml is not the file')
     assert 'calibration.json' not in said
     shutil.copy(whole/'model'/'config.yaml', folder/'model'/'config.yaml'); load_model(folder/'model')
+
+def test_S1_a_run_that_was_killed_before_its_list(tmp_path):
+    "The list is written last: without it a run is not done, and the same command mends it, to the same bytes"
+    cfg = load(overrides=['augment.enabled=false'], name='killed', runs=tmp_path/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1, freeze_backbone_epochs=0, loader=dict(num_workers=0), tracker=dict(kind='none'), data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'),
+               sampler=dict(curriculum=[dict(first=1, last=1, ratio=1)]), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    model = run(cfg)/'model'; before = {f.name: f.read_bytes() for f in model.iterdir()}; (model/SEAL).unlink(); refused(model, 'the command that made it, run again, mends it')
+    run(cfg); assert {f.name: f.read_bytes() for f in model.iterdir()} == before; load_model(model)
 
 TABLES = {'longer than the file': (struct.pack('<Q', 1 << 63) + b'{}', 'a table of 9223372036854775808 bytes'), 'of a million weights': (b'', 'a table of'), 'empty': (b'', 'a table of 0 bytes'), 'no JSON': (struct.pack('<Q', 4) + b'{"a"', 'cannot be read'),
           'of UTF-16': (struct.pack('<Q', 6) + '{}'.encode('utf-16'), 'cannot be read'), 'nested deeply': (struct.pack('<Q', 20000) + b'[' * 20000, 'recursion'), 'a list': (struct.pack('<Q', 2) + b'[]', 'no object')}
@@ -232,6 +241,17 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
     else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
     assert why in said and not (folder/'report.html').exists()
+
+@pytest.mark.parametrize('change, why', [(dict(slope='1.0'), 'slope'), (dict(slope=0.), 'slope'), (dict(slope=-1.), 'slope'), (dict(intercept=None), 'intercept'), (dict(ratio=1.5), 'ratio'), (dict(fits={}), 'fits'), (dict(shifts={}), 'ratios of its parts differ'), (dict(quality={}), 'ratios of its parts differ'),
+                                         (dict(method='magic'), 'fits'), (dict(views='full'), "of views 'full' as that of 'none'"), (dict(code='x'), 'code'), (dict(temperature=10**400), 'temperature'), (dict(thresholds={'1': {}}), 'thresholds.1')])
+def test_S6_a_calibration_that_lies(folder, capsys, change, why):
+    "Fields, types, ranges, and parts that belong together"
+    path = folder/'model'/'calibration.json'; known = json.loads(path.read_text()); known['none'] |= change; path.write_text(json.dumps(known))
+    with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
+    assert why in said and 'rtsseg-calibrate' in said
+    seal_model(folder/'model', path.name)
+    with small_run.guard(folder.parents[2]): rtsseg_calibrate(run=str(folder))
+    assert Calibration.load(path).slope > 0 and load_model(folder/'model')                  # made anew
 
 def lying(folder, change, split='val'):
     "Evidence whose table, or description, is another"
