@@ -7,10 +7,10 @@ __all__ = ['Name', 'Drawn', 'SEAL', 'SEALED', 'FileError', 'inside', 'read_bytes
            'Environment', 'Look', 'Looks', 'read_ledger', 'Thresholds', 'event', 'digest', 'sealed', 'seal_model',
            'check_seal']
 
-# %% ../nbs/00a_files.ipynb #eb66cce5
+# %% ../nbs/00a_files.ipynb #f3a3a337
 import hashlib, json, math, os, re, shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 

@@ -29,7 +29,7 @@ def run(root, seed=0, **more):
     calibrate_run(folder); evaluate_run(folder, 'test')
     return folder
 
-_events, _open = [], []
+_events, _open, _hooked = [], [], []       # a hook stays for good: it is asked to look only inside of `guard`
 
 def _hook(name, args):
     if not _open or not name.startswith(('open', 'os.', 'socket.', 'subprocess.', 'pickle.', 'shutil.')): return
@@ -50,5 +50,3 @@ def guard(*folders):
     def away(path): return isinstance(path, (str, bytes, os.PathLike)) and not any(Path(os.path.realpath(os.fsdecode(path))).is_relative_to(h) for h in homes) and os.fsdecode(path) != os.devnull
     bad = [(n, a) for n, a in seen if n in NEVER or (n == 'open' or n in CHANGES) and any(away(p) for p in a[:1 if n == 'open' else 2])]
     assert not bad, bad
-
-_hooked = []
