@@ -6,10 +6,10 @@
 __all__ = ['OFF', 'IOU', 'KINDS', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_intercept', 'prior_shift', 'reliability', 'ece',
            'brier', 'Replicates', 'Fit', 'fits', 'enough', 'find_threshold', 'Point', 'probability_text', 'points',
            'ObjectPoint', 'object_points', 'Region', 'Scores', 'Quality', 'Calibration', 'calibrate',
-           'show_reliability', 'show_pr', 'fill', 'show_calibration', 'views_gain', 'recommend', 'calibrate_run',
-           'rtsseg_calibrate']
+           'show_reliability', 'show_pr', 'fill', 'show_calibration', 'run_evidence', 'views_gain', 'recommend',
+           'calibrate_run', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #8f9f682d
+# %% ../nbs/06_calibrate.ipynb #2782cf51
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from fastcore.script import call_parse
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from .config import Calibrate, ConfigError, Infer, Metrics, Strict, load, nearest, write_atomic
+from .config import Calibrate, ConfigError, Infer, Metrics, Positive, Share, Strict, load, nearest, write_atomic
 from .data import DataError, finished, named_run
+from .files import SEAL, FileError, digest, event, inside, read_json, seal_model
 from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, drawn_weight, interval, summary, unsupported
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
@@ -239,11 +240,11 @@ def find_threshold(hist,              # (2, codes): mass of negative and of posi
     best = int(np.argmax(precision))
     return int(code[holds - 1]) if holds else None, int(code[best]), float(precision[best])
 
-# %% ../nbs/06_calibrate.ipynb #1df34540
+# %% ../nbs/06_calibrate.ipynb #4cf1bb47
 class Point(Strict):
     "An operating point at one ratio"
-    threshold: float               # calibrated probability: what has it or more is predicted
-    raw_threshold: float           # the same before calibration
+    threshold: Share               # calibrated probability: what has it or more is predicted
+    raw_threshold: Share           # the same before calibration
     logit: float                   # the same as a raw score
     reached: bool                  # whether the target precision holds from here up
     precision: Estimate
@@ -291,13 +292,13 @@ def points(evidence:Evidence,      # of some tiles
                        w=row['w'], prevalence=row['prevalence'], support=row['support'], why=why)
     return out
 
-# %% ../nbs/06_calibrate.ipynb #264ec883
+# %% ../nbs/06_calibrate.ipynb #5ca4e572
 IOU = 0.3      # the headline of guide 6.2
 
 class ObjectPoint(Strict):
     "An operating point of objects at one ratio, at IoU 0.3"
-    threshold: float               # calibrated probability
-    raw_threshold: float           # the same before calibration, one of the evidence's grid
+    threshold: Share               # calibrated probability
+    raw_threshold: Share           # the same before calibration, one of the evidence's grid
     min_area: int                  # the smallest object that counts, pixels
     reached: bool                  # whether the target precision is
     precision: Estimate
@@ -359,7 +360,7 @@ def object_points(evidence:Evidence,      # of some tiles, with objects
                                     w=w, support=support, why=why, monotone_why=_falls(name, grid.threshold[ladder].to_numpy(), spread['precision'][:, ladder], drawn.why))
     return out
 
-# %% ../nbs/06_calibrate.ipynb #5454265e
+# %% ../nbs/06_calibrate.ipynb #38aa751f
 class Region(Strict):
     "A region's own operating points, and why it takes the global ones where it has none"
     n_pos_tiles: int
@@ -384,17 +385,14 @@ class Quality(Strict):
 
 def _stored(path):
     "What a calibration.json holds, by views"
-    try:
-        if isinstance(known := json.loads(Path(path).read_text()), dict): return known
-        why = 'it holds no object'
-    except ValueError as e: why = e
-    raise ValueError(f'{Path(path).name} cannot be read ({why}): rtsseg-calibrate makes it anew')
+    try: return read_json(path, Path(path).parent)
+    except FileError as e: raise ValueError(f'{e}: rtsseg-calibrate makes it anew') from None
 
 class Calibration(Strict):
     "What calibration.json holds for one setting of views"
     views: str
     method: str                    # which fit is used
-    slope: float                   # probability = σ(slope · score + intercept) …
+    slope: Positive                # probability = σ(slope · score + intercept) …
     intercept: float
     shifts: dict[int, float]       # … at the ratio of the fit; at another one this is added
     temperature: float
@@ -412,6 +410,14 @@ class Calibration(Strict):
     n_pos_tiles: int
     n_neg_tiles: int
     evidence: str                  # hash of the evidence that all this was read from
+
+    @model_validator(mode='after')
+    def _whole(self):
+        ratios = set(self.thresholds)
+        if set(self.fits) != {'temperature', 'slope_intercept'} or self.method not in self.fits: raise ValueError('fits: temperature and slope_intercept were expected, and the method one of them')
+        if set(self.shifts) != ratios | {self.ratio} or set(self.quality) != ratios or set(self.objects) not in (set(), ratios) or set(self.object_thresholds) != set(self.objects): raise ValueError('the ratios of its parts differ')
+        if any(not set(found) <= ratios for x in self.regions.values() for found in (x.thresholds, x.objects, x.object_thresholds)): raise ValueError('regions: a ratio that the whole has not')
+        return self
 
     def point(self,
               ratio:int,           # r of 1:r
@@ -445,14 +451,18 @@ class Calibration(Strict):
         if path.exists():
             try: known = _stored(path)
             except ValueError as e: print(f'note: {e}; done for views {self.views}, those of other views are gone', flush=True)
-        return write_atomic(path, json.dumps(known | {self.views: self.model_dump(mode='json')}, indent=1) + '\n')
+        write_atomic(path, json.dumps(known | {self.views: self.model_dump(mode='json')}, indent=1) + '\n')
+        if (path.parent/SEAL).exists(): seal_model(path.parent, path.name)       # one that has a list of digests
+        return path
 
     @classmethod
     def load(cls, path, views='none'):
         "Read the calibration of some views; raises `ValueError` where there is none, one of another version, or no readable file"
         known = _stored(path)
         if views not in known: raise ValueError(f'{Path(path).name} holds no calibration for views {views!r}, only for {", ".join(sorted(known)) or "none at all"}')
-        try: return cls.model_validate(known[views])
+        try:
+            if (found := cls.model_validate_json(json.dumps(known[views]), strict=True)).views == views: return found
+            raise ValueError(f'{Path(path).name} holds the calibration of views {found.views!r} as that of {views!r}: rtsseg-calibrate makes it anew')
         except ValidationError as e:
             first = e.errors()[0]
             raise ValueError(f'{Path(path).name} was written by another version (views {views!r}, {".".join(map(str, first["loc"]))}: {first["msg"]}): rtsseg-calibrate makes it anew') from None
@@ -559,21 +569,31 @@ def show_calibration(c:Calibration) -> str:
         lines += ['', fill(f'Region {name}: {region.why}')] * bool(region.why) + pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
     return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #33fac57d
+# %% ../nbs/06_calibrate.ipynb #b5ecf5c3
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
 
 def _events(log):
     "The events of a log; a line that was cut off, as by a full disk, is left out"
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try: yield json.loads(line)
-        except ValueError: pass
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        try: yield event(line)
+        except FileError: pass
+
+def run_evidence(folder:Path,     # a run folder
+                 split:str,       # train, val or test
+                 views:str        # none, minimal, standard or full
+                ) -> Evidence:
+    "Evidence of a run; raises `ValueError` where it is damaged, or of another split, of other views or of other weights than it should be"
+    path, weights = inside(evidence_path(folder, split, views), folder), inside(folder/'model'/'model.safetensors', folder); e = Evidence.read(path)
+    if e.views != views or set(e['split']) - {split}: raise ValueError(f'{path.name} is evidence of {", ".join(sorted(set(e["split"])))}, views {e.views}')
+    if e.model and weights.exists() and e.model != digest(weights)[:12]: raise ValueError(f'{path.name} was made by other weights ({e.model}) than those of model.safetensors ({digest(weights)[:12]})')
+    return e
 
 def views_gain(folder:str|Path      # a run folder with validation evidence of several views
               ) -> pd.DataFrame:    # a row a setting: seconds a tile, PR-AUC at each ratio; gain over none at the monitored ratio, its noise (2σ), the verdict, and why there is none
     "What test-time augmentation gains on validation, and what it costs (guide 10.4, 11)"
-    folder = Path(folder); cfg = load(folder/'config.yaml')
-    seen = {v: Evidence.read(p) for v in VIEWS if (p := evidence_path(folder, 'val', v)).exists()}
-    passes = [l for l in _events(folder/'log.jsonl') if l['event'] == 'evaluate' and l['split'] == 'val']
+    folder = finished(folder); cfg = load(inside(folder/'config.yaml', folder))
+    seen = {v: run_evidence(folder, 'val', v) for v in VIEWS if evidence_path(folder, 'val', v).exists()}
+    passes = [l for l in _events(inside(folder/'log.jsonl', folder)) if l['event'] == 'evaluate' and l['split'] == 'val']
     seconds = {l['views']: l['seconds'] / l['tiles'] for l in passes}                                  # of the last pass
     monitor = cfg.metrics.monitor.removeprefix('pr_auc@'); monitor = int(monitor) if monitor.isdigit() else monitor
     ratios, rows = list(dict.fromkeys([monitor, *cfg.metrics.ratios])), {}
@@ -596,17 +616,18 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'
 
-# %% ../nbs/06_calibrate.ipynb #1ef4b653
+# %% ../nbs/06_calibrate.ipynb #7d13db5d
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
     "Calibrate a run on Val-Realistic; raises `DataError` where the run is not trained or validation has not been evaluated"
-    folder = finished(folder); cfg = load(folder/'config.yaml'); views = views or cfg.infer.views
+    folder = finished(folder); cfg = load(inside(folder/'config.yaml', folder)); views, target = views or cfg.infer.views, inside(folder/'model'/'calibration.json', folder)
     if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
     path = evidence_path(folder, 'val', views)
     if not path.exists(): raise DataError(f'{path.name}: no such evidence in the run: rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views} makes it')
-    found = calibrate(Evidence.read(path), cfg.calibrate, cfg.metrics)
-    found.save(folder/'model'/'calibration.json')
+    try: evidence = run_evidence(folder, 'val', views)
+    except ValueError as e: raise DataError(f'{e}: rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views} makes it anew') from None
+    found = calibrate(evidence, cfg.calibrate, cfg.metrics); found.save(target)
     return found
 
 @call_parse
@@ -625,4 +646,4 @@ def rtsseg_calibrate(run:str='',                      # run folder; '' finds it 
         print(show_calibration(calibrate_run(folder, views)))
         gains = views_gain(folder)
         if len(gains) > 1: print('\nViews', gains.drop(columns='why', errors='ignore').to_string(float_format='{:.4f}'.format, na_rep=''), fill(recommend(gains)), sep='\n')
-    except (ConfigError, ValueError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

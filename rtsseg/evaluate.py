@@ -6,8 +6,8 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #9971144b
-import fcntl, hashlib, io, json, os, re, sys, time, zipfile
+# %% ../nbs/05a_evaluate.ipynb #8081bf6c
+import fcntl, io, json, os, re, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from fastcore.script import call_parse, store_true
 
 from .config import Config, ConfigError, config_hash, load, nearest, write_atomic
 from .data import DataError, finished, named_run, read_manifest
+from .files import FileError, Thresholds, inside, read_json, read_ledger, sealed, typed
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
 from .metrics import Evidence, Meter, ap_bounds, average_precision, evidence_path, histogram, resolved, telling_tiles, weight
 from .segment import eval_loader
 
-# %% ../nbs/05a_evaluate.ipynb #ca322989
+# %% ../nbs/05a_evaluate.ipynb #586d07ac
 class Locked(RuntimeError):
     "The test split has been looked at by another configuration"
 
@@ -46,10 +47,9 @@ def look(cfg:Config,            # who wants to look
         ):
     "Note a look at the test split in runs/test_ledger.json; raises `Locked` where another configuration or rule has looked before"
     cfg.runs.mkdir(parents=True, exist_ok=True)
-    with open(cfg.runs/'.test_ledger.lock', 'w') as lock:
+    with open(inside(cfg.runs/'.test_ledger.lock', cfg.runs), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = cfg.runs/'test_ledger.json'
-        ledger = json.loads(path.read_text()) if path.exists() else {}
+        ledger = read_ledger(cfg.runs)
         mine = dict(config=config_hash(cfg, manifest_hash), rule=rule(cfg, views))
         entry = ledger.setdefault(manifest_hash, dict(mine, looks=[]))
         same = {k: entry[k] for k in mine} == mine
@@ -57,14 +57,14 @@ def look(cfg:Config,            # who wants to look
             old, new = _differences(entry, mine)
             raise Locked(f"the test split of this data was evaluated with {old}; looking again with {new} would make it a second validation split. Choose on the validation split, or say --force (force=True): the report will tell")
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
-        write_atomic(path, json.dumps(ledger, indent=1))
+        write_atomic(cfg.runs/'test_ledger.json', json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #0dc8df58
+# %% ../nbs/05a_evaluate.ipynb #8714a58f
 def _calibrated(folder, views):
     "The calibrated points of pixels by ratio, as the file holds them; none where these views are not calibrated"
     path = Path(folder)/'model'/'calibration.json'
-    try: return json.loads(path.read_text()).get(views, {}).get('thresholds', {}) if path.exists() else {}
-    except ValueError as e: raise DataError(f'{path.name} cannot be read ({e}): rtsseg-calibrate --run {os.path.relpath(folder)} makes it anew') from None
+    try: return typed(Thresholds, read_json(path, folder).get(views, {}), path.name).get('thresholds', {}) if path.exists() else {}
+    except FileError as e: raise DataError(f'{e}: rtsseg-calibrate --run {os.path.relpath(folder)} makes it anew') from None
 
 def thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
@@ -97,8 +97,8 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
                 ) -> Path|None:         # the evidence file; None where the split has no tile
     "Run the exported model over a split and write its evidence; raises `ConfigError`, `DataError`, `ModelError` and `Locked`"
     if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
-    folder = finished(folder); cfg, model = load(folder/'config.yaml'), load_model(folder/'model')
-    weights = hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]
+    folder = finished(folder); cfg = load(inside(folder/'config.yaml', folder)); inside(folder/'model'/'config.yaml', folder); model = load_model(folder/'model')
+    weights = sealed(folder/'model')['model.safetensors'][:12]
     make_deterministic(cfg.deterministic)
     views, = split_views(views, cfg)
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
@@ -106,10 +106,11 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         raise DataError(f'{cfg.data.manifest.name}: config or manifest are not what this run was trained with (now {config_hash(cfg, manifest.hash)}, then {folder.parent.name})')
     part = manifest.of(split)
     if not len(part): return None
+    path, maps_path, log = (inside(p, folder) for p in (evidence_path(folder, split, views), evidence_path(folder, split, views).with_suffix('.npz'), folder/'log.jsonl'))
     if split == 'test':
         if not _calibrated(folder, views):
             print(f'note: views {views} are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run {os.path.relpath(folder)} --views {views}', flush=True)
-        look(cfg, manifest.hash, views, force)
+        look(cfg.model_copy(update=dict(runs=folder.resolve().parents[2])), manifest.hash, views, force)      # the ledger that lies above this folder, wherever its config says that runs are
     acc = accelerator(cfg); net = model.model.to(acc.device); loader = eval_loader(part, model.stats, cfg)
     def logits(image):
         with torch.inference_mode(), acc.autocast(): return predict(net, image.to(acc.device), views)
@@ -118,9 +119,9 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         for i, batch in enumerate(loader):
             meter.update(logits(batch['image']), batch['target'], batch['tile'])
             if time.monotonic() - told > 10 or i + 1 == len(loader): told = time.monotonic(); print(f'{split}: {min((i + 1) * cfg.batch_size, len(part))} of {len(part)} tiles', flush=True)
-        with open(folder/'log.jsonl', 'a') as f:      # what a pass costs, for who weighs views against each other, and whose scores these are
+        with open(log, 'a') as f:      # what a pass costs, for who weighs views against each other, and whose scores these are
             f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device), model=weights)) + '\n')
-        return meter.evidence()
+        seen = meter.evidence(); seen.model = weights; return seen
     evidence = one_pass()
     if not resolved(evidence, cfg.metrics.ratios):
         low, high = evidence.range
@@ -129,12 +130,12 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
         if not resolved(evidence, cfg.metrics.ratios):
             bounds = ((r, *ap_bounds(histogram(evidence, r), evidence.exact)) for r in cfg.metrics.ratios)
             print(f'note: {split}: PR-AUC stays uncertain by more than 1e-4: ' + ', '.join(f'between {a:.5f} and {b:.5f} at 1:{r}' for r, a, b in bounds), flush=True)
-    path = evidence_path(folder, split, views); evidence.write(path)
+    evidence.write(path)
     maps = {}                                                      # a picture says why. Validation comes before its calibration: tiles that tell at any threshold
     for tile in sorted({evidence['tile_id'][i] for t in evidence.thresholds for rows in telling_tiles(evidence, t).values() for i in rows}):
         i = int(np.flatnonzero(part.table.tile_id == tile)[0])
         maps[tile] = logits(loader.dataset[i]['image'][None])[0].float().half().cpu().numpy()
-    write_maps(path.with_suffix('.npz'), maps)
+    write_maps(maps_path, maps)
     return path
 
 def show_evidence(e:Evidence,    # of a pass
@@ -145,7 +146,7 @@ def show_evidence(e:Evidence,    # of a pass
     return '\n'.join([f'views {e.views}: {n_pos} tiles with a slump, {len(e) - n_pos} without',
                       *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {weight(e, r):.3g} times' for r in ratios)])
 
-# %% ../nbs/05a_evaluate.ipynb #99ebb214
+# %% ../nbs/05a_evaluate.ipynb #7cca4ace
 @call_parse
 def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
                     config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
@@ -160,8 +161,8 @@ def rtsseg_evaluate(run:str='',                      # run folder; '' finds it f
                    ):
     "Run a trained model over a split and write down what it saw"
     try:
-        folder = named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(folder/'config.yaml')
+        folder = named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(inside(folder/'config.yaml', folder))
         for v in split_views(views, cfg):
             path = evaluate_run(folder, split, v, force)
             print(f'{os.path.relpath(path)}, {show_evidence(Evidence.read(path), cfg.metrics.ratios)}' if path else f'no tile has split {split!r}: nothing to evaluate')
-    except (ConfigError, DataError, ModelError, Locked) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError, ModelError, Locked) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

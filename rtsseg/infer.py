@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['VIEWS', 'HERE', 'CARD', 'view', 'unview', 'predict', 'ModelError', 'save_model', 'Predictor', 'load_model']
 
-# %% ../nbs/04c_infer.ipynb #131f52fc
-import json
-from dataclasses import dataclass
+# %% ../nbs/04c_infer.ipynb #37a94dc4
+import json, math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from pydantic import create_model
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import Config, load, to_yaml, write_atomic
-from .data import Stats
+from .config import Config, Strict, load, to_yaml, write_atomic
+from .data import DataError, Stats
+from .files import SEALED, Best, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed
 from .models import build
 
 # %% ../nbs/04c_infer.ipynb #c6e9ab46
@@ -45,7 +49,7 @@ def predict(model:nn.Module,      # logits (B, 1, H, W) from images; in eval mod
     p = sum(unview(model(view(x, k, f))[:, 0].double(), k, f).sigmoid() for k, f in VIEWS[views]) / len(VIEWS[views])
     return torch.logit(p).float()
 
-# %% ../nbs/04c_infer.ipynb #f30b3627
+# %% ../nbs/04c_infer.ipynb #0d198615
 HERE = dict(runs=True, tracker=True, data={'manifest', 'source'})      # where things lie on the machine that trained is nobody else's business
 
 class ModelError(RuntimeError):
@@ -66,10 +70,10 @@ def save_model(folder:str|Path,       # the model directory
                model:nn.Module,       # weights to export
                cfg:Config,            # what built it
                stats:Stats,           # what normalised its training data
-               best:dict,             # epoch, value and metrics of its validation
+               best:dict,             # epoch, step, value and metrics of its validation
                env:dict               # `environment()`
               ) -> Path:
-    "Write a model directory; calibration.json follows when the model is calibrated"
+    "Write a model directory, its list of digests last; calibration.json follows when the model is calibrated"
     folder = Path(folder)
     stats.save(folder/'normalization_stats.json')
     write_atomic(folder/'config.yaml', to_yaml(cfg, HERE))
@@ -82,7 +86,54 @@ def save_model(folder:str|Path,       # the model directory
                        weights='the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation', source=first)
     write_atomic(folder/'README.md', card)
     write_atomic(folder/'model.safetensors', save_tensors({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+    seal_model(folder)
     return folder
+
+# %% ../nbs/04c_infer.ipynb #f8b30f0d
+class _Tensor(Strict):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+_CODES = {torch.float32: 'F32', torch.float64: 'F64', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'}
+
+def _table(path):
+    "What a safetensors file says that it holds: {name: (type, shape)}"
+    with open(path, 'rb') as f:
+        n, size = int.from_bytes(f.read(8), 'little'), path.stat().st_size
+        if not 2 <= n <= min(size - 8, 1 << 24): raise ValueError(f'model.safetensors cannot be read: a table of {n} bytes in a file of {size}')
+        table = parse_json(f.read(n), 'model.safetensors')
+    table.pop('__metadata__', None)
+    return {k: (t['dtype'], tuple(t['shape'])) for k, t in typed(dict[str, _Tensor], table, 'model.safetensors').items()}
+
+class _Bounded(TorchDispatchMode):
+    "Counts the tensors that are made, and ends it in time"
+    def __init__(self, most): super().__init__(); self.left = most
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        size = args[0] if args and isinstance(args[0], (list, tuple)) and all(isinstance(n, int) for n in args[0]) else ()
+        if math.prod(size) > self.left: raise MemoryError                       # before it is made
+        out = func(*args, **(kwargs or {}))
+        if not any(isinstance(a, torch.Tensor) for a in args) and isinstance(out, torch.Tensor) and out.device.type != 'meta': self.left -= out.nbytes
+        if self.left < 0: raise MemoryError
+        return out
+
+def _build(cfg, size):
+    "The model of a config that somebody else wrote, no larger than weights of so many bytes can fill"
+    try:
+        with _Bounded(4 * size + (1 << 28)): return build(cfg.model_copy(update=dict(weights=None)))       # more, since some encoders make heads that they do not keep
+    except MemoryError: raise ValueError(f'config.yaml builds a model larger than the {size} bytes of model.safetensors') from None
+    except Exception as e: raise ValueError(f'config.yaml builds no model: {str(e) or type(e).__name__}') from None      # whatever the options lead to inside other libraries
+
+def _stats(folder, cfg):
+    "Statistics that fit the bands of a config"
+    name = 'normalization_stats.json'
+    kind = create_model(name, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)})
+    try: stats = Stats(**typed(kind, read_json(folder/name, folder), name))
+    except DataError as e: raise ValueError(f'{name}: {e}') from None
+    if stats.channels != (bands := ['R', 'G', 'B', *cfg.data.extra_bands]): raise ValueError(f'{name} has the bands {stats.channels}, and config.yaml {bands}, in this order')
+    with np.errstate(over='ignore'): single = np.float32([stats.scale, *stats.std, *stats.mean])
+    if not np.isfinite(single).all() or not (single[:1 + len(stats.std)] > np.finfo(np.float32).tiny).all(): raise ValueError(f'{name}: a number too large or too small: scale {stats.scale}, mean {stats.mean}, std {stats.std}')
+    return stats
 
 @dataclass
 class Predictor:
@@ -93,26 +144,30 @@ class Predictor:
     stats: Stats
     best: dict
 
+def _load(folder):
+    small = [n for n in SEALED if n != 'model.safetensors']; sums = check_seal(folder, small)
+    for name in ('config.yaml', 'normalization_stats.json', 'metrics.json', 'model.safetensors'):
+        if name not in sums or not inside(folder/name, folder).exists(): raise ValueError(f'{name} is missing: the model cannot be used without it')
+    cfg, best = load(folder/'config.yaml'), typed(Best, read_json(folder/'metrics.json', folder, nan=True), 'metrics.json')
+    stats, path = _stats(folder, cfg), folder/'model.safetensors'
+    table, size = _table(path), path.stat().st_size
+    model = _build(cfg.model, size); want = {k: (_CODES.get(v.dtype), tuple(v.shape)) for k, v in model.state_dict().items()}
+    missing, extra = sorted(set(want) - set(table)), sorted(set(table) - set(want))
+    if missing or extra: raise ValueError(f'model.safetensors does not fit config.yaml: {len(missing)} weights missing {missing[:3]}, {len(extra)} extra {extra[:3]}')
+    if bad := [f'{k}: {table[k]} instead of {want[k]}' for k in want if table[k] != want[k]]: raise ValueError(f'model.safetensors does not fit config.yaml: {len(bad)} weights of another type or shape: {"; ".join(bad[:3])}')
+    check_seal(folder, [path.name])
+    try: weights = load_tensors(read_bytes(path, folder, size))
+    except SafetensorError as e: raise ValueError(f'model.safetensors cannot be read: {e}') from None
+    if bad := [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]: raise ValueError(f'model.safetensors holds numbers that are not finite: {bad[:3]}')
+    model.load_state_dict(weights)
+    return Predictor(folder, cfg, model, stats, best)
+
 def load_model(folder:str|Path,          # a model directory
                device='cpu'              # where to put the model
               ) -> Predictor:
     "Load a model directory, whole or not at all; raises `ModelError` naming the file and what is wrong"
     folder = Path(folder)
-    for name in ('config.yaml', 'normalization_stats.json', 'metrics.json', 'model.safetensors'):
-        if not (folder/name).is_file(): raise ModelError(f'{folder.name}/{name} is missing: the model cannot be used without it')
-    cfg, stats = load(folder/'config.yaml'), Stats.load(folder/'normalization_stats.json')
-    if len(stats.channels) != cfg.model.in_channels: raise ModelError(f'normalization_stats.json has {len(stats.channels)} channels {stats.channels}, config.yaml has model.in_channels {cfg.model.in_channels}')
-    if stats.channels[3:] != cfg.data.extra_bands: raise ModelError(f'normalization_stats.json has EXTRA bands {stats.channels[3:]}, config.yaml {cfg.data.extra_bands}')
-    if not all(s > 0 for s in stats.std): raise ModelError(f'normalization_stats.json: a std is not positive: {stats.std}')
-    model = build(cfg.model.model_copy(update=dict(weights=None)))
-    try: weights = load_tensors((folder/'model.safetensors').read_bytes())
-    except SafetensorError as e: raise ModelError(f'model.safetensors cannot be read: {e}') from None
-    missing, extra = set(model.state_dict()) - set(weights), set(weights) - set(model.state_dict())
-    if missing or extra: raise ModelError(f'model.safetensors does not fit config.yaml: {len(missing)} weights missing {sorted(missing)[:3]}, {len(extra)} extra {sorted(extra)[:3]}')
-    if bad := [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]: raise ModelError(f'model.safetensors holds numbers that are not finite: {bad[:3]}')
-    try: model.load_state_dict(weights)
-    except RuntimeError as e: raise ModelError(f'model.safetensors does not fit config.yaml: {e}') from None
-    try: best = json.loads((folder/'metrics.json').read_text())
-    except ValueError as e: raise ModelError(f'metrics.json cannot be read: {e}') from None
-    model.to(device, memory_format=torch.channels_last).eval()      # as in training, or the last digits would differ
-    return Predictor(folder, cfg, model, stats, best)
+    try: found = _load(folder)
+    except (ValueError, OSError, MemoryError) as e: raise ModelError(f'{folder.name}: {e}') from None
+    found.model.to(device, memory_format=torch.channels_last).eval()      # as in training, or the last digits would differ
+    return found

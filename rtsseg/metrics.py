@@ -284,7 +284,7 @@ def tile_evidence(logits,                # float (H, W)
     "What a tile shows (guide 6): score histograms of its positive and negative pixels, its objects, their overlaps, its boundaries"
     return tile_histograms(logits, mask, bins) | tile_objects(logits, mask, thresholds, bins) | tile_bands(logits, mask, thresholds, bins, widths)
 
-# %% ../nbs/03a_metrics.ipynb #1ca6cf47
+# %% ../nbs/03a_metrics.ipynb #806d1fda
 FORMAT = 2      # one more with every change of what the file holds
 UNITS = dict(codes='rank of the score on the grid of bins', counts='pixels', area='pixels', intersection='pixels',
              size='pixels, longest side of the minimum rotated rectangle', score='mean probability, three decimals', threshold='probability', pixel_size='metres')
@@ -319,10 +319,11 @@ class Evidence:
                  thresholds=(0.5,),      # probabilities at which objects were kept
                  bins:Bins='float16',    # the grid of scores
                  views:str='none',       # the views that were averaged
-                 exact:bool=True         # whether different scores kept different codes
+                 exact:bool=True,        # whether different scores kept different codes
+                 model:str=''            # digest of the weights that scored, where somebody may ask; it is no part of what was seen
                 ):
         self.table = _one_a_tile(table.select(SCHEMA.names).cast(SCHEMA))
-        self.thresholds, self.bins, self.views, self.exact = tuple(sorted(map(float, thresholds))), bins if isinstance(bins, str) else tuple(bins), views, exact
+        self.thresholds, self.bins, self.views, self.exact, self.model = tuple(sorted(map(float, thresholds))), bins if isinstance(bins, str) else tuple(bins), views, exact, model
 
     @property
     def meta(self): return dict(thresholds=self.thresholds, bins=self.bins, views=self.views, exact=self.exact)
@@ -350,17 +351,17 @@ class Evidence:
     def __add__(self, other):
         for k in ('thresholds', 'bins', 'views'):
             if self.meta[k] != other.meta[k]: raise ValueError(f'evidence of different {k} does not join: {self.meta[k]} and {other.meta[k]}')
-        return Evidence(pa.concat_tables([self.table, other.table]), **self.meta | dict(exact=self.exact and other.exact))
+        return Evidence(pa.concat_tables([self.table, other.table]), **self.meta | dict(exact=self.exact and other.exact), model=self.model if self.model == other.model else '')
 
     def select(self, rows):
         "The evidence of some tiles: a mask, or row numbers"
         rows = np.asarray(rows)
-        return Evidence(self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows.astype(int)), **self.meta)
+        return Evidence(self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows.astype(int)), **self.meta, model=self.model)
 
     def write(self, path):
         "Write one Parquet file, whole or not at all"
         out = io.BytesIO()
-        meta = {b'rtsseg': json.dumps(dict(format=FORMAT, **self.meta, connectivity=8, units=UNITS)).encode()}
+        meta = {b'rtsseg': json.dumps(dict(format=FORMAT, **self.meta, model=self.model, connectivity=8, units=UNITS)).encode()}
         histograms = [f'{sign}_{what}.list.element' for sign in ('pos', 'neg') for what in ('codes', 'counts')]
         nested = {f'{k}.list.element.{field}': dtype for k, dtypes in _NESTED.items() for field, dtype in dtypes.items()}
         pq.write_table(self.table.replace_schema_metadata(meta), out, compression='zstd', row_group_size=1024,
@@ -371,12 +372,17 @@ class Evidence:
     @classmethod
     def read(cls, path):
         "Read what `write` wrote; raises `ValueError` for anything else"
-        try: table = pq.read_table(path)
-        except pa.ArrowInvalid as e: raise ValueError(f'{Path(path).name} is no evidence file: {e}') from None
-        meta = json.loads((table.schema.metadata or {}).get(b'rtsseg', b'{}'))
-        if meta.get('format') != FORMAT:
-            raise ValueError(f'{Path(path).name} holds no evidence of format {FORMAT}: {meta.get("format", "a Parquet file of something else")}')
-        return cls(table.replace_schema_metadata(None), **{k: meta[k] for k in ('thresholds', 'bins', 'views', 'exact')})
+        path = Path(path)
+        try:
+            with pq.ParquetFile(path) as file:
+                parts = [file.metadata.row_group(i).column(j) for i in range(file.metadata.num_row_groups) for j in range(file.metadata.num_columns)]
+                if sum(p.num_values for p in parts) > 10**6 + 100 * path.stat().st_size: raise ValueError('it would unfold to more than a pass can have seen')
+                meta, table = json.loads((file.schema_arrow.metadata or {}).get(b'rtsseg', b'{}')), file.read()
+        except (pa.ArrowException, OSError, ValueError) as e: raise ValueError(f'{path.name} is no evidence file: {" ".join(str(e).split())}') from None
+        if not isinstance(meta, dict) or meta.get('format') != FORMAT:
+            raise ValueError(f'{path.name} holds no evidence of format {FORMAT}: {meta.get("format", "a Parquet file of something else") if isinstance(meta, dict) else meta!r}')
+        try: return _checked(table.replace_schema_metadata(None), {'model': ''} | {k: v for k, v in meta.items() if k in _META})
+        except ValueError as e: raise ValueError(f'{path.name} holds what no pass can have seen: {e}') from None
 
     @property
     def hash(self):
@@ -425,6 +431,42 @@ class Evidence:
         "The threshold of the evidence's grid next to a probability: objects exist at those only"
         if not self.thresholds: raise ValueError('this evidence holds no objects: it was made without thresholds')
         return min(self.thresholds, key=lambda t: abs(t - threshold))
+
+def _numbers(v, low, high): return isinstance(v, list) and all(type(x) in (int, float) and low <= x <= high for x in v)
+
+_META = dict(thresholds=lambda v: _numbers(v, 0, 1), bins=lambda v: v == 'float16' or _numbers(v, -1e300, 1e300) and len(v) == 2 and v[0] < v[1],
+             views=lambda v: isinstance(v, str), exact=lambda v: isinstance(v, bool), model=lambda v: isinstance(v, str))
+
+def _checked(table, meta):
+    "Evidence from a file that anybody may have written: types, counts and references have to hold"
+    def need(ok, what):
+        if not np.all(ok): raise ValueError(what)
+    for k, fits in _META.items(): need(k in meta and fits(meta[k]), f'{k} {meta.get(k)!r}'[:200])
+    for name, kind in zip(SCHEMA.names, SCHEMA.types):
+        need(table.column_names.count(name) == 1, f'no column {name!r}, or two')
+        column = table[name]; need(column.type == kind, f'{name} is {column.type}, not {kind}')
+        values = pc.list_flatten(column).combine_chunks() if pa.types.is_list(kind) else column
+        need([c.null_count == 0 for c in (column, values, *(values.flatten() if pa.types.is_struct(values.type) else ()))] if name != 'pixel_size' else True, f'{name} has empty cells')
+    e = Evidence(table, **meta); valid = e['n_valid']; seen = np.zeros(len(e))
+    need(len(e) == len(table), 'a tile_id stands twice')
+    for sign in ('pos', 'neg'):
+        (codes, tile), (counts, of) = e.flat(f'{sign}_codes'), e.flat(f'{sign}_counts')
+        need(np.array_equal(tile, of), f'{sign}_codes and {sign}_counts differ in length')
+        need((np.diff(codes.astype(int)) > 0) | (np.diff(tile) > 0), f'{sign}_codes do not ascend'); need(counts > 0, f'{sign}_counts of 0')
+        seen += np.bincount(tile, counts, len(e))
+    need((seen == valid) & (valid < 1 << 24), 'n_valid is not the number of pixels in the histograms')
+    p, g, o, b = (e.objects(k) for k in _NESTED); grid = np.array(e.thresholds)
+    for name, x in dict(predicted=p, pairs=o, bands=b).items(): need(np.isin(x.threshold, grid), f'{name}.threshold is none of {list(grid)}')
+    for name, x in dict(predicted=p, truth=g).items(): need((x.id > 0) & (x.area > 0) & (x.area <= valid[x.tile]) & (x['size'] > 0) & (x['size'] < 1e5), f'{name}: an id, area or size')
+    need((p.score >= 0) & (p.score <= 1), 'predicted.score is no probability')
+    def number(x, id, cell=True): return (np.searchsorted(grid, x.threshold) * len(e) * cell + x.tile) * 2**31 + id      # of an object, as one
+    names = pd.Index(number(p, p.id)), pd.Index(number(g.assign(threshold=0.), g.id, False))
+    need([n.is_unique for n in names], 'an id of an object stands twice')
+    at, to = names[0].get_indexer(number(o, o.predicted)), names[1].get_indexer(number(o, o.truth, False))
+    need((at >= 0) & (to >= 0), 'pairs name an object that is not there')
+    need((o.intersection > 0) & (o.intersection <= np.minimum(p.area.to_numpy()[at], g.area.to_numpy()[to])), 'pairs.intersection is larger than its objects')
+    need((b.width > 0) & (b.intersection >= 0) & (b.intersection <= np.minimum(b.predicted, b.truth)) & (np.maximum(b.predicted, b.truth) <= valid[b.tile]), 'bands do not fit their tile')
+    return e
 
 def evidence_path(folder:str|Path,     # a run folder
                   split:str,           # train, val or test

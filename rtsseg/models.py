@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import ConfigError, Model, nearest
 from .data import Stats
 
-# %% ../nbs/04_models.ipynb #3c529f21
+# %% ../nbs/04_models.ipynb #9f247371
 ARCHITECTURES = smp.MODEL_ARCHITECTURES_MAPPING
 
 def _hint(name, names): return nearest(name, difflib.get_close_matches(name, names, n=5, cutoff=0))
@@ -41,7 +41,8 @@ def check_names(cfg:Model   # what to build
     if cfg.fusion == 'early' and cfg.extra_encoder: raise ConfigError(f'model.extra_encoder: {cfg.extra_encoder!r} has no use without model.fusion: late')
     if cfg.fusion == 'late' and cfg.in_channels < 4: raise ConfigError(f'model.fusion: late needs EXTRA bands, and model.in_channels is {cfg.in_channels}')
     if cfg.fusion == 'late' and arch == 'dpt': raise ConfigError(f'model.fusion: dpt with {cfg.encoder!r} has no features at several scales to join with those of {cfg.extra_encoder or cfg.encoder!r}: use early')
-    fixed = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes', 'activation', 'aux_params'}
+    fixed = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes', 'activation', 'aux_params',
+             'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype'}      # weights come by model.weights, and no other way
     valid = set(inspect.signature(ARCHITECTURES[arch].__init__).parameters) - fixed
     for o in cfg.options:   # what an architecture does not know goes to timm, which refuses what it does not know
         if o in fixed or not (is_timm or o in valid): raise ConfigError(f'model.options.{o}: no such option of {arch}{nearest(o, valid)}')

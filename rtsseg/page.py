@@ -24,7 +24,7 @@ class Number:
     why: str = ''
     def __str__(self): return '–' if self.value is None or math.isnan(self.value) else self.form.format(self.value)
 
-# %% ../nbs/06a_page.ipynb #b091869b
+# %% ../nbs/06a_page.ipynb #a66f0eef
 _DIGITS = r'(?:\b1:)?\d+(?:\.\d+)?(?:e[+-]?\d+)?'       # a ratio is one number too
 
 def _letters(i): return (_letters(i // 26 - 1) if i > 25 else '') + chr(97 + i % 26)     # a … z, aa, ab …
@@ -36,7 +36,7 @@ class Reasons:
     def mark(self, why:str) -> str:    # ' (a)', or nothing where there is no reason
         "The mark of a reason"
         if not why: return ''
-        kind = re.sub(_DIGITS, '#', why)
+        kind = re.sub(_DIGITS, '\0', why)
         self.kinds.setdefault(kind, []).append(re.findall(_DIGITS, why))
         return f' ({_letters(list(self.kinds).index(kind))})'
 
@@ -44,7 +44,7 @@ class Reasons:
         "The footnotes"
         size = lambda number: float(number.split(':')[-1])
         def span(found): return found[0] if len(set(found)) == 1 else ', '.join(found) if len(found) < 6 else f'{min(found, key=size)} to {max(found, key=size)}'
-        def whole(kind, found): spans = iter([span(f) for f in zip(*dict.fromkeys(map(tuple, found)))]); return re.sub('#', lambda _: next(spans), kind)     # few are listed in step, so that it can be seen which belong together
+        def whole(kind, found): spans = iter([span(f) for f in zip(*dict.fromkeys(map(tuple, found)))]); return re.sub('\0', lambda _: next(spans, ''), kind)     # few are listed in step, so that it can be seen which belong together
         return [f'({_letters(i)}) {whole(*k)}' for i, k in enumerate(self.kinds.items())]
 
 # %% ../nbs/06a_page.ipynb #e9deae63

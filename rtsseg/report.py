@@ -13,8 +13,8 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'tables', 'figures', 'plain', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs',
            'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #ec4e8b81
-import json, os, re, shlex, sys, zipfile, zlib
+# %% ../nbs/07_report.ipynb #ee7d5dae
+import json, math, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,17 @@ from fastcore.script import Param, call_parse
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
-from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, show_reliability, views_gain
+from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, run_evidence, show_reliability, views_gain
 from .config import UNDECIDING, Config, ConfigError, load, settings, write_atomic
 from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
+from .files import Best, Environment, FileError, event, inside, read_bytes, read_json, read_ledger, typed
 from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
 from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
                             tile_counts, weight)
 from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
 from .page import Bullets, Code, Fold, Number, Part, Picture, Slider, Table, Text, Tiles, appendix, page
 
-# %% ../nbs/07_report.ipynb #5766cbca
+# %% ../nbs/07_report.ipynb #61b7368a
 class ReportError(RuntimeError):
     "A run that cannot be reported: says what is missing, or which two numbers disagree"
 
@@ -58,53 +59,63 @@ def _place(path, n=4): return Path(*path.parts[-n:])     # from the runs root on
 
 def _shell(path): return shlex.quote(os.path.relpath(path))     # as it can be pasted
 
-def _read_evidence(path):
-    try: return Evidence.read(path)
-    except (ValueError, OSError, KeyError) as e:
-        raise ReportError(f'{_place(path, 6)}: {" ".join(str(e).split())}. It is made anew by rtsseg-evaluate --run {_shell(path.parents[1])} --split {re.split("[-.]", path.name)[0]}') from None
+def _read_evidence(folder, split, views):
+    path = evidence_path(folder, split, views)
+    try:
+        if len(found := run_evidence(folder, split, views)) and found.thresholds: return found
+        raise ValueError('it holds no tile, or no objects')
+    except (ValueError, OSError) as e:
+        raise ReportError(f'{_place(path, 6)}: {" ".join(str(e).split())}. It is made anew by rtsseg-evaluate --run {_shell(folder)} --split {split}' + f' --views {views}' * (views != 'none')) from None
 
-def _json(path, command, text=None):
-    "What a file, or a text from it, holds as JSON: an object"
-    try: found = json.loads(path.read_text() if text is None else text)
-    except (ValueError, OSError) as e: raise ReportError(f'{_place(path, 6)} is damaged ({e}): {command}') from None
-    if not isinstance(found, dict): raise ReportError(f'{_place(path, 6)} is damaged (it holds no JSON object): {command}')
-    return found
+def _json(path, folder, kind, command):
+    "What a file holds as JSON, of this kind"
+    try: return typed(kind, read_json(path, folder, nan=True), path.name)
+    except FileError as e: raise ReportError(f'{_place(path, 6)} is damaged ({e}): {command}') from None
 
-def _log(path, command):
+def _log(path, folder, command):
     "The lines of a log, without a last one that is not whole, as a run leaves it that was killed"
-    *lines, last = path.read_text(errors='replace').split('\n')
-    try: lines += [last] * isinstance(json.loads(last), dict)
-    except ValueError: pass
-    return [_json(path, f'line {i}: leave it out, or {command}', l) for i, l in enumerate(lines, 1) if l]
+    try: *lines, last = read_bytes(path, folder).split(b'\n')
+    except FileError as e: raise ReportError(f'{_place(path, 6)} is damaged ({e}): {command}') from None
+    def read(i, line):
+        try: return event(line)
+        except FileError as e:
+            if i <= len(lines): raise ReportError(f'{_place(path, 6)} is damaged ({e}): line {i}: leave it out, or {command}') from None
+    return [row for i, line in enumerate([*lines, last], 1) if line and (row := read(i, line))]
 
 def read_run(folder:str|Path    # a run folder
             ) -> Run:
     "Read a run; raises `ReportError` naming the file that is missing and the command that makes it"
     folder = Path(folder).resolve()
     if not folder.is_dir(): raise ReportError(f'{os.path.relpath(folder)}: no such run folder; they are named like runs/<name>/<hash>/seed42')
+    if len(folder.parents) < 3: raise ReportError(f'{folder}: run folders are named like runs/<name>/<hash>/seed42')
     def need(path, command):
-        if not path.is_file(): raise ReportError(f'{_place(path, 6)} is missing: {command} makes it')
+        try: there = inside(path, folder).is_file()
+        except FileError as e: raise ReportError(f'{_place(path, 6)}: {e}') from None
+        if not there: raise ReportError(f'{_place(path, 6)} is missing: {command} makes it')
         return path
     train = f'rtsseg-train --config {_shell(folder/"config.yaml")}'; calibrate = f'rtsseg-calibrate --run {_shell(folder)}'
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
-    best = _json(need(folder/'model'/'metrics.json', f'{train}, when it is done,'), f'{train} --fresh makes it anew')
-    val = _read_evidence(need(evidence_path(folder, 'val', cfg.infer.views), f'rtsseg-evaluate --run {_shell(folder)} --split val'))
-    _json(path := need(folder/'model'/'calibration.json', calibrate), f'take it away, and {calibrate} makes it anew')
+    best = _json(need(folder/'model'/'metrics.json', f'{train}, when it is done,'), folder, Best, f'{train} --fresh makes it anew')
+    need(evidence_path(folder, 'val', cfg.infer.views), f'rtsseg-evaluate --run {_shell(folder)} --split val'); val = _read_evidence(folder, 'val', cfg.infer.views)
+    _json(path := need(folder/'model'/'calibration.json', calibrate), folder, dict, f'take it away, and {calibrate} makes it anew')
     try: calibration = Calibration.load(path, cfg.infer.views)
     except ValueError as e: raise ReportError(f'{e}: {calibrate} makes it') from None
+    if missing := sorted(set(cfg.metrics.ratios) - set(calibration.shifts)): raise ReportError(f'{_place(path, 6)} was made for other ratios than {", ".join(f"1:{r}" for r in missing)} of config.yaml: {calibrate} makes it anew')
     test = evidence_path(folder, 'test', cfg.infer.views)
-    env = _json(need(folder/'environment.json', train), f'{train} --fresh makes it anew')
-    lines = _log(need(folder/'log.jsonl', train), f'{train} --fresh makes it anew')
+    env = _json(need(folder/'environment.json', train), folder, Environment, f'{train} --fresh makes it anew')
+    lines = _log(log := need(folder/'log.jsonl', train), folder, f'{train} --fresh makes it anew')
+    if not any(l['event'] == 'epoch' for l in lines): raise ReportError(f'{_place(log, 6)} is damaged (it holds no epoch): {train} --fresh makes it anew')
     rows = {l['epoch']: l for l in lines if l['event'] == 'epoch'}                       # the later line of an epoch counts: it was resumed
     try: manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
     except (DataError, OSError): manifest = None
     if manifest and manifest.hash != env.get('manifest_hash'): manifest = None
-    ledger = next((p for p in (folder.parents[2]/'test_ledger.json', cfg.runs/'test_ledger.json') if p.exists()), None)      # a run that was moved has taken its own along, or not
-    looks = _json(ledger, 'bring it back from a copy').get(env.get('manifest_hash'), {}) if ledger else {}
+    root = next((r for r in (folder.parents[2], cfg.runs) if (r/'test_ledger.json').exists()), None)      # a run that was moved has taken its ledger along, or not
+    try: looks = read_ledger(root).get(env.get('manifest_hash'), {}) if root else {}
+    except FileError as e: raise ReportError(str(e)) from None
     return Run(folder, cfg, env, pd.DataFrame(list(rows.values())), [l for l in lines if l['event'] != 'epoch'], best, calibration,
-               dict(val=val) | (dict(test=_read_evidence(test)) if test.exists() else {}), manifest, looks)
+               dict(val=val) | (dict(test=_read_evidence(folder, 'test', cfg.infer.views)) if test.exists() else {}), manifest, looks)
 
-# %% ../nbs/07_report.ipynb #0bbfaa01
+# %% ../nbs/07_report.ipynb #deb3feee
 def confirm(run:Run                # a run
            ) -> str:               # a line for the report
     "Compare the exported model with the best validation, metric by metric (guide 10.4, step 1); raises `ReportError` where one differs by more than 1e-6, or 1e-3 where the evidence has finer bins than training had"
@@ -112,13 +123,14 @@ def confirm(run:Run                # a run
     if not path.exists(): return f'seed {run.seed}: validation was evaluated through {run.cfg.infer.views} views only, so the exported model was not compared with the best validation'
     then = {tuple(k.split('@')): v for k, v in run.best['metrics'].items() if '@' in k}
     ratio = {r: r if r == 'native' else int(r) for _, r in then}
-    evidence = _read_evidence(path); found = summary(evidence, list(ratio.values()), m.reference_threshold, (0.3,), m.min_area)
+    evidence = _read_evidence(run.folder, 'val', 'none'); found = summary(evidence, list(ratio.values()), m.reference_threshold, (0.3,), m.min_area)
     near = 1e-6 if evidence.bins == 'float16' else 1e-3                # what half precision rounds away
     for (name, r), v in then.items():
+        if name not in found[ratio[r]]: raise ReportError(f"seed {run.seed}: metrics.json holds {name}@{r}, and validation has no such metric")
         if np.isclose(now := found[ratio[r]][name], v, rtol=0, atol=near, equal_nan=True): continue
         raise ReportError(f"seed {run.seed}: {name}@{r} is {now:.8f} on the validation evidence, and was {v:.8f} at the best validation (epoch {run.best['epoch']}). The evidence is of other weights, or of other tiles: "
                           f'run rtsseg-evaluate --run {_shell(run.folder)} --split val and rtsseg-calibrate --run {_shell(run.folder)} again, and if they still differ, train anew')
-    return f"seed {run.seed}: all {len(then)} metrics of the exported model are within {near:g} of the best validation (epoch {run.best['epoch']}, step {run.best['step']}; {m.monitor} {run.best['value']:.6f})"
+    return f"seed {run.seed}: all {len(then)} metrics of the exported model are within {near:g} of the best validation (epoch {run.best['epoch']}, step {run.best.get('step', 'unknown')}; {m.monitor} {run.best['value']:.6f})"
 
 # %% ../nbs/07_report.ipynb #c843d19c
 def cuts(run:Run,      # a run
@@ -492,7 +504,7 @@ def reliability_figure(run:Run) -> Figure:
     for ax, r in zip(fig.subplots(1, len(ratios), squeeze=False)[0], ratios): show_reliability(run.evidence['val'], run.calibration, r, ax)
     return fig
 
-# %% ../nbs/07_report.ipynb #489ee26e
+# %% ../nbs/07_report.ipynb #e6953f3b
 PICTURES = dict(false_alarms='Worst false alarms', misses='Worst misses', finds='Best finds')
 
 def gallery(run:Run,
@@ -502,18 +514,26 @@ def gallery(run:Run,
     "Pictures of the tiles that decide the numbers, at the threshold of the calibration's ratio; raises `ReportError` where their scores are damaged"
     path = evidence_path(run.folder, split, run.cfg.infer.views).with_suffix('.npz')
     if run.manifest is None or not path.exists(): return {}
-    try: maps = dict(np.load(path))
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as e:
+    part, t = run.manifest.of(split), _shown(run)[1]['threshold']; cut, known = _cut_score(run, split, t), {tile: i for i, tile in enumerate(part.table.tile_id)}
+    try:
+        with zipfile.ZipFile(inside(path, run.folder)) as maps:
+            kept = set(maps.namelist()); e = run.evidence[split].select(np.array([f'{tile}.npy' in kept and tile in known for tile in run.evidence[split]['tile_id']], bool)); counts = tile_counts(e, t)
+            def picture(i):
+                tile = e['tile_id'][i]; image, _, mask = read_tile(part, known[tile])
+                return _picture(run, image, mask, _map(maps, f'{tile}.npy', mask.shape), cut), '{} ({}): {} pixels found, {} false, {} missed'.format(tile, e['region'][i], *counts[i])
+            return {kind: [picture(i) for i in rows] for kind, rows in telling_tiles(e, t, n).items()}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as e:        # also one that is encrypted
         raise ReportError(f'The scores for the pictures are damaged ({_place(path, 6)}: {e}): rtsseg-evaluate --run {_place(run.folder)} --split {split} makes them anew.') from None
-    e, t = run.evidence[split], _shown(run)[1]['threshold']
-    cut = _cut_score(run, split, t); e = e.select(np.array([tile in maps for tile in e['tile_id']], bool)); counts = tile_counts(e, t)
-    def picture(i):
-        tile = e['tile_id'][i]
-        return _picture(run, split, tile, maps[tile].astype(float), cut), '{} ({}): {} pixels found, {} false, {} missed'.format(tile, e['region'][i], *counts[i])
-    return {kind: [picture(i) for i in rows] for kind, rows in telling_tiles(e, t, n).items()}
 
-def _picture(run, split, tile, z, cut):
-    part = run.manifest.of(split); image, _, mask = read_tile(part, int(np.flatnonzero(part.table.tile_id == tile)[0]))
+def _map(maps, name, shape):
+    "Scores of a tile: half precision and of its shape, or nothing; no byte more is unfolded, and no object"
+    with maps.open(name) as f:
+        if np.lib.format.read_magic(f) != (1, 0) or np.lib.format.read_array_header_1_0(f) != (shape, False, np.dtype('float16')): raise ValueError(f'{name} holds no scores of {shape}')
+        n = 2 * math.prod(shape); data = f.read(n + 1)
+    if len(data) != n: raise ValueError(f'{name} is no longer whole')
+    return np.frombuffer(data, np.float16).reshape(shape).astype(float)
+
+def _picture(run, image, mask, z, cut):
     fig = Figure((6, 1.9), layout='constrained'); left, middle, right = fig.subplots(1, 3, width_ratios=[1, 1, 1.2])
     show_tile(image, np.where(mask == 255, 255, 0), left); show_tile(image, mask, middle)
     scale = fig.colorbar(right.imshow(run.calibration.probability(z), vmin=0, vmax=1, cmap='gray'), ax=right, ticks=[0, .5, 1]); right.axis('off')
@@ -722,7 +742,7 @@ def _lead(results):
     cfg, runs = results.first.cfg, results.runs
     return f'{cfg.model.architecture} with {cfg.model.encoder}, {cfg.model.in_channels} channels; seed{"s" * (len(runs) > 1)} {", ".join(str(x.seed) for x in runs)}; configuration {results.first.folder.parent.name}.{" " * bool(results.doubt)}{results.doubt}'
 
-# %% ../nbs/07_report.ipynb #accf4fab
+# %% ../nbs/07_report.ipynb #90a6b0a3
 @dataclass(repr=False)
 class Report:
     "A report that was written. Prints as its headline, the run folders and the path of the page"
@@ -767,16 +787,17 @@ def report(runs,                     # a run folder, or several: seeds of one co
                  *(Part(f'{title_of([x], x.split)}. {_lead(x)}', _sections(x, own(x), d), _cards(x)) for x, d in zip(results, drawn))]
     try: write(path, title_of(results, split), lead, parts)
     except OSError as e: raise ReportError(f'{path} cannot be written: {e.strerror}') from None
+    except FileError as e: raise ReportError(f'{path} cannot be written: {e}') from None
     return Report(results, split, found, drawn[0], path)
 
 def write(path, title, lead, parts):
     "The page, and beside it the appendix with its pictures"
-    folder = path.with_name(f'{path.stem}_files'); text, pictures = appendix(title, lead, parts, folder.name)
+    folder = inside(path.with_name(f'{path.stem}_files')/'figure', path.parent).parent; text, pictures = appendix(title, lead, parts, folder.name)
     for old in folder.glob('figure-*'): old.unlink()
     for name, data in pictures.items(): write_atomic(folder/name, data)
     write_atomic(path.with_suffix('.md'), text); write_atomic(path, page(title, lead, parts))
 
-# %% ../nbs/07_report.ipynb #7a6692b1
+# %% ../nbs/07_report.ipynb #f3ece80e
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -812,4 +833,4 @@ def rtsseg_report(runs:Param('run folders: seeds of one configuration, or config
     try:
         named = [named_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in runs or []]
         print(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
-    except (ReportError, ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+    except (ReportError, FileError, ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

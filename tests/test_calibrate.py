@@ -12,7 +12,8 @@ from rtsseg.calibrate import (Calibration, Fit, Replicates, calibrate, calibrate
 from rtsseg.config import Calibrate, Config, ConfigError, Metrics, config_hash, load, run_folder, to_yaml, write_atomic
 from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
 from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate, thresholds
-from rtsseg.infer import VIEWS, predict, save_model, unview, view
+from rtsseg.files import seal_model
+from rtsseg.infer import VIEWS, ModelError, predict, save_model, unview, view
 from rtsseg.intervals import Estimate
 from rtsseg.metrics import Evidence, Meter, ap_bounds, average_precision, decode, evidence_path, histogram, tile_evidence
 from rtsseg.models import build
@@ -283,7 +284,7 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     "The grid of objects is the config's on validation, which thresholds are chosen on, and holds the chosen ones elsewhere"
     folder, cfg, *_ = untrained; point = calibrate(toy, CFG, METRICS); point.save(folder/'model'/'calibration.json')
     try: val, test = (thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
-    finally: (folder/'model'/'calibration.json').unlink()
+    finally: (folder/'model'/'calibration.json').unlink(); seal_model(folder/'model')
     assert set(val) == {*cfg.metrics.object_thresholds, .5} and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
 
 def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
@@ -292,9 +293,11 @@ def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     try:
         calibrate(toy, CFG, METRICS).save(path); evaluate_run(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
+        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate_run(folder, 'test')
+        seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate_run(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
-    finally: path.unlink()
+    finally: path.unlink(); seal_model(folder/'model')
     evaluate_run(folder); assert 'not calibrated' not in capsys.readouterr().out
 
 def test_several_views_from_a_shell(untrained, capsys):

@@ -34,7 +34,7 @@ def job(tmp_path_factory):
 def test_the_run_folder_is_whole(job):
     folder, _ = job
     assert {p.name for p in folder.iterdir()} >= {'config.yaml', 'environment.json', 'checkpoints', 'evidence', 'model', 'report.html', 'log.jsonl'}
-    assert {p.name for p in (folder/'model').iterdir()} == {'model.safetensors', 'config.yaml', 'normalization_stats.json', 'calibration.json', 'metrics.json', 'README.md'}
+    assert {p.name for p in (folder/'model').iterdir()} == {'model.safetensors', 'config.yaml', 'normalization_stats.json', 'calibration.json', 'metrics.json', 'README.md', 'SHA256SUMS'}
     assert {p.name for p in (folder/'evidence').iterdir()} >= {'val.parquet', 'test.parquet'}
     looks = json.loads((folder.parents[2]/'test_ledger.json').read_text())
     assert [l['seed'] for e in looks.values() for l in e['looks']] == [42]

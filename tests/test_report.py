@@ -487,7 +487,8 @@ def test_a_killed_run_has_a_report(runs, tmp_path):
     folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); log = folder/'log.jsonl'; whole = len(read_run(folder).epochs)
     log.write_text(log.read_text() + '{"event": "epoch", "epoch": 3, "los'); assert len(read_run(folder).epochs) == whole == 2
     maps = evidence_path(folder, 'test').with_suffix('.npz'); data = maps.read_bytes()
-    for broken in (data[:len(data) // 2], b'', data[:200] + bytes(100) + data[300:]):
+    flipped = np.frombuffer(data, np.uint8).copy(); flipped[300::997] ^= 1                    # in every picture
+    for broken in (data[:len(data) // 2], b'', flipped.tobytes()):
         maps.write_bytes(broken); page = report(folder).path.read_text()
         assert 'The scores for the pictures are damaged' in page and 'seed42 --split test makes them anew' in page and 'image/jpeg' not in page
 

@@ -1,0 +1,52 @@
+"A run folder in seconds, without training: what train, evaluate and calibrate leave behind. And a guard that sees what code does while it reads what others made"
+import json, os, sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from rtsseg.calibrate import calibrate_run
+from rtsseg.config import load, run_folder, to_yaml, write_atomic
+from rtsseg.data import compute_stats, read_manifest
+from rtsseg.evaluate import evaluate_run
+from rtsseg.infer import save_model
+from rtsseg.intervals import summary
+from rtsseg.metrics import Evidence
+from rtsseg.models import build
+from rtsseg.toy import tiny_toy
+
+def run(root, seed=0, **more):
+    "The run folder of a model of random weights that knows bright from dark"
+    cfg = load(name='small', runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=tiny_toy(root), tile_size=64), epochs=2, metrics=dict(ratios=[1], monitor='pr_auc@1', replicates=20),
+               calibrate=dict(ratio=1, target_precision=.3), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])), **more)
+    world = read_manifest(cfg.data.manifest, cfg.data.block_size); folder = run_folder(cfg, world.hash); torch.manual_seed(seed); model = build(cfg.model).eval()
+    write_atomic(folder/'config.yaml', to_yaml(cfg)); write_atomic(folder/'environment.json', json.dumps(dict(manifest_hash=world.hash, git_commit='a' * 40, git_clean=True, system='Linux', python='3.11', rtsseg='0', processor='x', cpus=2, versions={'torch': '2'})))
+    lines = [dict(event='start', epoch=1, step=0, device='cpu', processes=1), dict(event='stage', epoch=1, first=1, last=2, frozen=[]),
+             *(dict(event='epoch', epoch=i, step=10 * i, seconds=1., **{'lr/encoder': 1e-3, 'train/loss/focal': .1 / i, 'val/loss': .1, 'val/pr_auc@1': .5}) for i in (1, 2)), dict(event='end', reason='all epochs done', epoch=2, step=20, best=2)]
+    write_atomic(folder/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in lines))
+    def export(value): return save_model(folder/'model', model, cfg, compute_stats(world.of('train')), dict(epoch=2, step=20, value=value, metrics={'pr_auc@1': value}), {})
+    export(0.); export(summary(Evidence.read(evaluate_run(folder)), [1], ious=())[1]['pr_auc'])
+    calibrate_run(folder); evaluate_run(folder, 'test')
+    return folder
+
+_events, _open, _hooked = [], [], []       # a hook stays for good: it is asked to look only inside of `guard`
+
+def _hook(name, args):
+    if not _open or not name.startswith(('open', 'os.', 'socket.', 'subprocess.', 'pickle.', 'shutil.')): return
+    if name == 'open' and (isinstance(args[0], int) or not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)): return
+    _events.append((name, tuple(a if isinstance(a, (str, bytes, int, os.PathLike)) else type(a) for a in args)))
+
+CHANGES = 'os.remove', 'os.rename', 'os.rmdir', 'os.mkdir', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod', 'os.chown', 'os.utime', 'shutil.rmtree', 'shutil.move'
+NEVER = 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'os.spawn', 'subprocess.Popen', 'socket.connect', 'socket.getaddrinfo', 'socket.bind', 'pickle.find_class'
+
+@contextmanager
+def guard(*folders):
+    "Nothing is written outside of these folders, no process is started, no socket opened, no object unpickled"
+    if _hook not in _hooked: sys.addaudithook(_hook); _hooked.append(_hook)
+    _open.append(1); _events.clear()
+    try: yield
+    finally: _open.pop(); seen = list(_events)
+    homes = [Path(f).resolve() for f in folders]
+    def away(path): return isinstance(path, (str, bytes, os.PathLike)) and not any(Path(os.path.realpath(os.fsdecode(path))).is_relative_to(h) for h in homes) and os.fsdecode(path) != os.devnull
+    bad = [(n, a) for n, a in seen if n in NEVER or (n == 'open' or n in CHANGES) and any(away(p) for p in a[:1 if n == 'open' else 2])]
+    assert not bad, bad
