@@ -414,7 +414,7 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
-# %% ../nbs/00_config.ipynb #b00d5d05
+# %% ../nbs/00_config.ipynb #a910110b
 def merge(low,    # a tree of mappings
           high    # what is laid over it
          ):       # a new tree
@@ -423,11 +423,13 @@ def merge(low,    # a tree of mappings
     if low.get('architecture') != high.get('architecture', low.get('architecture')): low = {k: v for k, v in low.items() if k != 'options'}
     return low | {k: merge(low[k], v) if k in low else v for k, v in high.items()}
 
+def _shown(text): return re.sub(r'://\S*@', '://…@', str(text))[:80]       # in messages: no password
+
 def _override(text):
     "'a.b=1' → {'a': {'b': 1}}"
     key, eq, value = text.partition('=')
-    if not eq or not key.strip(): raise ConfigError(f"override {text!r}: write section.field=value, as lr.base_lr=3e-4")
-    value = _yaml(value, f'override {text[:80]!r}')
+    if not eq or not key.strip(): raise ConfigError(f"override {_shown(text)!r}: write section.field=value, as lr.base_lr=3e-4")
+    value = _yaml(value, f'override {_shown(text)!r}')
     for part in reversed(key.strip().split('.')): value = {part: value}
     return value
 
@@ -441,14 +443,14 @@ def _fields(tree, where):
     return [name for t in found for name in t.model_fields]
 
 def _explain(error, source, cls):
-    "One line a problem: where, what, and what comes close"
+    "One line a problem: where, what, and what comes close; what belongs to a tracker may hold a password"
     lines = []
     for e in error.errors():
         where = '.'.join(map(str, e['loc'])) or 'config'
         if e['type'] == 'extra_forbidden':
             names = _fields(cls, [p for p in e['loc'][:-1] if isinstance(p, str)])
             lines.append(f"{where}: no such setting{nearest(str(e['loc'][-1]), names) if names else ''}")
-        else: lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}" + ('' if isinstance(e['input'], (dict, BaseModel)) else f" (given: {e['input']!r})"))
+        else: lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}" + ('' if isinstance(e['input'], (dict, BaseModel)) or e['loc'][:1] == ('tracker',) else f" (given: {e['input']!r})"))
     return ConfigError(f'{source}: ' + '\n'.join(lines))
 
 PATHS = [('runs',), ('data', 'manifest'), ('data', 'source', 'path'), ('model', 'weights')]
@@ -534,7 +536,7 @@ def write_schema(path:str|Path,              # where the JSON schema goes
     "Write the JSON schema that an editor completes configs from"
     return write_atomic(path, json.dumps(cls.model_json_schema(), indent=1) + '\n')
 
-# %% ../nbs/00_config.ipynb #292907d5
+# %% ../nbs/00_config.ipynb #491d8f37
 def settings(config:str|Path|list,       # a YAML file, or several, with commas between them, that are laid over each other
              manifest:str='',            # another manifest than the config's
              name:str='',                # another name for the run
@@ -545,8 +547,8 @@ def settings(config:str|Path|list,       # a YAML file, or several, with commas 
     "The config of a stage of the main job, from the parameters that all stages share; raises `ConfigError`"
     if isinstance(overrides, str):
         try: overrides = json.loads(overrides or '[]') if not overrides or overrides.lstrip()[0] in '[{"' or '=' not in overrides else [overrides]
-        except ValueError: raise ConfigError(f"""overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not {overrides!r}""") from None
-    if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, str) for o in overrides): raise ConfigError(f'overrides: a list of texts was expected, not {overrides!r}')
+        except ValueError: raise ConfigError(f"""overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not {_shown(overrides)!r}""") from None
+    if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, str) for o in overrides): raise ConfigError(f'overrides: a list of texts was expected, not {_shown(overrides)}')
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
     files = [f.strip() for f in config.split(',') if f.strip()] if isinstance(config, str) else [config] if isinstance(config, Path) else config
     return load(*files, overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})

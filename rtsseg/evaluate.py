@@ -6,7 +6,7 @@
 __all__ = ['Locked', 'rule', 'look', 'thresholds', 'split_views', 'write_maps', 'evaluate_run', 'show_evidence',
            'rtsseg_evaluate']
 
-# %% ../nbs/05a_evaluate.ipynb #8081bf6c
+# %% ../nbs/05a_evaluate.ipynb #607531f4
 import fcntl, io, json, os, re, sys, time, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from .config import Config, ConfigError, config_hash, load, nearest, write_atomic
-from .data import DataError, finished, named_run, read_manifest
+from .data import DataError, finished, named_run, read_manifest, spare
 from .files import FileError, Thresholds, inside, read_json, read_ledger, sealed, typed
 from .infer import VIEWS, ModelError, load_model, predict
 from .loop import accelerator, make_deterministic
@@ -59,7 +59,7 @@ def look(cfg:Config,            # who wants to look
         entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
         write_atomic(cfg.runs/'test_ledger.json', json.dumps(ledger, indent=1))
 
-# %% ../nbs/05a_evaluate.ipynb #8714a58f
+# %% ../nbs/05a_evaluate.ipynb #5074aca9
 def _calibrated(folder, views):
     "The calibrated points of pixels by ratio, as the file holds them; none where these views are not calibrated"
     path = Path(folder)/'model'/'calibration.json'
@@ -93,7 +93,7 @@ def write_maps(path:Path,    # where to
 def evaluate_run(folder:str|Path,       # a run folder with a model
                  split:str='val',       # train, val or test
                  views:str='',          # test-time augmentation; '' takes the config's
-                 force:bool=False       # look at the test split although another configuration did
+                 force:bool=False       # look at the test split although another configuration did, or with a config or data that were changed since training
                 ) -> Path|None:         # the evidence file; None where the split has no tile
     "Run the exported model over a split and write its evidence; raises `ConfigError`, `DataError`, `ModelError` and `Locked`"
     if split not in ('train', 'val', 'test'): raise ConfigError(f'split: {split!r} cannot be evaluated{nearest(split, ("train", "val", "test"))}')
@@ -102,8 +102,9 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
     make_deterministic(cfg.deterministic)
     views, = split_views(views, cfg)
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
-    if config_hash(cfg, manifest.hash) != folder.parent.name:
-        raise DataError(f'{cfg.data.manifest.name}: config or manifest are not what this run was trained with (now {config_hash(cfg, manifest.hash)}, then {folder.parent.name})')
+    other = (now := config_hash(cfg, manifest.hash)) != folder.parent.name and f'a config or data that make {now}, and it was trained with those of {folder.parent.name}'
+    if other and not force: raise DataError(f'{cfg.data.manifest.name}, {os.path.relpath(folder/"config.yaml")}: this is {other}. Put back what was changed, or say --force (force=True): the report will tell')
+    if other: print(f'note: forced: this is {other}', flush=True)
     part = manifest.of(split)
     if not len(part): return None
     path, maps_path, log = (inside(p, folder) for p in (evidence_path(folder, split, views), evidence_path(folder, split, views).with_suffix('.npz'), folder/'log.jsonl'))
@@ -120,7 +121,8 @@ def evaluate_run(folder:str|Path,       # a run folder with a model
             meter.update(logits(batch['image']), batch['target'], batch['tile'])
             if time.monotonic() - told > 10 or i + 1 == len(loader): told = time.monotonic(); print(f'{split}: {min((i + 1) * cfg.batch_size, len(part))} of {len(part)} tiles', flush=True)
         with open(log, 'a') as f:      # what a pass costs, for who weighs views against each other, and whose scores these are
-            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device), model=weights)) + '\n')
+            f.write(json.dumps(dict(event='evaluate', split=split, views=views, tiles=len(part), seconds=round(time.monotonic() - begun, 3), device=str(acc.device), model=weights, **(dict(forced=other) if other else {}))) + '\n')
+        spare(split, loader.dataset.lost(), len(part))
         seen = meter.evidence(); seen.model = weights; return seen
     evidence = one_pass()
     if not resolved(evidence, cfg.metrics.ratios):
@@ -146,7 +148,7 @@ def show_evidence(e:Evidence,    # of a pass
     return '\n'.join([f'views {e.views}: {n_pos} tiles with a slump, {len(e) - n_pos} without',
                       *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {weight(e, r):.3g} times' for r in ratios)])
 
-# %% ../nbs/05a_evaluate.ipynb #7cca4ace
+# %% ../nbs/05a_evaluate.ipynb #38e868f1
 @call_parse
 def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
                     config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
@@ -157,7 +159,7 @@ def rtsseg_evaluate(run:str='',                      # run folder; '' finds it f
                     overrides:str='[]',              # one section.field=value, or a JSON list of them
                     split:str='val',                 # train, val or test
                     views:str='',                    # none, minimal, standard or full, or several with commas between them; '' takes the config's
-                    force:store_true=False           # look at the test split although another configuration did
+                    force:store_true=False           # look at the test split although another configuration did, or with a config or data that were changed since training
                    ):
     "Run a trained model over a split and write down what it saw"
     try:

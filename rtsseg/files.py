@@ -7,10 +7,10 @@ __all__ = ['Name', 'Drawn', 'SEAL', 'SEALED', 'FileError', 'inside', 'read_bytes
            'Environment', 'Look', 'Looks', 'read_ledger', 'Thresholds', 'event', 'digest', 'sealed', 'seal_model',
            'check_seal']
 
-# %% ../nbs/00a_files.ipynb #f3a3a337
+# %% ../nbs/00a_files.ipynb #eb66cce5
 import hashlib, json, math, os, re, shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
@@ -81,7 +81,7 @@ def typed(kind,       # a type that pydantic knows
         raise FileError('\n'.join(lines + [f'and {e.error_count() - 10} more'] * (e.error_count() > 10))) from None
     return tree
 
-# %% ../nbs/00a_files.ipynb #bea43f4c
+# %% ../nbs/00a_files.ipynb #651d20e5
 Name = Annotated[str, StringConstraints(pattern=r'^[\w/@.:-]{1,100}$')]      # nothing that a legend or a shell would take for more than a text
 
 def _drawable(v):
@@ -146,13 +146,17 @@ class _Stage(_Open):
 class _End(_Open):
     reason: str
 
+class _Forced(_Open):
+    differs: dict[Name, Any]
+
 class _Pass(_Open):
     split: Name
     views: Name
     tiles: Count
     seconds: Annotated[float, Field(ge=0)]
+    forced: str = ''
 
-_EVENTS = dict(start=_Start, stage=_Stage, end=_End, evaluate=_Pass, epoch=dict[Name, Drawn])
+_EVENTS = dict(start=_Start, stage=_Stage, end=_End, forced=_Forced, evaluate=_Pass, epoch=dict[Name, Drawn])
 
 def event(line:str|bytes,      # of log.jsonl
           what:str='log.jsonl' # how messages name it

@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence',
            'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #a49e4f8b
+# %% ../nbs/05_train.ipynb #dae47204
 import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, store_true
 
-from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, environment, load, run_folder, settings, to_yaml, write_atomic
+from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, doubts, environment, load, run_folder, settings, to_yaml, write_atomic
 from .data import DataError, leaks, named_run
+from .files import SEAL
 from .infer import save_model
 from .loop import CheckpointError, WorkerError, fit, key_seed, load_state
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
-from .segment import SegmentTask, background_ratio, loaders, prepare, probe
+from .segment import SegmentTask, Unread, background_ratio, loaders, prepare, probe, statistics
 from .track import Tracker, append, flat, lines
 
 # %% ../nbs/05_train.ipynb #2229aa28
@@ -147,7 +148,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #dff8ff43
+# %% ../nbs/05_train.ipynb #9a2e9c41
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -165,12 +166,13 @@ class Terminated:
         for s, handler in self.old.items(): signal.signal(s, handler)
 
 def _prepare(cfg):
-    "The manifest, its splits apart from each other, and the run folder"
+    "The manifest, its splits apart from each other, statistics of tiles that can be read, and the run folder"
     manifest = prepare(cfg)
     if shared := [f for f in leaks(manifest) if f.level == 'error']:
         text = f"{manifest.path.name}: splits share ground, so validation would flatter: {'; '.join(f'{f.value} ({f.note})' for f in shared)}. Make the splits anew, or set data.split_check to warn"
         if cfg.data.split_check == 'error': raise DataError(text)
         warnings.warn(text)
+    statistics(cfg, manifest)          # before anything else is written
     return manifest, run_folder(cfg, manifest.hash)
 
 def _smaller(cfg):
@@ -211,7 +213,8 @@ def _environment(folder, env):
     except (OSError, ValueError): first = None
     if first is None: write_atomic(path, json.dumps(env, indent=1)); return {}
     differs = {k: [first[k], v] for k, v in flat(env).items() if k in first and first[k] != v}
-    if differs: print('note: this run began otherwise, and results repeat to the bit only where all is the same: ' + ', '.join(f'{k} {a} → {b}' for k, (a, b) in differs.items()), flush=True)
+    said = [f'{k} {a} → {b}' for k, (a, b) in differs.items() if k != 'threads']          # of those the loop speaks
+    if said: print('note: this run began otherwise, and results repeat to the bit only where all is the same: ' + ', '.join(said), flush=True)
     return differs
 
 def start_over(folder:Path    # a run folder
@@ -229,14 +232,12 @@ def run(cfg:Config,        # the whole tree
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
-    if main and not {'focal', 'cross_entropy'} & set(cfg.loss.parts): warnings.warn(f'loss.parts {cfg.loss.parts}: the overlap of regions alone leaves next to no gradient in a batch without slumps; add focal or cross_entropy')
-    if main and (idle := sorted(set(cfg.loss_weights) - set(cfg.loss.parts))): warnings.warn(f'loss_weights names {", ".join(idle)}, and loss.parts {cfg.loss.parts} has no such part: it changes nothing')
-    if main and cfg.model.weights is None and cfg.freeze_backbone_epochs: warnings.warn(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
+    for doubt in doubts(cfg) if main else (): warnings.warn(doubt)
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main: _own(folder, cfg, manifest)
         env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
         tracker = [Tracker(cfg, folder, {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}, parent)] if cfg.tracker.kind == 'mlflow' and main else []
-        if (folder/'model'/'model.safetensors').exists():             # written last of all
+        if (folder/'model'/SEAL).exists():                            # written last of all
             if main: print('trained already: nothing to do', flush=True)
             for t in tracker: t.catch_up()
             return folder
@@ -245,7 +246,7 @@ def run(cfg:Config,        # the whole tree
         torch.manual_seed(key_seed(cfg.seed, 'model'))
         model = build(cfg.model); check_size(model, cfg.data.tile_size)
         try:
-            try: result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, log, KeepEvidence(folder), *tracker, *observers])
+            try: result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Unread(feed), log, KeepEvidence(folder), *tracker, *observers])
             except WorkerError as e: raise RunError(str(e)) from None
             except torch.OutOfMemoryError: full = True
             else: full = False
@@ -360,14 +361,14 @@ def rtsseg_noise(run:str='',                      # run folder; '' finds it from
     if 2 * sigma > value / 2: print(f'note: the value itself is {value:.4f}: with such a min_delta early stopping would stop any run; measure on one that was trained for longer')
     print(f'min_delta = 2σ = {2 * sigma:.4f} is in {os.path.relpath(path)}: the next run takes it with --config CONFIG,{os.path.relpath(path)}')
 
-# %% ../nbs/05_train.ipynb #bd498e51
+# %% ../nbs/05_train.ipynb #cb8b6137
 def show_training(folder:str|Path,     # a run folder
                   monitor:str='pr_auc@200'
                  ):
     "Loss, monitored value, signs of overfitting and learning rate over the epochs"
     import matplotlib.pyplot as plt
     rows = read_log(folder); fig, axes = plt.subplots(1, 4, figsize=(12, 2.3), layout='constrained')
-    signs = [(r['epoch'], r['sign']) for r in map(json.loads, (Path(folder)/'log.jsonl').read_text().splitlines()) if r['event'] == 'overfitting']
+    signs = [(r['epoch'], r['sign']) for r, _ in lines(Path(folder)/'log.jsonl') if r and r['event'] == 'overfitting']
     def draw(ax, key, label=None):
         points = [(r['epoch'], r[key]) for r in rows if key in r]
         if points: ax.plot(*zip(*points), label=label or key)

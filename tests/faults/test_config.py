@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rtsseg.config import Config, ConfigError, check_parameters, doubts, load, read_yaml, run_folder, to_yaml
+from rtsseg.data import DataError, read_manifest, write_manifest
+from rtsseg.evaluate import evaluate_run
 from rtsseg.segment import prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, locked, run, start_over
@@ -107,6 +109,25 @@ def test_23_a_run_under_way_is_not_put_aside(tiny):
     with locked(folder), pytest.raises(Busy): start_over(folder)
     assert folder.is_dir()
 
+def test_23_force_goes_on_and_is_recorded(tiny, tmp_path):
+    "With the config of the command; the log keeps what differed, and the report tells"
+    folder = run(tiny); path = folder/'config.yaml'; good = path.read_text(); path.write_text(good.replace('weight_decay: 0.01', 'weight_decay: 0.02'))
+    (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
+    assert '--force' in refused('rtsseg-train', '--config', tmp_path/'tiny.yaml')
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--force'], **SHELL)
+    assert done.returncode == 0 and 'optimizer.weight_decay 0.02 → 0.01' in done.stdout, done.stderr
+    forced = [l for l in map(json.loads, (folder/'log.jsonl').read_text().splitlines()) if l['event'] == 'forced']
+    assert [l['differs'] for l in forced] == [{'optimizer.weight_decay': [0.02, 0.01]}] and path.read_text() == good
+
+def test_23_data_that_was_changed_since(tiny):
+    "A run is evaluated on the data that it was trained on, or by force, and then each pass records it"
+    folder = run(tiny); t = read_manifest(tiny.data.manifest).table; t.loc[0, 'region'] = 'elsewhere'; write_manifest(t, tiny.data.manifest); before = files(folder)
+    with pytest.raises(DataError, match='manifest.csv.*: this is a config or data that make .*--force'): evaluate_run(folder, 'val')
+    assert files(folder) == before
+    evaluate_run(folder, 'val', force=True)
+    done = [l for l in map(json.loads, (folder/'log.jsonl').read_text().splitlines()) if l['event'] == 'evaluate']
+    assert done and all(folder.parent.name in l['forced'] for l in done)
+
 # ---------------------------------------------------------------- 24: hostile text
 BOMBS = {'code': '!!python/object/apply:os.system ["touch made"]', 'an object': 'a: !!python/object:os.stat_result {}', 'a tag of its own': 'a: !x 1', 'aliases': 'a: &a [x, x]\n' + ''.join(f'b{i}: &b{i} [*a, *a]\n' for i in range(30)),
          'an alias of itself': 'a: &a [*a]', 'merged aliases': 'a: &a {b: 1}\nc: {<<: *a}', 'depth': '[' * 60_000, 'depth of mappings': '{a: ' * 15_000, 'depth by keys': '? ' * 30_000, 'depth by dashes': '- ' * 30_000,
@@ -138,3 +159,9 @@ def test_24_through_a_command(tmp_path):
 def test_25_all_unknown_parameters_at_once():
     with pytest.raises(ConfigError) as e: check_parameters(dict(before=set(), seed=1, sed=2, epoch=3, _=4), ['seed', 'epochs', 'config'])
     assert str(e.value).splitlines() == ["no such parameter: 'epoch' (did you mean 'epochs'?)", "no such parameter: 'sed' (did you mean 'seed'?)"]
+
+@pytest.mark.parametrize('parameter,hint', [(('sed', '43'), "'seed'"), (('overrides', '["lr.bas_lr=1"]'), "'base_lr'")])
+def test_25_a_notebook_refuses_it(tmp_path, parameter, hint):
+    "Through papermill, before anything is read or written"
+    done = subprocess.run([BIN/'papermill', '05_train.ipynb', os.devnull, '-p', 'config', str(written(tmp_path, 'name: x')), '-p', *parameter], cwd=ROOT/'nbs', **SHELL)
+    assert done.returncode != 0 and f'did you mean {hint}' in done.stderr and os.listdir(tmp_path) == ['c.yaml']
