@@ -1,4 +1,4 @@
-"Settings that cannot be meant"
+"Faults 19 to 25: settings that cannot be meant"
 import json, os, subprocess, sys, time
 from pathlib import Path
 

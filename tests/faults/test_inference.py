@@ -1,4 +1,4 @@
-"Models and scenes at inference"
+"Faults 40 to 42: models that are not whole, scenes that hold little, predictions that are cut off"
 import contextlib, io, json, os, random, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
