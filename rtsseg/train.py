@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence',
            'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #dae47204
+# %% ../nbs/05_train.ipynb #234242e5
 import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, do
 from .data import DataError, leaks, named_run
 from .files import SEAL
 from .infer import save_model
-from .loop import CheckpointError, WorkerError, fit, key_seed, load_state
+from .loop import CheckpointError, UnsavedError, WorkerError, fit, key_seed, load_state
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
@@ -148,7 +148,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #9a2e9c41
+# %% ../nbs/05_train.ipynb #d4f62c6d
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -247,7 +247,7 @@ def run(cfg:Config,        # the whole tree
         model = build(cfg.model); check_size(model, cfg.data.tile_size)
         try:
             try: result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Unread(feed), log, KeepEvidence(folder), *tracker, *observers])
-            except WorkerError as e: raise RunError(str(e)) from None
+            except (UnsavedError, WorkerError) as e: raise RunError(str(e)) from None
             except torch.OutOfMemoryError: full = True
             else: full = False
             if full: raise RunError(_smaller(cfg))       # only now, when the frames that held the memory are gone
@@ -261,7 +261,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #1825c69f
+# %% ../nbs/05_train.ipynb #ca76516b
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -286,15 +286,18 @@ def launch(cfg:Config,             # the whole tree
     if detach:
         with open(folder/'train.out', 'ab') as out: subprocess.Popen(program, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         return folder
-    last = ''
+    last = told = ''
     with Terminated() as asked:
         trainer = subprocess.Popen(program, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         asked.on_start(SimpleNamespace(stop=lambda why: trainer.stdin.close()))
         try:
-            for last in trainer.stdout: print(last, end='', flush=True)
+            for last in trainer.stdout:
+                print(last, end='', flush=True)
+                if last.startswith(('error: ', 'stopped ')): told = last
         finally: trainer.stdin.close(); code = trainer.wait()          # also on an interrupt: it saves, and stops
     if code and asked.why: raise RunError(f'stopped ({asked.why}); the same command goes on from there')
     if code in (2, 3): raise RunError(last.strip(), code, told=True)
+    if code and told: raise RunError(told.strip(), 2 if told.startswith('error: ') else 3, told=True)      # torch's launcher makes 1 of every code
     if code: raise RunError(f'the trainer ended with code {code}; its last line: {last.strip()}')
     return folder
 

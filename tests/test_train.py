@@ -33,18 +33,20 @@ def tiny(tmp_path_factory):
 
 def numbers(folder): return [{k: v for k, v in r.items() if k not in Run.MEASURED} for r in read_log(folder)]
 
-def papermill(notebook, *parameters):
-    return subprocess.run([BIN/'papermill', notebook, os.devnull, *(a for p in parameters for a in ('-p', *p))], cwd=ROOT/'nbs', **SHELL)
+def papermill(notebook, out, *parameters, **env):
+    return subprocess.run([BIN/'papermill', notebook, out, *(a for p in parameters for a in ('-p', *p))], cwd=ROOT/'nbs', **SHELL | dict(env=SHELL['env'] | env))
 
 @pytest.fixture(scope='module')
 def undisturbed(tiny): return run(tiny[0])
 
-def test_papermill_trains(tiny):
-    done = papermill('05_train.ipynb', ('config', str(tiny[1])), ('seed', '43'), ('epochs', '1'), ('name', 'other'), ('overrides', '["lr.base_lr=3e-4"]'))
+def test_papermill_trains(tiny, tmp_path):
+    "With a tracker that cannot be reached, and whose password no notebook ever shows"
+    out, overrides = tmp_path/'out.ipynb', ['lr.base_lr=3e-4', 'tracker.kind=mlflow']
+    done = papermill('05_train.ipynb', out, ('config', str(tiny[1])), ('seed', '43'), ('epochs', '1'), ('name', 'other'), ('overrides', json.dumps(overrides)), RTSSEG_TRACKER_URI=f'http://user:canary@127.0.0.1:{port()}')
     assert done.returncode == 0, done.stderr[-2000:]
-    cfg = load(tiny[1], seed=43, epochs=1, name='other', overrides=['lr.base_lr=3e-4'])
-    folder = run_folder(cfg, prepare(cfg).hash)
+    cfg = load(tiny[1], seed=43, epochs=1, name='other', overrides=overrides); folder = run_folder(cfg, prepare(cfg).hash)
     assert (folder/'model'/'model.safetensors').exists() and load(folder/'config.yaml').lr.base_lr == 3e-4
+    assert 'events are still to be delivered' in out.read_text() and not any('canary' in text for text in (out.read_text(), done.stdout, done.stderr))
 
 def test_shell_refuses_unknown_keys(tmp_path):
     (tmp_path/'bad.yaml').write_text('epoch: 3')

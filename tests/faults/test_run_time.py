@@ -357,6 +357,13 @@ def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
     assert fits <= 3 and fits * n >= 8
     assert not (next(tmp_path.glob('runs/tiny/*/seed42'))/'model').exists()
 
+def test_33_a_command_whose_last_state_finds_no_room(tmp_path, monkeypatch):
+    "It stops with code 3; once there is room the same command goes on, and makes the model"
+    cfg = tiny(tmp_path); full_disk(monkeypatch, lambda i, name: 'resume' in name)
+    with pytest.raises(RunError, match='make room') as e: rtsseg.train.run(cfg)
+    assert e.value.code == 3 and not list(tmp_path.glob('runs/tiny/*/seed42/model')); monkeypatch.undo()
+    assert (rtsseg.train.run(cfg)/'model'/'model.safetensors').exists()
+
 # ---------------------------------------------------------------- 37: workers
 class Dies(Dataset):
     "A sample at which the process that reads it meets its end"
@@ -385,7 +392,8 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
 
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
-    "The second waits for a while, and is refused"
-    with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder'):
+    "The second waits for a while, and is refused with code 2"
+    with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder') as e:
         with locked(tmp_path, wait=.5): pass
+    assert e.value.code == 2
     with locked(tmp_path, wait=0): pass
