@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'background_ratio', 'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe',
            'show_probe', 'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #8058f233
+# %% ../nbs/04b_segment.ipynb #29903b36
 import fcntl, itertools, json, math, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
@@ -24,7 +24,7 @@ from fastcore.script import call_parse
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmenter, boundary
-from .config import Config, ConfigError, EarlyStopping, git_state, run_folder, settings, write_atomic
+from .config import Config, ConfigError, EarlyStopping, doubts, git_state, run_folder, settings, write_atomic
 from .data import (ELSEWHERE, UNREAD, DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, errors, failed, import_field, import_table,
                          neighbours, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import IGNORE, make_loss
@@ -254,7 +254,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #adb850fe
+# %% ../nbs/04b_segment.ipynb #17c8cb6e
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -287,7 +287,7 @@ def check(cfg:Config,             # the config
          ) -> list[Finding]:      # everything that was seen
     "Look at files and loaders, then go through guide 10.1; prints one table and a verdict. Raises one `DataError` with all that is wrong"
     manifest = _manifest(cfg)
-    files, seen, around = check_files(manifest, cfg), [], surroundings(cfg)
+    files, seen, around = [*check_files(manifest, cfg), *(Finding('warning', 'doubtful setting', d) for d in doubts(cfg))], [], surroundings(cfg)
     if not failed([*files, *around.values()]):
         feed = loaders(cfg, manifest)
         for name, loader in (('training', feed.train), ('validation', feed.val)):

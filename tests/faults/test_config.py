@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from rtsseg.config import Config, ConfigError, check_parameters, doubts, load, read_yaml, run_folder, to_yaml
 from rtsseg.data import DataError, read_manifest, write_manifest
 from rtsseg.evaluate import evaluate_run
-from rtsseg.segment import prepare
+from rtsseg.segment import check, prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, locked, run, start_over
 
@@ -83,6 +83,7 @@ def test_22_what_is_never_reached_is_said(tiny, capfd):
     assert any('rows from epoch 11 on begin after the last epoch, 1' in t for t in told) and any('the backbone never trains' in t for t in told)
     with pytest.warns(UserWarning) as seen: run(cfg)
     assert set(told) <= {str(w.message) for w in seen}
+    assert {f.value for f in check(cfg, batches=1) if f.what == 'doubtful setting'} == set(told)
 
 # ---------------------------------------------------------------- 23: a folder of another config
 def files(folder): return {f: f.stat().st_mtime_ns for f in folder.rglob('*') if f.is_file() and f.name != '.lock'}
