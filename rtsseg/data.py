@@ -278,7 +278,7 @@ def grid_blocks(table:pd.DataFrame,   # with region, footprint and crs
         out[g.index] = [f'{region}/{int(c)}_{int(r)}' for c, r in zip(np.floor(x / size), np.floor(y / size))]
     return out
 
-# %% ../nbs/01_data.ipynb #62ab60a5
+# %% ../nbs/01_data.ipynb #e402f64f
 def _text(column): return column.map(lambda v: '' if v is None or v != v else str(v).strip()).astype('str')
 
 def _row(t, i): return f'row {i + 1} (tile_id {t.tile_id.iloc[i]!r})'
@@ -304,7 +304,7 @@ def _tidy(t, root):
     for c in TEXT: told(t[c].str.contains(r'[\x00-\x1f\x7f]'), f'{c}: holds control characters')
     for tid, at in t.groupby('tile_id').indices.items():
         if len(at) > 1 and tid: problems.append(f'{rows(at)}, tile_id: {tid!r} stands {len(at)} times, in {splits(at)}')
-    if has_split: told(~t.split.isin(SPLITS), f'split: none of {", ".join(SPLITS)}')
+    for i in np.flatnonzero(~t.split.isin(SPLITS)) if has_split else (): problems.append(f'{_row(t, i)}, split: {t.split.iloc[i]!r} is none{nearest(t.split.iloc[i], SPLITS)}')
     told(t.image == '', 'image: empty')
     told((t['mask'] == '') & (t.n_positive > 0), 'mask: empty, but n_positive is not 0')
     told(t.n_positive.notna() & ((t.n_positive < 0) | (t.n_positive % 1 != 0)), 'n_positive: no count')

@@ -168,7 +168,7 @@ def event(line:str|bytes,      # of log.jsonl
     if kind in _EVENTS: typed(_EVENTS[kind], {k: v for k, v in row.items() if k != 'event'}, what)
     return row
 
-# %% ../nbs/00a_files.ipynb #ed1dd253
+# %% ../nbs/00a_files.ipynb #935edd83
 SEAL = 'SHA256SUMS'
 SEALED = 'README.md', 'calibration.json', 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json'      # all that a model directory is
 
@@ -205,7 +205,7 @@ def check_seal(folder:str|Path,   # a model directory
         if n not in found: why = f'is not in {SEAL}: it was put there later, or by a command that was cut off' * there
         elif not there: why = f'is missing, and {SEAL} lists it'
         else: why = f'is not the file that {SEAL} lists: it was damaged, changed or exchanged' * (digest(path) != found[n])
-        how = 'rtsseg-calibrate makes it anew; seal_model lists what is there' if n == 'calibration.json' else 'copy the directory again'
+        how = 'rtsseg-calibrate makes it anew; seal_model lists what is there' if n == 'calibration.json' else 'copy the directory again; in a run folder, the command that trained it exports it anew'
         if why: problems.append(f'{n} {why} ({how})')
     if problems: raise FileError('\n'.join(problems))
     return found

@@ -281,8 +281,9 @@ class Timed:
         self.late = True
         for w in self.stream._workers: w.kill()
 
-# %% ../nbs/04a_loop.ipynb #976d288e
+# %% ../nbs/04a_loop.ipynb #e1dcce1c
 HOOKS = {'on_start': 'the run is about to train (or to go on)', 'on_stage': 'a stage begins', 'on_step': 'an optimizer step was taken',
+         'on_judge': 'a batch of the validation was judged',
          'on_epoch': 'an epoch ended; its row is run.history[-1]', 'on_validation': 'a validation ended: (run, metrics, meter)',
          'on_checkpoint': 'a file was saved: (run, path)', 'on_end': 'training ended; run.reason says why'}
 
@@ -439,7 +440,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #05f95bf1
+# %% ../nbs/04a_loop.ipynb #1503e76d
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -511,13 +512,16 @@ def _step(run, group, stage, trained):
     if learns:                         # the same in every process, for each draws the whole epoch
         for tiles, losses in gather_object([(tiles.tolist(), losses.tolist()) for tiles, losses in hard]): run.sampler.learn(tiles, losses)
 
-def _validate(run, val, stage):
-    "Judge the averaged weights; the best so far are kept at once. None where the run was asked to stop meanwhile"
+def _validate(run, val, stage, tell):
+    "Judge the averaged weights; the best so far are kept at once. None where the run was asked to stop meanwhile: then nothing of it is kept"
     _alike(run.judged.buffers())       # batch statistics are each process's own: the first one's are judged, and saved
     def halt(i):                       # asked together, so only as long as every process has batches
+        tell('on_judge', run)
         if i < len(val.batch_sampler.batches) // run.accelerator.num_processes: run.agree()
         return bool(run.reason)
     if (judged := evaluate(run.task, run.judged, val, run.accelerator, {**run.cfg.loss_weights, **stage.loss_weights}, halt)) is None: return None
+    run.agree()                        # of the last batches, which not every process has
+    if run.reason: return None
     metrics, meter = judged
     if run.task.monitor not in metrics: raise ConfigError(f'monitor: validation gives no {run.task.monitor!r}{nearest(run.task.monitor, metrics)}')
     value, sign = metrics[run.task.monitor], 1 if run.task.mode == 'max' else -1
@@ -584,7 +588,7 @@ def fit(cfg:LoopConfig,       # what to do
                    **{f'train/{k}': float(v) for k, v in (task.summary(sums) if sums else {}).items()})
         judged = None
         if run.epoch % cfg.val_frequency == 0 or run.epoch == cfg.epochs:
-            judged = _validate(run, val, stage)
+            judged = _validate(run, val, stage, tell)
             if judged is None: break                               # asked to stop: the resume validates anew
         run.history.append(row)
         if judged:

@@ -132,7 +132,7 @@ def _alone(folder):
         os.close(handle)
         with suppress(OSError): folder.rmdir()
 
-# %% ../nbs/08_predict.ipynb #b6d74373
+# %% ../nbs/08_predict.ipynb #802b2a6b
 class Stopped(RuntimeError):
     "Asked to stop before the end; the same command goes on from the rows that are finished"
 
@@ -163,6 +163,13 @@ def _told(path):
         with _open(path, rows=1) as ds: return dict(json.loads(ds.tags().get('RTSSEG', '{}')))
     except (ValueError, TypeError): return {}
 
+def _note(out): return out.with_name(f'{out.name}.json')
+
+def _whole(out, told):
+    "Whether a map is the file that its note speaks of"
+    try: return json.loads(_note(out).read_text()) == told | dict(sha256=_digest(out))
+    except (OSError, ValueError): return False
+
 def _write(out, work, parts, n, scene, made):
     "Put the finished rows together"
     whole, cog, counts = work/'whole.tif', work/'map.tif', dict(pixels=0, valid=0, windows=0, empty=0)
@@ -184,7 +191,7 @@ def _write(out, work, parts, n, scene, made):
     with open(cog, 'rb') as f: os.fsync(f.fileno())
     os.replace(cog, out)
 
-# %% ../nbs/08_predict.ipynb #d066eeae
+# %% ../nbs/08_predict.ipynb #3ca381c8
 def predict_scene(model_dir:str|Path,      # a model directory
                   scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
                   out:str|Path,            # the map, a .tif
@@ -214,16 +221,17 @@ def predict_scene(model_dir:str|Path,      # a model directory
         told = _told(out); other = [k for k, v in made.items() if told.get(k) != v]
         if other and out.exists() and not force:
             raise DataError(f'{out.name} is there and was made otherwise ({", ".join(other) if told else "not by this library"}): name another file, or say --force to replace it')
+        if not other and not _whole(out, told): _say(f'{out.name} or its note was cut off or damaged: the map is made again'); other = ['content']
         if other:
             done = _Parts(parts, hashlib.sha256(json.dumps(made).encode()).hexdigest())
             wanted = {i for i in range(n) if done.get(i, source.width) is None}
             if len(wanted) < n: _say(f'{n - len(wanted)} of {n} rows of windows are done already')
             for i, p, valid, counts in _strips(model, source, views, batch, wanted, check):
                 done.put(i, counts, encode(calibration.probability(logit(p)) if calibration else p, valid))
-            _write(out, parts, done, n, source, made); told = _told(out)
-        write_atomic(out.with_name(f'{out.name}.json'), json.dumps(told, indent=1) + '\n')
+            _write(out, parts, done, n, source, made); told = _told(out); write_atomic(_note(out), json.dumps(told | dict(sha256=_digest(out)), indent=1) + '\n')
+        else: _say(f'{out.name} is there already, made with the same settings of the same files')
         shutil.rmtree(parts)
-    return told
+    return json.loads(_note(out).read_text())
 
 # %% ../nbs/08_predict.ipynb #c4635df9
 @call_parse

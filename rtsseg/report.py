@@ -13,7 +13,7 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'tables', 'figures', 'plain', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs',
            'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #b1048182
+# %% ../nbs/07_report.ipynb #ab31763b
 import json, math, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,14 +26,14 @@ from scipy.special import expit, logit
 from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, run_evidence, show_reliability, views_gain
 from .config import UNDECIDING, Config, ConfigError, load, settings, write_atomic
 from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
-from .files import Best, Environment, FileError, event, inside, read_bytes, read_json, read_ledger, typed
+from .files import SEAL, Best, Environment, FileError, check_seal, event, inside, read_bytes, read_json, read_ledger, typed
 from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
 from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
                             tile_counts, weight)
 from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
 from .page import Bullets, Code, Fold, Number, Part, Picture, Slider, Table, Text, Tiles, appendix, page
 
-# %% ../nbs/07_report.ipynb #61b7368a
+# %% ../nbs/07_report.ipynb #0a264869
 class ReportError(RuntimeError):
     "A run that cannot be reported: says what is missing, or which two numbers disagree"
 
@@ -95,6 +95,9 @@ def read_run(folder:str|Path    # a run folder
         return path
     train = f'rtsseg-train --config {_shell(folder/"config.yaml")}'; calibrate = f'rtsseg-calibrate --run {_shell(folder)}'
     cfg = load(need(folder/'config.yaml', 'rtsseg-train'))
+    if (folder/'model'/SEAL).exists():
+        try: check_seal(folder/'model', ('calibration.json', 'metrics.json'))
+        except FileError as e: raise ReportError(f'{_place(folder/"model", 5)}: {e}') from None
     best = _json(need(folder/'model'/'metrics.json', f'{train}, when it is done,'), folder, Best, f'{train} --fresh makes it anew')
     need(evidence_path(folder, 'val', cfg.infer.views), f'rtsseg-evaluate --run {_shell(folder)} --split val'); val = _read_evidence(folder, 'val', cfg.infer.views)
     _json(path := need(folder/'model'/'calibration.json', calibrate), folder, dict, f'take it away, and {calibrate} makes it anew')
@@ -102,8 +105,8 @@ def read_run(folder:str|Path    # a run folder
     except ValueError as e: raise ReportError(f'{e}: {calibrate} makes it') from None
     if missing := sorted(set(cfg.metrics.ratios) - set(calibration.shifts)): raise ReportError(f'{_place(path, 6)} was made for other ratios than {", ".join(f"1:{r}" for r in missing)} of config.yaml: {calibrate} makes it anew')
     test = evidence_path(folder, 'test', cfg.infer.views)
-    env = _json(need(folder/'environment.json', train), folder, Environment, f'{train} --fresh makes it anew')
-    lines = _log(log := need(folder/'log.jsonl', train), folder, f'{train} --fresh makes it anew')
+    env = _json(need(folder/'environment.json', f'{train} --fresh'), folder, Environment, f'{train} --fresh makes it anew')
+    lines = _log(log := need(folder/'log.jsonl', f'{train} --fresh'), folder, f'{train} --fresh makes it anew')
     if not any(l['event'] == 'epoch' for l in lines): raise ReportError(f'{_place(log, 6)} is damaged (it holds no epoch): {train} --fresh makes it anew')
     rows = {l['epoch']: l for l in lines if l['event'] == 'epoch'}                       # the later line of an epoch counts: it was resumed
     try: manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)

@@ -181,19 +181,27 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #5e17d673
+# %% ../nbs/04b_segment.ipynb #1f380319
 class Unread:
     "Observer: says each tile that could not be read, asks the run to stop where they are more than `data.UNREAD` of a split, and tells their number at the end"
     def __init__(self, feed:Loaders): self.splits = {name: (loader.dataset, {}) for name, loader in (('training', feed.train), ('validation', feed.val))}
 
+    def on_start(self, run):           # what stopped an earlier life stops this one too, unless it was mended
+        path = run.folder/'unread.json'; before = json.loads(path.read_text()) if path.exists() else {}
+        for name, (tiles, _) in self.splits.items():
+            for i in np.flatnonzero(tiles.manifest.table.tile_id.isin(before.get(name, []))).tolist(): tiles._read(i)
+        self.on_step(run)
+
     def on_step(self, run):
         for name, (tiles, told) in self.splits.items():
             for i in tiles.unread.nonzero()[:, 0].tolist():
-                if i not in told: told[i] = tiles.problem(i); print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
+                if i in told: continue
+                told[i] = tiles.problem(i); print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
+                if run.accelerator.is_main_process: write_atomic(run.folder/'unread.json', json.dumps({n: t.manifest.table.tile_id[list(of)].tolist() for n, (t, of) in self.splits.items()}))
             if len(told) > UNREAD * len(tiles):
                 run.stop(f'{name}: {len(told)} of {len(tiles)} tiles cannot be read, which is more than {UNREAD:.1%}: {"; ".join(itertools.islice(told.values(), 5))}')
 
-    def on_validation(self, run, metrics, meter): self.on_step(run)
+    on_judge = on_step
 
     def on_end(self, run):
         for name, (tiles, told) in self.splits.items():

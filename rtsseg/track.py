@@ -193,11 +193,11 @@ def _why(error):
     while error.__cause__ or error.__context__: error = error.__cause__ or error.__context__
     return type(error).__name__
 
-# %% ../nbs/04d_track.ipynb #1f124d2d
+# %% ../nbs/04d_track.ipynb #79e350e7
 @call_parse
 def rtsseg_track(run:str=''      # run folder, or the folder of a search
                 ):
-    "Deliver what a run's tracker has not got; RTSSEG_TRACKER_URI names the tracker where the run's config does not, or where it wants a password"
+    "Deliver what a run's tracker has not got; RTSSEG_TRACKER_URI, where it is set, names the tracker instead of the run's config, as for one that wants a password"
     folder = Path(run); path = folder/'tracker.jsonl'
     if not run or not path.is_file(): print(f'error: run: {run or "no folder is named"}: no tracker.jsonl there, which a run that is mirrored keeps', file=sys.stderr); sys.exit(2)
     event = next((e for e, _ in lines(path) if e and e['event'] == 'begin'), None)

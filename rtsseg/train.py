@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence',
            'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #234242e5
+# %% ../nbs/05_train.ipynb #763b0770
 import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.script import call_parse, store_true
 
 from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, doubts, environment, load, run_folder, settings, to_yaml, write_atomic
 from .data import DataError, leaks, named_run
-from .files import SEAL
+from .files import SEAL, SEALED, FileError, check_seal
 from .infer import save_model
 from .loop import CheckpointError, UnsavedError, WorkerError, fit, key_seed, load_state
 from .intervals import resample, subsample
@@ -148,7 +148,7 @@ def locked(folder:Path,          # a run folder
                 time.sleep(0.2)
         yield
 
-# %% ../nbs/05_train.ipynb #d4f62c6d
+# %% ../nbs/05_train.ipynb #ffd9afb1
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -217,6 +217,15 @@ def _environment(folder, env):
     if said: print('note: this run began otherwise, and results repeat to the bit only where all is the same: ' + ', '.join(said), flush=True)
     return differs
 
+def _exported(folder, main):
+    "Whether the model is there, and is what was written; else the last checkpoint makes it anew, and rtsseg-calibrate what belongs to it"
+    if not (folder/'model'/SEAL).exists(): return False               # written last of all
+    try: return bool(check_seal(folder/'model', [n for n in SEALED if n != 'calibration.json']))
+    except FileError as e:
+        if not any((folder/'checkpoints').glob('*.ckpt')): raise RunError(f'{e}\nNo checkpoint is left to export the model from: put a good copy back, or start over with --fresh', 2) from None
+        if main: print(f'note: the model is exported anew, and wants rtsseg-calibrate: {e}', flush=True); (folder/'model'/'calibration.json').unlink(missing_ok=True)
+        return False
+
 def start_over(folder:Path    # a run folder
               ) -> Path|None: # where it lies now; None where there was none
     "Put a run aside, whole, so that its command begins anew; raises `Busy` where it is under way"
@@ -237,7 +246,7 @@ def run(cfg:Config,        # the whole tree
         if main: _own(folder, cfg, manifest)
         env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
         tracker = [Tracker(cfg, folder, {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}, parent)] if cfg.tracker.kind == 'mlflow' and main else []
-        if (folder/'model'/SEAL).exists():                            # written last of all
+        if _exported(folder, main):
             if main: print('trained already: nothing to do', flush=True)
             for t in tracker: t.catch_up()
             return folder

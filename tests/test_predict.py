@@ -1,5 +1,5 @@
 "Scenes become maps: seams, edges, grids, what is refused, what it costs"
-import json, tracemalloc
+import hashlib, json, tracemalloc
 from pathlib import Path
 
 import numpy as np, pytest, rasterio, torch
@@ -146,7 +146,7 @@ def test_the_same_model_and_scene_give_the_same_bytes(model, tmp_path):
         predict_scene(tmp_path/name/'model', tmp_path/name/f'{name[-1]}_scene.tif', tmp_path/name/'map.tif')
     files = [(tmp_path/n/'map.tif').read_bytes() for n in ('a', 'b/c')]; assert files[0] == files[1]
     with rasterio.open(tmp_path/'a/map.tif') as ds: tags = ds.tags()
-    assert json.loads(tags['RTSSEG']) == json.loads((tmp_path/'a/map.tif.json').read_text()) and set(tags) == {'RTSSEG', 'AREA_OR_POINT'}
+    assert json.loads(tags['RTSSEG']) | dict(sha256=hashlib.sha256((tmp_path/'a/map.tif').read_bytes()).hexdigest()) == json.loads((tmp_path/'a/map.tif.json').read_text()) and set(tags) == {'RTSSEG', 'AREA_OR_POINT'}
     for trace in (str(tmp_path), 'scene.tif', '.parts'): assert trace.encode() not in files[0]
     assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['a_scene.tif', 'map.tif', 'map.tif.json', 'model']
 

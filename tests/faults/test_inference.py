@@ -1,5 +1,5 @@
 "Faults 40 to 42: models that are not whole, scenes that hold little, predictions that are cut off"
-import contextlib, io, json, os, random, re, resource, shutil, signal, subprocess, sys, time
+import contextlib, hashlib, io, json, os, random, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest, rasterio, torch
@@ -97,7 +97,7 @@ def scene(path, h, w, *holes):
 
 def check(out, told, valid):
     "Data where the scene has some, the right numbers in both places, and nothing left behind"
-    with rasterio.open(out) as ds: found = ds.read(1); assert ds.nodata == NODATA and ds.crs == CRS and ds.transform == GRID and told == json.loads(ds.tags()['RTSSEG'])
+    with rasterio.open(out) as ds: found = ds.read(1); assert ds.nodata == NODATA and ds.crs == CRS and ds.transform == GRID and told == json.loads(ds.tags()['RTSSEG']) | dict(sha256=hashlib.sha256(out.read_bytes()).hexdigest())
     assert ((found != NODATA) == valid).all() and told == json.loads(out.with_name(f'{out.name}.json').read_text()) and not out.with_name(f'{out.name}.parts').exists()
     seen = [valid[y:y + 64, x:x + 64].any() for y in starts(valid.shape[0], 64) for x in starts(valid.shape[1], 64)]
     assert {k: told[k] for k in ('pixels', 'valid', 'windows', 'empty')} == dict(pixels=valid.size, valid=valid.sum(), windows=sum(seen), empty=len(seen) - sum(seen))
@@ -195,7 +195,7 @@ def test_42_rows_that_are_damaged_or_foreign(model, tmp_path, monkeypatch, damag
     "They are told, and made again: the map is the same bytes"
     path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'
     if damage == 'of another model':
-        other = shutil.copytree(model, tmp_path/'model'); text = (other/'normalization_stats.json').read_text(); (other/'normalization_stats.json').write_text(text.replace('0.35', '0.36'))
+        other = shutil.copytree(model, tmp_path/'model'); text = (other/'normalization_stats.json').read_text(); (other/'normalization_stats.json').write_text(text.replace('0.35', '0.36')); seal_model(other)
         cut_off(other, path, out, monkeypatch, 7); bad = 7
     else:
         parts = cut_off(model, path, out, monkeypatch, 10 - 1); part = parts/'000004'; data = part.read_bytes(); bad = 1
@@ -203,6 +203,15 @@ def test_42_rows_that_are_damaged_or_foreign(model, tmp_path, monkeypatch, damag
         else: part.write_bytes(dict(flipped=data[:90] + bytes([data[90] ^ 4]) + data[91:], truncated=data[:-9], empty=b'')[damage])
     capfd.readouterr(); made = rows(lambda: predict_scene(model, path, out)); said = capfd.readouterr().err
     assert files(out) == files(tmp_path/'undisturbed.tif') and said.count('is damaged or was left by another run') == bad and made == (10 if bad == 7 else 4)
+
+@pytest.mark.parametrize('damage', ['cut off', 'flipped', 'its note is lost'])
+def test_42_a_finished_map_that_was_damaged(model, tmp_path, damage, capfd):
+    "It is not taken for done: it is made again, to the same bytes"
+    path, _ = scene(tmp_path/'scene.tif', 100, 70); out = tmp_path/'map.tif'; predict_scene(model, path, out); good = files(out); capfd.readouterr()
+    predict_scene(model, path, out); assert 'is there already' in capfd.readouterr().err and files(out) == good
+    if damage == 'its note is lost': out.with_name('map.tif.json').unlink()
+    else: out.write_bytes(good[0][:-50] if damage == 'cut off' else good[0][:-50] + bytes([good[0][-50] ^ 1]) + good[0][-49:])
+    predict_scene(model, path, out); assert 'the map is made again' in capfd.readouterr().err and files(out) == good
 
 def test_42_a_map_of_other_settings_is_kept(model, tmp_path):
     "Another scene, model or setting is refused while the old map stands there, and names what differs; --force replaces it"

@@ -384,7 +384,7 @@ def test_S9_markup_in_every_text(folder):
 # ---------------------------------------------------------------- any byte
 FILES = [*(f'model/{n}' for n in (SEAL, *SEALED)), 'config.yaml', 'environment.json', 'log.jsonl', 'evidence/val.parquet', 'evidence/test.parquet', 'evidence/test.npz', '../../../test_ledger.json']
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.integers(0, 8), relist=st.booleans())
 def test_S10_any_byte(made, name, where, flip, relist):
     "Whether the list of digests notices or has been written anew over the damage"
