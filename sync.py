@@ -23,6 +23,7 @@ title: What survives what
 ---
 
 Spot machines die, disks fill, trackers go down, rasters lie. Each line here is a promise, and a test that does it to the library and looks what is left; this page is made from those tests.
+
 | exit code | meaning | what to do |
 |---|---|---|
 | 0 | done | |

@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, re, signal, socket, subprocess, sys, time, warnings
+import json, os, re, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from rtsseg.metrics import Evidence
 from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.track import lines
-from rtsseg.train import SIGNS, Log, Stopped, adopt, locked, read_log, rtsseg_train, run, show_training
+from rtsseg.train import SIGNS, Log, RunError, Stopped, adopt, locked, read_log, rtsseg_train, run, show_training
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -171,6 +171,16 @@ def test_tracker_mirrors_the_run(tiny, server, tmp_path):
     assert [(m.step, m.value) for m in history] == [(r['epoch'], r['val/pr_auc@200']) for r in read_log(folder)]
     assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {'config.yaml', 'environment.json', 'model'}
     assert str(tmp_path) not in (folder/'model'/'config.yaml').read_text()                    # a model is handed on, this machine is not
+
+def test_a_damaged_model_is_exported_anew(tiny, undisturbed, tmp_path, capfd):
+    "From the checkpoint, by the same command; where no checkpoint is left that is an error, and no training from the start"
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs')); folder = run_folder(cfg, prepare(cfg).hash); shutil.copytree(undisturbed, folder)
+    path = folder/'model'/'model.safetensors'; good = path.read_bytes(); path.write_bytes(good[:-1] + bytes([good[-1] ^ 1])); (folder/'model'/'README.md').unlink()
+    capfd.readouterr(); run(cfg); said = capfd.readouterr().out
+    assert 'model.safetensors is not the file' in said and 'README.md is missing' in said and path.read_bytes() == good and (folder/'model'/'README.md').exists()
+    path.write_bytes(b''); shutil.rmtree(folder/'checkpoints')
+    with pytest.raises(RunError, match='No checkpoint is left') as e: run(cfg)
+    assert e.value.code == 2
 
 def test_a_finished_run_is_left_alone(tiny, undisturbed, capfd):
     before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'}
