@@ -150,7 +150,7 @@ class Stopper:
         if not self.since or mean > self.best + es.min_delta: self.best, self.since = mean, epoch
         return epoch - self.since >= es.patience
 
-# %% ../nbs/04a_loop.ipynb #fc3421b5
+# %% ../nbs/04a_loop.ipynb #b992c97e
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be read or gone on from"
 
@@ -188,6 +188,14 @@ def load_state(path:str|Path    # a file of `save_state`
     try: return torch.load(payload, map_location='cpu', weights_only=True)
     except Exception as e: raise CheckpointError(f'{name} cannot be read: {type(e).__name__}') from None
 
+_PLAIN = dict(epoch=int, batch=int, step=int, skipped=int, bad=int, finished=bool, best=dict, sums=dict, counts=dict, tally=dict, stopper=dict, history=list)
+
+def _sound(state):
+    "Whether the plain part of a state has the types that a run gives it: a seal says that nothing was damaged, not who made it"
+    return (isinstance(state, dict) and all(type(state[k]) is t and (t is not int or state[k] >= 0) for k, t in _PLAIN.items() if k in state)
+            and all(isinstance(row, dict) and type(row.get('epoch')) is int for row in state.get('history', []))
+            and (not state.get('best') or type(state['best'].get('step')) is int and type(state['best'].get('epoch')) is int and isinstance(state['best'].get('value'), float)))
+
 def newest_state(folder:str|Path   # the checkpoints folder
                 ) -> dict|None:    # the newest state that can be gone on from; None where there is no file at all
     "What to resume from. Where it is damaged, or the best weights that it speaks of are, falls back to one from before, and says so; raises `CheckpointError` where there is none"
@@ -200,6 +208,7 @@ def newest_state(folder:str|Path   # the checkpoints folder
     for f in sorted([f for f in Path(folder).glob('*.ckpt') if f.name != 'best.ckpt'], key=lambda f: (step(f), f.name), reverse=True):
         try:
             state = load_state(f)
+            if not _sound(state): raise CheckpointError(f'{f.name} is sealed, but holds no state of a run')
             if state.get('step', 0) < lost: state['best'] = {}      # they will be found again on the way
             elif best := state.get('best'):
                 lost = best['step']

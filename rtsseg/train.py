@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'Log', 'read_log', 'overfitting', 'KeepEvidence',
            'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #763b0770
+# %% ../nbs/05_train.ipynb #ab9c7cf5
 import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +19,9 @@ from fastcore.script import call_parse, store_true
 
 from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, doubts, environment, load, run_folder, settings, to_yaml, write_atomic
 from .data import DataError, leaks, named_run
-from .files import SEAL, SEALED, FileError, check_seal
+from .files import SEAL, SEALED, FileError, check_seal, inside, read_json
 from .infer import save_model
-from .loop import CheckpointError, UnsavedError, WorkerError, fit, key_seed, load_state
+from .loop import CheckpointError, UnsavedError, WorkerError, accelerator, fit, key_seed, load_state
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
@@ -80,7 +80,7 @@ def read_log(folder:str|Path      # a run folder
     if bad := rows.count(None): print(f'note: {folder}/log.jsonl: {bad} of {len(rows)} lines cannot be read and are left out', file=sys.stderr)
     return list({r['epoch']: r for r in rows if r and r['event'] == 'epoch'}.values())
 
-# %% ../nbs/05_train.ipynb #a278e589
+# %% ../nbs/05_train.ipynb #f619befa
 STARVED = .2      # share of an epoch spent waiting for data from which on it is worth a word
 SIGNS = {'train-val divergence': 'the training loss falls while the validation loss rises; increase dropout or augmentation',
          'large IoU gap': 'training IoU above 0.9, validation IoU at 1:1 below 0.5; reduce the capacity of the model, or stop earlier',
@@ -94,7 +94,8 @@ def overfitting(rows:list[dict],          # epochs, as in `Run.history`
     judged = [r for r in rows if 'val/loss' in r][-3:]
     if not judged or judged[-1] is not rows[-1]: return []
     def series(key): return np.array([r.get(key, np.nan) for r in judged])
-    train = sum(cfg.loss_weights.get(k.removeprefix('train/loss/'), 1.) * series(k) for k in judged[-1] if k.startswith('train/loss/'))      # weighed as the validation loss is
+    parts = sorted({k for r in judged for k in r if k.startswith('train/loss/')})                     # none where no step had a finite loss
+    train = sum((cfg.loss_weights.get(k.removeprefix('train/loss/'), 1.) * series(k) for k in parts), start=np.full(len(judged), 0. if parts else np.nan))      # weighed as the validation loss is
     val, balanced, realistic = series('val/loss'), series('val/pr_auc@1'), series(f'val/{monitor}')
     found = dict.fromkeys(SIGNS, False)
     if len(judged) == 3:
@@ -122,7 +123,7 @@ def noise_floor(before:Evidence,         # of a validation
     a, b = (resample(e, [ratio], ious=(), replicates=replicates)[ratio]['pr_auc'] for e in (before, after))      # one seed: the same blocks
     return float(np.nanstd(b - a, ddof=1))
 
-# %% ../nbs/05_train.ipynb #d7433ae2
+# %% ../nbs/05_train.ipynb #9877d3c2
 class RunError(RuntimeError):
     "A run that cannot begin or did not finish"
     def __init__(self, why, code=3, told=False): super().__init__(why); self.code, self.told = code, told
@@ -133,22 +134,32 @@ class Busy(RunError):
 class Stopped(RunError):
     "A run that was asked to stop before its end; the same command goes on from there"
 
+def _contained(folder):
+    "Raise `FileError` where something that a run writes would be written elsewhere, by a link that lies in its folder"
+    for name in ('checkpoints', 'evidence', 'model'):
+        if (folder/name).is_symlink(): raise FileError(f'{name} leads out of {folder.name}, by a link: only what lies in the folder is written')
+    for path in (p for p in (folder, folder/'model') if p.is_dir() for p in p.iterdir() if not p.is_dir()): inside(path, folder)
+
 @contextmanager
 def locked(folder:Path,          # a run folder
            wait:float=60         # seconds to wait for another process
           ):
     "Hold the lock of a run folder; raises `Busy` where another process keeps it"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'.lock', 'w') as f:
-        until = time.monotonic() + wait
-        while True:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-            except BlockingIOError:
-                if time.monotonic() > until: raise Busy(f'{folder.parent.name}/{folder.name}: another process trains in this run folder; wait for it or stop it', 2) from None
-                time.sleep(0.2)
-        yield
+    until, held = time.monotonic() + wait, False
+    while not held:
+        _contained(folder); folder.mkdir(parents=True, exist_ok=True); f = open(folder/'.lock', 'a')
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(f.fileno()), os.stat(folder/'.lock'))          # else the folder was put aside meanwhile
+        except FileNotFoundError: pass
+        except BlockingIOError:
+            if time.monotonic() > until: f.close(); raise Busy(f'{folder.parent.name}/{folder.name}: another process trains in this run folder; wait for it or stop it', 2) from None
+            time.sleep(0.2)
+        if not held: f.close()
+    try: yield
+    finally: f.close()
 
-# %% ../nbs/05_train.ipynb #ffd9afb1
+# %% ../nbs/05_train.ipynb #cea7f365
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -203,14 +214,14 @@ def adopt(cfg:Config     # the whole tree
             if config_hash(found, manifest.hash) == folder.parent.name: return {}
             there, here = (flat(c.model_dump(mode='json')) for c in (found, cfg)); idle = ['.'.join(u) for u in UNDECIDING]
             differs = {k: [there.get(k), here.get(k)] for k in there | here if there.get(k) != here.get(k) and not any(f'{k}.'.startswith(f'{u}.') for u in idle)}
-        write_atomic(path, to_yaml(cfg)); append(folder/'log.jsonl', dict(event='forced', differs=differs))
+        append(folder/'log.jsonl', dict(event='forced', differs=differs)); write_atomic(path, to_yaml(cfg))      # in this order: what is done is told
     return differs
 
 def _environment(folder, env):
     "Keep the environment of the run's first start; what is otherwise now"
     path = folder/'environment.json'
-    try: first = flat(json.loads(path.read_text())) if any((folder/'checkpoints').glob('*.ckpt')) else None
-    except (OSError, ValueError): first = None
+    try: first = flat(read_json(path, folder)) if any((folder/'checkpoints').glob('*.ckpt')) else None
+    except FileError: first = None
     if first is None: write_atomic(path, json.dumps(env, indent=1)); return {}
     differs = {k: [first[k], v] for k, v in flat(env).items() if k in first and first[k] != v}
     said = [f'{k} {a} → {b}' for k, (a, b) in differs.items() if k != 'threads']          # of those the loop speaks
@@ -234,6 +245,12 @@ def start_over(folder:Path    # a run folder
         aside = folder.with_name(f'old-{folder.name}-{time.strftime("%Y%m%dT%H%M%S")}')
         return folder.rename(aside)
 
+def _ready(cfg):
+    "The model of a config; raises `ConfigError`, also where its device is not there, before anything is written"
+    if cfg.device == 'cuda': accelerator(cfg)
+    torch.manual_seed(key_seed(cfg.seed, 'model')); model = build(cfg.model); check_size(model, cfg.data.tile_size)
+    return model
+
 def run(cfg:Config,        # the whole tree
         observers=(),      # further objects with hooks (see `HOOKS`)
         parent:str=''      # folder of the search that this run belongs to, for the tracker
@@ -242,6 +259,7 @@ def run(cfg:Config,        # the whole tree
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
     for doubt in doubts(cfg) if main else (): warnings.warn(doubt)
+    model = None if (folder/'model'/SEAL).exists() else _ready(cfg)
     with locked(folder) if main else open(os.devnull) as _, Terminated() as terminated:
         if main: _own(folder, cfg, manifest)
         env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
@@ -252,8 +270,7 @@ def run(cfg:Config,        # the whole tree
             return folder
         log, whole = Log(folder, _environment(folder, env) if main else {}), False
         feed = loaders(cfg, manifest)
-        torch.manual_seed(key_seed(cfg.seed, 'model'))
-        model = build(cfg.model); check_size(model, cfg.data.tile_size)
+        model = model or _ready(cfg)
         try:
             try: result = fit(cfg, SegmentTask(cfg, manifest.of('val').table, background_ratio(feed)), model, feed.train, feed.val, folder, [terminated, Unread(feed), log, KeepEvidence(folder), *tracker, *observers])
             except (UnsavedError, WorkerError) as e: raise RunError(str(e)) from None
@@ -270,7 +287,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #ca76516b
+# %% ../nbs/05_train.ipynb #6c70dc46
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -284,8 +301,13 @@ def launch(cfg:Config,             # the whole tree
            detach:bool=False       # return at once, and let the run outlive this process
           ) -> Path:               # the run folder
     "Train in a process and session of its own and show what it says; raises `RunError` unless the run is done at the end"
-    manifest, folder = _prepare(cfg); _own(folder, cfg, manifest)
-    given = folder/'launch.yaml'; write_atomic(given, to_yaml(cfg))
+    if processes < 1: raise ConfigError(f'processes: {processes} cannot train')
+    manifest, folder = _prepare(cfg); given = folder/'launch.yaml'
+    if not (folder/'model'/SEAL).exists(): _ready(cfg)
+    with locked(folder):
+        _own(folder, cfg, manifest); done = _exported(folder, True)
+        if not done: write_atomic(given, to_yaml(cfg))
+    if done: return run(cfg)
     program = [str(Path(sys.executable).with_name('rtsseg-train')), '--config', str(given), '--inline']
     if processes > 1: program = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--standalone', '--no_python', *program]
     env = os.environ | dict(PYTHONHASHSEED=str(cfg.seed), PYTHONUNBUFFERED='1', RTSSEG_PIPE='' if detach else '1')
@@ -335,7 +357,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with c
     except RunError as e:
         if not e.told: print(e, file=sys.stderr, flush=True)
         sys.exit(e.code)
-    except (ConfigError, DataError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
+    except (ConfigError, DataError, FileError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
     except OSError as e: print(f'error: {e}. What was saved stands; when that is mended, the same command goes on from there', file=sys.stderr, flush=True); sys.exit(3)
     except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
 

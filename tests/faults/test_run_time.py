@@ -1,5 +1,5 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
+import errno, fcntl, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, load, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
 from rtsseg.toy import tiny_toy
-from rtsseg.train import Busy, Log, RunError, Terminated, locked
+from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
 FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
@@ -320,6 +320,17 @@ def test_34_ten_in_a_row_stop_the_run(tmp_path):
     assert again(tmp_path, task=Bad(1)).step == 15                      # it remembers: one more is enough
     assert again(tmp_path).finished                                     # and the count begins anew with the first good step
 
+def test_34_a_real_run_of_short_epochs(tmp_path, monkeypatch):
+    "Whole epochs without a finite loss are none the less told, and the run stops in a state that can be gone on from"
+    cfg, bad = tiny(tmp_path, epochs=9, early_stopping=dict(patience=None)), [0]
+    class Task(rtsseg.train.SegmentTask):
+        def loss(self, out, batch):
+            bad[0] += out.requires_grad
+            return {k: v * (math.nan if bad[0] > 3 and out.requires_grad else 1) for k, v in super().loss(out, batch).items()}
+    monkeypatch.setattr(rtsseg.train, 'SegmentTask', Task)
+    with pytest.raises(Stopped, match='10 steps in a row without a finite loss'): rtsseg.train.run(cfg)
+    assert newest_state(next(tmp_path.glob('runs/tiny/*/seed42/checkpoints')))['step'] == 13
+
 def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
     "Far more than ten in a row, until the scale fits: the run goes on"
     def scaled(cfg):
@@ -397,3 +408,13 @@ def test_38_two_runs_in_one_folder(tmp_path):
         with locked(tmp_path, wait=.5): pass
     assert e.value.code == 2
     with locked(tmp_path, wait=0): pass
+
+def test_38_a_folder_that_was_put_aside_meanwhile(tmp_path):
+    "Whoever waited for it holds the new one, not the old one under another name"
+    folder = tmp_path/'seed42'; folder.mkdir(); got = threading.Event(); old = open(folder/'.lock', 'a'); fcntl.flock(old, fcntl.LOCK_EX)
+    def wait():
+        with locked(folder, wait=20): got.set(); time.sleep(1)
+    waiter = threading.Thread(target=wait); waiter.start(); time.sleep(.5); folder.rename(tmp_path/'aside'); old.close()
+    assert got.wait(20)
+    with pytest.raises(Busy), locked(folder, wait=0): pass
+    waiter.join()

@@ -17,7 +17,8 @@ from rtsseg.infer import ModelError, load_model, predict
 from rtsseg.metrics import Evidence, evidence_path
 from rtsseg.report import ReportError, report, rtsseg_report, tables
 from rtsseg.toy import tiny_toy
-from rtsseg.train import run
+from rtsseg.track import deliver, left, rtsseg_track
+from rtsseg.train import adopt, launch, run
 
 FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, added or lost', 'refused, every such file named'),
           'S2': ('weights, statistics or notes of a model that lie: broken tables, other types and shapes, numbers that are none', 'refused'),
@@ -322,6 +323,30 @@ def test_S7_links_that_lead_writers_out(folder, tmp_path, capsys, name):
             try: command(**given)
             except SystemExit as e: assert e.code == 2; failed += 1
     assert failed and 'leads out of' in capsys.readouterr().err and held == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in held}
+
+@pytest.mark.parametrize('name', ['.lock', 'log.jsonl', 'config.yaml', 'launch.yaml', 'environment.json', 'tracker.jsonl', 'tracker.json', 'unread.json', 'checkpoints', 'evidence', 'model'])
+def test_S7_links_that_lead_training_out(folder, tmp_path, name):
+    "A run is not begun, gone on with or put aside in a folder that writes elsewhere"
+    outside, path, cfg = tmp_path/'outside', folder/name, load(folder/'config.yaml').model_copy(update=dict(runs=folder.parents[2]))
+    if path.is_dir(): shutil.move(path, outside)
+    elif name in ('checkpoints', 'evidence', 'model'): outside.mkdir(); (outside/'x').write_text('mine')
+    else: outside.write_text(path.read_text() if path.exists() else 'mine\nhalf'); path.unlink(missing_ok=True)
+    path.symlink_to(outside); held = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in ([outside] if outside.is_file() else outside.rglob('*')) if f.is_file()}
+    for command in (run, launch, adopt):
+        with pytest.raises(FileError, match=f'{name} leads out of'): command(cfg)
+    assert held == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in held}
+
+def test_S7_a_spool_that_would_send_other_files(folder, tmp_path):
+    "What is delivered lies in the folder, and where to is not for the folder to say"
+    (secret := folder.parents[2]/'secret').write_text('mine'); note = dict(time=1, tags={}, params={}, key='k', name='n', experiment='e', parent='', runs='../../..', uri='http://127.0.0.1:9')
+    def spool(*rows): (folder/'tracker.json').unlink(missing_ok=True); (folder/'tracker.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    begin, end = dict(event='begin', **note), dict(event='end', time=2, status='FINISHED')
+    for odd in (dict(runs='../../../..'), dict(runs='../../elsewhere'), dict(runs='/tmp'), dict(key=1), dict(tags=[])): spool(begin | odd); assert deliver(folder, f'sqlite:///{tmp_path}/t.db') == 0
+    for files in (['../../../secret'], ['../secret'], [str(secret)], ['..'], 'log.jsonl'): spool(end | dict(files=files)); assert left(folder, 'x') == 0
+    (folder/'linked').symlink_to(secret); spool(begin, end | dict(files=['linked']))
+    with pytest.raises(FileError, match='leads out'): deliver(folder, f'sqlite:///{tmp_path}/t.db')
+    (folder/'linked').unlink(); spool(begin, end | dict(files=['log.jsonl'])); rtsseg_track(str(folder))
+    assert (folder.parents[2]/'mlflow.db').exists() and not list(tmp_path.rglob('**/artifacts/secret'))
 
 def test_S7_the_ledger_is_that_above_the_run(folder, tmp_path):
     "A config that names other runs does not have a look noted there"

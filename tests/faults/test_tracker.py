@@ -176,8 +176,8 @@ def test_39_a_password_stays_where_it_was_given(tiny, server, tmp_path, health):
     else: given, env = tmp_path/'tiny.yaml', CLEAN | dict(RTSSEG_TRACKER_URI=uri)                                                                                    # in the environment
     stopped, seen = threading.Event(), set(); watch = threading.Thread(target=commands, args=(stopped, seen)); watch.start()
     folder = run_folder(cfg, prepare(cfg).hash)
-    done = [subprocess.run(c, env=env, capture_output=True, text=True, timeout=200) for c in ([BIN/'rtsseg-train', '--config', given],
-            [sys.executable, '-c', f'from rtsseg.track import rtsseg_track; rtsseg_track({str(folder)!r})'])]
+    done = [subprocess.run(c, env=env | more, capture_output=True, text=True, timeout=200) for c, more in (([BIN/'rtsseg-train', '--config', given], {}),
+            ([sys.executable, '-c', f'from rtsseg.track import rtsseg_track; rtsseg_track({str(folder)!r})'], dict(RTSSEG_TRACKER_URI=uri)))]
     stopped.set(); watch.join()
     assert [d.returncode for d in done] == [0, 0 if health == 'healthy' else 3], done
     assert ('does not take what it is sent (ConnectionRefusedError)' in done[0].stdout) == (health == 'down')
