@@ -26,7 +26,7 @@ FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, add
           'S4': ('links out of the folder, pipes and folders in the place of files', 'refused before they are opened'),
           'S5': ('a pickle in the place of weights, scores or evidence', 'refused, nothing is executed'),
           'S6': ('a run folder whose notes or evidence lie', 'refused'),
-          'S7': ('a run folder that would have others files written: links, another ledger', 'refused, or kept inside'),
+          'S7': ('a run folder that would have other files written or sent: links, another ledger, a spool with paths and a tracker of its own', 'refused, or kept inside'),
           'S8': ('evidence of other weights than those of the model', 'refused'),
           'S9': ('markup in any text of a run', 'escaped wherever it is shown, and nothing is fetched'),
           'S10': ('any byte of a model or a run flipped, or a file cut anywhere', 'the same result, or an error that names the file')}
