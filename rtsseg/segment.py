@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'background_ratio', 'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe',
            'show_probe', 'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #29903b36
+# %% ../nbs/04b_segment.ipynb #7279bbc7
 import fcntl, itertools, json, math, os, re, resource, socket, sys
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import Augmenter, boundary
 from .config import Config, ConfigError, EarlyStopping, doubts, git_state, run_folder, settings, write_atomic
 from .data import (ELSEWHERE, UNREAD, DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, errors, failed, import_field, import_table,
-                         neighbours, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
+                         neighbours, one_size, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import IGNORE, make_loss
 from .loop import Task, accelerator, fit
 from .intervals import summary
@@ -69,15 +69,16 @@ def _made(source, path):
     if odd: raise DataError(f'{path}: was made with other settings of data.source: {", ".join(odd)}. Name another data.manifest, delete this folder, or set data.source to null to use it as it is')
     return True
 
-# %% ../nbs/04b_segment.ipynb #2d8ae55a
+# %% ../nbs/04b_segment.ipynb #73c0f102
 def stats_path(cfg:Config, manifest:Manifest) -> Path:
     "Where the statistics of this config and data lie: beside the runs of its seeds, which share them"
     return run_folder(cfg, manifest.hash).parent/'normalization_stats.json'
 
 def statistics(cfg:Config, manifest:Manifest) -> Stats:
-    "Statistics of the training split, or RGB as the encoder was pretrained: read where they were saved for this very data, else computed and saved"
+    "Statistics of the training split, or RGB as the encoder was pretrained: read where they were saved for this very data, else computed and saved. Raises `DataError`, also for a tile of another size, of any split"
     path = stats_path(cfg, manifest)
     if path.exists() and (found := Stats.load(path)).manifest_hash == manifest.hash: return found
+    one_size(manifest, cfg.data.tile_size)      # which is part of the path: what was saved was looked at
     mean, std = pretrained_stats(cfg.model) if cfg.model.normalisation == 'pretrained' else ([], [])
     own = compute_stats(manifest.of('train'), cfg.data.extra_bands)
     stats = replace(own, mean=[*mean, *own.mean[len(mean):]], std=[*std, *own.std[len(std):]], manifest_hash=manifest.hash)
@@ -262,7 +263,7 @@ def headline(evidence,     # of one pass
     found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
     return {f'{k}@{r}': found[r][k] for r in ratios for k in SHOWN}
 
-# %% ../nbs/04b_segment.ipynb #17c8cb6e
+# %% ../nbs/04b_segment.ipynb #ace118ff
 def _pinned():
     "Whether the libraries are those of requirements.txt, here or one folder up"
     file = next((f for p in ('.', '..') if (f := Path(p, 'requirements.txt')).exists()), None)
@@ -320,10 +321,13 @@ def rtsseg_check(config:str='configs/toy.yaml',   # YAML file, or several with c
     try:
         cfg = settings(config, manifest, name, epochs, seed, overrides); check(cfg, batches)
         feed = loaders(cfg); picture = picture or stats_path(cfg, feed.manifest).with_name('check.png')
-        show_batch(next(iter(feed.train)), feed.stats).savefig(picture); print(f'one augmented batch: {os.path.relpath(picture)}')
-    except (ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+        figure = show_batch(next(iter(feed.train)), feed.stats)
+        try: figure.savefig(picture)
+        except ValueError as e: raise ConfigError(f'picture: {e}') from None      # a kind that Matplotlib does not write
+        print(f'one augmented batch: {os.path.relpath(picture)}')
+    except (ConfigError, DataError, OSError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
 
-# %% ../nbs/04b_segment.ipynb #687d1102
+# %% ../nbs/04b_segment.ipynb #f5aa8e98
 class _Enough(Exception):
     "The probe has seen what it wanted; carries what it saw"
 
@@ -386,4 +390,4 @@ def rtsseg_probe(config:str='configs/toy.yaml',   # YAML file, or several with c
                 ):
     "Find the largest batch that fits into this machine's memory, and say what memory goes to; changes nothing, reads no data"
     try: cfg = settings(config, manifest, name, epochs, seed, overrides); print(show_probe(probe(cfg), cfg))
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+    except (ConfigError, OSError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

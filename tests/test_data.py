@@ -20,7 +20,7 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=list(Heal
 
 words = st.text(st.characters(codec='utf-8', exclude_categories=('C', 'Z')), min_size=1, max_size=8)
 number = st.floats(-1e7, 1e7, allow_nan=False)
-row = st.tuples(words, st.sampled_from(['train', 'val', 'test', 'buffer']), words, words, st.integers(0, 10**9), number, number, st.floats(1, 1e4),
+row = st.tuples(words, st.sampled_from(['train', 'val', 'test', 'buffer']), words, words, st.integers(0, 2**28), number, number, st.floats(1, 1e4),
                 st.sampled_from(['EPSG:3413', 'EPSG:32610', 'none']), st.floats(.1, 100))
 
 @quick

@@ -20,7 +20,7 @@ FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or thr
 def at(world, field, value, name='m.csv', row=2): change(world, name, **{field: (row, value)})
 
 @pytest.mark.parametrize('path,word', [('../x.tif', 'leaves'), ('a/../../x.tif', 'leaves'), ('link.tif', 'leaves'), ('/etc/hostname', 'absolute'), ('C:\\x.tif', 'absolute'), ('\\\\host\\x.tif', 'absolute'),
-                                       ('none.tif', 'no such file'), ('.', 'no such file'), ('loop.tif', 'no such file')])
+                                       ('none.tif', 'no such file'), ('.', 'no such file'), ('loop.tif', 'no such file'), ('x' * 5000, 'no such file')])
 @pytest.mark.parametrize('field', ['image', 'mask', 'extra'])
 def test_01_a_path_that_leaves_the_folder(world, path, word, field):
     "The row and the field are named; nothing outside of the manifest's folder is looked at"
@@ -54,7 +54,7 @@ def test_03_all_that_is_wrong_is_told_at_once(world, command):
         (world/'t3.tif').write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32"><VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>/vsicurl/http://127.0.0.1:{port}/x.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
         (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t5_m.tif', lambda a: a * 2)
         said = refused(command, world, 'm.csv')
-    for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: none of train", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
+    for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
                  r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif cannot be read", r"row 5, tile 't4', image 't4.tif': t4.tif cannot be read", r"row 6, tile 't5', mask 't5_m.tif': values 0, 2"):
         assert re.search(word, said), (word, said)
 
@@ -70,6 +70,23 @@ def test_03_a_table_out_of_a_spreadsheet(world):
     text = (world/'m.csv').read_text()
     (world/'excel.csv').write_bytes(b'\xef\xbb\xbf' + text.replace('tile_id,', 'tile_id ,').replace('\n', '\r\n').encode())
     assert read_manifest(world/'excel.csv').hash == read_manifest(world/'m.csv').hash
+
+def test_03_names_that_are_one(world):
+    "Column names that differ by a space only"
+    (world/'m.csv').write_text((world/'m.csv').read_text().replace('split', 'split,split ', 1).replace(',train', ',train,train').replace(',val', ',val,val').replace(',test', ',test,test'))
+    with pytest.raises(DataError, match="m.csv: column 'split' stands more than once"): read_manifest(world/'m.csv')
+
+def test_03_lists_and_gaps_in_a_parquet(world):
+    "A list is no text; what is missing is empty, however the table writes it"
+    t = pd.read_csv(world/'full.csv', keep_default_na=False); t['extra'] = pd.array([pd.NA] * len(t), 'string'); t['pixel_size'] = t.pixel_size.astype('Float64')
+    t.loc[0, 'pixel_size'] = pd.NA; t.to_parquet(world/'m.parquet'); assert read_manifest(world/'m.parquet').hash == read_manifest(world/'full.csv').hash
+    t['tile_id'] = [[i] for i in t.tile_id]; t.to_parquet(world/'m.parquet')
+    with pytest.raises(DataError, match="m.parquet: column 'tile_id' holds lists"): read_manifest(world/'m.parquet')
+
+@pytest.mark.parametrize('count', ['1e30', 'inf', '-1', '1.5'])
+def test_03_no_count(world, count):
+    at(world, 'n_positive', count, 'full.csv')
+    with pytest.raises(DataError, match=r"row 3 \(tile_id 't2'\), n_positive: no count"): read_manifest(world/'full.csv')
 
 def test_04_one_tile_in_two_splits(world):
     at(world, 'tile_id', 't0', row=5)

@@ -7,11 +7,11 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
-from rtsseg.config import Table
+from rtsseg.config import Table, to_yaml
 from rtsseg.data import DataError, Manifest, check_files, complete, compute_stats, import_table, read_manifest, read_tile, seal, write_manifest
 from rtsseg.loop import fit
 from rtsseg.models import build
-from rtsseg.segment import SegmentTask, Unread, loaders, statistics
+from rtsseg.segment import SegmentTask, Unread, loaders, rtsseg_check, statistics
 from small_tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -162,6 +162,11 @@ def test_11_a_huge_claim(world, claim):
     for name in ('m.csv', 'full.csv'):
         with pytest.raises(DataError, match='claims (200000 × 200000 pixels|blocks of 32768 × 32768 pixels) in 3 bands'): read_tile(read_manifest(world/name), 0)
 
+def test_11_a_huge_number_of_blocks(tmp_path):
+    "A hundred thousand strips of a row each, one of them there"
+    with rasterio.open(tmp_path/'a.tif', 'w', driver='GTiff', width=30, height=100_000, count=3, dtype='uint8', blockysize=1, SPARSE_OK=True) as ds: ds.write(np.ones((3, 1, 30), 'uint8'), window=((0, 1), (0, 30)))
+    with pytest.raises(DataError, match='a.tif claims 100000 blocks: more than 65536'): complete(pd.DataFrame([dict(tile_id='a', image='a.tif', mask='', region='r', split='train', crs='none', block='b')]), tmp_path)
+
 @pytest.mark.parametrize('content', ['<VRTDataset rasterXSize="32" rasterYSize="32">{}</VRTDataset>', '<MRF_META><Raster><Size x="32" y="32" c="3"/></Raster><CachedSource><Source>{}</Source></CachedSource></MRF_META>',
                                      '<GDAL_WMS><Service name="TMS"><ServerUrl>{}</ServerUrl></Service></GDAL_WMS>', '', 'II*\0', '{}'])
 def test_12_only_a_geotiff_is_opened(world, content):
@@ -175,6 +180,8 @@ def test_12_only_a_geotiff_is_opened(world, content):
         assert files(world) == before
 
 # ---------------------------------------------------------------- 13, 14: what does not fit
+NO_MAP = ['EPSG:5773', 'EPSG:4978', 'EPSG:4979', 'EPSG:32661+5773', 'LOCAL_CS["x",UNIT["metre",1]]']      # heights, space, a globe with heights, a map with heights, a drawing
+
 ODD = {'another size': (lambda w: [rewrite(w/f, lambda a: a[:, :-4]) for f in ('t0.tif', 't0_m.tif')], "tile size: tile 't0', image 't0.tif': 28 × 32 pixels"),
        'another type than the others': (lambda w: rewrite(w/'t0.tif', lambda a: a.astype('uint16')), "dtype: tile 't0', image 't0.tif': uint16, and 5 tiles are uint8"),
        'a type that is none of ours': (lambda w: rewrite(w/'t0.tif', lambda a: a.astype('float32')), "files: tile 't0', image 't0.tif': an image is uint8 or uint16, this one is float32"),
@@ -196,6 +203,43 @@ def test_13_through_the_check(world):
     "Several at once, all in one answer"
     for i, what in enumerate(('one band', 'another size')): ODD[what][0](world) if not i else [rewrite(world/f, lambda a: a[:, :-4]) for f in ('t1.tif', 't1_m.tif')]
     said = refused('rtsseg-check', world); assert "tile 't0', image 't0.tif': an image has 3 bands" in said and "tile 't1', image 't1.tif': 28 × 32 pixels" in said
+
+@pytest.mark.parametrize('crs', NO_MAP)
+@pytest.mark.parametrize('block', [True, False])
+def test_13_a_crs_of_no_map(world, crs, block):
+    "Heights, space or a drawing in the manifest: the row is named"
+    change(world, 'full.csv', crs=(0, crs), **({} if block else dict(block=(0, ''))))
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), crs: .* is no map's coordinate reference system"): read_manifest(world/'full.csv')
+
+@pytest.mark.parametrize('crs', NO_MAP)
+def test_13_a_raster_of_no_map(world, crs):
+    "The same in a raster, whether the manifest knows its place or asks it"
+    for f in ('t0.tif', 't0_m.tif'): rewrite(world/f, crs=crs)
+    assert any(re.match("grid: tile 't0', image 't0.tif': its footprint .*is no map's coordinate reference system", l) for l in wrong(world)), wrong(world)
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), image 't0.tif': .* is no map's coordinate reference system"): read_manifest(world/'m.csv')
+
+@pytest.mark.parametrize('crs', ['+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39 +lon_0=18', '+proj=ob_tran +o_proj=merc +o_lat_p=39 +o_lon_p=0', '+proj=gnom +lat_0=-90'])
+def test_13_a_crs_that_tears_the_ground(world, crs):
+    "Whatever becomes of a footprint there, the tile is told with all else"
+    change(world, 'full.csv', crs=(0, crs)); truncate(world/'t5.tif'); told = wrong(world)
+    for word in ("grid: tile 't0', image 't0.tif': ", "files: tile 't5', image 't5.tif': "): assert any(l.startswith(word) for l in told), told
+
+@pytest.mark.parametrize('odd', ['t1', 't3', 't4'])
+def test_13_a_wrong_tile_size_before_training(world, odd):
+    "A tile of another size, of any split, ends a run before anything is written; statistics of another data.tile_size do not hide it"
+    statistics(settings(world), read_manifest(world/'full.csv')); cfg = settings(world, data=dict(manifest=world/'full.csv', tile_size=64, split_check='warn'))
+    with pytest.raises(DataError) as e: loaders(cfg)
+    assert str(e.value).splitlines() == [f"full.csv: tile 't{i}', image 't{i}.tif': 32 × 32 pixels, and data.tile_size is 64" for i in range(6)]
+    shutil.rmtree(world.parent/'runs'); rewrite(world/f'{odd}.tif', lambda a: a[:, :-4])
+    with pytest.raises(DataError, match=f"^full.csv: tile '{odd}', image '{odd}.tif': 28 × 32 pixels, and data.tile_size is 32$"): loaders(settings(world))
+    assert not (world.parent/'runs').exists()
+
+@pytest.mark.parametrize('picture,word', [('nowhere/check.png', 'No such file'), ('check.nothing', 'picture: ')])
+def test_13_a_check_that_cannot_write(world, picture, word, monkeypatch, capsys):
+    "One line and exit code 2 where the picture cannot be written"
+    (world.parent/'small.yaml').write_text(to_yaml(settings(world))); monkeypatch.setattr('rtsseg.segment.check', lambda *a: None)
+    with pytest.raises(SystemExit) as e: rtsseg_check(config=str(world.parent/'small.yaml'), picture=str(world.parent/picture))
+    said = capsys.readouterr().err.strip(); assert e.value.code == 2 and said.startswith('error: ') and word in said and '\n' not in said
 
 def test_13_an_undeclared_crs(tmp_path):
     pd.DataFrame([tile(tmp_path, 'a', crs=None)]).to_csv(tmp_path/'m.csv', index=False)
