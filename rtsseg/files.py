@@ -168,7 +168,7 @@ def event(line:str|bytes,      # of log.jsonl
     if kind in _EVENTS: typed(_EVENTS[kind], {k: v for k, v in row.items() if k != 'event'}, what)
     return row
 
-# %% ../nbs/00a_files.ipynb #935edd83
+# %% ../nbs/00a_files.ipynb #a64b5144
 SEAL = 'SHA256SUMS'
 SEALED = 'README.md', 'calibration.json', 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json'      # all that a model directory is
 
@@ -180,6 +180,7 @@ def sealed(folder:str|Path    # a model directory
           ) -> dict[str, str]:
     "The list of a model directory, {name: digest}; raises `FileError`"
     path = Path(folder)/SEAL
+    if not path.parent.is_dir(): raise FileError('no such folder')
     if not os.path.lexists(path): raise FileError(f"{SEAL} is missing: the directory is not whole; the command that made it, run again, mends it. If it was made before there were such lists, and is as it was then: "
                                           f"python -c {shlex.quote(f'from rtsseg.files import seal_model; seal_model({json.dumps(os.path.relpath(folder))})')}")
     lines = read_bytes(path, folder, 1 << 16).decode('ascii', 'replace').splitlines()
