@@ -240,6 +240,7 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
     name, content, why = RUNS[kind]; path = folder/name
     if isinstance(content, dict): notes(path, **content)
     else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if name.startswith('model/'): seal_model(folder/'model')                          # the list agrees with the lie
     with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
     assert why in said and not (folder/'report.html').exists()
 
@@ -247,10 +248,9 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
                                          (dict(method='magic'), 'fits'), (dict(views='full'), "of views 'full' as that of 'none'"), (dict(code='x'), 'code'), (dict(temperature=10**400), 'temperature'), (dict(thresholds={'1': {}}), 'thresholds.1')])
 def test_S6_a_calibration_that_lies(folder, capsys, change, why):
     "Fields, types, ranges, and parts that belong together"
-    path = folder/'model'/'calibration.json'; known = json.loads(path.read_text()); known['none'] |= change; path.write_text(json.dumps(known))
+    path = folder/'model'/'calibration.json'; known = json.loads(path.read_text()); known['none'] |= change; path.write_text(json.dumps(known)); seal_model(folder/'model')
     with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
     assert why in said and 'rtsseg-calibrate' in said
-    seal_model(folder/'model', path.name)
     with small_run.guard(folder.parents[2]): rtsseg_calibrate(run=str(folder))
     assert Calibration.load(path).slope > 0 and load_model(folder/'model')                  # made anew
 
@@ -367,7 +367,7 @@ def test_S7_nobody_looks_past_a_broken_ledger(folder, capsys, content):
 def test_S8_evidence_of_other_weights(folder, capsys, split):
     "After another training under the same name, numbers of the old weights are not reported as those of the new"
     path = folder/'model'/'model.safetensors'; weights = load_file(path); weights[B] += 1e-3; path.write_bytes(save(weights)); seal_model(folder/'model')
-    if split == 'test': evaluate_run(folder); notes(folder/'model'/'metrics.json', metrics={}); calibrate_run(folder)
+    if split == 'test': evaluate_run(folder); notes(folder/'model'/'metrics.json', metrics={}); seal_model(folder/'model'); calibrate_run(folder)
     else: assert 'was made by other weights' in told(capsys, rtsseg_calibrate, run=str(folder))
     said = told(capsys, rtsseg_report, [str(folder)]); assert f'{split}.parquet was made by other weights' in said and f'rtsseg-evaluate --run' in said and f'--split {split}' in said
 
@@ -395,7 +395,7 @@ def test_S9_markup_in_every_text(folder):
         lying(folder, change, split)
     calibrate_run(folder); path = folder/'model'/'calibration.json'; known = json.loads(path.read_text())
     def evil(x): return {k: EVIL if k in ('why', 'temperature_why', 'temperature_enough', 'monotone_why') else evil(v) for k, v in x.items()} if isinstance(x, dict) else x
-    path.write_text(json.dumps(evil(known))); notes(folder/'environment.json', versions={EVIL: EVIL}, system=EVIL, python=EVIL, rtsseg=EVIL, processor=EVIL, cpus=EVIL)
+    path.write_text(json.dumps(evil(known))); seal_model(folder/'model'); notes(folder/'environment.json', versions={EVIL: EVIL}, system=EVIL, python=EVIL, rtsseg=EVIL, processor=EVIL, cpus=EVIL)
     with open(folder/'log.jsonl', 'a') as f: f.write(json.dumps(dict(event='end', reason=EVIL, epoch=2, step=20, best=2)) + '\n')
     ledger = folder.parents[2]/'test_ledger.json'; known = json.loads(ledger.read_text())
     for x in known.values(): x.update(config=EVIL, rule=EVIL); x['looks'].append(dict(config=EVIL, rule=EVIL, when=EVIL, seed=1, forced=True))
