@@ -457,12 +457,12 @@ def _footprints(t, target):
         out[at] = box
     return out
 
-# %% ../nbs/01_data.ipynb #45981641
+# %% ../nbs/01_data.ipynb #ed5f60cb
 def finished(folder:str|Path      # a run folder
             ) -> Path:            # the same
     "A run that came to its end; raises `DataError` saying where another one stands, and what goes on with it"
     folder = Path(folder)
-    if (folder/'model'/'model.safetensors').is_file(): return folder      # written last of all
+    if (folder/'model'/'model.safetensors').is_file(): return folder      # only the list of digests comes after it, and whoever loads the model asks for that
     path = folder/'log.jsonl'; done = re.findall(r'"event": "epoch", "epoch": (\d+)', path.read_text(errors='replace')) if path.is_file() else []
     raise DataError(f"{os.path.relpath(folder)}: {done[-1] if done else 0} of {settings([folder/'config.yaml']).epochs} epochs are done and model/model.safetensors is missing, so the run is not trained: "
                     f"rtsseg-train --config {os.path.relpath(folder/'config.yaml')} goes on with it")

@@ -193,10 +193,8 @@ def test_30_sigterm_while_the_average_is_judged(undisturbed, tmp_path):
     assert not torch.equal(flat(saved['model']), flat(saved['average']['module']))
     equal(undisturbed, again(tmp_path))
 
-@pytest.mark.parametrize('change', [dict(step='1'), dict(epoch=-1), dict(batch=-3), dict(best=5), dict(best=dict(step='x')), dict(history=[1]), dict(finished=1), dict(sums=[])])
+@pytest.mark.parametrize('change', [dict(skipped='1'), dict(epoch=-1), dict(batch=-3), dict(best=5), dict(best=dict(step='x')), dict(history=[1]), dict(finished=1), dict(sums=[])])
 def test_29_sealed_states_of_odd_types(tmp_path, change):
     "Anybody can seal a file: what it holds is looked at all the same"
-    run(tmp_path, epochs=1); path = tmp_path/'checkpoints'/'resume.ckpt'; state = load_state(path); step = state['step']
-    state.update(change); state['step'] = state['step'] if isinstance(state['step'], int) else step; save_state(path, state) if 'step' not in change else None
-    if 'step' in change: save_state(path, {**state, 'skipped': 'x'})
+    run(tmp_path, epochs=1); path = tmp_path/'checkpoints'/'resume.ckpt'; save_state(path, load_state(path) | change)
     with pytest.raises(CheckpointError, match='resume.ckpt is sealed, but holds no state of a run'): run(tmp_path, epochs=2)
