@@ -11,8 +11,8 @@ __all__ = ['Share', 'Positive', 'NotNegative', 'Count', 'Source', 'Part', 'LONGE
            'merge', 'load', 'config_hash', 'run_folder', 'write_atomic', 'to_yaml', 'write_schema', 'settings',
            'check_parameters', 'git_state', 'environment']
 
-# %% ../nbs/00_config.ipynb #c51ac1fd
-import difflib, hashlib, io, json, os, platform, re, subprocess
+# %% ../nbs/00_config.ipynb #4dbad437
+import copy, difflib, hashlib, io, json, os, platform, re, subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -109,14 +109,15 @@ class Stage(Strict):
         if self.last < self.first: raise ValueError(f'last {self.last} lies before first {self.first}')
         return self
 
-# %% ../nbs/00_config.ipynb #57958c75
-def _tile(spans, what):
-    "Spans of epochs must start at 1 and follow each other without gap or overlap (fault: a curriculum with a hole)"
-    expected = 1
-    for s in spans:
-        if s.first != expected:
-            raise ValueError(f'{what}: a row starts at epoch {s.first} where {expected} was due ({"gap" if s.first > expected else "overlap"})')
-        expected = s.last + 1
+# %% ../nbs/00_config.ipynb #83dfb08f
+def _together(problems):
+    "Raise all problems at once, a line each"
+    if problems := list(problems): raise ValueError('\n'.join(problems))
+
+def _gapless(spans):
+    "Spans of epochs must start at 1 and follow each other without gap or overlap"
+    due = [1, *(s.last + 1 for s in spans)]
+    _together(f'a row starts at epoch {s.first} where {d} was due ({"gap" if s.first > d else "overlap"})' for s, d in zip(spans, due) if s.first != d)
     return spans
 
 class LoopConfig(Strict):
@@ -137,14 +138,9 @@ class LoopConfig(Strict):
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
     loss_weights: dict[str, NotNegative] = Field({}, description='weight of each loss part; 1 where it is not named')
-    stages: list[Stage] = Field([], description='a schedule of its own; empty means the two phases of the guide')
+    stages: Annotated[list[Stage], AfterValidator(_gapless)] = Field([], description='a schedule of its own; empty means the two phases of the guide')
 
-    @model_validator(mode='after')
-    def _stages_tile(self):
-        _tile(self.stages, 'stages')
-        return self
-
-# %% ../nbs/00_config.ipynb #f3723dac
+# %% ../nbs/00_config.ipynb #baaedceb
 class Toy(Strict):
     "A procedural tundra (see the toy chapter)"
     kind: Literal['toy'] = 'toy'
@@ -261,20 +257,19 @@ def _rows(*rows): return [CurriculumRow(first=a, last=b, ratio=r) for a, b, r in
 class Sampler(Strict):
     "Guide 7.2 and 7.3: what an epoch holds (curriculum) and what a batch holds (positive_fraction)"
     positive_fraction: float | None = Field(0.5, gt=0, lt=1, description="share of positive tiles in a batch; null: batches follow the epoch's ratio")
-    curriculum: list[CurriculumRow] = Field(_rows((1, 10, 1), (11, 30, 5), (31, 50, 10), (51, 100, 15), (101, 300, 20)), min_length=1,
+    curriculum: Annotated[list[CurriculumRow], AfterValidator(_gapless)] = Field(_rows((1, 10, 1), (11, 30, 5), (31, 50, 10), (51, 100, 15), (101, 300, 20)), min_length=1,
                                             description='the last row also holds for every epoch after it')
     hard_negatives: Share = Field(0., description="draw the epoch's negatives by their own last training loss: 0 evenly, 1 by the loss alone")
 
-    @model_validator(mode='after')
-    def _tiles(self):
-        _tile(self.curriculum, 'curriculum')
-        return self
-
 Part = Literal['focal', 'cross_entropy', 'tversky', 'dice']
+
+def _once(parts):
+    if len(set(parts)) < len(parts): raise ValueError(f'{parts} names a part twice: loss_weights weighs it')
+    return parts
 
 class Loss(Strict):
     "Guide 5"
-    parts: list[Part] = Field(['focal'], min_length=1, description='what is added up; loss_weights weighs each, 1 where it is not named')
+    parts: Annotated[list[Part], AfterValidator(_once)] = Field(['focal'], min_length=1, description='what is added up; loss_weights weighs each, 1 where it is not named')
     gamma: float = Field(2.0, ge=0, description='focal: focus on hard pixels')
     alpha: Share = Field(0.25, description='focal: weight of the positive class')
     tversky_alpha: Share = Field(0.3, description='tversky: weight of false negatives')
@@ -291,7 +286,6 @@ class Loss(Strict):
 
     @model_validator(mode='after')
     def _whole(self):
-        if len(set(self.parts)) < len(self.parts): raise ValueError(f'parts: {self.parts} names a part twice: loss_weights weighs it')
         if self.tversky_alpha == self.tversky_beta == 0: raise ValueError('tversky_alpha and tversky_beta are both 0: nothing would be learnt')
         return self
 
@@ -355,20 +349,22 @@ class Config(LoopConfig):
     infer: Infer = Infer()
 
     @model_validator(mode='after')
-    def _agree(self):
+    def _agree(self): _together(self._contradictions()); return self
+
+    def _contradictions(self):
+        "What settings, each of them sound, say against each other"
         want = 3 + len(self.data.extra_bands)
         if self.model.in_channels != want:
-            raise ValueError(f'model.in_channels is {self.model.in_channels}, but RGB and data.extra_bands {self.data.extra_bands} make {want}: set it to {want}')
+            yield f'model.in_channels is {self.model.in_channels}, but RGB and data.extra_bands {self.data.extra_bands} make {want}: set it to {want}'
         if self.sampler.positive_fraction is not None and not 1 <= round(self.batch_size * self.sampler.positive_fraction) < self.batch_size:
-            raise ValueError(f'sampler.positive_fraction {self.sampler.positive_fraction} of batch_size {self.batch_size} leaves no positive or no negative tile')
+            yield f'sampler.positive_fraction {self.sampler.positive_fraction} of batch_size {self.batch_size} leaves no positive or no negative tile'
         for where, weights in [('loss_weights', self.loss_weights), *((f'stages.{i}.loss_weights', s.loss_weights) for i, s in enumerate(self.stages))]:
-            for name in set(weights) - set(Part.__args__): raise ValueError(f'{where}: {name!r} is no part of a loss{nearest(name, Part.__args__)}')
-        if self.model.fusion == 'early' and self.model.extra_encoder: raise ValueError(f'model.extra_encoder {self.model.extra_encoder!r} has no use without model.fusion: late; set it to null')
-        if self.model.fusion == 'late' and not self.data.extra_bands: raise ValueError('model.fusion is late, but data.extra_bands names no band to fuse')
+            for name in set(weights) - set(Part.__args__): yield f'{where}: {name!r} is no part of a loss{nearest(name, Part.__args__)}'
+        if self.model.fusion == 'early' and self.model.extra_encoder: yield f'model.extra_encoder {self.model.extra_encoder!r} has no use without model.fusion: late; set it to null'
+        if self.model.fusion == 'late' and not self.data.extra_bands: yield 'model.fusion is late, but data.extra_bands names no band to fuse'
         ratio = self.metrics.monitor.removeprefix('pr_auc@')
         if not self.metrics.monitor.startswith('pr_auc@') or not (ratio == 'native' or ratio.isdigit() and int(ratio) > 0):
-            raise ValueError(f"metrics.monitor is {self.metrics.monitor!r}: write pr_auc@<ratio> or pr_auc@native")
-        return self
+            yield f"metrics.monitor is {self.metrics.monitor!r}: write pr_auc@<ratio> or pr_auc@native"
 
 # %% ../nbs/00_config.ipynb #200b75e5
 def doubts(cfg:Config     # the checked tree
@@ -385,8 +381,8 @@ def doubts(cfg:Config     # the checked tree
     if idle := sorted(set(cfg.loss_weights) - parts): out.append(f'loss_weights names {", ".join(idle)}, and loss.parts {cfg.loss.parts} has no such part: it changes nothing')
     return out
 
-# %% ../nbs/00_config.ipynb #4bcae164
-LONGEST, DEEPEST = 2**16, 32      # characters of a config, and levels of it: ten times what the whole tree takes
+# %% ../nbs/00_config.ipynb #77d7089b
+LONGEST, DEEPEST = 2**15, 32      # characters of a config, and levels of it: five times what the whole tree takes
 
 def _yaml(text, source):
     "The value of a YAML 1.2 text; its events are looked at first, so that nothing is built of a hostile one"
@@ -414,7 +410,7 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
-# %% ../nbs/00_config.ipynb #a910110b
+# %% ../nbs/00_config.ipynb #330c9cae
 def merge(low,    # a tree of mappings
           high    # what is laid over it
          ):       # a new tree
@@ -442,16 +438,34 @@ def _fields(tree, where):
         found = kinds or [m for t in found if part in t.model_fields for m in models(t.model_fields[part].annotation)]
     return [name for t in found for name in t.model_fields]
 
-def _explain(error, source, cls):
-    "One line a problem: where, what, and what comes close; what belongs to a tracker may hold a password"
-    lines = []
-    for e in error.errors():
-        where = '.'.join(map(str, e['loc'])) or 'config'
-        if e['type'] == 'extra_forbidden':
-            names = _fields(cls, [p for p in e['loc'][:-1] if isinstance(p, str)])
-            lines.append(f"{where}: no such setting{nearest(str(e['loc'][-1]), names) if names else ''}")
-        else: lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}" + ('' if isinstance(e['input'], (dict, BaseModel)) or e['loc'][:1] == ('tracker',) else f" (given: {e['input']!r})"))
-    return ConfigError(f'{source}: ' + '\n'.join(lines))
+def _place(tree, where):
+    "The mapping, the key and the path of what an error speaks of; of a list it is the whole"
+    place, node, path = ({}, ''), tree, []
+    for part in where:      # a kind of source is part of the place, and no key
+        if isinstance(node, dict) and part in node: place, node = (node, part), node[part]; path.append(str(part))
+        elif isinstance(node, list): break
+    return *place, '.'.join(path)
+
+def _problems(cls, tree):
+    "All that is wrong with a tree: errors, each with a line of its text. Settings are held against each other only where each is sound, so what is not is taken out, and the rest is looked at again"
+    tree, found, gone = copy.deepcopy(tree), [], []
+    while True:
+        try: cls.model_validate(tree); return found
+        except ValidationError as e: new = e.errors()
+        for e in new:       # what is said of settings that were taken out is not meant
+            found += [(e, line) for line in e['msg'].removeprefix('Value error, ').split('\n') if not (gone and (e['type'] == 'missing' or any(re.search(rf'\b{re.escape(p)}\b', line) for p in gone)))]
+        places = [_place(tree, e['loc']) for e in new]
+        for node, key, _ in places: node.pop(key, None)
+        gone += [path for e, (*_, path) in zip(new, places) if e['type'] != 'extra_forbidden']
+        if not any(path for *_, path in places): return found
+
+def _explain(e, said, cls):
+    "One problem: where, what, and what comes close; what belongs to a tracker may hold a password"
+    where = '.'.join(map(str, e['loc']))
+    if e['type'] == 'extra_forbidden':
+        names = _fields(cls, [p for p in e['loc'][:-1] if isinstance(p, str)])
+        return f"{where}: no such setting{nearest(str(e['loc'][-1]), names) if names else ''}"
+    return (where and f'{where}: ') + said + ('' if isinstance(e['input'], (dict, list, BaseModel)) or e['loc'][:1] == ('tracker',) else f" (given: {e['input']!r})")
 
 PATHS = [('runs',), ('data', 'manifest'), ('data', 'source', 'path'), ('model', 'weights')]
 
@@ -471,12 +485,13 @@ def load(*files:str|Path,               # YAML files; a later one is laid over a
          **settings                     # top-level fields, laid over everything
         ) -> LoopConfig:                # the checked tree, its paths absolute
     "Defaults, then files, then overrides, then settings; raises `ConfigError`. Paths in a file are relative to it (defaults, to the first file), others to the working folder"
-    tree = {}
-    for f in files: tree = merge(tree, _anchor(read_yaml(f), Path(f).parent))
-    for o in overrides: tree = merge(tree, _anchor(_override(o), Path()))
-    tree = merge(tree, _anchor(settings, Path()))
-    try: return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path(files[0]).parent if files else Path()))      # what is still relative is a default
-    except ValidationError as e: raise _explain(e, ', '.join(map(str, files)) or 'config', cls) from None
+    tree, told, source = {}, [], ', '.join(map(str, files)) or 'config'
+    for read, part, folder in [*((read_yaml, f, Path(f).parent) for f in files), *((_override, o, Path()) for o in overrides)]:
+        try: tree = merge(tree, _anchor(read(part), folder))
+        except ConfigError as e: told.append(str(e))
+    tree = merge(tree, _anchor(settings, Path())); found = [(e, said) for e, said in _problems(cls, tree) if e['loc'] or not told]      # what could not be read may be what is missing
+    if told or found: raise ConfigError('\n'.join([*told, *(f'{source}: {_explain(e, said, cls)}' for e, said in found)]))
+    return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), Path(files[0]).parent if files else Path()))      # what is still relative is a default
 
 # %% ../nbs/00_config.ipynb #e8ccb77f
 UNDECIDING = [('seed',), ('name',), ('runs',), ('tracker',), ('device',), ('loader',), ('checkpoint',), ('data', 'manifest'), ('data', 'source'), ('data', 'split_check'),

@@ -7,8 +7,8 @@ __all__ = ['SHOWN', 'prepare', 'stats_path', 'statistics', 'Tiles', 'Loaders', '
            'background_ratio', 'Judge', 'SegmentTask', 'headline', 'surroundings', 'check', 'rtsseg_check', 'probe',
            'show_probe', 'rtsseg_probe']
 
-# %% ../nbs/04b_segment.ipynb #7279bbc7
-import fcntl, itertools, json, math, os, re, resource, socket, sys
+# %% ../nbs/04b_segment.ipynb #4a828100
+import fcntl, itertools, json, math, os, re, resource, socket, sys, warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmenter, boundary
 from .config import Config, ConfigError, EarlyStopping, doubts, git_state, run_folder, settings, write_atomic
-from .data import (ELSEWHERE, UNREAD, DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, errors, failed, import_field, import_table,
+from .data import (ELSEWHERE, UNREAD, DataError, Finding, Manifest, Stats, check_batches, check_files, checklist, compute_stats, errors, failed, import_field, import_table, leaks,
                          neighbours, one_size, read_coarse, read_manifest, read_tile, show_batch, show_findings, verdict)
 from .losses import IGNORE, make_loss
 from .loop import Task, accelerator, fit
@@ -35,13 +35,21 @@ from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy
 
-# %% ../nbs/04b_segment.ipynb #cb89c7ef
+# %% ../nbs/04b_segment.ipynb #e9b7f708
 def prepare(cfg:Config          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
-    "Read the manifest; make it first where it is missing and `data.source` says how. Raises `DataError`, also where train or val hold no positive tile"
+    "Read the manifest; make it first where it is missing and `data.source` says how. Raises one `DataError`, also where train or val hold no positive tile, and where splits share ground"
     manifest = _manifest(cfg); positive = manifest.table[manifest.table.positive].groupby('split').size()
-    if poor := [f'{manifest.path.name}: split {s!r}: {len(manifest.of(s))} tiles, and none of them is positive' for s in ('train', 'val') if s not in positive]: raise DataError('\n'.join(poor))
+    poor = [f'split {s!r}: {len(manifest.of(s))} tiles, and none of them is positive' for s in ('train', 'val') if s not in positive]
+    shared = [f'{f.value} ({f.note})' for f in leaks(manifest) if f.level == 'error']
+    flatters = 'splits share ground, so validation would flatter: make the splits anew, or set data.split_check to warn'
+    if poor or shared and cfg.data.split_check == 'error': raise _everything(cfg, manifest, '\n'.join(f'{manifest.path.name}: {t}' for t in [*poor, *[flatters] * bool(shared)]))
+    if shared: warnings.warn(f"{manifest.path.name}: {flatters}. {'; '.join(shared)}")
     return manifest
+
+def _everything(cfg, manifest, told):
+    "All that is wrong, once something is: what is told, and what the check says of each tile"
+    return DataError('\n'.join([told, *(f'{manifest.path.name}: {line}' for line in errors([f for f in check_files(manifest, cfg) if f.each]))]))
 
 def _manifest(cfg):
     "The manifest as it is, made where it has to be"
@@ -56,7 +64,8 @@ def _manifest(cfg):
                 elif source.kind == 'table': import_table(source, path, cfg.data.block_size, cfg.data.split_check)
                 else: import_field(source, path, cfg.data.block_size)
                 write_atomic(path.with_name('source.json'), json.dumps(_decides(source), indent=1))
-    return read_manifest(path, cfg.data.block_size)
+    try: return read_manifest(path, cfg.data.block_size)
+    except DataError as e: raise (_everything(cfg, e.sound, str(e)) if e.sound is not None and len(e.sound) else e) from None
 
 def _decides(source): return source.model_dump(mode='json', exclude={'path'})
 
@@ -69,7 +78,7 @@ def _made(source, path):
     if odd: raise DataError(f'{path}: was made with other settings of data.source: {", ".join(odd)}. Name another data.manifest, delete this folder, or set data.source to null to use it as it is')
     return True
 
-# %% ../nbs/04b_segment.ipynb #73c0f102
+# %% ../nbs/04b_segment.ipynb #26824fb2
 def stats_path(cfg:Config, manifest:Manifest) -> Path:
     "Where the statistics of this config and data lie: beside the runs of its seeds, which share them"
     return run_folder(cfg, manifest.hash).parent/'normalization_stats.json'
@@ -78,14 +87,17 @@ def statistics(cfg:Config, manifest:Manifest) -> Stats:
     "Statistics of the training split, or RGB as the encoder was pretrained: read where they were saved for this very data, else computed and saved. Raises `DataError`, also for a tile of another size, of any split"
     path = stats_path(cfg, manifest)
     if path.exists() and (found := Stats.load(path)).manifest_hash == manifest.hash: return found
-    one_size(manifest, cfg.data.tile_size)      # which is part of the path: what was saved was looked at
     mean, std = pretrained_stats(cfg.model) if cfg.model.normalisation == 'pretrained' else ([], [])
-    own = compute_stats(manifest.of('train'), cfg.data.extra_bands)
+    problems = []
+    for look in (lambda: one_size(manifest, cfg.data.tile_size), lambda: compute_stats(manifest.of('train'), cfg.data.extra_bands)):      # tile_size is part of the path: what was saved was looked at
+        try: own = look()
+        except DataError as e: problems.append(str(e))
+    if problems: raise DataError('\n'.join(problems))
     stats = replace(own, mean=[*mean, *own.mean[len(mean):]], std=[*std, *own.std[len(std):]], manifest_hash=manifest.hash)
     stats.save(path)
     return stats
 
-# %% ../nbs/04b_segment.ipynb #552ea17f
+# %% ../nbs/04b_segment.ipynb #a78f6c5f
 class Tiles(Dataset):
     "Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself"
     def __init__(self,
@@ -117,7 +129,7 @@ class Tiles(Dataset):
     def problem(self, tile:int) -> str:
         "What keeps the tile of a row from being read"
         try: self._tile(tile); return f'tile {self.manifest.table.tile_id[tile]!r}: could not be read, and now it can'
-        except DataError as e: return str(e)
+        except DataError as e: return '; '.join(str(e).splitlines())
 
     def lost(self) -> list[str]:
         "What is wrong with each tile that could not be read so far, in any process"
@@ -182,7 +194,7 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #1f380319
+# %% ../nbs/04b_segment.ipynb #dd7a698c
 class Unread:
     "Observer: says each tile that could not be read, asks the run to stop where they are more than `data.UNREAD` of a split, and tells their number at the end"
     def __init__(self, feed:Loaders): self.splits = {name: (loader.dataset, {}) for name, loader in (('training', feed.train), ('validation', feed.val))}
@@ -203,6 +215,11 @@ class Unread:
                 run.stop(f'{name}: {len(told)} of {len(tiles)} tiles cannot be read, which is more than {UNREAD:.1%}: {"; ".join(itertools.islice(told.values(), 5))}')
 
     on_judge = on_step
+
+    def on_epoch(self, run):           # each process reads tiles of its own: together they know them all
+        if run.accelerator.num_processes > 1:
+            for tiles, _ in self.splits.values(): tiles.unread |= run.accelerator.reduce(tiles.unread.float().to(run.accelerator.device)).cpu() > 0
+        self.on_step(run)
 
     def on_end(self, run):
         for name, (tiles, told) in self.splits.items():

@@ -60,10 +60,10 @@ def settings(world, name='full.csv', **more):
 
 def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
 
-def refused(command, world, name='full.csv'):
+def refused(command, world, name='full.csv', *overlays):
     "What a command says on stderr; it ends with code 2, without a traceback, and leaves everything as it was"
     (world.parent/'small.yaml').write_text(to_yaml(settings(world, name))); before = files(world.parent)
-    done = subprocess.run([Path(sys.executable).parent/command, '--config', world.parent/'small.yaml'], capture_output=True, text=True, timeout=200, env={k: v for k, v in os.environ.items() if k != 'IN_TEST'})
+    done = subprocess.run([Path(sys.executable).parent/command, '--config', ','.join(str(world.parent/f) for f in ('small.yaml', *overlays))], capture_output=True, text=True, timeout=200, env={k: v for k, v in os.environ.items() if k != 'IN_TEST'})
     assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr + done.stdout, done.stderr[-3000:]
     assert files(world.parent) == before
     return done.stderr

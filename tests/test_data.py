@@ -50,7 +50,7 @@ def test_manifest_is_computed_not_written(world):
     assert (m.table.n_positive == 36).all() and m.of('val').table.tile_id.tolist() == ['t2', 't3']
     shutil.copytree(world, world/'moved'); assert read_manifest(world/'moved'/'m.csv').hash == m.hash
 
-@pytest.mark.parametrize('box,crs,word', [((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of their CRS'), ((0, 0, 0, 1), 'EPSG:3413', 'no footprint'), ((0, 0, 1, 'inf'), 'EPSG:3413', 'no footprint'),
+@pytest.mark.parametrize('box,crs,word', [((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'), ((0, 0, 0, 1), 'EPSG:3413', 'no footprint'), ((0, 0, 1, 'inf'), 'EPSG:3413', 'no footprint'),
                                           ((0, 0, 1, 'a'), 'EPSG:3413', "'a' is no number"), ((0, 0, 1, 1), 'EPSG:99999', 'no coordinate reference system')])
 def test_impossible_footprints(world, box, crs, word):
     pd.read_csv(world/'m.csv').assign(**dict(zip(BOX, box)), crs=crs, pixel_size=3).to_csv(world/'m.csv', index=False)

@@ -7,7 +7,7 @@ import pytest
 from rtsseg.data import DataError, check_files, leaks, read_manifest, seal, show_findings, write_manifest
 from rtsseg.segment import prepare
 from rtsseg.train import run
-from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, world, wrong
+from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
 
 FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or through a link", 'refused, with row and field'),
           2: ('a path on a network, or a table that only points to one', 'refused; no connection is opened'),
@@ -48,15 +48,28 @@ def test_02_a_table_that_points_elsewhere(world, name):
 
 @pytest.mark.parametrize('command', ['rtsseg-check', 'rtsseg-train'])
 def test_03_all_that_is_wrong_is_told_at_once(world, command):
-    "Paths, names, numbers, files that cannot be read and rasters that do not fit: one answer, exit code 2, nothing written, no connection opened"
+    "Paths, names, files that cannot be read, rasters that do not fit, image and mask of one tile; of the other rows sizes and shared ground: one answer, exit code 2, nothing written, no connection opened"
     with nobody_calls() as port:
+        t = pd.read_csv(world/'m.csv'); more = [tile(world, 't6', x=960) | dict(split='val'), tile(world, 't7', x=990), tile(world, 't8', x=2000, size=16)]
+        pd.concat([t, pd.DataFrame(more)]).to_csv(world/'m.csv', index=False)
         at(world, 'image', '../x.tif', row=0); at(world, 'split', 'vall', row=1); at(world, 'image', f'/vsicurl/http://127.0.0.1:{port}/x.tif', row=2)
         (world/'t3.tif').write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32"><VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>/vsicurl/http://127.0.0.1:{port}/x.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
-        (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t5_m.tif', lambda a: a * 2)
+        (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t4_m.tif', lambda a: a * 3); rewrite(world/'t5_m.tif', lambda a: a * 2)
         said = refused(command, world, 'm.csv')
     for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
-                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif cannot be read", r"row 5, tile 't4', image 't4.tif': t4.tif cannot be read", r"row 6, tile 't5', mask 't5_m.tif': values 0, 2"):
+                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is no GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
+                 r"row 6 \(tile_id 't5'\), mask 't5_m.tif': values 0, 2", r"leak: footprints: t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels"):
         assert re.search(word, said), (word, said)
+    assert len(said.splitlines()) == 9
+
+@pytest.mark.parametrize('command', ['rtsseg-check', 'rtsseg-train'])
+def test_03_all_that_is_wrong_with_a_table_that_is_clean(world, command):
+    "Splits that share ground, one without positives, a tile of another size, another that cannot be read: at once"
+    t = read_manifest(world/'full.csv').table; more = [tile(world, 't6', x=960) | dict(split='val'), tile(world, 't7', x=990), tile(world, 't8', x=2000, size=16)]
+    t = pd.concat([t[t.split != 'val'].drop(columns=['positive']), pd.DataFrame(more)]); t.loc[t.tile_id == 't6', 'n_positive'] = 0
+    t.to_csv(world/'m.csv', index=False); write_manifest(read_manifest(world/'m.csv'), world/'full.csv'); (world/'t1.tif').write_bytes((world/'t1.tif').read_bytes()[:1500])
+    (world.parent/'strict.yaml').write_text('data: {split_check: error}'); said = refused(command, world, 'full.csv', 'strict.yaml')
+    for word in (r"splits share ground|leak: footprints", r"t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels", r"tile 't1', image 't1.tif': t1.tif cannot be read"): assert re.search(word, said), (word, said)
 
 @pytest.mark.parametrize('content,word', [('', 'empty file'), ('tile_id,image,mask,split,region\n', 'no rows'), ('tile_id,image,masks,split,region\n1,a,b,train,r\n', r"'mask' is missing \(did you mean 'masks'"),
                                           ('a,b\n1', "'tile_id' is missing(.|\n)*'image' is(.|\n)*'mask' is(.|\n)*'split' is(.|\n)*'region' is"), ('\x00\x01', 'm2.csv'), ('tile_id,image\n1,2,3,4\n1,2', 'm2.csv')])
@@ -90,7 +103,7 @@ def test_03_no_count(world, count):
 
 def test_04_one_tile_in_two_splits(world):
     at(world, 'tile_id', 't0', row=5)
-    with pytest.raises(DataError, match="rows 1, 6, tile_id: 't0' stands 2 times, in test, train"): read_manifest(world/'m.csv')
+    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0'\), tile_id: stands 2 times, in test, train"): read_manifest(world/'m.csv')
 
 @pytest.mark.parametrize('path', ['t0.tif', './t0.tif', 'sub/../t0.tif', 'link.tif'])
 def test_04_one_file_in_two_splits(world, path):
@@ -118,7 +131,7 @@ def test_05_splits_that_share_ground(world):
     "Not the check alone: whoever never called it is stopped, too, before anything is written"
     shared_ground(world); assert [f.level for f in leaks(read_manifest(world/'m.csv')) if f.what == 'leak: footprints'] == ['error']
     cfg = settings(world); cfg.data.split_check = 'error'
-    with pytest.raises(DataError, match=r'splits share ground.*t1 \(train\) and t2 \(val\)'): run(cfg)
+    with pytest.raises(DataError, match=r'splits share ground(.|\n)*t1 \(train\) and t2 \(val\)'): run(cfg)
     assert not (world.parent/'runs').exists()
 
 def test_05_through_the_check(world):

@@ -29,7 +29,7 @@ def test_08_every_unreadable_tile_is_listed(world):
     "Tile, field, file and what is wrong, for each of them; exit code 2, and nothing is written"
     for f in ('t0.tif', 't2_m.tif', 't5.tif'): truncate(world/f)
     said = refused('rtsseg-check', world)
-    for i, what, f, word in ((0, 'image', 't0.tif', 't0.tif cannot be read'), (2, 'mask', 't2_m.tif', 'the mask has another CRS'), (5, 'image', 't5.tif', 't5.tif cannot be read')):      # what is left of the mask has no CRS
+    for i, what, f, word in ((0, 'image', 't0.tif', 't0.tif cannot be read'), (2, 'mask', 't2_m.tif', 't2_m.tif cannot be read'), (5, 'image', 't5.tif', 't5.tif cannot be read')):
         assert f"files: tile 't{i}', {what} '{f}': {word}" in said
 
 def test_08_no_list_is_endless(tmp_path):
@@ -44,7 +44,7 @@ def many(world):
     t = read_manifest(world/'full.csv').table.drop(columns='positive'); first = t[t.split == 'train'].iloc[[0]]
     shutil.copy(world/'t0_m.tif', world/'zero.tif'); rewrite(world/'zero.tif', lambda a: a * 0)
     train = pd.concat([first] * 1001, ignore_index=True); train['tile_id'] = [f'n{i:04}' for i in range(1001)]
-    train.loc[5:, ['mask', 'n_positive']] = ['zero.tif', 0]
+    train.loc[5:, ['mask', 'n_positive']] = ['zero.tif', 0]; train[['xmin', 'xmax']] += 96 * (10 + np.arange(1001)[:, None])      # beside each other, as far as the table knows
     for i in range(5): shutil.copy(world/'t0.tif', world/f'p{i}.tif'); train.loc[i, 'image'] = f'p{i}.tif'
     write_manifest(pd.concat([train, t[t.split != 'train']]), world/'many.csv')
     return world
@@ -175,7 +175,7 @@ def test_12_only_a_geotiff_is_opened(world, content):
         source = f'/vsicurl/http://127.0.0.1:{port}/x.tif'
         (world/'t1.tif').write_text(content.format(f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{source}</SourceFilename></SimpleSource></VRTRasterBand>' if 'VRT' in content else source))
         before = files(world)
-        with pytest.raises(DataError, match=r"row 2 .*t1.tif cannot be read"): read_manifest(world/'m.csv')
+        with pytest.raises(DataError, match=r"row 2 .*t1.tif is no GeoTIFF: it (begins with|is empty)"): read_manifest(world/'m.csv')
         assert any("tile 't1', image 't1.tif': t1.tif cannot be read" in l for l in wrong(world))
         assert files(world) == before
 
@@ -231,7 +231,7 @@ def test_13_a_wrong_tile_size_before_training(world, odd):
     with pytest.raises(DataError) as e: loaders(cfg)
     assert str(e.value).splitlines() == [f"full.csv: tile 't{i}', image 't{i}.tif': 32 × 32 pixels, and data.tile_size is 64" for i in range(6)]
     shutil.rmtree(world.parent/'runs'); rewrite(world/f'{odd}.tif', lambda a: a[:, :-4])
-    with pytest.raises(DataError, match=f"^full.csv: tile '{odd}', image '{odd}.tif': 28 × 32 pixels, and data.tile_size is 32$"): loaders(settings(world))
+    with pytest.raises(DataError, match=f"^full.csv: tile '{odd}', image '{odd}.tif': 28 × 32 pixels, and data.tile_size is 32(\\n|$)"): loaders(settings(world))
     assert not (world.parent/'runs').exists()
 
 @pytest.mark.parametrize('picture,word', [('nowhere/check.png', 'No such file'), ('check.nothing', 'picture: ')])
