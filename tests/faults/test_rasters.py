@@ -175,8 +175,8 @@ def test_12_only_a_geotiff_is_opened(world, content):
         source = f'/vsicurl/http://127.0.0.1:{port}/x.tif'
         (world/'t1.tif').write_text(content.format(f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{source}</SourceFilename></SimpleSource></VRTRasterBand>' if 'VRT' in content else source))
         before = files(world)
-        with pytest.raises(DataError, match=r"row 2 .*t1.tif is no GeoTIFF: it (begins with|is empty)"): read_manifest(world/'m.csv')
-        assert any("tile 't1', image 't1.tif': t1.tif cannot be read" in l for l in wrong(world))
+        with pytest.raises(DataError, match=r"row 2 .*t1.tif (is no GeoTIFF: it (begins with|is empty)|cannot be read)"): read_manifest(world/'m.csv')
+        assert any(re.search("tile 't1', image 't1.tif': t1.tif (is no GeoTIFF|cannot be read)", l) for l in wrong(world))
         assert files(world) == before
 
 # ---------------------------------------------------------------- 13, 14: what does not fit
