@@ -569,7 +569,7 @@ def show_calibration(c:Calibration) -> str:
         lines += ['', fill(f'Region {name}: {region.why}')] * bool(region.why) + pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
     return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #b5ecf5c3
+# %% ../nbs/06_calibrate.ipynb #463365f5
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
 
 def _events(log):
@@ -584,7 +584,7 @@ def run_evidence(folder:Path,     # a run folder
                 ) -> Evidence:
     "Evidence of a run; raises `ValueError` where it is damaged, or of another split, of other views or of other weights than it should be"
     path, weights = inside(evidence_path(folder, split, views), folder), inside(folder/'model'/'model.safetensors', folder); e = Evidence.read(path)
-    if e.views != views or set(e['split']) - {split}: raise ValueError(f'{path.name} is evidence of {", ".join(sorted(set(e["split"])))}, views {e.views}')
+    if e.views != views or set(e['split']) - {split}: raise ValueError(f'{path.name} is evidence of {", ".join(sorted(set(e["split"])))}, views {e.views}, instead of {split}, views {views}')
     if e.model and weights.exists() and e.model != digest(weights)[:12]: raise ValueError(f'{path.name} was made by other weights ({e.model}) than those of model.safetensors ({digest(weights)[:12]})')
     return e
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HALF', 'STEPS', 'NODATA', 'starts', 'fade', 'encode', 'Stopped', 'predict_scene', 'rtsseg_predict']
 
-# %% ../nbs/08_predict.ipynb #9e16d5e6
+# %% ../nbs/08_predict.ipynb #ef348de8
 import fcntl, hashlib, json, os, shutil, signal, sys, threading, warnings, zlib
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from scipy.special import logit
 from .calibrate import Calibration
 from .config import ConfigError, nearest, write_atomic
 from .data import GDAL, DataError, Raw, _open, _pixels, _progress, _scaled, crs_name, cuts
-from .files import FileError, digest, inside, read_json
+from .files import FileError, digest, inside, read_json, visible
 from .infer import VIEWS, ModelError, Predictor, load_model, predict
 
 # %% ../nbs/08_predict.ipynb #108bdff0
@@ -36,15 +36,17 @@ def fade(tile:int           # side of a window, pixels
     w = np.sin(np.pi * (np.arange(tile) + .5) / tile)**2
     return np.outer(w, w)
 
-# %% ../nbs/08_predict.ipynb #9a4d55dd
+# %% ../nbs/08_predict.ipynb #70dde4af
 class _Scene:
     "A GeoTIFF and its EXTRA raster, checked when it is opened; raises `DataError` and `ConfigError`"
     def __init__(self, path, extra, crs, model):
         self.files, self.stats, self.tile = dict(image=str(path), extra=str(extra), mask=''), model.stats, model.cfg.data.tile_size
-        if extra and not self.stats.channels[3:]: raise ConfigError('an EXTRA raster was named, but the model sees RGB only')
+        bands = self.stats.channels[3:]
+        if extra and not bands: raise ConfigError('extra: the model sees RGB only: leave --extra out')
+        if bands and not extra: raise ConfigError(f'extra: the model sees {", ".join(bands)} too: name the raster that holds them, as --extra')
         with _open(path, rows=self.tile) as ds: (self.height, self.width), self.crs, self.transform = ds.shape, ds.crs, ds.transform
-        if self.crs and crs: raise ConfigError(f'{path.name} names its CRS, {crs_name(self.crs)}: another one is only for a scene that names none')
-        if not self.crs and not crs: raise DataError(f'{path.name} names no CRS: say --crs EPSG:3413, or whichever it is, or --crs none for a map without')
+        if self.crs and crs: raise ConfigError(f'crs: {path.name} names its CRS, {crs_name(self.crs)}: leave --crs out, which is for a scene that names none')
+        if not self.crs and not crs: raise DataError(f'crs: {path.name} names no CRS: say --crs EPSG:3413, or whichever it is, or --crs none for a map without')
         if crs not in ('', 'none'): self.crs = crs_name(crs)
         if (dtype := str(self.band(0).rgb.dtype)) != self.stats.dtype: raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
 
@@ -198,7 +200,7 @@ def _write(out, work, parts, n, scene, made):
     with open(cog, 'rb') as f: os.fsync(f.fileno())
     os.replace(cog, out)
 
-# %% ../nbs/08_predict.ipynb #35f6cc8f
+# %% ../nbs/08_predict.ipynb #06a98fa1
 def predict_scene(model_dir:str|Path,      # a model directory
                   scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
                   out:str|Path,            # the map, a .tif
@@ -211,16 +213,16 @@ def predict_scene(model_dir:str|Path,      # a model directory
                  ) -> dict:                # what the map was made with, and counts of pixels and windows
     "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `OSError`, `Stopped`, `ValueError`"
     scene, out, folder = Path(scene), Path(out), Path(model_dir); parts = out.with_name(f'{out.name}.parts')
-    for name, path in dict(scene=scene, extra=extra, out=out).items():
-        if path and Path(path).exists() and not Path(path).is_file(): raise DataError(f'{name}: {path} is no regular file')      # nobody waits for a pipe
-    if out.suffix not in ('.tif', '.tiff'): raise ConfigError(f'{out.name}: a map is a .tif')
-    if out.resolve() in (scene.resolve(), Path(extra).resolve()): raise ConfigError(f'{out.name} is what the map is made of: give the map another name')
-    if device not in ('auto', 'cpu', 'cuda'): raise ConfigError(f'device: {device!r} is none of auto, cpu, cuda')
-    if device == 'cuda' and not torch.cuda.is_available(): raise ConfigError('device: cuda was asked for, and no GPU is at hand')
-    if batch < 1: raise ConfigError(f'batch: {batch} windows at once are too few')
+    problems = [f'{name}: {path} is no regular file' for name, path in dict(scene=scene, extra=extra, out=out).items() if path and Path(path).exists() and not Path(path).is_file()]      # nobody waits for a pipe
+    if out.suffix not in ('.tif', '.tiff'): problems.append(f'out: {out.name}: a map is a .tif')
+    if out.resolve() in (scene.resolve(), Path(extra).resolve()): problems.append(f'out: {out.name} is what the map is made of: give the map another name')
+    if views not in ('', *VIEWS): problems.append(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+    if device not in ('auto', 'cpu', 'cuda'): problems.append(f'device: {device!r} is none of auto, cpu, cuda')
+    if device == 'cuda' and not torch.cuda.is_available(): problems.append('device: cuda was asked for, and no GPU is at hand')
+    if batch < 1: problems.append(f'batch: {batch} windows at once are too few')
+    if problems: raise ConfigError('\n'.join(problems))
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = load_model(folder, device); views = views or model.cfg.infer.views
-    if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
     calibration, tells = _calibration(folder, views); source = _Scene(scene, extra, crs, model); n = len(starts(source.height, source.tile))
     if not calibration: _say('note: the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities (rtsseg-calibrate)')
     decides = [digest(folder/f) for f in ('config.yaml', 'normalization_stats.json', 'model.safetensors')]
@@ -243,7 +245,7 @@ def predict_scene(model_dir:str|Path,      # a model directory
         shutil.rmtree(parts)
     return json.loads(_note(out).read_text())
 
-# %% ../nbs/08_predict.ipynb #d00c6b5b
+# %% ../nbs/08_predict.ipynb #aea09807
 @call_parse
 def rtsseg_predict(model:str='',              # model directory, as runs/…/model
                    scene:str='',              # GeoTIFF of any size: R, G, B as in training
@@ -257,9 +259,8 @@ def rtsseg_predict(model:str='',              # model directory, as runs/…/mod
                   ):
     "A map of calibrated probabilities from a scene; goes on where it was cut off"
     try:
-        for name, value in dict(model=model, scene=scene, out=out).items():
-            if not value: raise ConfigError(f'--{name} is not given')
+        if missing := [f'--{name} is not given' for name, value in dict(model=model, scene=scene, out=out).items() if not value]: raise ConfigError('\n'.join(missing))
         print(json.dumps(predict_scene(model, scene, out, extra, views, crs, device, batch, force), indent=1))
     except Stopped as e: _say(e); sys.exit(3)
     except KeyboardInterrupt: _say('stopped; the same command goes on from the rows that are finished'); sys.exit(130)
-    except (ValueError, ModelError, OSError) as e: _say(f'error: {e}'); sys.exit(2)
+    except (ValueError, ModelError, OSError) as e: _say(f'error: {visible(e)}'); sys.exit(2)
