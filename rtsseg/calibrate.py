@@ -9,7 +9,7 @@ __all__ = ['OFF', 'IOU', 'KINDS', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_
            'show_reliability', 'show_pr', 'fill', 'show_calibration', 'run_evidence', 'views_gain', 'recommend',
            'calibrate_run', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #2782cf51
+# %% ../nbs/06_calibrate.ipynb #26d24320
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from scipy.special import expit, logit
 
 from .config import Calibrate, ConfigError, Infer, Metrics, Positive, Share, Strict, load, nearest, write_atomic
 from .data import DataError, finished, named_run
-from .files import SEAL, FileError, digest, event, inside, read_json, seal_model
+from .files import SEAL, FileError, digest, event, inside, read_json, seal_model, visible
 from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, drawn_weight, interval, summary, unsupported
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts
@@ -569,7 +569,7 @@ def show_calibration(c:Calibration) -> str:
         lines += ['', fill(f'Region {name}: {region.why}')] * bool(region.why) + pixels(f'Region {name}: pixels', region.thresholds) + objects(f'Region {name}: objects', region.objects)
     return '\n'.join(lines + [''] * bool(notes) + [fill(f'[{i}] {n}', '    ') for i, n in enumerate(notes, 1)])
 
-# %% ../nbs/06_calibrate.ipynb #b5ecf5c3
+# %% ../nbs/06_calibrate.ipynb #463365f5
 VIEWS = Infer.model_fields['views'].annotation.__args__      # cheapest first
 
 def _events(log):
@@ -584,7 +584,7 @@ def run_evidence(folder:Path,     # a run folder
                 ) -> Evidence:
     "Evidence of a run; raises `ValueError` where it is damaged, or of another split, of other views or of other weights than it should be"
     path, weights = inside(evidence_path(folder, split, views), folder), inside(folder/'model'/'model.safetensors', folder); e = Evidence.read(path)
-    if e.views != views or set(e['split']) - {split}: raise ValueError(f'{path.name} is evidence of {", ".join(sorted(set(e["split"])))}, views {e.views}')
+    if e.views != views or set(e['split']) - {split}: raise ValueError(f'{path.name} is evidence of {", ".join(sorted(set(e["split"])))}, views {e.views}, instead of {split}, views {views}')
     if e.model and weights.exists() and e.model != digest(weights)[:12]: raise ValueError(f'{path.name} was made by other weights ({e.model}) than those of model.safetensors ({digest(weights)[:12]})')
     return e
 
@@ -616,7 +616,7 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return f'test-time augmentation: {x.name} is recommended, {x.gain:+.4f} PR-AUC where noise is {x.noise:.4f}{price}; infer.views={x.name}'
 
-# %% ../nbs/06_calibrate.ipynb #7d13db5d
+# %% ../nbs/06_calibrate.ipynb #f0acdc54
 def calibrate_run(folder:str|Path,      # a run folder with validation evidence
                   views:str=''          # the views of that evidence; '' takes the config's
                  ) -> Calibration:      # also written to model/calibration.json
@@ -643,7 +643,7 @@ def rtsseg_calibrate(run:str='',                      # run folder; '' finds it 
     "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
     try:
         folder = named_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides)
-        print(show_calibration(calibrate_run(folder, views)))
+        print(visible(show_calibration(calibrate_run(folder, views))))
         gains = views_gain(folder)
         if len(gains) > 1: print('\nViews', gains.drop(columns='why', errors='ignore').to_string(float_format='{:.4f}'.format, na_rep=''), fill(recommend(gains)), sep='\n')
-    except (ValueError, OSError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'error: {visible(e)}', file=sys.stderr); sys.exit(2)

@@ -449,7 +449,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #1503e76d
+# %% ../nbs/04a_loop.ipynb #dde8f3e8
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -611,7 +611,7 @@ def fit(cfg:LoopConfig,       # what to do
         if run.epoch > cfg.epochs: run.finished = True
         if (run.epoch - 1) % cfg.checkpoint.every == 0:
             if path := run.save(f'epoch-{run.epoch - 1:04d}'):
-                for old in sorted(path.parent.glob('epoch-*.ckpt'))[:-cfg.checkpoint.keep_last]: old.unlink()
+                for old in sorted(path.parent.glob('epoch-*.ckpt'), key=lambda f: (len(f.name), f.name))[:-cfg.checkpoint.keep_last]: old.unlink()      # 10000 comes after 9999
                 tell('on_checkpoint', run, path)
     if not run.save('resume') and acc.is_main_process: raise UnsavedError('the last state could not be written; make room, and start again: the run goes on from the checkpoint before it')
     if not run.reason: run.reason = 'all epochs done' if run.epoch > cfg.epochs else 'it had stopped early before'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HALF', 'STEPS', 'NODATA', 'starts', 'fade', 'encode', 'Stopped', 'predict_scene', 'rtsseg_predict']
 
-# %% ../nbs/08_predict.ipynb #6d8cb332
+# %% ../nbs/08_predict.ipynb #ef348de8
 import fcntl, hashlib, json, os, shutil, signal, sys, threading, warnings, zlib
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from scipy.special import logit
 from .calibrate import Calibration
 from .config import ConfigError, nearest, write_atomic
 from .data import GDAL, DataError, Raw, _open, _pixels, _progress, _scaled, crs_name, cuts
+from .files import FileError, digest, inside, read_json, visible
 from .infer import VIEWS, ModelError, Predictor, load_model, predict
 
 # %% ../nbs/08_predict.ipynb #108bdff0
@@ -35,15 +36,17 @@ def fade(tile:int           # side of a window, pixels
     w = np.sin(np.pi * (np.arange(tile) + .5) / tile)**2
     return np.outer(w, w)
 
-# %% ../nbs/08_predict.ipynb #9a4d55dd
+# %% ../nbs/08_predict.ipynb #70dde4af
 class _Scene:
     "A GeoTIFF and its EXTRA raster, checked when it is opened; raises `DataError` and `ConfigError`"
     def __init__(self, path, extra, crs, model):
         self.files, self.stats, self.tile = dict(image=str(path), extra=str(extra), mask=''), model.stats, model.cfg.data.tile_size
-        if extra and not self.stats.channels[3:]: raise ConfigError('an EXTRA raster was named, but the model sees RGB only')
+        bands = self.stats.channels[3:]
+        if extra and not bands: raise ConfigError('extra: the model sees RGB only: leave --extra out')
+        if bands and not extra: raise ConfigError(f'extra: the model sees {", ".join(bands)} too: name the raster that holds them, as --extra')
         with _open(path, rows=self.tile) as ds: (self.height, self.width), self.crs, self.transform = ds.shape, ds.crs, ds.transform
-        if self.crs and crs: raise ConfigError(f'{path.name} names its CRS, {crs_name(self.crs)}: another one is only for a scene that names none')
-        if not self.crs and not crs: raise DataError(f'{path.name} names no CRS: say --crs EPSG:3413, or whichever it is, or --crs none for a map without')
+        if self.crs and crs: raise ConfigError(f'crs: {path.name} names its CRS, {crs_name(self.crs)}: leave --crs out, which is for a scene that names none')
+        if not self.crs and not crs: raise DataError(f'crs: {path.name} names no CRS: say --crs EPSG:3413, or whichever it is, or --crs none for a map without')
         if crs not in ('', 'none'): self.crs = crs_name(crs)
         if (dtype := str(self.band(0).rgb.dtype)) != self.stats.dtype: raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
 
@@ -100,11 +103,18 @@ def encode(probability:np.ndarray,   # float, 0 to 1
     "Probabilities as a map holds them"
     return np.where(valid, np.rint(STEPS * probability), NODATA).astype('uint16')
 
-# %% ../nbs/08_predict.ipynb #ce59edd8
+# %% ../nbs/08_predict.ipynb #d7fa8e8e
 class _Parts:
-    "Finished rows of a map in a folder beside it"
-    def __init__(self, folder, key): self.folder, self.key = folder, key
+    "Finished rows of a map in a folder beside it, and what they were made with"
+    def __init__(self, folder, made): self.folder, self.made, self.key = folder, made, hashlib.sha256(json.dumps(made).encode()).hexdigest()
     def _seal(self, i, data): return hashlib.sha256(f'{self.key} {i} '.encode() + data).digest()
+
+    def begin(self): write_atomic(self.folder/'made.json', json.dumps(self.made))
+
+    def others(self):
+        "Settings in which the rows that lie there differ"
+        try: return _others(read_json(self.folder/'made.json', self.folder), self.made) if any(self.folder.glob('[0-9]*')) else []
+        except FileError: return []        # where it is lost, each row is judged by its seal
 
     def put(self, i, counts, values):
         data = json.dumps(counts).encode() + b'\n' + zlib.compress(values.tobytes(), 1)
@@ -112,11 +122,13 @@ class _Parts:
 
     def get(self, i, width):
         "Counts and values (rows, width), or None where there is nothing that can be trusted"
-        try: data = (self.folder/f'{i:06}').read_bytes()
+        try: data = inside(self.folder/f'{i:06}', self.folder).read_bytes()
         except FileNotFoundError: return None
         if self._seal(i, data[32:]) != data[:32]: _say(f'{self.folder.name}/{i:06} is damaged or was left by another run: its rows are made again'); return None
         counts, values = data[32:].split(b'\n', 1)
         return json.loads(counts), np.frombuffer(zlib.decompress(values), 'uint16').reshape(-1, width)
+
+def _others(told, made): return [k for k, v in made.items() if told.get(k) != v]
 
 def _say(line): print(line, file=sys.stderr, flush=True)
 
@@ -132,7 +144,7 @@ def _alone(folder):
         os.close(handle)
         with suppress(OSError): folder.rmdir()
 
-# %% ../nbs/08_predict.ipynb #802b2a6b
+# %% ../nbs/08_predict.ipynb #b8786616
 class Stopped(RuntimeError):
     "Asked to stop before the end; the same command goes on from the rows that are finished"
 
@@ -146,9 +158,6 @@ def _sigterm():
     try: yield check
     finally:
         if main: signal.signal(signal.SIGTERM, old)
-
-def _digest(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _calibration(folder, views):
     "The model's own, and what the map tells of it; (None, None) where it has none"
@@ -167,7 +176,7 @@ def _note(out): return out.with_name(f'{out.name}.json')
 
 def _whole(out, told):
     "Whether a map is the file that its note speaks of"
-    try: return json.loads(_note(out).read_text()) == told | dict(sha256=_digest(out))
+    try: return read_json(_note(out), out.parent) == told | dict(sha256=digest(out))
     except (OSError, ValueError): return False
 
 def _write(out, work, parts, n, scene, made):
@@ -191,7 +200,7 @@ def _write(out, work, parts, n, scene, made):
     with open(cog, 'rb') as f: os.fsync(f.fileno())
     os.replace(cog, out)
 
-# %% ../nbs/08_predict.ipynb #3ca381c8
+# %% ../nbs/08_predict.ipynb #06a98fa1
 def predict_scene(model_dir:str|Path,      # a model directory
                   scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
                   out:str|Path,            # the map, a .tif
@@ -200,40 +209,43 @@ def predict_scene(model_dir:str|Path,      # a model directory
                   crs:str='',              # of a scene that names none: as EPSG:3413, or none
                   device:str='auto',       # auto, cpu or cuda
                   batch:int=8,             # windows at once; half precision gives other last digits for another number
-                  force:bool=False         # replace a map that was made otherwise
+                  force:bool=False         # replace a map, or finished rows, that were made otherwise
                  ) -> dict:                # what the map was made with, and counts of pixels and windows
     "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `OSError`, `Stopped`, `ValueError`"
     scene, out, folder = Path(scene), Path(out), Path(model_dir); parts = out.with_name(f'{out.name}.parts')
-    if out.suffix not in ('.tif', '.tiff'): raise ConfigError(f'{out.name}: a map is a .tif')
-    if out.resolve() in (scene.resolve(), Path(extra).resolve()): raise ConfigError(f'{out.name} is what the map is made of: give the map another name')
-    if device not in ('auto', 'cpu', 'cuda'): raise ConfigError(f'device: {device!r} is none of auto, cpu, cuda')
-    if device == 'cuda' and not torch.cuda.is_available(): raise ConfigError('device: cuda was asked for, and no GPU is at hand')
-    if batch < 1: raise ConfigError(f'batch: {batch} windows at once are too few')
+    problems = [f'{name}: {path} is no regular file' for name, path in dict(scene=scene, extra=extra, out=out).items() if path and Path(path).exists() and not Path(path).is_file()]      # nobody waits for a pipe
+    if out.suffix not in ('.tif', '.tiff'): problems.append(f'out: {out.name}: a map is a .tif')
+    if out.resolve() in (scene.resolve(), Path(extra).resolve()): problems.append(f'out: {out.name} is what the map is made of: give the map another name')
+    if views not in ('', *VIEWS): problems.append(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+    if device not in ('auto', 'cpu', 'cuda'): problems.append(f'device: {device!r} is none of auto, cpu, cuda')
+    if device == 'cuda' and not torch.cuda.is_available(): problems.append('device: cuda was asked for, and no GPU is at hand')
+    if batch < 1: problems.append(f'batch: {batch} windows at once are too few')
+    if problems: raise ConfigError('\n'.join(problems))
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = load_model(folder, device); views = views or model.cfg.infer.views
-    if views not in VIEWS: raise ConfigError(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
     calibration, tells = _calibration(folder, views); source = _Scene(scene, extra, crs, model); n = len(starts(source.height, source.tile))
     if not calibration: _say('note: the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities (rtsseg-calibrate)')
-    decides = [_digest(folder/f) for f in ('config.yaml', 'normalization_stats.json', 'model.safetensors')]
-    made = dict(rtsseg=version('rtsseg'), model=hashlib.sha256(''.join(decides).encode()).hexdigest(), calibration=tells, views=views, scene=_digest(scene),
-                extra=_digest(extra) if extra else None, crs=crs, tile=source.tile, batch=batch, precision=model.cfg.precision if device == 'cuda' else 'fp32', device=device)
+    decides = [digest(folder/f) for f in ('config.yaml', 'normalization_stats.json', 'model.safetensors')]
+    made = dict(rtsseg=version('rtsseg'), model=hashlib.sha256(''.join(decides).encode()).hexdigest(), calibration=tells, views=views, scene=digest(scene),
+                extra=digest(extra) if extra else None, crs=crs, tile=source.tile, batch=batch, precision=model.cfg.precision if device == 'cuda' else 'fp32', device=device)
     with _alone(parts), _sigterm() as check:
-        told = _told(out); other = [k for k, v in made.items() if told.get(k) != v]
+        done, told = _Parts(parts, made), _told(out); other = _others(told, made)
+        if (begun := done.others()) and not force:
+            raise DataError(f'{parts.name} holds finished rows of a map that was begun otherwise ({", ".join(begun)}): go on as it was begun, name another file, or say --force to begin anew')
         if other and out.exists() and not force:
             raise DataError(f'{out.name} is there and was made otherwise ({", ".join(other) if told else "not by this library"}): name another file, or say --force to replace it')
         if not other and not _whole(out, told): _say(f'{out.name} or its note was cut off or damaged: the map is made again'); other = ['content']
         if other:
-            done = _Parts(parts, hashlib.sha256(json.dumps(made).encode()).hexdigest())
-            wanted = {i for i in range(n) if done.get(i, source.width) is None}
+            done.begin(); wanted = {i for i in range(n) if done.get(i, source.width) is None}
             if len(wanted) < n: _say(f'{n - len(wanted)} of {n} rows of windows are done already')
             for i, p, valid, counts in _strips(model, source, views, batch, wanted, check):
                 done.put(i, counts, encode(calibration.probability(logit(p)) if calibration else p, valid))
-            _write(out, parts, done, n, source, made); told = _told(out); write_atomic(_note(out), json.dumps(told | dict(sha256=_digest(out)), indent=1) + '\n')
+            _write(out, parts, done, n, source, made); told = _told(out); write_atomic(_note(out), json.dumps(told | dict(sha256=digest(out)), indent=1) + '\n')
         else: _say(f'{out.name} is there already, made with the same settings of the same files')
         shutil.rmtree(parts)
     return json.loads(_note(out).read_text())
 
-# %% ../nbs/08_predict.ipynb #c4635df9
+# %% ../nbs/08_predict.ipynb #aea09807
 @call_parse
 def rtsseg_predict(model:str='',              # model directory, as runs/…/model
                    scene:str='',              # GeoTIFF of any size: R, G, B as in training
@@ -243,13 +255,12 @@ def rtsseg_predict(model:str='',              # model directory, as runs/…/mod
                    crs:str='',                # of a scene that names none: as EPSG:3413, or none
                    device:str='auto',         # auto, cpu or cuda
                    batch:int=8,               # windows at once
-                   force:store_true=False     # replace a map that was made otherwise
+                   force:store_true=False     # replace a map, or finished rows, that were made otherwise
                   ):
     "A map of calibrated probabilities from a scene; goes on where it was cut off"
     try:
-        for name, value in dict(model=model, scene=scene, out=out).items():
-            if not value: raise ConfigError(f'--{name} is not given')
+        if missing := [f'--{name} is not given' for name, value in dict(model=model, scene=scene, out=out).items() if not value]: raise ConfigError('\n'.join(missing))
         print(json.dumps(predict_scene(model, scene, out, extra, views, crs, device, batch, force), indent=1))
     except Stopped as e: _say(e); sys.exit(3)
     except KeyboardInterrupt: _say('stopped; the same command goes on from the rows that are finished'); sys.exit(130)
-    except (ValueError, ModelError, OSError) as e: _say(f'error: {e}'); sys.exit(2)
+    except (ValueError, ModelError, OSError) as e: _say(f'error: {visible(e)}'); sys.exit(2)

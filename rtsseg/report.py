@@ -13,20 +13,21 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'tables', 'figures', 'plain', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs',
            'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #ab31763b
+# %% ../nbs/07_report.ipynb #43da4790
 import json, math, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from fastcore.basics import listify
 from fastcore.script import Param, call_parse
 from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, run_evidence, show_reliability, views_gain
-from .config import UNDECIDING, Config, ConfigError, load, settings, write_atomic
+from .config import UNDECIDING, Config, load, settings, write_atomic
 from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
-from .files import SEAL, Best, Environment, FileError, check_seal, event, inside, read_bytes, read_json, read_ledger, typed
+from .files import SEAL, Best, Environment, FileError, check_seal, event, inside, read_bytes, read_json, read_ledger, typed, visible
 from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
 from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
                             tile_counts, weight)
@@ -809,7 +810,7 @@ def write(path, title, lead, parts):
     for name, data in pictures.items(): write_atomic(folder/name, data)
     write_atomic(path.with_suffix('.md'), text); write_atomic(path, page(title, lead, parts))
 
-# %% ../nbs/07_report.ipynb #f3ece80e
+# %% ../nbs/07_report.ipynb #eb26c5ed
 def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
              ) -> list[int]:
     "Seeds as they may be written"
@@ -831,7 +832,7 @@ def find_runs(cfg:Config,         # of the runs
     return there
 
 @call_parse
-def rtsseg_report(runs:Param('run folders: seeds of one configuration, or configurations to be compared; none: found from the config', nargs='*', opt=False)=None,
+def rtsseg_report(run:Param('run folder, or several: seeds of one configuration, or configurations to be compared; none: found from the config', nargs='*')=None,
                   config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                   manifest:str='',                 # another manifest than the config's
                   name:str='',                     # another name for the run
@@ -843,6 +844,6 @@ def rtsseg_report(runs:Param('run folders: seeds of one configuration, or config
                  ):
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
     try:
-        named = [named_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in runs or []]
-        print(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None))
-    except (ReportError, FileError, ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
+        named = [named_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in listify(run)]
+        print(visible(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None)))
+    except (ReportError, ValueError, OSError) as e: print(f'error: {visible(e)}', file=sys.stderr); sys.exit(2)

@@ -1,5 +1,5 @@
 "A run folder in seconds, without training: what train, evaluate and calibrate leave behind. And a guard that sees what code does while it reads what others made"
-import json, os, sys
+import json, os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,14 @@ def run(root, seed=0, **more):
     export(0.); export(summary(Evidence.read(evaluate_run(folder)), [1], ious=())[1]['pr_auc'])
     calibrate_run(folder); evaluate_run(folder, 'test')
     return folder
+
+@contextmanager
+def in_time(seconds=60):
+    "What would wait for ever fails"
+    def late(*_): raise AssertionError('it waits')
+    old = signal.signal(signal.SIGALRM, late); signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0); signal.signal(signal.SIGALRM, old)
 
 _events, _open, _hooked = [], [], []       # a hook stays for good: it is asked to look only inside of `guard`
 

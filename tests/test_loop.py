@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import rtsseg.loop, rtsseg.segment
 from small_world import At, Crash, Nothing, Points, Scripted, crash, equal, gradient, net, points, quick, run, stop, weights
 from rtsseg.config import ConfigError, CurriculumRow, EarlyStopping, LoopConfig, Sampler as SamplerConfig, Stage, load
-from rtsseg.loop import Average, Run, Stopper, Task, evaluate, fit, load_state
+from rtsseg.loop import Average, Run, Stopper, Task, evaluate, fit, load_state, save_state
 from rtsseg.sampler import Batches
 from rtsseg.segment import loaders
 
@@ -279,6 +279,12 @@ def test_keep_last(every, keep, epochs, files, tmp_path):
     run(tmp_path, epochs=epochs, checkpoint=dict(every=every, keep_last=keep))
     assert {f.name for f in (tmp_path/'checkpoints').iterdir()} == {'best.ckpt', 'resume.ckpt', *(f'epoch-{e:04d}.ckpt' for e in files)}
     for e in files: assert load_state(tmp_path/'checkpoints'/f'epoch-{e:04d}.ckpt')['epoch'] == e + 1
+
+def test_keep_last_counts(tmp_path):
+    "Epoch 10000 comes after 9999, though not in the alphabet"
+    run(tmp_path, epochs=1); resume = tmp_path/'checkpoints'/'resume.ckpt'; save_state(resume, load_state(resume) | dict(epoch=9998, finished=False))
+    run(tmp_path, epochs=10001, checkpoint=dict(every=1, keep_last=2))
+    assert {f.name for f in resume.parent.iterdir()} == {'best.ckpt', 'resume.ckpt', 'epoch-10000.ckpt', 'epoch-10001.ckpt'}
 
 def test_a_checkpoint_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
     "Three steps are taken before a thread comes to write: what it writes is not theirs, in weights, moments, average or anything else"

@@ -16,7 +16,7 @@ from rtsseg.data import read_manifest, read_tile, write_manifest
 from rtsseg.intervals import Estimate, summary
 from rtsseg.metrics import Meter, evidence_path, telling_tiles
 from rtsseg.page import Bullets, Reasons, Table, Text
-from rtsseg.report import METRICS, ReportError, Several, gallery, plain, read_results, read_run, region_table, report, tables, threshold, training_figure
+from rtsseg.report import METRICS, ReportError, Several, gallery, plain, read_results, read_run, region_table, report, rtsseg_report, tables, threshold, training_figure
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -500,15 +500,21 @@ def test_where_the_page_goes(runs, tmp_path):
         assert not (tmp_path/name).exists()
     with pytest.raises(ReportError, match='x.html cannot be written'): report(folder, tmp_path/'file'/'x.html')
 
+@pytest.mark.parametrize('out', ['x' * 300, 'x' * 300 + '.html', 'file/x.html', 'a\0.html'])
+def test_a_place_that_cannot_be_written(runs, tmp_path, capsys, out):
+    "is told in a line, as any error of the disk"
+    (tmp_path/'file').write_text('')
+    with pytest.raises(SystemExit) as left: rtsseg_report(run=[str(runs[0][0][0])], out=str(tmp_path/out))
+    assert left.value.code == 2 and re.match('error: .*(too long|Not a directory|null byte|x.html cannot be written)', capsys.readouterr().err)
+
 def test_command(runs):
     both, cfg = runs
     command = str(Path(sys.executable).with_name('rtsseg-report')); call = lambda *a: subprocess.run([command, *map(str, a)], capture_output=True, text=True, timeout=120)
     usage = call('--help').stdout
-    for name in ('runs', '--config', '--manifest', '--name', '--epochs', '--seed', '--seeds', '--overrides', '--out'): assert re.search(rf'^ *{name}\b.*\w+ \w+', usage, re.M), name
-    named = call(*[f for f, *_ in both])
+    for name in ('--run', '--config', '--manifest', '--name', '--epochs', '--seed', '--seeds', '--overrides', '--out'): assert re.search(rf'^ *{name}\b.*\w+ \w+', usage, re.M), name
+    named = call('--run', *[f for f, *_ in both])
     assert named.returncode == 0 and '1:200' in named.stdout and os.path.relpath(both[0][0].parent/'report.html') in named.stdout
     config = cfg.runs/'c.yaml'; config.write_text(to_yaml(cfg))
     found = call('--config', config, '--seeds', '42,43'); assert found.stdout == named.stdout
     missing = call('--config', config, '--seed', '7'); assert missing.returncode == 2 and 'no run yet' in missing.stderr and 'Traceback' not in missing.stderr
-    assert call('nowhere/x/seed1').returncode == 2
-    both_said = call(both[0][0], '--seed', '7', '--name', 'z'); assert both_said.returncode == 2 and 'a run folder has its own config: leave out name, seed' in both_said.stderr and not both_said.stdout
+    both_said = call('--run', both[0][0], '--seed', '7', '--name', 'z'); assert both_said.returncode == 2 and 'a run folder has its own config: leave out name, seed' in both_said.stderr and not both_said.stdout

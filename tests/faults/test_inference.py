@@ -1,5 +1,5 @@
 "Faults 40 to 42: models that are not whole, scenes that hold little, predictions that are cut off"
-import contextlib, hashlib, io, json, os, random, re, resource, shutil, signal, subprocess, sys, time
+import hashlib, json, os, random, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest, rasterio, torch
@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save
 import rtsseg.predict
 from rtsseg.config import Config
 from rtsseg.data import DataError, Stats, write_raster
-from rtsseg.files import seal_model
-from rtsseg.infer import ModelError, load_model, save_model
+from rtsseg.evaluate import rtsseg_evaluate
+from rtsseg.files import FileError, seal_model
+from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
-from rtsseg.predict import NODATA, predict_scene, starts
-from small_run import run
+from rtsseg.predict import NODATA, predict_scene, rtsseg_predict, starts
+from small_run import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),
           41: ('a scene that is smaller than a tile, holds no data at all, or holds it in parts', 'a valid map, with no data where the scene has none; counted'),
@@ -35,42 +36,45 @@ def weights(folder, change):
 def stats(folder, **change):
     path = folder/'model'/'normalization_stats.json'; path.write_text(json.dumps(json.loads(path.read_text()) | change)); seal_model(folder/'model')
 
-def refused(folder, why):
-    "By the loader, and by a command: exit code 2, a message that names the file, nothing written"
-    with pytest.raises(ModelError, match=why): load_model(folder/'model')
-    before = {f: f.stat().st_mtime_ns for f in folder.parents[2].rglob('*')}
-    done = subprocess.run([Path(sys.executable).parent/'rtsseg-evaluate', '--run', folder, '--split', 'test'], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr and not done.stdout, done.stderr
-    assert re.search(why, done.stderr) and {f: f.stat().st_mtime_ns for f in folder.parents[2].rglob('*')} == before
+@pytest.fixture
+def refused(folder, tmp_path, capsys):
+    "By evaluation and by prediction: exit code 2, a message that names file and field, nothing written, no socket opened"
+    path, _ = scene(tmp_path/'scene.tif', 70, 70); out = tmp_path/'map.tif'
+    def check(why):
+        for command, given in ((rtsseg_evaluate, dict(run=str(folder), split='test')), (rtsseg_predict, dict(model=str(folder/'model'), scene=str(path), out=str(out)))):
+            with guard(), pytest.raises(SystemExit) as left: command(**given)
+            said = capsys.readouterr(); assert left.value.code == 2 and said.err.startswith('error: ') and not said.out and re.search(why, said.err), said.err
+    return check
 
-def test_40_a_missing_weight(folder):
+def test_40_a_missing_weight(folder, refused):
     "Weights of another architecture, or cut by hand, are not filled up with random ones"
-    weights(folder, lambda w: w.pop('segmentation_head.0.bias')); refused(folder, r"model.safetensors does not fit config.yaml: 1 weights missing \['segmentation_head.0.bias'\], 0 extra")
+    weights(folder, lambda w: w.pop('segmentation_head.0.bias')); refused(r"model.safetensors does not fit config.yaml: 1 weights missing \['segmentation_head.0.bias'\], 0 extra")
 
-def test_40_an_extra_weight(folder):
+def test_40_an_extra_weight(folder, refused):
     "What the config does not build is not left aside in silence"
-    weights(folder, lambda w: w.update(more=torch.zeros(2))); refused(folder, r"model.safetensors does not fit config.yaml: 0 weights missing \[\], 1 extra \['more'\]")
+    weights(folder, lambda w: w.update(more=torch.zeros(2))); refused(r"model.safetensors does not fit config.yaml: 0 weights missing \[\], 1 extra \['more'\]")
 
-def test_40_without_statistics(folder):
+@pytest.mark.parametrize('sealed, why', [(False, ' is missing, and SHA256SUMS lists it'), (True, ' is missing: the model cannot be used without it')])
+def test_40_without_statistics(folder, refused, sealed, why):
     "A model without the statistics of its training data would give quietly wrong maps"
-    (folder/'model'/'normalization_stats.json').unlink(); refused(folder, 'normalization_stats.json is missing, and SHA256SUMS lists it')
-    seal_model(folder/'model')
-    with pytest.raises(ModelError, match='normalization_stats.json is missing: the model cannot be used without it'): load_model(folder/'model')
+    (folder/'model'/'normalization_stats.json').unlink()
+    if sealed: seal_model(folder/'model')
+    refused(f'normalization_stats.json{why}')
 
-def test_40_a_standard_deviation_of_zero(folder):
+def test_40_a_standard_deviation_of_zero(folder, refused):
     "Nothing is divided by 0"
-    stats(folder, std=[.1, 0., .1]); refused(folder, 'normalization_stats.json: statistics: not finite, or a standard deviation of 0')
+    stats(folder, std=[.1, 0., .1]); refused('normalization_stats.json: .*standard deviation of 0')
 
 @pytest.mark.parametrize('number', [float('nan'), float('inf')])
-def test_40_weights_that_are_no_numbers(folder, number):
+def test_40_weights_that_are_no_numbers(folder, refused, number):
     "One of them makes every map empty"
     def change(w): w['decoder.blocks.0.conv1.0.weight'][0, 0, 0, 0] = number
-    weights(folder, change); refused(folder, r"model.safetensors holds numbers that are not finite: \['decoder.blocks.0.conv1.0.weight'\]")
+    weights(folder, change); refused(r"model.safetensors holds numbers that are not finite: \['decoder.blocks.0.conv1.0.weight'\]")
 
 @pytest.mark.parametrize('bands', [['B', 'G', 'R'], ['R', 'G', 'B', 'ndvi'], ['R', 'G', 'G'], 'RGB'])
-def test_40_bands_in_another_order(folder, bands):
+def test_40_bands_in_another_order(folder, refused, bands):
     "The statistics say which bands there are, and the config in which order: a model that saw others is not used"
-    stats(folder, channels=bands, **({} if len(bands) == 3 else dict(mean=[.3] * 4, std=[.1] * 4))); refused(folder, 'normalization_stats.json')
+    stats(folder, channels=bands, **({} if len(bands) == 3 else dict(mean=[.3] * 4, std=[.1] * 4))); refused('normalization_stats.json.*(bands|channels)')
 
 GRID, CRS = from_origin(-2_500_000, 700_000, 3, 3), 'EPSG:3413'
 
@@ -123,8 +127,14 @@ def test_41_a_scene_with_data_in_parts(model, tmp_path):
     found = check(tmp_path/'map.tif', told, valid); assert told['empty'] >= 15 and np.ptp(found[valid]) > 5000
 
 # ---------------------------------------------------------------- 42: cut off
+@pytest.fixture
+def ready(model, monkeypatch):
+    "The model, loaded once: what is killed many times is what comes after. And nothing is pressed onto the disk, which matters when the power fails and not when a process does"
+    loaded = load_model(model); monkeypatch.setattr(rtsseg.predict, 'load_model', lambda folder, device: loaded); monkeypatch.setattr(os, 'fsync', lambda file: None)
+    return model
+
 class Kill:
-    "In a forked process: do the work, and be killed at the k-th file that is opened, renamed or removed, or after some seconds; the map itself is never opened for writing"
+    "In a forked process: do the work, and be killed at the k-th file that is opened, renamed or removed once it has begun to write, or after some seconds; the map itself is never opened for writing"
     def __init__(self, work, out): self.work, self.out = work, str(out)
     def __call__(self, k=None, seconds=None):
         "Whether it was killed"
@@ -132,7 +142,7 @@ class Kill:
             null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2); seen = [0]
             def event(name, args):
                 if name == 'open' and str(args[0]) == self.out and args[2] & (os.O_WRONLY | os.O_RDWR): os._exit(1)
-                if name in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'shutil.rmtree'):
+                if name == 'os.mkdir' or seen[0] and name in ('open', 'os.rename', 'os.remove', 'os.rmdir', 'shutil.rmtree'):
                     seen[0] += 1
                     if seen[0] == k: os.kill(os.getpid(), signal.SIGKILL)
             if k: sys.addaudithook(event)
@@ -145,34 +155,36 @@ class Kill:
 
 def files(out): return [f.read_bytes() for f in (out, out.with_name(f'{out.name}.json'))]
 
-def test_42_killed_at_every_step_on_disk(model, tmp_path):
+def test_42_killed_at_every_step_on_disk(ready, tmp_path):
     "Whichever file is opened, renamed or removed last: what is called a map is one, and the same command ends in the same bytes"
-    path, valid = scene(tmp_path/'scene.tif', 130, 70, (0, 20, 0, 30)); predict_scene(model, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
-    kill, kept = Kill(lambda: predict_scene(model, path, out), out), 0
+    path, valid = scene(tmp_path/'scene.tif', 100, 64, (0, 20, 0, 30)); predict_scene(ready, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
+    kill, kept = Kill(lambda: predict_scene(ready, path, out), out), 0
     for k in range(1, 1000):
         if not kill(k): break
         kept += out.with_name('map.tif.parts').exists()
         if out.exists(): assert out.read_bytes() == want[0]
-        check(out, predict_scene(model, path, out), valid); assert files(out) == want
+        check(out, predict_scene(ready, path, out), valid); assert files(out) == want
         for f in tmp_path.glob('map.tif*'): f.unlink()
     assert k > 40 and kept > 20
 
-def test_42_killed_at_random_points(model, tmp_path):
+def test_42_killed_at_random_points(ready, tmp_path):
     "Again and again, until it is through"
-    path, valid = scene(tmp_path/'scene.tif', 700, 500, (0, 90, 0, 300)); begun = time.monotonic(); predict_scene(model, path, tmp_path/'undisturbed.tif'); whole = time.monotonic() - begun
+    model = ready; path, valid = scene(tmp_path/'scene.tif', 500, 300, (0, 90, 0, 200)); predict_scene(model, path, tmp_path/'undisturbed.tif'); begun = time.monotonic(); predict_scene(model, path, tmp_path/'again.tif'); whole = time.monotonic() - begun
     out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict_scene(model, path, out), out)
     while killed < kills:
         while kill(seconds=dice.uniform(.05, .7) * whole if killed < kills else None): killed += 1
         check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
         for f in tmp_path.glob('map.tif*'): f.unlink()
 
-def cut_off(model, path, out, monkeypatch, after):
+def finished(parts): return list(parts.glob('0*'))
+
+def cut_off(model, path, out, monkeypatch, after, **more):
     "Leave a prediction after some rows of windows"
     real, put = rtsseg.predict._Parts.put, []
     def stops(self, *args):
         if len(put) == after: raise KeyboardInterrupt
         put.append(real(self, *args))
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(rtsseg.predict._Parts, 'put', stops); predict_scene(model, path, out)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(rtsseg.predict._Parts, 'put', stops); predict_scene(model, path, out, **more)
     return out.with_name(f'{out.name}.parts')
 
 @pytest.fixture
@@ -186,23 +198,43 @@ def rows(monkeypatch):
 def test_42_finished_rows_are_not_made_again(model, tmp_path, monkeypatch, rows):
     "Of what is finished, only the windows that reach into the rest are run again"
     path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); assert rows(lambda: predict_scene(model, path, tmp_path/'undisturbed.tif')) == 10; out = tmp_path/'map.tif'
-    assert len(list(cut_off(model, path, out, monkeypatch, 7).iterdir())) == 7 and not out.exists()
+    assert len(finished(cut_off(model, path, out, monkeypatch, 7))) == 7 and not out.exists()
     assert rows(lambda: predict_scene(model, path, out)) == 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
     assert rows(lambda: predict_scene(model, path, out)) == 0      # and a finished map not at all
 
-@pytest.mark.parametrize('damage', ['flipped', 'truncated', 'empty', 'swapped', 'of another model'])
-def test_42_rows_that_are_damaged_or_foreign(model, tmp_path, monkeypatch, damage, rows, capfd):
-    "They are told, and made again: the map is the same bytes"
+@pytest.mark.parametrize('damage', ['flipped', 'truncated', 'empty', 'swapped', 'the note of the settings is lost'])
+def test_42_rows_that_are_damaged(model, tmp_path, monkeypatch, damage, rows, capfd):
+    "They are told, and made again, and no others: the map is the same bytes"
     path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'
-    if damage == 'of another model':
-        other = shutil.copytree(model, tmp_path/'model'); text = (other/'normalization_stats.json').read_text(); (other/'normalization_stats.json').write_text(text.replace('0.35', '0.36')); seal_model(other)
-        cut_off(other, path, out, monkeypatch, 7); bad = 7
-    else:
-        parts = cut_off(model, path, out, monkeypatch, 10 - 1); part = parts/'000004'; data = part.read_bytes(); bad = 1
-        if damage == 'swapped': part.write_bytes((parts/'000005').read_bytes())
-        else: part.write_bytes(dict(flipped=data[:90] + bytes([data[90] ^ 4]) + data[91:], truncated=data[:-9], empty=b'')[damage])
+    parts = cut_off(model, path, out, monkeypatch, 10 - 1); part = parts/'000004'; data = part.read_bytes(); lost = 'note' in damage
+    if lost: (parts/'made.json').unlink()
+    elif damage == 'swapped': part.write_bytes((parts/'000005').read_bytes())
+    else: part.write_bytes(dict(flipped=data[:90] + bytes([data[90] ^ 4]) + data[91:], truncated=data[:-9], empty=b'')[damage])
     capfd.readouterr(); made = rows(lambda: predict_scene(model, path, out)); said = capfd.readouterr().err
-    assert files(out) == files(tmp_path/'undisturbed.tif') and said.count('is damaged or was left by another run') == bad and made == (10 if bad == 7 else 4)
+    assert files(out) == files(tmp_path/'undisturbed.tif') and said.count('is damaged or was left by another run') == (0 if lost else 1) and made == (2 if lost else 4)
+
+@pytest.mark.parametrize('other', ['model', 'views', 'batch', 'scene'])
+def test_42_rows_that_were_begun_otherwise_are_kept(model, tmp_path, monkeypatch, other, rows):
+    "A command with another setting, or of another model or scene, does not throw finished rows away, also where the map is there as it asks for it: it names what differs and is refused; --force begins anew"
+    path, _ = scene(tmp_path/'scene.tif', 64 + 4 * 32, 70); out = tmp_path/'map.tif'; mine = dict(model_dir=model, scene=path, out=out); theirs = dict(mine)
+    if other == 'model':
+        theirs['model_dir'] = at = shutil.copytree(model, tmp_path/'model'); text = (at/'normalization_stats.json').read_text(); (at/'normalization_stats.json').write_text(text.replace('0.35', '0.36')); seal_model(at)
+    else: theirs[other] = dict(views='minimal', batch=3, scene=scene(tmp_path/'other.tif', 64 + 9 * 32, 64)[0])[other]
+    predict_scene(**mine | dict(out=tmp_path/'undisturbed.tif')); predict_scene(**theirs); held = files(out)
+    parts = cut_off(model, path, out, monkeypatch, 3, force=True); before = {f: f.read_bytes() for f in parts.iterdir()}; assert len(finished(parts)) == 3
+    with pytest.raises(DataError, match=fr'map.tif.parts holds finished rows of a map that was begun otherwise \({other}\)'): predict_scene(**theirs)
+    assert {f: f.read_bytes() for f in parts.iterdir()} == before and files(out) == held
+    assert rows(lambda: predict_scene(**mine, force=True)) == 5 - 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
+    cut_off(model, path, tmp_path/'new.tif', monkeypatch, 3); predict_scene(**theirs | dict(out=tmp_path/'new.tif', force=True)); assert files(tmp_path/'new.tif') == held
+
+@pytest.mark.parametrize('name', ['000001', 'made.json', 'whole.tif'])
+def test_42_no_row_is_waited_for(ready, tmp_path, monkeypatch, name):
+    "A pipe in the place of a finished row, or of the note beside it"
+    path, _ = scene(tmp_path/'scene.tif', 200, 70); out = tmp_path/'map.tif'; part = cut_off(ready, path, out, monkeypatch, 3)/name; part.unlink(missing_ok=True); os.mkfifo(part)
+    with in_time():
+        if name == '000001':
+            with pytest.raises(FileError, match='000001 is no regular file'): predict_scene(ready, path, out)
+        else: predict_scene(ready, path, tmp_path/'undisturbed.tif'); predict_scene(ready, path, out); assert files(out) == files(tmp_path/'undisturbed.tif')
 
 @pytest.mark.parametrize('damage', ['cut off', 'flipped', 'its note is lost'])
 def test_42_a_finished_map_that_was_damaged(model, tmp_path, damage, capfd):
@@ -224,26 +256,25 @@ def test_42_a_map_of_other_settings_is_kept(model, tmp_path):
     with pytest.raises(DataError, match='not by this library'): predict_scene(model, path, mine)
     assert mine.read_bytes() == held
 
-def test_42_asked_to_stop(model, tmp_path):
-    "SIGTERM ends the command after the windows in hand, with exit code 3; the same command goes on. A wrong setting ends it with 2"
-    path, _ = scene(tmp_path/'scene.tif', 900, 900); out = tmp_path/'map.tif'; predict_scene(model, path, tmp_path/'undisturbed.tif')
-    (tmp_path/'command.py').write_text('from rtsseg.predict import rtsseg_predict\nrtsseg_predict()')
-    call = [sys.executable, tmp_path/'command.py', '--model', model, '--scene', path, '--out', out]; env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')      # another number of threads gives other last digits
+def test_42_asked_to_stop(model, tmp_path, capsys):
+    "SIGTERM ends the command after the windows in hand, with exit code 3; the same command goes on. Wrong settings end it with 2, all of them named"
+    path, _ = scene(tmp_path/'scene.tif', 1500, 300); out = tmp_path/'map.tif'; predict_scene(model, path, tmp_path/'undisturbed.tif'); given = dict(model=str(model), scene=str(path), out=str(out))
+    call = [Path(sys.executable).parent/'rtsseg-predict', *(x for k, v in given.items() for x in (f'--{k}', v))]; env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')      # another number of threads gives other last digits
     with subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         until = time.monotonic() + 200
         while p.poll() is None and time.monotonic() < until and not (tmp_path/'map.tif.parts'/'000001').exists(): time.sleep(.005)
         p.terminate(); said = p.communicate(timeout=60)
-    assert p.returncode == 3 and 'stopped; the same command goes on' in said[1] and 'Traceback' not in said[1] and not out.exists() and len(list((tmp_path/'map.tif.parts').iterdir())) >= 2
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and 'rows of windows are done already' in done.stderr and files(out) == files(tmp_path/'undisturbed.tif') and json.loads(done.stdout) == json.loads(files(out)[1])
-    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as left: rtsseg.predict.rtsseg_predict(model=str(model), scene=str(path), out=str(out), views='all')
-    assert left.value.code == 2 and said.getvalue().startswith("error: views: 'all' is none of")
+    assert p.returncode == 3 and 'stopped; the same command goes on' in said[1] and 'Traceback' not in said[1] and not out.exists() and len(finished(tmp_path/'map.tif.parts')) >= 2
+    capsys.readouterr(); rtsseg_predict(**given); done = capsys.readouterr()
+    assert 'rows of windows are done already' in done.err and files(out) == files(tmp_path/'undisturbed.tif') and json.loads(done.out) == json.loads(files(out)[1])
+    with pytest.raises(SystemExit) as left: rtsseg_predict(**given, views='all', batch=0)
+    assert left.value.code == 2 and re.match("error: views: 'all' is none of .*\nbatch: 0", capsys.readouterr().err)
 
 def test_42_a_scene_with_a_damaged_block(model, tmp_path):
     "The message names the block; rows that were finished before it are kept"
     path, _ = scene(tmp_path/'scene.tif', 400, 70); data = bytearray(path.read_bytes()); at = int(len(data) * .7); data[at:at + 400] = bytes(400); path.write_bytes(data)
     with pytest.raises(DataError, match=r"rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+"): predict_scene(model, path, tmp_path/'map.tif')
-    assert not (tmp_path/'map.tif').exists() and len(list((tmp_path/'map.tif.parts').iterdir())) > 3
+    assert not (tmp_path/'map.tif').exists() and len(finished(tmp_path/'map.tif.parts')) > 3
 
 def test_42_a_full_disk_under_the_map(model, tmp_path):
     "The rows are finished, and the map does not fit beside them: no map, and the same command makes it once there is room"
@@ -260,13 +291,13 @@ def test_42_a_full_disk_under_the_map(model, tmp_path):
 def test_42_a_full_disk(model, tmp_path, monkeypatch):
     "A disk that fills up leaves no map behind, and finished rows that the same command goes on from"
     path, valid = scene(tmp_path/'scene.tif', 200, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; real = rtsseg.predict.write_atomic
-    for n in range(6):
+    for n in range(7):
         wrote = []
         def full(*args):
             if len(wrote) == n: raise OSError(28, 'No space left on device')
             wrote.append(real(*args))
         with monkeypatch.context() as m: m.setattr(rtsseg.predict, 'write_atomic', full); pytest.raises(OSError, predict_scene, model, path, out)
-        assert not out.exists() or n == 5
+        assert not out.exists() or n == 6
         for f in tmp_path.glob('map.tif.parts'): assert n > 0
         check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
         for f in tmp_path.glob('map.tif*'): f.unlink()

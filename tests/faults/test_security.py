@@ -1,5 +1,5 @@
 "What is handed over by others: models and runs are data, and nothing in them is executed. Pinned installs are in test_house.py, rasters in test_rasters.py, YAML tags in test_config.py, credentials in test_tracker.py"
-import html, io, json, os, pickle, re, shutil, struct, subprocess, sys, time, zipfile
+import base64, hashlib, html, io, json, os, pickle, re, shutil, struct, subprocess, sys, time, zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save
 import small_run
 from rtsseg.calibrate import Calibration, calibrate_run, rtsseg_calibrate
 from rtsseg.config import ConfigError, load
-from rtsseg.data import DataError
+from rtsseg.data import DataError, write_raster
 from rtsseg.evaluate import evaluate_run, rtsseg_evaluate
 from rtsseg.files import SEAL, SEALED, FileError, seal_model
 from rtsseg.infer import ModelError, load_model, predict
 from rtsseg.metrics import Evidence, evidence_path
+from rtsseg.predict import rtsseg_predict
 from rtsseg.report import ReportError, report, rtsseg_report, tables
 from rtsseg.toy import tiny_toy
 from rtsseg.track import deliver, left, rtsseg_track
@@ -28,7 +29,7 @@ FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, add
           'S6': ('a run folder whose notes or evidence lie', 'refused'),
           'S7': ('a run folder that would have other files written or sent: links, another ledger, a spool with paths and a tracker of its own', 'refused, or kept inside'),
           'S8': ('evidence of other weights than those of the model', 'refused'),
-          'S9': ('markup in any text of a run', 'escaped wherever it is shown, and nothing is fetched'),
+          'S9': ('markup, or signs that steer a terminal, in any text of a run', 'escaped wherever it is shown, and nothing is fetched'),
           'S10': ('any byte of a model or a run flipped, or a file cut anywhere', 'the same result, or an error that names the file')}
 KNOWN = ModelError, DataError, ConfigError, ReportError, FileError
 
@@ -169,6 +170,17 @@ def test_S4_what_is_no_file_of_the_model(model, tmp_path, name, kind):
     else: path.symlink_to('/dev/zero')
     refused(model, 'leads out of model|no regular file|cannot be reached')
 
+@pytest.mark.parametrize('field', ['scene', 'extra', 'out'])
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'device'])
+def test_S4_no_regular_file_for_a_map(model, tmp_path, capsys, kind, field):
+    "A scene, an EXTRA raster or a map that is none: refused before it is opened"
+    path = tmp_path/f'{field}.tif'; write_raster(good := tmp_path/'good.tif', np.ones((3, 64, 64), 'uint8'), crs='EPSG:3413')
+    if kind == 'pipe': os.mkfifo(path)
+    elif kind == 'folder': path.mkdir()
+    else: path.symlink_to('/dev/zero')
+    with small_run.guard(), small_run.in_time(): said = told(capsys, rtsseg_predict, **dict(model=str(model), scene=str(good), out=str(tmp_path/'map.tif')) | {field: str(path)})
+    assert f'{field}: {path} is no regular file' in said
+
 # ---------------------------------------------------------------- nothing is executed
 class Payload:
     def __init__(self, path): self.path = str(path)
@@ -182,7 +194,7 @@ def test_S5_the_guard_sees_what_it_is_there_for(tmp_path):
         with pytest.raises(AssertionError):
             with small_run.guard(): act()
 
-@pytest.mark.parametrize('protocol', [0, 2, 4])
+@pytest.mark.parametrize('protocol', [0, 4])
 @pytest.mark.parametrize('name', ['model/model.safetensors', 'model/metrics.json', 'model/config.yaml', 'model/SHA256SUMS', 'evidence/val.parquet', 'evidence/test.npz', 'environment.json', 'log.jsonl', 'config.yaml'])
 def test_S5_a_pickle_is_only_bytes(folder, tmp_path, name, protocol):
     "In no file of a run is it unpickled"
@@ -203,10 +215,10 @@ def test_S5_scores_of_objects(folder, tmp_path):
 
 @pytest.mark.parametrize('kind', ['giant', 'bomb', 'type', 'short', 'paths'])
 def test_S5_scores_that_unfold_to_something_else(folder, kind):
-    "A header that promises a terabyte, a gigabyte in a kilobyte, another type, fewer bytes, names that are paths: damaged, and quickly said"
+    "A header that promises a terabyte, megabytes in a kilobyte, another type, fewer bytes, names that are paths: damaged, and quickly said"
     path = folder/'evidence'/'test.npz'; names = np.load(path).files; out = io.BytesIO()
     def member(shape, dtype, data): f = io.BytesIO(); np.lib.format.write_array_header_1_0(f, dict(shape=shape, fortran_order=False, descr=dtype)); return f.getvalue() + data
-    data = {'giant': member((10**6, 10**6), '<f2', b'x'), 'bomb': member((64, 64), '<f2', bytes(10**8)), 'type': member((64, 64), '<U9', bytes(64 * 64 * 36)), 'short': member((64, 64), '<f2', b'xx'), 'paths': b''}[kind]
+    data = {'giant': member((10**6, 10**6), '<f2', b'x'), 'bomb': member((64, 64), '<f2', bytes(10**7)), 'type': member((64, 64), '<U9', bytes(64 * 64 * 36)), 'short': member((64, 64), '<f2', b'xx'), 'paths': b''}[kind]
     with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as z:
         for n in names: z.writestr(f'{n}.npy' if kind != 'paths' else f'../../{n}.npy', data)
     path.write_bytes(out.getvalue()); began = time.monotonic()
@@ -241,7 +253,7 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
     if isinstance(content, dict): notes(path, **content)
     else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
     if name.startswith('model/'): seal_model(folder/'model')                          # the list agrees with the lie
-    with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
+    with small_run.guard(): said = told(capsys, rtsseg_report, run=str(folder))
     assert why in said and not (folder/'report.html').exists()
 
 @pytest.mark.parametrize('change, why', [(dict(slope='1.0'), 'slope'), (dict(slope=0.), 'slope'), (dict(slope=-1.), 'slope'), (dict(intercept=None), 'intercept'), (dict(ratio=1.5), 'ratio'), (dict(fits={}), 'fits'), (dict(shifts={}), 'ratios of its parts differ'), (dict(quality={}), 'ratios of its parts differ'),
@@ -249,7 +261,7 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
 def test_S6_a_calibration_that_lies(folder, capsys, change, why):
     "Fields, types, ranges, and parts that belong together"
     path = folder/'model'/'calibration.json'; known = json.loads(path.read_text()); known['none'] |= change; path.write_text(json.dumps(known)); seal_model(folder/'model')
-    with small_run.guard(): said = told(capsys, rtsseg_report, [str(folder)])
+    with small_run.guard(): said = told(capsys, rtsseg_report, run=str(folder))
     assert why in said and 'rtsseg-calibrate' in said
     with small_run.guard(folder.parents[2]): rtsseg_calibrate(run=str(folder))
     assert Calibration.load(path).slope > 0 and load_model(folder/'model')                  # made anew
@@ -289,7 +301,7 @@ def test_S6_evidence_that_lies(folder, capsys, kind):
     "Calibration and report refuse it alike, and say how it is made anew"
     change, why = EVIDENCE[kind]; lying(folder, change); kept = (folder/'model'/'calibration.json').read_bytes()
     with small_run.guard():
-        for command, given in ((rtsseg_calibrate, dict(run=str(folder))), (rtsseg_report, dict(runs=[str(folder)]))):
+        for command, given in ((rtsseg_calibrate, dict(run=str(folder))), (rtsseg_report, dict(run=str(folder)))):
             said = told(capsys, command, **given); assert why in said and (not why or 'val.parquet' in said and 'rtsseg-evaluate --run' in said)
     assert (folder/'model'/'calibration.json').read_bytes() == kept
 
@@ -307,7 +319,7 @@ def test_S6_no_regular_file(folder, capsys, tmp_path, name, kind):
     if kind == 'pipe': os.mkfifo(path)
     elif kind == 'folder': path.mkdir()
     else: (tmp_path/'outside').write_bytes(content); path.symlink_to(tmp_path/'outside')
-    with small_run.guard(): assert path.name in told(capsys, rtsseg_report, [str(folder)])
+    with small_run.guard(): assert path.name in told(capsys, rtsseg_report, run=str(folder))
 
 # ---------------------------------------------------------------- writing stays inside
 @pytest.mark.parametrize('name', ['log.jsonl', 'evidence', 'model', 'report_files', '../../../.test_ledger.lock', '../../../test_ledger.json'])
@@ -319,7 +331,7 @@ def test_S7_links_that_lead_writers_out(folder, tmp_path, capsys, name):
     else: outside.write_text(path.read_text() if path.exists() else 'mine'); path.unlink(missing_ok=True)
     path.symlink_to(outside); held = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in ([outside] if outside.is_file() else outside.rglob('*')) if f.is_file()}; failed = 0
     with small_run.guard(folder.parents[2]):
-        for command, given in ((rtsseg_evaluate, dict(run=str(folder), split='test')), (rtsseg_calibrate, dict(run=str(folder))), (rtsseg_report, dict(runs=[str(folder)]))):
+        for command, given in ((rtsseg_evaluate, dict(run=str(folder), split='test')), (rtsseg_calibrate, dict(run=str(folder))), (rtsseg_report, dict(run=str(folder)))):
             try: command(**given)
             except SystemExit as e: assert e.code == 2; failed += 1
     assert failed and 'leads out of' in capsys.readouterr().err and held == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in held}
@@ -338,15 +350,15 @@ def test_S7_links_that_lead_training_out(folder, tmp_path, name):
 
 def test_S7_a_spool_that_would_send_other_files(folder, tmp_path):
     "What is delivered lies in the folder, and where to is not for the folder to say"
-    (secret := folder.parents[2]/'secret').write_text('mine'); note = dict(time=1, tags={}, params={}, key='k', name='n', experiment='e', parent='', runs='../../..', uri='http://127.0.0.1:9')
+    uri = f"sqlite:///{folder.parents[2]/'mlflow.db'}"; (secret := folder.parents[2]/'secret').write_text('mine'); note = dict(time=1, tags={}, params={}, key='k', name='n', experiment='e', parent='', runs='../../..', uri='http://127.0.0.1:9')
     def spool(*rows): (folder/'tracker.json').unlink(missing_ok=True); (folder/'tracker.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     begin, end = dict(event='begin', **note), dict(event='end', time=2, status='FINISHED')
-    for odd in (dict(runs='../../../..'), dict(runs='../../elsewhere'), dict(runs='/tmp'), dict(key=1), dict(tags=[])): spool(begin | odd); assert deliver(folder, f'sqlite:///{tmp_path}/t.db') == 0
+    for odd in (dict(runs='../../../..'), dict(runs='../../elsewhere'), dict(runs='/tmp'), dict(key=1), dict(tags=[])): spool(begin | odd); assert deliver(folder, uri) == 0
     for files in (['../../../secret'], ['../secret'], [str(secret)], ['..'], 'log.jsonl'): spool(end | dict(files=files)); assert left(folder, 'x') == 0
     (folder/'linked').symlink_to(secret); spool(begin, end | dict(files=['linked']))
-    with pytest.raises(FileError, match='leads out'): deliver(folder, f'sqlite:///{tmp_path}/t.db')
+    with pytest.raises(FileError, match='leads out'): deliver(folder, uri)
     (folder/'linked').unlink(); spool(begin, end | dict(files=['log.jsonl'])); rtsseg_track(str(folder))
-    assert (folder.parents[2]/'mlflow.db').exists() and not list(tmp_path.rglob('**/artifacts/secret'))
+    assert not list(tmp_path.rglob('**/artifacts/secret')) and not list(tmp_path.rglob('**/artifacts/linked')) and list(tmp_path.rglob('**/artifacts/log.jsonl'))
 
 def test_S7_the_ledger_is_that_above_the_run(folder, tmp_path):
     "A config that names other runs does not have a look noted there"
@@ -369,7 +381,7 @@ def test_S8_evidence_of_other_weights(folder, capsys, split):
     path = folder/'model'/'model.safetensors'; weights = load_file(path); weights[B] += 1e-3; path.write_bytes(save(weights)); seal_model(folder/'model')
     if split == 'test': evaluate_run(folder); notes(folder/'model'/'metrics.json', metrics={}); seal_model(folder/'model'); calibrate_run(folder)
     else: assert 'was made by other weights' in told(capsys, rtsseg_calibrate, run=str(folder))
-    said = told(capsys, rtsseg_report, [str(folder)]); assert f'{split}.parquet was made by other weights' in said and f'rtsseg-evaluate --run' in said and f'--split {split}' in said
+    said = told(capsys, rtsseg_report, run=str(folder)); assert f'{split}.parquet was made by other weights' in said and f'rtsseg-evaluate --run' in said and f'--split {split}' in said
 
 def test_S8_evidence_says_whose_it_is(folder):
     "By the digest that the model's list has; it does not count as content"
@@ -402,9 +414,23 @@ def test_S9_markup_in_every_text(folder):
     ledger.write_text(json.dumps(known)); done = report(folder); text, said = done.path.read_text(), done.path.with_suffix('.md').read_text()
     page = Page(text); assert page.tags.count('script') == plain.tags.count('script') == 2 and set(page.tags) <= set(plain.tags) | {'details', 'summary', 'ul', 'li', 'p'}
     assert not [a for a in page.attributes if a[1].startswith('on') or a[1] in ('src', 'href') and not re.match(r'#|data:image/(png|jpeg);base64,', a[2])]
+    script, = re.findall('<script>(.*?)</script>', text, re.S); policy = re.search('Content-Security-Policy" content="([^"]+)"', text)[1]
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     assert '<img src=x' not in text and html.escape('<img src=x onerror=alert(1)>') in text and text.count('onerror') > 10
     import mistune
     shown = Page(mistune.create_markdown(escape=False, plugins=['table'])(said)); assert 'script' not in shown.tags and not [a for a in shown.attributes if a[1].startswith('on') or a[1] in ('src', 'href') and not (a[2] or '').startswith('report_files/')]
+
+HIDDEN = '\x1b[2J\x9b1m\x85\r\u2028\u202egnihton\u2066\u200bä'      # clear the screen, in two ways, write over the line, read backwards, take no space
+
+def test_S9_signs_that_hide_what_is_there(folder, capsys):
+    "On the page, in the appendix and in the terminal each stands as Python writes it, so that nothing is steered or turned around"
+    def seen(text): assert all(c.isprintable() or c == '\n' for c in text); return text
+    for split in ('val', 'test'): lying(folder, lambda t, m: (t.set_column(t.column_names.index('region'), 'region', pa.array([HIDDEN + v for v in t['region'].to_pylist()])).set_column(t.column_names.index('tile_id'), 'tile_id', pa.array([HIDDEN + v for v in t['tile_id'].to_pylist()])), m), split)
+    rtsseg_calibrate(run=str(folder)); shown = r'\u202egnihton\u2066\u200bä'; assert f'Region \\x1b[2J' in (said := seen(capsys.readouterr().out)) and shown in said
+    notes(folder/'environment.json', versions={HIDDEN: HIDDEN}, system=HIDDEN)
+    with open(folder/'log.jsonl', 'a') as f: f.write(json.dumps(dict(event='end', reason=HIDDEN, epoch=2, step=20, best=2)) + '\n')
+    rtsseg_report(run=str(folder)); seen(capsys.readouterr().out); assert min(seen((folder/n).read_text()).count(r'u202egnihton') for n in ('report.html', 'report.md')) > 5
+    notes(folder/'model'/'metrics.json', **{HIDDEN: 1}); seal_model(folder/'model'); assert shown in seen(told(capsys, rtsseg_report, run=str(folder)))
 
 # ---------------------------------------------------------------- any byte
 FILES = [*(f'model/{n}' for n in (SEAL, *SEALED)), 'config.yaml', 'environment.json', 'log.jsonl', 'evidence/val.parquet', 'evidence/test.parquet', 'evidence/test.npz', '../../../test_ledger.json']
