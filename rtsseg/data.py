@@ -11,7 +11,7 @@ __all__ = ['MAX_VALUES', 'MAX_BLOCKS', 'TIFF', 'GDAL', 'HASHES', 'SPLITS', 'TEXT
            'read_coarse', 'import_table', 'import_field', 'balanced_correlation', 'check_files', 'failed',
            'show_findings', 'check_batches', 'show_batch', 'checklist', 'verdict']
 
-# %% ../nbs/01_data.ipynb #093e06fb
+# %% ../nbs/01_data.ipynb #ca51e53b
 import functools, hashlib, html, io, itertools, json, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -31,12 +31,13 @@ from rasterio.transform import Affine
 from scipy.spatial import cKDTree
 
 from .config import Config, ConfigError, Field_, Table, nearest, read_yaml, run_folder, settings, write_atomic
-from .files import FileError, digest, parse_json, read_bytes, typed
+from .files import FileError, digest, parse_json, read_bytes, typed, visible
 
-# %% ../nbs/01_data.ipynb #99eebf6b
+# %% ../nbs/01_data.ipynb #f7337289
 class DataError(ValueError):
     "Data that cannot be meant: the message names file, row (tile_id) and field, one line a problem"
     sound = None      # of a table: the rows that nothing is wrong with
+    def __init__(self, message): super().__init__(visible(message))
 
 def _listed(lines, most=50):
     "Lines as they are, as long as a screen holds them"
@@ -58,7 +59,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #18e25527
+# %% ../nbs/01_data.ipynb #3f96b63a
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 MAX_BLOCKS = 2**16   # blocks of a band of it: 64 × 64 pixels each
 TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'     # how a TIFF or BigTIFF begins, in either order of bytes
@@ -95,7 +96,7 @@ def _open(path, pictures=False, sha256='', rows=None):
                     raise DataError(f'{Path(path).name} claims {ds.width} × {ds.height} pixels in {ds.count} bands: ' + (f'{rows} rows of it are ' if rows else '') + f'more than {MAX_VALUES} values')
                 if (h := max(b[0] for b in ds.block_shapes)) * (w := max(b[1] for b in ds.block_shapes)) * ds.count > MAX_VALUES:
                     raise DataError(f'{Path(path).name} claims blocks of {w} × {h} pixels in {ds.count} bands: more than {MAX_VALUES} values')
-                if (n := -(-min(rows or ds.height, ds.height) // h + bool(rows)) * -(-ds.width // w)) > MAX_BLOCKS:
+                if (n := -(-min(rows or ds.height, ds.height) // h) * -(-ds.width // w)) > MAX_BLOCKS:
                     raise DataError(f'{Path(path).name} claims {n} blocks' + f' in {rows} rows' * bool(rows) + f': more than {MAX_BLOCKS}')
                 yield ds
     except DataError: raise
