@@ -59,7 +59,7 @@ def _progress(items, what, every=5.):
         yield x
         if time.monotonic() - last > every: last = time.monotonic(); print(f'{what}: {i + 1} of {len(items)}', file=sys.stderr, flush=True)
 
-# %% ../nbs/01_data.ipynb #3f96b63a
+# %% ../nbs/01_data.ipynb #7332c448
 MAX_VALUES = 2**28   # bands × pixels of one raster: 16384² of one band
 MAX_BLOCKS = 2**16   # blocks of a band of it: 64 × 64 pixels each
 TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'     # how a TIFF or BigTIFF begins, in either order of bytes
@@ -80,7 +80,7 @@ def contained(root:str|Path,     # folder that must not be left
 @contextmanager
 def _open(path, pictures=False, sha256='', rows=None):
     "A GeoTIFF (or, for an importer, JPEG or PNG by its first bytes) that is read whole, or `rows` at a time; whatever a hostile file makes the decoder say becomes a `DataError`"
-    if not os.path.isfile(path): raise DataError(f'{Path(path).name} is no file' + ' of data'*os.path.exists(path))
+    if not os.path.isfile(path): raise DataError(f'{Path(path).name}: ' + ('no regular file' if os.path.exists(path) else 'no such file'))
     if os.path.exists(f'{path}.msk'): raise DataError(f'{Path(path).name} has a sidecar .msk file, which is not read: write the mask band into the file')
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # rasterio stumbles, and says so at length, over messages of GDAL that quote bytes which are no text
     try:

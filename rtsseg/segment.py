@@ -194,7 +194,7 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #dd7a698c
+# %% ../nbs/04b_segment.ipynb #81d4e98a
 class Unread:
     "Observer: says each tile that could not be read, asks the run to stop where they are more than `data.UNREAD` of a split, and tells their number at the end"
     def __init__(self, feed:Loaders): self.splits = {name: (loader.dataset, {}) for name, loader in (('training', feed.train), ('validation', feed.val))}
@@ -205,11 +205,12 @@ class Unread:
             for i in np.flatnonzero(tiles.manifest.table.tile_id.isin(before.get(name, []))).tolist(): tiles._read(i)
         self.on_step(run)
 
-    def on_step(self, run):
+    def on_step(self, run, aloud=True):
         for name, (tiles, told) in self.splits.items():
             for i in tiles.unread.nonzero()[:, 0].tolist():
                 if i in told: continue
-                told[i] = tiles.problem(i); print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
+                told[i] = tiles.problem(i)
+                if aloud: print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
                 if run.accelerator.is_main_process: write_atomic(run.folder/'unread.json', json.dumps({n: t.manifest.table.tile_id[list(of)].tolist() for n, (t, of) in self.splits.items()}))
             if len(told) > UNREAD * len(tiles):
                 run.stop(f'{name}: {len(told)} of {len(tiles)} tiles cannot be read, which is more than {UNREAD:.1%}: {"; ".join(itertools.islice(told.values(), 5))}')
@@ -219,11 +220,11 @@ class Unread:
     def on_epoch(self, run):           # each process reads tiles of its own: together they know them all
         if run.accelerator.num_processes > 1:
             for tiles, _ in self.splits.values(): tiles.unread |= run.accelerator.reduce(tiles.unread.float().to(run.accelerator.device)).cpu() > 0
-        self.on_step(run)
+        self.on_step(run, run.accelerator.is_main_process)
 
     def on_end(self, run):
         for name, (tiles, told) in self.splits.items():
-            if told: print(f'note: {len(told)} of {len(tiles)} {name} tiles could not be read, and counted as 255', flush=True)
+            if told and run.accelerator.is_main_process: print(f'note: {len(told)} of {len(tiles)} {name} tiles could not be read, and counted as 255', flush=True)
 
 # %% ../nbs/04b_segment.ipynb #ef067ed6
 def background_ratio(feed:Loaders   # of a run

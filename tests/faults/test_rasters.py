@@ -1,5 +1,6 @@
 "Faults 8 to 14: rasters that cannot be read, or not as they are meant"
 import itertools, re, shutil, struct, warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -73,6 +74,18 @@ def test_08_more_than_that_stop_the_run(many, workers):
     again = trained(many, workers, epochs=2); assert not again.finished and again.step == half.step + 1      # what stopped it stops it again
     for i in (1, 2): (many/f'p{i}.tif').write_bytes(whole)
     assert trained(many, workers, epochs=2).finished
+
+def test_08_processes_count_together(many, tmp_path):
+    "Each reads tiles of its own; at the end of an epoch they know them all, and stop together"
+    cfg = settings(many, 'many.csv'); feed = loaders(cfg); tiles, why = feed.train.dataset, []
+    for i in (1, 2): truncate(many/f'p{i}.tif')
+    def reduce(flags):      # the other process met tile 2
+        found = flags.clone()
+        if len(found) == 1001: found[2] += 1
+        return found
+    run = SimpleNamespace(folder=tmp_path, stop=why.append, accelerator=SimpleNamespace(num_processes=2, is_main_process=True, device='cpu', reduce=reduce)); watch = Unread(feed)
+    assert tiles[1]['target'].eq(255).all(); watch.on_step(run); assert not why
+    watch.on_epoch(run); assert why and why[0].startswith('training: 2 of 1001 tiles cannot be read')
 
 def test_08_validation_looks_too(many):
     "Nothing is kept of a validation that had too few tiles, be it the last one: the run stops until they are mended, and then ends as if nothing had been"
