@@ -1,7 +1,8 @@
 "What tests share. Environment variables are set before torch or albumentations are imported"
 import os
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
-for v in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(v, '2')
+threads = os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
+for v in ('MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(v, threads)       # torch goes by MKL's, whatever OpenMP's is
 os.environ.setdefault('MPLBACKEND', 'agg')
 
 from pathlib import Path

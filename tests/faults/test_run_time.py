@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
-from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
 from small_run import tiny
 from small_world import At, Nothing, Points, equal, net, points, quick, run
@@ -82,8 +81,7 @@ def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_p
 def test_31_killed_at_random_points(tmp_path):
     "A real run, its process killed 50 times; in between it goes on, and it ends in the same bits as one that was left alone"
     kills, dice = int(os.environ.get('RTSSEG_KILLS', 50)), random.Random(0)
-    world = tiny_toy(tmp_path, regions=1, scene_size=384, block_size=192)       # of a third of its tiles
-    cfg = tiny(tmp_path, name='soak', runs=tmp_path/'a', epochs=2, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6), data=dict(manifest=world, tile_size=64, split_check='warn'))
+    cfg = tiny(tmp_path, name='soak', runs=tmp_path/'a', epochs=2, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6))
     def life(cfg, seconds=None):
         "Whether it was killed"
         if not (child := os.fork()):
