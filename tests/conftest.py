@@ -10,6 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LONG = ['test_run_time', 'test_train', 'test_experiments', 'test_inference', 'test_security', 'test_report', 'test_models']
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes come first, so that no worker is left alone with one of them at the end"
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 @pytest.fixture(scope='session')
 def data_dir():
     "Real data beside the project, where there is any"

@@ -12,7 +12,7 @@ import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
-from small_run import MODEL, tiny, toy_world
+from small_run import MODEL, tiny
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
 FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
@@ -356,7 +356,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here
 @on_a_gpu
 def test_36_a_gpu_that_is_full(tmp_path, monkeypatch):
     "Of a GPU as small as that: the batch that the message names is one that runs"
-    cfg = tiny(tmp_path, device='cuda', precision='fp32', batch_size=32, data=dict(manifest=toy_world(tmp_path), tile_size=64, split_check='warn'), model=MODEL | dict(options=dict(decoder_channels=[128] * 5)))
+    cfg = tiny(tmp_path, device='cuda', precision='fp32', batch_size=32, sampler=dict(curriculum=[dict(first=1, last=1, ratio=5)]), model=MODEL | dict(options=dict(decoder_channels=[128] * 5)))
     gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); rtsseg.train.run(cfg.model_copy(update=dict(runs=tmp_path/'whole')))
     room = torch.cuda.max_memory_allocated() * 7 // 10; gc.collect(); torch.cuda.empty_cache(); monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *a: (room, room))
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
@@ -370,7 +370,7 @@ def test_36_a_gpu_that_is_full(tmp_path, monkeypatch):
 @on_a_gpu
 def test_31_two_runs_on_a_gpu(tmp_path):
     "With `deterministic` two runs of a few steps, from the same seed, end in the same bits"
-    runs = [rtsseg.train.run(tiny(tmp_path/name, device='cuda', deterministic=True)) for name in 'ab']
+    runs = [rtsseg.train.run(tiny(tmp_path/name, device='cuda', epochs=3, deterministic=True)) for name in 'ab']
     a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in runs)
     assert same(*({k: s[k] for k in ('model', 'average', 'optimizer')} for s in (a, b))) and len({(f/'model'/'model.safetensors').read_bytes() for f in runs}) == 1
 
