@@ -21,7 +21,7 @@ READY = sorted((ROOT/'configs'/'search').glob('*.yaml'))
 def tiny(tmp_path_factory):
     "A config of a second a run, and the file that holds it"
     folder = tmp_path_factory.mktemp('world')
-    cfg = tiny_run(folder, epochs=2, lr=dict(base_lr=1e-3, backbone_lr_multiplier=1., warmup_epochs=0), sampler=dict(curriculum=[dict(first=1, last=2, ratio=1)]), metrics=dict(monitor='pr_auc@native'),
+    cfg = tiny_run(folder, epochs=2, batch_size=2, lr=dict(base_lr=1e-3, backbone_lr_multiplier=1., warmup_epochs=0), sampler=dict(curriculum=[dict(first=1, last=2, ratio=1)]), metrics=dict(monitor='pr_auc@native'),
                    checkpoint=dict(resume_minutes=1e-4), model=MODEL | dict(encoder='tu-test_resnet'))
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg, folder/'tiny.yaml'

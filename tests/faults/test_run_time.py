@@ -12,7 +12,7 @@ import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
-from small_run import MODEL, tiny
+from small_run import MODEL, tiny, toy_world
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
 FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
@@ -81,7 +81,7 @@ def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_p
 def test_31_killed_at_random_points(tmp_path):
     "A real run, its process killed 50 times; in between it goes on, and it ends in the same bits as one that was left alone"
     kills, dice = int(os.environ.get('RTSSEG_KILLS', 50)), random.Random(0)
-    cfg = tiny(tmp_path, name='soak', runs=tmp_path/'a', epochs=2, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6))
+    cfg = tiny(tmp_path, name='soak', runs=tmp_path/'a', epochs=3, batch_size=2, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6))
     def life(cfg, seconds=None):
         "Whether it was killed"
         if not (child := os.fork()):
@@ -232,7 +232,7 @@ def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/childre
 
 def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the run goes on to the same model, byte for byte"
-    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4)
+    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, data=dict(manifest=toy_world(tmp_path/'world'), tile_size=64, split_check='warn'))
     (tmp_path/'half.yaml').write_text(to_yaml(cfg('half'))); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
     trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
@@ -310,7 +310,7 @@ def test_34_ten_in_a_row_stop_the_run(tmp_path):
 
 def test_34_a_real_run_of_short_epochs(tmp_path, monkeypatch):
     "Whole epochs without a finite loss are none the less told, and the run stops in a state that can be gone on from"
-    cfg, bad = tiny(tmp_path, epochs=9, early_stopping=dict(patience=None)), [0]
+    cfg, bad = tiny(tmp_path, epochs=15, early_stopping=dict(patience=None)), [0]
     class Task(rtsseg.train.SegmentTask):
         def loss(self, out, batch):
             bad[0] += out.requires_grad
