@@ -1,7 +1,9 @@
-"A run folder in seconds, without training: what train, evaluate and calibrate leave behind. And a guard that sees what code does while it reads what others made"
-import json, os, signal, sys
+"Settings of a run of a second, and a run folder without training: what train, evaluate and calibrate leave behind. And a guard that sees what code does while it reads what others made"
+import json, os, shutil, signal, sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,10 +17,24 @@ from rtsseg.metrics import Evidence
 from rtsseg.models import build
 from rtsseg.toy import tiny_toy
 
+MODEL = dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8]))
+
+@cache
+def _made(**settings): home = TemporaryDirectory(); tiny_toy(home.name, **settings); return home       # once a process, and gone with it
+
+def toy_world(folder, **settings):
+    "The manifest of a toy world of the caller's own, in this folder"
+    return shutil.copytree(_made(**settings).name, folder, dirs_exist_ok=True)/'manifest.csv'
+
+def tiny(folder, **more):
+    "Settings of a run of a second, on a toy world of 36 tiles in this folder; more are top-level fields that differ"
+    return load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], **dict(name='tiny', runs=folder/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1, freeze_backbone_epochs=0,
+                data=dict(manifest=toy_world(folder, regions=1, scene_size=384, block_size=192), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]), model=MODEL) | more)
+
 def run(root, seed=0, **more):
     "The run folder of a model of random weights that knows bright from dark"
-    cfg = load(name='small', runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=tiny_toy(root), tile_size=64), epochs=2, metrics=dict(ratios=[1], monitor='pr_auc@1', replicates=20),
-               calibrate=dict(ratio=1, target_precision=.3), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])), **more)
+    cfg = load(name='small', runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=toy_world(root), tile_size=64), epochs=2, metrics=dict(ratios=[1], monitor='pr_auc@1', replicates=20),
+               calibrate=dict(ratio=1, target_precision=.3), model=MODEL, **more)
     world = read_manifest(cfg.data.manifest, cfg.data.block_size); folder = run_folder(cfg, world.hash); torch.manual_seed(seed); model = build(cfg.model).eval()
     write_atomic(folder/'config.yaml', to_yaml(cfg)); write_atomic(folder/'environment.json', json.dumps(dict(manifest_hash=world.hash, git_commit='a' * 40, git_clean=True, system='Linux', python='3.11', rtsseg='0', processor='x', cpus=2, versions={'torch': '2'})))
     lines = [dict(event='start', epoch=1, step=0, device='cpu', processes=1), dict(event='stage', epoch=1, first=1, last=2, frozen=[]),

@@ -1,7 +1,6 @@
 "Tiles of 32 pixels in three splits, ways to spoil them, and what the commands say of them"
-import os, socket, subprocess, sys
+import socket
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,8 @@ from rasterio.transform import Affine
 
 from rtsseg.config import Config, load, to_yaml
 from rtsseg.data import check_files, errors, read_manifest, write_manifest, write_raster
+from small_run import MODEL
+from small_shell import shell
 
 PLACE = Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3)
 CFG = Config.model_validate({'data': {'tile_size': 32, 'split_check': 'warn'}})
@@ -55,7 +56,7 @@ def wrong(world, name='full.csv', cfg=CFG): return errors(check_files(read_manif
 def settings(world, name='full.csv', **more):
     "A run of a second on these tiles"
     tree = dict(name='small', runs=world.parent/'runs', device='cpu', epochs=1, batch_size=2, val_frequency=1, freeze_backbone_epochs=0, data=dict(manifest=world/name, tile_size=32, split_check='warn'),
-                sampler=dict(curriculum=[dict(first=1, last=1, ratio=1)], positive_fraction=None), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+                sampler=dict(curriculum=[dict(first=1, last=1, ratio=1)], positive_fraction=None), model=MODEL)
     return load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], **tree | more)
 
 def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
@@ -63,7 +64,7 @@ def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_
 def refused(command, world, name='full.csv', *overlays):
     "What a command says on stderr; it ends with code 2, without a traceback, and leaves everything as it was"
     (world.parent/'small.yaml').write_text(to_yaml(settings(world, name))); before = files(world.parent)
-    done = subprocess.run([Path(sys.executable).parent/command, '--config', ','.join(str(world.parent/f) for f in ('small.yaml', *overlays))], capture_output=True, text=True, timeout=200, env={k: v for k, v in os.environ.items() if k != 'IN_TEST'})
+    done = shell(command, '--config', ','.join(str(world.parent/f) for f in ('small.yaml', *overlays)))
     assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr + done.stdout, done.stderr[-3000:]
     assert files(world.parent) == before
     return done.stderr

@@ -19,7 +19,8 @@ from rtsseg.metrics import Evidence, Meter, ap_bounds, average_precision, decode
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.segment import eval_loader
-from rtsseg.toy import scored_tiles, tiny_toy
+from rtsseg.toy import scored_tiles
+from small_run import MODEL, toy_world
 
 THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]
 CFG, METRICS = Calibrate(ratio=20, target_precision=.5, min_areas=[0, 10, 40], min_region_positives=20), Metrics(ratios=[5, 20], replicates=200)
@@ -252,8 +253,7 @@ def test_advice_can_be_typed(folder):
 def untrained(tmp_path_factory):
     "A run whose model was never trained, and whose scores lie within a hair of each other"
     root = tmp_path_factory.mktemp('untrained'); torch.manual_seed(0)
-    cfg = load(runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=tiny_toy(root), tile_size=64), metrics=dict(ratios=[1]),
-               model=dict(architecture='unet', encoder='resnet18', weights=None, options=dict(decoder_channels=[32, 16, 16, 8, 8])))
+    cfg = load(runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=toy_world(root), tile_size=64), metrics=dict(ratios=[1]), model=MODEL)
     manifest = read_manifest(cfg.data.manifest, cfg.data.block_size); folder = run_folder(cfg, manifest.hash); write_atomic(folder/'config.yaml', to_yaml(cfg))
     model = build(cfg.model).eval(); head = next(m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d))
     with torch.no_grad(): head.weight.mul_(1e-3); head.bias.fill_(-4.)

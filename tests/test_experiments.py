@@ -36,7 +36,7 @@ def test_an_experiment_names_only_what_differs(file):
 def test_it_trains(file, world):
     "Two epochs, the first with a frozen backbone; experiments that name no model take the toy's small one"
     base = BASES[0] if file in BASES or 'model' in read_yaml(file) else CONFIGS/'toy.yaml'
-    cfg = load(base, file, CONFIGS/'test.yaml', runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv'))
+    cfg = load(base, file, CONFIGS/'test.yaml', batch_size=6, runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv'))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         folder = run(cfg)

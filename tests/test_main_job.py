@@ -1,5 +1,5 @@
 "The main job through its notebooks, as `make demo` runs it, on a world of a few seconds; and through the commands, on real Sentinel-2 tiles"
-import json, os, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -11,11 +11,11 @@ from rtsseg.infer import load_model, predict
 from rtsseg.intervals import summary
 from rtsseg.metrics import Evidence
 from rtsseg.segment import eval_loader
-from rtsseg.toy import tiny_toy
+from small_run import MODEL, toy_world
+from small_shell import CLEAN, shell
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-SHELL = dict(env={k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(OMP_NUM_THREADS='2'), capture_output=True, text=True, timeout=400)
 STAGES = [('01_data',), ('05_train',), ('05a_evaluate', '-p', 'split', 'val'), ('06_calibrate',), ('05a_evaluate', '-p', 'split', 'test'), ('07_report',)]
 
 @pytest.fixture(scope='module')
@@ -23,11 +23,11 @@ def job(tmp_path_factory):
     "Every stage through papermill, and what the last one printed"
     folder = tmp_path_factory.mktemp('job')
     cfg = load(overrides=['loader.num_workers=0'], name='job', runs=folder/'runs', device='cpu', epochs=3, batch_size=8, val_frequency=1, freeze_backbone_epochs=0,
-               lr=dict(base_lr=1e-3, backbone_lr_multiplier=1.), data=dict(manifest=tiny_toy(folder), tile_size=64, split_check='warn'),
-               sampler=dict(curriculum=[dict(first=1, last=3, ratio=1)]), model=dict(architecture='unet', encoder='resnet18', weights=None, options=dict(decoder_channels=[32, 16, 16, 8, 8])))
+               lr=dict(base_lr=1e-3, backbone_lr_multiplier=1.), data=dict(manifest=toy_world(folder), tile_size=64, split_check='warn'),
+               sampler=dict(curriculum=[dict(first=1, last=3, ratio=1)]), model=MODEL)
     (folder/'job.yaml').write_text(to_yaml(cfg))
     for notebook, *more in STAGES:
-        done = subprocess.run([BIN/'papermill', f'{notebook}.ipynb', folder/'out.ipynb', '-p', 'config', folder/'job.yaml', *more], cwd=ROOT/'nbs', **SHELL)
+        done = subprocess.run([BIN/'papermill', f'{notebook}.ipynb', folder/'out.ipynb', '-p', 'config', folder/'job.yaml', *more], cwd=ROOT/'nbs', env=CLEAN, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, f'{notebook}: {done.stderr[-3000:]}'
     return find_run(cfg), (folder/'out.ipynb').read_text()
 
@@ -62,7 +62,7 @@ def test_real_sentinel_tiles_from_check_to_report(data_dir, tmp_path):
     common = ['--config', ROOT/'configs'/'s2_landslide.yaml', '--manifest', tmp_path/'s2'/'manifest.csv', '--epochs', '2',
               '--overrides', json.dumps([f'runs={tmp_path}/runs', 'tracker.kind=none', 'val_frequency=1', 'batch_size=4'])]
     def call(command, *more):
-        done = subprocess.run([BIN/command, *common, *more], cwd=tmp_path, **SHELL)
+        done = shell(command, *common, *more, cwd=tmp_path, timeout=400)
         assert done.returncode == 0, f'{command}: {done.stdout[-1500:]} {done.stderr[-1500:]}'
         return done.stdout
     said = call('rtsseg-check', '--batches', '2', '--picture', '')

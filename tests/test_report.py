@@ -18,6 +18,8 @@ from rtsseg.metrics import Meter, evidence_path, telling_tiles
 from rtsseg.page import Bullets, Reasons, Table, Text
 from rtsseg.report import METRICS, ReportError, Several, gallery, plain, read_results, read_run, region_table, report, rtsseg_report, tables, threshold, training_figure
 from rtsseg.toy import tiny_toy
+from small_run import toy_world
+from small_shell import shell
 
 HOSTILE = '<script>alert(1)</script>&"\''
 
@@ -52,10 +54,15 @@ def make_run(cfg, world, shift=0, skill=7):
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('report')
-    table = read_manifest(tiny_toy(root)).table; table['region'] = table.region.where(table.region != table.region[0], HOSTILE)
+    table = read_manifest(toy_world(root)).table; table['region'] = table.region.where(table.region != table.region[0], HOSTILE)
     world = read_manifest(write_manifest(table, root/'hostile.csv'))
     cfg = load(name='r', runs=root/'runs', data=dict(manifest=world.path, tile_size=64), epochs=2, metrics=dict(ratios=[1, 200], replicates=50), calibrate=dict(ratio=1, target_precision=.5))
     return [make_run(cfg.model_copy(update=dict(seed=s)), world) for s in (42, 43)], cfg
+
+@pytest.fixture(scope='module')
+def reported(runs):
+    "The report of the first run and that of both, for those who only look at them"
+    folders = [f for f, *_ in runs[0]]; return report(folders[0]), report(folders)
 
 class Split:
     "Pixels of a split, and what other libraries make of them at a ratio"
@@ -111,9 +118,9 @@ def test_headline_by_other_libraries(runs, ratio):
     blank = [c for r in head.rows for c in r if getattr(c, 'value', 0) is None]
     assert all('of the 30 negative tiles' in c.why for c in blank) and (s.w <= 1 or blank)
 
-def test_bounds_hold(runs):
+def test_bounds_hold(runs, reported):
     "What stands in a blank cell is not below the number that it withholds"
-    s = Split(runs[0][0], 200); found = report(runs[0][0][0]).results[0].found['test'][200]
+    s = Split(runs[0][0], 200); found = reported[0].results[0].found['test'][200]
     want = dict(pr_auc=average_precision_score(s.y, s.s, sample_weight=s.each)) | {k.lower().removesuffix('_rts'): v for k, v in s.pixels(s.cut).items()}
     for k, v in want.items(): assert v == pytest.approx(found[k].value) if found[k].value is not None else found[k].high >= v
 
@@ -235,9 +242,9 @@ def test_every_stop_of_the_slider(runs):
             at = s.pixels(max(t for t in steps if np.mean(s.s[s.y] >= t) >= r[0].value - 1e-9))['precision']; cell = r[curve.head.index(name)]
             assert at == pytest.approx(cell.value) if cell.value is not None else cell.high >= at - 1e-9
 
-def test_mean_and_spread(runs):
+def test_mean_and_spread(runs, reported):
     both, _ = runs
-    several, single = report([f for f, *_ in both]), [report([f]) for f, *_ in both]
+    several, single = reported[1], [reported[0], report(both[1][0])]
     assert several.path == both[0][0].parent/'report.html' and single[0].path == both[0][0]/'report.html'
     for k in METRICS:
         values = [s.results[0].found['test'][1][k].value for s in single]; cell = several.results[0].found['test'][1][k]
@@ -267,9 +274,9 @@ def test_configurations_are_compared(runs, tmp_path):
         looks[-1]['forced'] = looks[-2]['forced'] = forced; ledger.write_text(json.dumps({world.hash: dict(config=looks[0]['config'], rule='', looks=looks)}))
         assert report([m[0][0] for m in made]).split == ('val' if forced else 'test')
 
-def test_the_page_holds_the_tables_and_nothing_else(runs):
+def test_the_page_holds_the_tables_and_nothing_else(runs, reported):
     "Every cell of the page is a cell of `tables`, which the code on the page calls; the slider holds the two long ones"
-    both, cfg = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text(); numbers = tables(folders)
+    both, cfg = runs; folders = [f for f, *_ in both]; text = reported[1].path.read_text(); numbers = tables(folders)
     shown = [t for section, found in numbers.items() for t in (found[:1] if section == 'Threshold' else found)]
     assert sorted(Cells(text).found) == sorted(c for t in shown for r in [t.head, *t.texts()[0]] for c in r)
     data = json.loads(scripts(text)[0][1]); assert list(data) == ['42', '43']
@@ -331,7 +338,7 @@ def test_other_tiles_are_not_compared(runs, tmp_path):
         with pytest.raises(ReportError, match='seed42 and .*seed42-before are both of seed 42'): report([both[0][0], again])
     finally: shutil.rmtree(again)
 
-def test_gallery_shows_what_the_report_counts(runs):
+def test_gallery_shows_what_the_report_counts(runs, reported):
     "The tiles that tell most of all at the calibrated threshold, each once; beside each the calibrated probability of its own scores, on a scale with the threshold"
     folder, pixels, found = runs[0][0]; run, point = read_run(folder), found.thresholds[1]
     scores, masks, _ = pixels['test']; part = run.manifest.of('test'); hit = scores >= point.logit
@@ -347,7 +354,7 @@ def test_gallery_shows_what_the_report_counts(runs):
             np.testing.assert_allclose(image.get_array(), found.probability(scores[i])); assert image.get_clim() == (0, 1)
             assert scale.lines[-1].get_ydata()[0] == pytest.approx(point.threshold)
     assert len(set(shown)) == len(shown)
-    assert f'what has at least {point.threshold:.3f}, the threshold of 1:1' in report([folder]).path.read_text()
+    assert f'what has at least {point.threshold:.3f}, the threshold of 1:1' in reported[0].path.read_text()
 
 def test_validation_pictures_come_before_its_calibration(runs):
     "The threshold is chosen after the maps were kept: each picture is still whole, and of a tile that counts"
@@ -357,12 +364,12 @@ def test_validation_pictures_come_before_its_calibration(runs):
     try: assert gallery(run, 'val') == {}
     finally: (run.folder/'elsewhere.npz').rename(evidence_path(run.folder, 'val').with_suffix('.npz'))
 
-def test_estimators_are_of_one_seed(runs):
+def test_estimators_are_of_one_seed(reported):
     "What is counted w times stands beside what is drawn: both are of the seed that is shown, not of the mean"
-    both, _ = runs; folders = [f for f, *_ in both]; text = report(folders).path.read_text()
+    text = reported[1].path.read_text()
     for k in ('pr_auc', 'iou'):
         row = re.search(rf'<td>{METRICS[k]}</td><td>1:1 \(balanced\)</td><td>[^<]*</td><td>[^<]*</td><td>([^<]*)</td>', text)
-        assert float(row[1]) == pytest.approx(report(folders[:1]).results[0].found['val'][1][k].value, abs=5.1e-4)
+        assert float(row[1]) == pytest.approx(reported[0].results[0].found['val'][1][k].value, abs=5.1e-4)
 
 @pytest.mark.parametrize('shift', [20, 60])
 def test_thresholds_close_to_one(runs, tmp_path, shift):
@@ -375,8 +382,8 @@ def test_thresholds_close_to_one(runs, tmp_path, shift):
 
 def scripts(text): return re.findall(r'<script([^>]*)>(.*?)</script>', text, re.S)
 
-def test_page_escapes_and_fetches_nothing(runs):
-    text = report([runs[0][0][0]]).path.read_text()
+def test_page_escapes_and_fetches_nothing(reported):
+    text = reported[0].path.read_text()
     assert '&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#x27;' in text and '<b>Linux' not in text and '<script>alert' not in text
     assert not re.search(r'(?:src|href|action|data|url|@import)\s*[=(]?\s*["\']?\s*(?:https?:)?//', text) and not re.search(r'<(?:link|iframe|object|embed|base)\b', text)
     data, (kind, script) = scripts(text); assert data[0] == ' type="application/json"' and kind == '' and list(json.loads(data[1])) == ['42']
@@ -395,9 +402,9 @@ class Cells(HTMLParser):
     def handle_data(self, data):
         if self.open and not self.skip: self.found[-1] += data
 
-def test_markdown_says_the_same(runs):
+def test_markdown_says_the_same(runs, reported):
     "Rendered by another library, the appendix has the cells, the headings and the pictures of the page, and a hostile name is text in it"
-    made = report([runs[0][0][0]]); page, text = made.path.read_text(), made.path.with_suffix('.md').read_text()
+    made = reported[0]; page, text = made.path.read_text(), made.path.with_suffix('.md').read_text()
     shown = mistune.create_markdown(escape=False, plugins=['table'])(text); full = lambda cells: [' '.join(c.split()) for c in cells if c]
     assert full(Cells(shown).found) == full(Cells(page).found) and '<script' not in shown and HOSTILE in Cells(shown).found
     assert [h for h in re.findall('<h2>(.*?)</h2>', shown)] == re.findall('<h2>(.*?)</h2>', page)
@@ -429,15 +436,15 @@ def asked_for(tmp_path, url):
 
 @in_browser
 @pytest.mark.parametrize('width', [400, 1200])
-def test_page_in_a_browser(runs, tmp_path, width):
-    made, shot = report([runs[0][0][0]]), tmp_path/'page.png'
+def test_page_in_a_browser(reported, tmp_path, width):
+    made, shot = reported[0], tmp_path/'page.png'
     chromium(tmp_path, f'--window-size={width},3000', f'--screenshot={shot}', made.path.as_uri())
     image = np.asarray(Image.open(shot).convert('L'))
     assert (image < 100).mean() > .005 and image[:200].std() > 5                              # there is ink, and a heading at the top
 
 @in_browser
-def test_nothing_is_fetched(runs, tmp_path):
-    made, other = report([runs[0][0][0]]), tmp_path/'other.html'; other.write_text('<img src="http://elsewhere.invalid/a.png">')
+def test_nothing_is_fetched(reported, tmp_path):
+    made, other = reported[0], tmp_path/'other.html'; other.write_text('<img src="http://elsewhere.invalid/a.png">')
     assert asked_for(tmp_path, other.as_uri())[1] == ['http://elsewhere.invalid/a.png']       # such a page would be found out
     dom, asked = asked_for(tmp_path, made.path.as_uri())
     assert '<h1>r: Test-Realistic</h1>' in dom and str(made.results[0].found['test'][1]['iou']) in dom and asked == []
@@ -445,9 +452,9 @@ def test_nothing_is_fetched(runs, tmp_path):
     dom, asked = asked_for(tmp_path, injected.as_uri()); assert '<title>ran' not in dom and asked == []        # the policy holds even where something got in
 
 @in_browser
-def test_the_slider_in_a_browser(runs, tmp_path):
+def test_the_slider_in_a_browser(runs, reported, tmp_path):
     "It starts at the chosen threshold with the numbers of the headline, and a link to another threshold shows what scikit-learn finds there"
-    made = runs[0][0]; done = report([made[0]]); point = done.results[0].first.calibration.thresholds[1]; s = Split(made, 1); stops = [r for r in done.tables['Threshold'][1].rows if r[0] == '1:1 (balanced)']
+    made, done = runs[0][0], reported[0]; point = done.results[0].first.calibration.thresholds[1]; s = Split(made, 1); stops = [r for r in done.tables['Threshold'][1].rows if r[0] == '1:1 (balanced)']
     def shown(fragment):
         box = re.search(r'<div class="slider">.*?</table>', chromium(tmp_path, '--dump-dom', done.path.as_uri() + fragment), re.S)[0]              # it is no longer hidden
         rows = [[c for c in re.findall(r'<td>(.*?)</td>', r)] for r in re.findall(r'<tr[^>]*>(.*?)</tr>', box) if '<td>' in r]
@@ -509,7 +516,7 @@ def test_a_place_that_cannot_be_written(runs, tmp_path, capsys, out):
 
 def test_command(runs):
     both, cfg = runs
-    command = str(Path(sys.executable).with_name('rtsseg-report')); call = lambda *a: subprocess.run([command, *map(str, a)], capture_output=True, text=True, timeout=120)
+    call = lambda *a: shell('rtsseg-report', *a)
     usage = call('--help').stdout
     for name in ('--run', '--config', '--manifest', '--name', '--epochs', '--seed', '--seeds', '--overrides', '--out'): assert re.search(rf'^ *{name}\b.*\w+ \w+', usage, re.M), name
     named = call('--run', *[f for f, *_ in both])

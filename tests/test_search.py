@@ -11,8 +11,8 @@ import rtsseg.search as module
 from rtsseg.config import ConfigError, config_hash, load, to_yaml
 from rtsseg.search import FLOOR, Ablation, Range, ablate, check_variants, combinations, lay, put, read_axes, rtsseg_ablate, rtsseg_search, search, verdict
 from rtsseg.segment import prepare
-from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, RunError, Stopped, read_log
+from small_run import MODEL, tiny as tiny_run
 
 ROOT = Path(__file__).parents[1]
 READY = sorted((ROOT/'configs'/'search').glob('*.yaml'))
@@ -21,10 +21,8 @@ READY = sorted((ROOT/'configs'/'search').glob('*.yaml'))
 def tiny(tmp_path_factory):
     "A config of a second a run, and the file that holds it"
     folder = tmp_path_factory.mktemp('world')
-    cfg = load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='tiny', runs=folder/'runs', device='cpu', epochs=2, batch_size=8, val_frequency=1,
-               freeze_backbone_epochs=0, lr=dict(base_lr=1e-3, backbone_lr_multiplier=1., warmup_epochs=0), data=dict(manifest=tiny_toy(folder), tile_size=64, split_check='warn'),
-               sampler=dict(curriculum=[dict(first=1, last=2, ratio=1)]), metrics=dict(monitor='pr_auc@native'), checkpoint=dict(resume_minutes=1e-4),
-               model=dict(architecture='unet', encoder='tu-test_resnet', weights=None, options=dict(decoder_channels=[16, 16, 8, 8, 8])))
+    cfg = tiny_run(folder, epochs=2, batch_size=2, lr=dict(base_lr=1e-3, backbone_lr_multiplier=1., warmup_epochs=0), sampler=dict(curriculum=[dict(first=1, last=2, ratio=1)]), metrics=dict(monitor='pr_auc@native'),
+                   checkpoint=dict(resume_minutes=1e-4), model=MODEL | dict(encoder='tu-test_resnet'))
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg, folder/'tiny.yaml'
 

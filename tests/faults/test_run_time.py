@@ -1,5 +1,5 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, fcntl, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
+import errno, fcntl, gc, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
 import rtsseg.config, rtsseg.loop, rtsseg.train
-from rtsseg.config import Loader, load, to_yaml
+from rtsseg.config import Loader, to_yaml
 from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
-from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
+from small_run import MODEL, tiny, toy_world
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
 FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
@@ -45,55 +45,43 @@ def same(a, b):
 # ---------------------------------------------------------------- 31: killed anywhere
 CALLS = ['open', 'fsync', 'replace', 'unlink', 'close']      # of os: what a write consists of
 
-def dies_at(k, work):
-    "Fork, do the work, and leave without a word at the k-th I/O step of it; whether it came that far"
-    if not (child := os.fork()):
-        count = [0]
-        def counted(f):
-            def call(*a, **kw):
-                count[0] += 1
-                if count[0] == k: os._exit(77)
-                return f(*a, **kw)
-            return call
-        for name in CALLS: setattr(os, name, counted(getattr(os, name)))
-        write = rtsseg.config.open if hasattr(rtsseg.config, 'open') else open
-        class Half:                                             # a write that stops in its middle is a step of its own
-            def __init__(self, *a, **kw): self.file = write(*a, **kw)
-            def __enter__(self): return self
-            def __exit__(self, *a): self.file.close()
-            def write(self, data):
-                count[0] += 1
-                if count[0] == k: self.file.write(data[:len(data) // 2]); self.file.flush(); os._exit(77)
-                return self.file.write(data)
-            def __getattr__(self, name): return getattr(self.file, name)
-        rtsseg.config.open = Half
-        try: work()
-        except BaseException: os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 77), code
-    return code == 77
+def deaths(folder, work, monkeypatch):
+    "Do the work; all that lay in the folder, each once, just before an I/O step (what a death there leaves behind), and how many steps there were"
+    found, steps, lock = {}, [0], threading.RLock()
+    def look():
+        steps[0] += 1; found[tuple((f.relative_to(folder), f.read_bytes()) for f in sorted(folder.rglob('*')) if f.is_file())] = None
+    def seen(f):
+        def call(*a, **kw):
+            with lock: look(); return f(*a, **kw)
+        return call
+    class Half:                                                 # a write that stops in its middle is a step of its own
+        def __init__(self, *a, **kw): self.file = open(*a, **kw)
+        def __enter__(self): return self
+        def __exit__(self, *a): self.file.close()
+        def write(self, data):
+            with lock: half = self.file.write(data[:len(data) // 2]); self.file.flush(); look(); return half + self.file.write(data[half:])
+        def __getattr__(self, name): return getattr(self.file, name)
+    with monkeypatch.context() as m:
+        for name in CALLS: m.setattr(os, name, seen(getattr(os, name)))
+        m.setattr(rtsseg.config, 'open', Half, raising=False); work()
+    return list(found), steps[0]
 
-def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_path):
+def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_path, monkeypatch):
     "Whichever I/O step is the last one, what lies there can be read, and the run that goes on from it ends in the same bits"
-    often, trials = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9)), 0
-    work = lambda folder: lambda: again(folder, 0, **often)
-    for k in range(1, 1000):
+    often = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9))
+    left, steps = deaths(tmp_path/'whole', lambda: again(tmp_path/'whole', 0, **often), monkeypatch)
+    for k, files in enumerate(left):
         folder = tmp_path/f'{k}'
-        if not dies_at(k, work(folder)): break
-        trials += 1
-        for f in (folder/'checkpoints').glob('*.ckpt') if folder.exists() else (): load_state(f)
-        if k % 4 == 0 or k < 30:                                # each state on disk lasts for some steps: a part of them need be gone on from
-            equal(undisturbed, again(folder, 9 if newest_state(folder/'checkpoints') else 0, **often))
-            assert not list(folder.rglob('.*.tmp'))             # what the dead writer left is gone
-    assert trials > 100
+        for name, data in files: (folder/name).parent.mkdir(parents=True, exist_ok=True); (folder/name).write_bytes(data)
+        for f in folder.glob('checkpoints/*.ckpt'): load_state(f)
+        equal(undisturbed, again(folder, 9 if newest_state(folder/'checkpoints') else 0, **often))
+        assert not list(folder.rglob('.*.tmp'))                 # what the dead writer left is gone
+    assert steps > 100 and len(left) > 50
 
 def test_31_killed_at_random_points(tmp_path):
     "A real run, its process killed 50 times; in between it goes on, and it ends in the same bits as one that was left alone"
     kills, dice = int(os.environ.get('RTSSEG_KILLS', 50)), random.Random(0)
-    cfg = load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='soak', runs=tmp_path/'a', device='cpu', epochs=4, batch_size=8, val_frequency=1,
-               freeze_backbone_epochs=0, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6), data=dict(manifest=tiny_toy(tmp_path/'toy'), tile_size=64, split_check='warn'),
-               sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    cfg = tiny(tmp_path, name='soak', runs=tmp_path/'a', epochs=3, batch_size=2, checkpoint=dict(every=2, keep_last=2, resume_minutes=1e-6))
     def life(cfg, seconds=None):
         "Whether it was killed"
         if not (child := os.fork()):
@@ -244,7 +232,7 @@ def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/childre
 
 def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the run goes on to the same model, byte for byte"
-    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, data=dict(manifest=toy_world(tmp_path/'world'), tile_size=64, split_check='warn'))
     (tmp_path/'half.yaml').write_text(to_yaml(cfg('half'))); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
     trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
@@ -322,7 +310,7 @@ def test_34_ten_in_a_row_stop_the_run(tmp_path):
 
 def test_34_a_real_run_of_short_epochs(tmp_path, monkeypatch):
     "Whole epochs without a finite loss are none the less told, and the run stops in a state that can be gone on from"
-    cfg, bad = tiny(tmp_path, epochs=9, early_stopping=dict(patience=None)), [0]
+    cfg, bad = tiny(tmp_path, epochs=15, early_stopping=dict(patience=None)), [0]
     class Task(rtsseg.train.SegmentTask):
         def loss(self, out, batch):
             bad[0] += out.requires_grad
@@ -350,11 +338,6 @@ def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
     assert (done.best['epoch'], done.best['value']) == (2, .2) and load_state(tmp_path/'checkpoints'/'best.ckpt')['best']['value'] == .2
 
 # ---------------------------------------------------------------- 36: memory
-def tiny(tmp_path, **more):
-    return load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], **dict(name='tiny', runs=tmp_path/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1,
-                freeze_backbone_epochs=0, data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
-                model=dict(architecture='unet', encoder='resnet18', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8]))) | more)
-
 def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
     "The batch is not made smaller behind anybody's back"
     cfg, real = tiny(tmp_path), rtsseg.loop._step
@@ -367,6 +350,29 @@ def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
     fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
     assert fits <= 3 and fits * n >= 8
     assert not (next(tmp_path.glob('runs/tiny/*/seed42'))/'model').exists()
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+
+@on_a_gpu
+def test_36_a_gpu_that_is_full(tmp_path, monkeypatch):
+    "Of a GPU as small as that: the batch that the message names is one that runs"
+    cfg = tiny(tmp_path, device='cuda', precision='fp32', batch_size=32, sampler=dict(curriculum=[dict(first=1, last=1, ratio=5)]), model=MODEL | dict(options=dict(decoder_channels=[128] * 5)))
+    gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); rtsseg.train.run(cfg.model_copy(update=dict(runs=tmp_path/'whole')))
+    room = torch.cuda.max_memory_allocated() * 7 // 10; gc.collect(); torch.cuda.empty_cache(); monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *a: (room, room))
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(RunError, match='out of memory with batch_size 32') as e: rtsseg.train.run(cfg)
+        fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
+        assert e.value.code == 3 and fits < 32 <= fits * n
+        assert (rtsseg.train.run(cfg.model_copy(update=dict(batch_size=fits, accumulate=n)))/'model'/'model.safetensors').exists()
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+
+@on_a_gpu
+def test_31_two_runs_on_a_gpu(tmp_path):
+    "With `deterministic` two runs of a few steps, from the same seed, end in the same bits"
+    runs = [rtsseg.train.run(tiny(tmp_path/name, device='cuda', epochs=3, deterministic=True)) for name in 'ab']
+    a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in runs)
+    assert same(*({k: s[k] for k in ('model', 'average', 'optimizer')} for s in (a, b))) and len({(f/'model'/'model.safetensors').read_bytes() for f in runs}) == 1
 
 def test_33_a_command_whose_last_state_finds_no_room(tmp_path, monkeypatch):
     "It stops with code 3; once there is room the same command goes on, and makes the model"
