@@ -133,6 +133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.config.write_atomic': ('config.html#write_atomic', 'rtsseg/config.py'),
                                'rtsseg.config.write_schema': ('config.html#write_schema', 'rtsseg/config.py')},
             'rtsseg.data': { 'rtsseg.data.DataError': ('data.html#dataerror', 'rtsseg/data.py'),
+                             'rtsseg.data.DataError.__init__': ('data.html#dataerror.__init__', 'rtsseg/data.py'),
                              'rtsseg.data.Finding': ('data.html#finding', 'rtsseg/data.py'),
                              'rtsseg.data.Manifest': ('data.html#manifest', 'rtsseg/data.py'),
                              'rtsseg.data.Manifest.__len__': ('data.html#manifest.__len__', 'rtsseg/data.py'),
