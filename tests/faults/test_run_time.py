@@ -1,5 +1,5 @@
 "Faults 31 to 38: what a run meets on its way"
-import errno, fcntl, gc, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
+import errno, fcntl, gc, itertools, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import rtsseg.config, rtsseg.loop, rtsseg.train
 from rtsseg.config import Loader, to_yaml
-from rtsseg.loop import UnsavedError, WorkerError, load_state, newest_state
+from rtsseg.loop import Run, UnsavedError, WorkerError, Writing, load_state, newest_state
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
 from small_run import MODEL, tiny, toy_world
 from small_world import At, Nothing, Points, equal, net, points, quick, run
@@ -45,38 +45,58 @@ def same(a, b):
 # ---------------------------------------------------------------- 31: killed anywhere
 CALLS = ['open', 'fsync', 'replace', 'unlink', 'close']      # of os: what a write consists of
 
-def deaths(folder, work, monkeypatch):
-    "Do the work; all that lay in the folder, each once, just before an I/O step (what a death there leaves behind), and how many steps there were"
-    found, steps, lock = {}, [0], threading.RLock()
-    def look():
-        steps[0] += 1; found[tuple((f.relative_to(folder), f.read_bytes()) for f in sorted(folder.rglob('*')) if f.is_file())] = None
-    def seen(f):
-        def call(*a, **kw):
-            with lock: look(); return f(*a, **kw)
-        return call
-    class Half:                                                 # a write that stops in its middle is a step of its own
-        def __init__(self, *a, **kw): self.file = open(*a, **kw)
-        def __enter__(self): return self
-        def __exit__(self, *a): self.file.close()
-        def write(self, data):
-            with lock: half = self.file.write(data[:len(data) // 2]); self.file.flush(); look(); return half + self.file.write(data[half:])
-        def __getattr__(self, name): return getattr(self.file, name)
-    with monkeypatch.context() as m:
-        for name in CALLS: m.setattr(os, name, seen(getattr(os, name)))
-        m.setattr(rtsseg.config, 'open', Half, raising=False); work()
-    return list(found), steps[0]
+def dies_at(k, work):
+    "Fork, do the work, and leave without a word at the k-th I/O step of it; whether it came that far"
+    if not (child := os.fork()):
+        count = [0]
+        def counted(f):
+            def call(*a, **kw):
+                count[0] += 1
+                if count[0] == k: os._exit(77)
+                return f(*a, **kw)
+            return call
+        for name in CALLS: setattr(os, name, counted(getattr(os, name)))
+        class Half:                                             # a write that stops in its middle is a step of its own
+            def __init__(self, *a, **kw): self.file = open(*a, **kw)
+            def __enter__(self): return self
+            def __exit__(self, *a): self.file.close()
+            def write(self, data):
+                count[0] += 1
+                if count[0] == k: self.file.write(data[:len(data) // 2]); self.file.flush(); os._exit(77)
+                return self.file.write(data)
+            def __getattr__(self, name): return getattr(self.file, name)
+        rtsseg.config.open = Half
+        try: work()
+        except BaseException: os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 77), code
+    return code == 77
+
+def lies(folder): return tuple((f.relative_to(folder), f.read_bytes()) for f in sorted(folder.rglob('*')) if f.is_file())
 
 def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_path, monkeypatch):
     "Whichever I/O step is the last one, what lies there can be read, and the run that goes on from it ends in the same bits"
-    often = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9))
-    left, steps = deaths(tmp_path/'whole', lambda: again(tmp_path/'whole', 0, **often), monkeypatch)
-    for k, files in enumerate(left):
+    often, save, trial, left, deaths = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9)), Run.save, tmp_path/'trial', {}, 0
+    def dies(run, *a, **kw):
+        "From the state before a checkpoint, in a copy of its folder, a process for each step that it could die at; then it is written"
+        nonlocal deaths
+        def work(): run.folder = trial; save(run, *a, **kw); Writing.settle()
+        Writing.settle()
+        for k in itertools.count(1):
+            shutil.copytree(run.folder, trial) if run.folder.exists() else trial.mkdir()
+            died = dies_at(k, work); left[lies(trial)] = None; shutil.rmtree(trial)
+            if not died: break
+            deaths += 1
+        return save(run, *a, **kw)
+    with monkeypatch.context() as m: m.setattr(Run, 'save', dies); equal(undisturbed, again(tmp_path/'whole', 0, **often))
+    for k, files in enumerate(left):                            # many deaths leave the same behind
         folder = tmp_path/f'{k}'
         for name, data in files: (folder/name).parent.mkdir(parents=True, exist_ok=True); (folder/name).write_bytes(data)
         for f in folder.glob('checkpoints/*.ckpt'): load_state(f)
         equal(undisturbed, again(folder, 9 if newest_state(folder/'checkpoints') else 0, **often))
         assert not list(folder.rglob('.*.tmp'))                 # what the dead writer left is gone
-    assert steps > 100 and len(left) > 50
+    assert deaths > 100 and len(left) > 50
 
 def test_31_killed_at_random_points(tmp_path):
     "A real run, its process killed 50 times; in between it goes on, and it ends in the same bits as one that was left alone"
