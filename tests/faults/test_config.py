@@ -2,15 +2,15 @@
 import json, os, subprocess, sys, time
 from pathlib import Path
 
-import pytest
+import pytest, small_run
 from hypothesis import given, settings, strategies as st
 
 from rtsseg.config import Config, ConfigError, check_parameters, doubts, load, read_yaml, run_folder, to_yaml
 from rtsseg.data import DataError, read_manifest, write_manifest
 from rtsseg.evaluate import evaluate_run
 from rtsseg.segment import check, prepare
-from rtsseg.toy import tiny_toy
 from rtsseg.train import Busy, locked, run, start_over
+from small_shell import CLEAN, shell
 
 FAULTS = {
     19: ('`lr: 1e-3`, which YAML 1.1 reads as a text', 'it is a number'),
@@ -24,22 +24,18 @@ FAULTS = {
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
-SHELL = dict(env={k: v for k, v in os.environ.items() if k != 'IN_TEST'}, capture_output=True, text=True, timeout=200)
 
 def written(folder, text):
     path = folder/'c.yaml'; path.write_text(text); return path
 
 def refused(command, *args):
     "What a command says that ends with code 2, and without a traceback"
-    done = subprocess.run([BIN/command, *map(str, args)], **SHELL)
+    done = shell(command, *args)
     assert done.returncode == 2 and 'Traceback' not in done.stdout + done.stderr, done.stdout + done.stderr
     return done.stderr
 
 @pytest.fixture
-def tiny(tmp_path):
-    return load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='tiny', runs=tmp_path/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1,
-                freeze_backbone_epochs=0, data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
-                model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+def tiny(tmp_path): return small_run.tiny(tmp_path)
 
 # ---------------------------------------------------------------- 19, 20: numbers
 @pytest.mark.parametrize('text', ['1e-3', '1E-3', '1.e-3', '0.001', '.001', '+1e-3', '1e-03'])
@@ -100,7 +96,7 @@ def test_23_fresh_puts_the_old_folder_aside(tiny, tmp_path):
     "Whole, under another name; the same command trains anew and ends in the same bytes"
     folder = run(tiny); model = (folder/'model'/'model.safetensors').read_bytes(); held = {f.relative_to(folder) for f in folder.rglob('*')}
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
-    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh'], **SHELL)
+    done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh')
     assert done.returncode == 0 and 'put aside: ' in done.stdout, done.stderr
     aside, = folder.parent.glob('old-seed42-*')
     assert {f.relative_to(aside) for f in aside.rglob('*')} == held and (aside/'model'/'model.safetensors').read_bytes() == model == (folder/'model'/'model.safetensors').read_bytes()
@@ -116,7 +112,7 @@ def test_23_force_goes_on_and_is_recorded(tiny, tmp_path):
     folder = run(tiny); path = folder/'config.yaml'; good = path.read_text(); path.write_text(good.replace('weight_decay: 0.01', 'weight_decay: 0.02'))
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
     assert '--force' in refused('rtsseg-train', '--config', tmp_path/'tiny.yaml')
-    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--force'], **SHELL)
+    done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--force')
     assert done.returncode == 0 and 'optimizer.weight_decay 0.02 → 0.01' in done.stdout, done.stderr
     forced = [l for l in map(json.loads, (folder/'log.jsonl').read_text().splitlines()) if l['event'] == 'forced']
     assert [l['differs'] for l in forced] == [{'optimizer.weight_decay': [0.02, 0.01]}] and path.read_text() == good
@@ -139,9 +135,9 @@ BOMBS = {'code': '!!python/object/apply:os.system ["touch made"]', 'an object': 
 def test_24_hostile_text(tmp_path, monkeypatch, what):
     "Code, objects, aliases, depth, length: refused within a second, before anything is built of it"
     monkeypatch.chdir(tmp_path); path = tmp_path/'c.yaml'; path.write_bytes(BOMBS[what].encode('utf-8', 'surrogatepass'))
-    for given in (dict(files=[path]), dict(files=[], overrides=['name=' + BOMBS[what]])):
+    for files, text, word in (([path], [], 'c.yaml'), ([], ['name=' + BOMBS[what]], 'override|name: ')):
         began = time.process_time()
-        with pytest.raises(ConfigError, match='c.yaml' if given['files'] else ''): load(*given.pop('files'), **given)
+        with pytest.raises(ConfigError, match=word): load(*files, overrides=text)
         assert time.process_time() - began < 1
     assert os.listdir(tmp_path) == ['c.yaml']
 
@@ -167,5 +163,5 @@ def test_25_all_unknown_parameters_at_once():
 @pytest.mark.parametrize('parameter,hint', [(('sed', '43'), "'seed'"), (('overrides', '["lr.bas_lr=1"]'), "'base_lr'")])
 def test_25_a_notebook_refuses_it(tmp_path, parameter, hint):
     "Through papermill, before anything is read or written"
-    done = subprocess.run([BIN/'papermill', '05_train.ipynb', os.devnull, '-p', 'config', str(written(tmp_path, 'name: x')), '-p', *parameter], cwd=ROOT/'nbs', **SHELL)
+    done = subprocess.run([BIN/'papermill', '05_train.ipynb', os.devnull, '-p', 'config', str(written(tmp_path, 'name: x')), '-p', *parameter], cwd=ROOT/'nbs', env=CLEAN, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and f'did you mean {hint}' in done.stderr and os.listdir(tmp_path) == ['c.yaml']
