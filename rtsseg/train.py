@@ -313,7 +313,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #01ce7cb8
+# %% ../nbs/05_train.ipynb #c3183338
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -382,6 +382,7 @@ def launch(cfg:Config,             # the whole tree
     if code: raise RunError(f'the trainer ended with code {code}; its last line: {last.strip()}')
     return folder
 
+# %% ../nbs/05_train.ipynb #89017706
 @call_parse
 def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
