@@ -313,7 +313,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #c3183338
+# %% ../nbs/05_train.ipynb #908b39e6
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -377,7 +377,7 @@ def launch(cfg:Config,             # the whole tree
         finally: hold.close(); watch.join(); said.close()          # also on an interrupt: it saves, and stops
     word, code = ''.join(told).strip(), codes[0]
     if word.startswith('error: '): raise RunError(word.removeprefix('error: '), code)
-    if code and (word or asked.why): raise Stopped(word.replace('SIGTERM', asked.why or 'SIGTERM') or f'stopped ({asked.why}); the same command goes on from there')
+    if code and (word or asked.why): raise Stopped(word or f'stopped ({asked.why}); the same command goes on from there')
     if code < 0: raise RunError(f'the trainer was ended by {signal.Signals(-code).name}; its last line: {last.strip()}. The same command goes on from the last checkpoint')
     if code: raise RunError(f'the trainer ended with code {code}; its last line: {last.strip()}')
     return folder

