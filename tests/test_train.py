@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, re, shutil, signal, socket, subprocess, sys, time, warnings
+import json, os, re, resource, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +9,15 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, run_folder, to_yaml
-from rtsseg.evaluate import evaluate_run, rtsseg_evaluate
+import rtsseg.evaluate
+from rtsseg.data import DataError
+from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate
 from rtsseg.loop import Run, load_state
-from rtsseg.metrics import Evidence
+from rtsseg.metrics import Evidence, evidence_path
 from rtsseg.segment import headline, prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.track import lines
-from rtsseg.train import SIGNS, Log, RunError, Stopped, adopt, locked, read_log, rtsseg_train, run, show_training
+from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -54,7 +56,7 @@ def test_shell_refuses_unknown_keys(tmp_path):
     assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and 'Traceback' not in done.stdout + done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ['bad.yaml']
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=300):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, 'waited too long'
@@ -85,7 +87,7 @@ def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how)
                'the trainer': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline'], 'the command': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml']}[death]
     first = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHELL['env'], preexec_fn=default_hangup)
     wait_for(lambda: events(folder, 'epoch'))
-    first.send_signal(how); said = first.communicate(timeout=60)[0]
+    first.send_signal(how); said = first.communicate(timeout=300)[0]
     assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command goes on from there' in said and 'Traceback' not in said), said
     if death == 'the command': assert f'stopped ({how.name})' in said and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
     saved = run(cfg)                                            # waits for the lock of a trainer that still saves
@@ -120,10 +122,15 @@ def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys, monkeyp
         except SystemExit as e: return e.code, capsys.readouterr().err
     with locked(folder):
         (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
-        for how in ('fresh', 'force'): assert call(**{how: True}) == (2, f'{folder.parent.name}/seed42: another process trains in this run folder; wait for it or stop it\n')
-    code, said = call(); assert code == 2 and '--force' in said and not (folder/'log.jsonl').exists()
+        for how in ('fresh', 'force'): assert call(**{how: True}) == (2, f'error: {folder.parent.name}/seed42: another process (pid {os.getpid()}) trains in this run folder; wait for it or stop it\n')
+    code, said = call(); assert code == 2 and ' (epochs 7 → 4). ' in said and '--force' in said and not (folder/'log.jsonl').exists()
     assert adopt(cfg) == {'epochs': [7, 4]} and events(folder, 'forced') == [dict(event='forced', differs={'epochs': [7, 4]})]
-    (folder/'config.yaml').write_text('epochs: ['); assert 'config.yaml' in adopt(cfg) and load(folder/'config.yaml') == cfg and adopt(cfg) == {}
+    (folder/'config.yaml').write_text('epochs: ['); code, said = call()
+    assert code == 2 and said.startswith(f'error: {folder.parent.name}/seed42/config.yaml has been changed') and 'while parsing' in said and '--fresh' in said and '--force' in said and said.count('\n') == 1
+    assert 'config.yaml' in adopt(cfg) and load(folder/'config.yaml') == cfg and adopt(cfg) == {}
+    many = cfg.model_copy(update=dict(epochs=7, accumulate=2, val_frequency=3, lr=cfg.lr.model_copy(update=dict(base_lr=.1, min_lr=.2, frozen_lr=.3)))); (folder/'config.yaml').write_text(to_yaml(many))
+    assert call()[1].split(' (')[1].split(')')[0].count(' → ') == 5 and ', and 1 more). ' in call()[1]
+    assert call(inline=True, detach=True) == (2, 'error: --inline trains in this very process: leave out --processes and --detach\n')
 
 def test_another_machine_is_told(tiny, undisturbed, tmp_path, capsys):
     "A run that goes on with other libraries says so once, keeps where it began, and logs what differs"
@@ -188,7 +195,7 @@ def test_a_finished_run_is_left_alone(tiny, undisturbed, capfd):
     assert {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'} == before
 
 def test_a_real_run_in_two_processes(tiny, tmp_path):
-    "torchrun, loaders, evidence of both halves, export: what was validated in two processes is what one sees of the exported model"
+    "The launcher, loaders, evidence of both halves, export: what was validated in two processes is what one sees of the exported model"
     cfg = tiny[0].model_copy(update=dict(batch_size=4, epochs=1, runs=tmp_path/'runs'), deep=True)
     (tmp_path/'two.yaml').write_text(to_yaml(cfg))
     done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'two.yaml', '--processes', '2'], **SHELL)
@@ -198,6 +205,36 @@ def test_a_real_run_in_two_processes(tiny, tmp_path):
     seen = headline(Evidence.read(evaluate_run(folder, 'val')), cfg)
     best = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
     assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-4, nan_ok=True)       # evaluation counts on finer bins
+
+def test_one_of_two_processes_fails(tiny, tmp_path):
+    "A disk without room: the first process cannot write its last state, the second loses it. The command ends with the code of the first, and with its one line alone"
+    cfg = tiny[0].model_copy(update=dict(batch_size=4, epochs=1, runs=tmp_path/'runs'), deep=True); (tmp_path/'two.yaml').write_text(to_yaml(cfg))
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'two.yaml', '--processes', '2'], **SHELL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2))
+    assert done.returncode == 3 and re.fullmatch('error: the last state could not be written; make room, .*\n', done.stderr), done.stderr
+    assert 'checkpoint resume was not written (File too large)' in done.stdout and 'Traceback' not in done.stdout and 'rank' not in done.stdout
+
+def test_a_process_of_two_that_is_killed(tiny, tmp_path):
+    "The other ends too, and the command says what happened"
+    cfg, folder = elsewhere(tiny, tmp_path); command = [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--processes', '2', '--epochs', '99', '--overrides', 'batch_size=4']
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SHELL['env'])
+    wait_for(lambda: list(tmp_path.glob('runs/tiny/*/seed42/checkpoints/resume.ckpt')))
+    ranks = [int(p) for p in Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()]; os.kill(ranks[1], signal.SIGKILL)
+    _, said = first.communicate(timeout=300)
+    assert first.returncode == 3 and len(ranks) == 2 and said.startswith('error: the trainer was ended by SIGKILL; its last line: ') and not any(Path(f'/proc/{p}').exists() for p in ranks), said
+
+def test_a_detached_run(tiny, tmp_path):
+    "It says where its words go, returns, and comes to its end by itself"
+    cfg, folder = elsewhere(tiny, tmp_path)
+    done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--epochs', '1', '--detach'], cwd=tmp_path, **SHELL)
+    where, path = done.stdout.splitlines(); out = tmp_path/path/'train.out'
+    assert done.returncode == 0 and where == f'the run goes on by itself; what it says goes to {path}/train.out' and not (tmp_path/path/'model').exists()
+    wait_for(lambda: out.read_text().endswith(f'{path}\n')); assert 'epoch   1/1' in out.read_text() and (tmp_path/path/'model'/'model.safetensors').exists()
+
+def test_validations_are_kept_in_the_order_of_epochs(tmp_path):
+    "Beyond epoch 9999 names have another order"
+    meter = SimpleNamespace(evidence=lambda: SimpleNamespace(write=lambda path: (path.parent.mkdir(exist_ok=True), path.touch())))
+    for epoch in (9998, 9999, 10000, 10001): KeepEvidence(tmp_path).on_validation(SimpleNamespace(epoch=epoch, accelerator=SimpleNamespace(is_main_process=True)), {}, meter)
+    assert sorted(f.name for f in (tmp_path/'evidence').iterdir()) == ['epoch-10000.parquet', 'epoch-10001.parquet']
 
 def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_path):
     "Paired draws of blocks, by hand and with scikit-learn's average precision; and the file is a config for the next run"
@@ -214,6 +251,59 @@ def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_
     whole = [d for d in draws if d[block][positive].sum() and d[block][~positive].sum()]
     sigma = np.std([ap(pair[1], d) - ap(pair[0], d) for d in whole], ddof=1)
     assert load(tiny[1], out).early_stopping.min_delta == pytest.approx(2*sigma, rel=.01)      # scores of single precision are rounded, and scikit-learn takes those of one code as tied
+
+@pytest.mark.parametrize('out', ['a folder', 'a file/noise.yaml'])
+def test_a_noise_floor_that_cannot_be_written(undisturbed, tmp_path, capsys, out):
+    (tmp_path/'a folder').mkdir(); (tmp_path/'a file').touch()
+    with pytest.raises(SystemExit) as e: rtsseg_noise(str(undisturbed), replicates=5, out=str(tmp_path/out))
+    assert e.value.code == 2 and capsys.readouterr().err.startswith(f'error: out: {tmp_path/out} cannot be written: ') and sorted(f.name for f in tmp_path.rglob('*')) == ['a file', 'a folder']
+
+# ---------------------------------------------------------------- a look at the test split
+@pytest.fixture
+def world(tiny, undisturbed, tmp_path):
+    "A run and its data, to be harmed; where its test evidence and its ledger go"
+    cfg = tiny[0]; shutil.copytree(cfg.data.manifest.parent, tmp_path/'data'); folder = tmp_path/'runs'/'tiny'/undisturbed.parent.name/'seed42'; shutil.copytree(undisturbed, folder)
+    cfg = cfg.model_copy(update=dict(runs=tmp_path/'runs', data=cfg.data.model_copy(update=dict(manifest=tmp_path/'data'/cfg.data.manifest.name)))); (folder/'config.yaml').write_text(to_yaml(cfg))
+    return cfg, folder, evidence_path(folder, 'test', 'none'), tmp_path/'runs'/'test_ledger.json'
+
+def test_a_pass_that_fails_is_no_look(world, monkeypatch):
+    "Tiles that cannot be read, or a pass that breaks off: nothing was seen, and nothing is noted, nor logged"
+    cfg, folder, evidence, ledger = world; log = (folder/'log.jsonl').read_bytes(); row = prepare(cfg).of('test').table.iloc[0]; path = cfg.data.manifest.parent/row.image
+    whole = path.read_bytes(); path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match='cannot be read, which is more than'): evaluate_run(folder, 'test')
+    path.write_bytes(whole); real = rtsseg.evaluate.predict
+    def breaks(*a): raise RuntimeError('out of memory')
+    monkeypatch.setattr(rtsseg.evaluate, 'predict', breaks)
+    with pytest.raises(RuntimeError, match='out of memory'): evaluate_run(folder, 'test')
+    assert not ledger.exists() and not evidence.exists() and (folder/'log.jsonl').read_bytes() == log
+    monkeypatch.setattr(rtsseg.evaluate, 'predict', real); evaluate_run(folder, 'test')
+    looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and evidence.exists()
+
+@pytest.mark.parametrize('at', ['resolved', 'Evidence.write'])
+def test_a_look_that_is_killed_stands(world, monkeypatch, at):
+    "From the moment on at which numbers are said or written"
+    cfg, folder, evidence, ledger = world
+    def dies(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(f'rtsseg.evaluate.{at}', dies)
+    with pytest.raises(KeyboardInterrupt): evaluate_run(folder, 'test')
+    looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and not evidence.exists()
+
+def test_a_look_that_somebody_else_was_quicker_with(world, monkeypatch):
+    "Two configurations may both begin; the second to end is refused, and nothing of it is kept. One that comes later is refused before its pass"
+    cfg, folder, evidence, ledger = world; real, passes = rtsseg.evaluate.predict, []
+    def slow(*a):
+        if not passes: look(load(folder/'config.yaml', overrides=['loss.gamma=1']), prepare(cfg).hash)
+        passes.append(1); return real(*a)
+    monkeypatch.setattr(rtsseg.evaluate, 'predict', slow)
+    with pytest.raises(Locked): evaluate_run(folder, 'test')
+    assert passes and not evidence.exists(); passes[:] = ['again']
+    with pytest.raises(Locked): evaluate_run(folder, 'test')
+    assert passes == ['again'] and len(json.loads(ledger.read_text()).popitem()[1]['looks']) == 1
+
+def test_a_pass_is_logged_after_a_line_that_was_cut_off(world):
+    cfg, folder, *_ = world
+    with open(folder/'log.jsonl', 'ab') as f: f.write(b'{"event": "ep')
+    evaluate_run(folder, 'val'); assert [e['event'] for e, _ in lines(folder/'log.jsonl')][-2:] == ['end', 'evaluate']
 
 def test_one_validation_has_no_noise_floor(tiny, tmp_path):
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', epochs=1))

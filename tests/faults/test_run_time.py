@@ -1,5 +1,6 @@
 "Faults 31 to 38: what a run meets on its way"
 import errno, fcntl, gc, itertools, json, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, traceback
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
 import rtsseg.config, rtsseg.loop, rtsseg.train
-from rtsseg.config import Loader, to_yaml
+from rtsseg.config import ConfigError, Loader, run_folder, to_yaml
 from rtsseg.loop import Run, UnsavedError, WorkerError, Writing, load_state, newest_state
+from rtsseg.segment import loaders, prepare, statistics
 from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
 from small_run import MODEL, tiny, toy_world
 from small_world import At, Nothing, Points, equal, net, points, quick, run
@@ -257,7 +259,7 @@ def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
     while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in log()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
-    launcher, = children(trainer.pid); workers = children(launcher); os.kill(launcher, signal.SIGTERM); out, _ = trainer.communicate(timeout=200)
+    workers = children(trainer.pid); trainer.terminate(); out, _ = trainer.communicate(timeout=200)
     assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
     half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
     assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
@@ -421,7 +423,6 @@ def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
 
 def test_37_real_loaders_have_the_time_limit(tmp_path):
     "loader.timeout holds for training and validation, wherever workers are used"
-    from rtsseg.segment import loaders, prepare
     cfg = tiny(tmp_path); manifest = prepare(cfg)
     for n, want in ((0, 0), (2, 7)):
         cfg.loader = Loader(num_workers=n, timeout=7); feed = loaders(cfg, manifest)
@@ -430,10 +431,48 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
     "The second waits for a while, and is refused with code 2"
-    with locked(tmp_path), pytest.raises(Busy, match='another process trains in this run folder') as e:
+    with locked(tmp_path), pytest.raises(Busy, match=rf'another process \(pid {os.getpid()}\) trains in this run folder') as e:
         with locked(tmp_path, wait=.5): pass
     assert e.value.code == 2
     with locked(tmp_path, wait=0): pass
+
+PROGRAM = 'import rtsseg.train as t; t.locked.__wrapped__.__defaults__ = (1,); t.rtsseg_train()'      # the command, but that it waits a second, and not a minute
+
+@pytest.mark.parametrize('more', [[], ['--fresh'], ['--force']])
+def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
+    "Exit 2, one line that names the process, and nothing is written"
+    cfg = tiny(tmp_path); (tmp_path/'tiny.yaml').write_text(to_yaml(cfg)); (tmp_path/'soon.py').write_text(PROGRAM); folder = run_folder(cfg, prepare(cfg).hash); statistics(cfg, prepare(cfg))
+    command = [Path(sys.executable).with_name('rtsseg-train')] if more else [sys.executable, tmp_path/'soon.py']
+    with locked(folder):
+        before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+        done = subprocess.run([*command, '--config', tmp_path/'tiny.yaml', *more], capture_output=True, text=True, timeout=100)
+        assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
+    assert done.returncode == 2 and done.stderr.splitlines()[-1:] == [f'error: {folder.parent.name}/seed42: another process (pid {os.getpid()}) trains in this run folder; wait for it or stop it']
+    assert all(l.startswith('note: ') for l in [*done.stderr.splitlines()[:-1], *done.stdout.splitlines()]) and ('waiting for it, 1 s at most' in done.stdout) == (not more)
+
+def test_38_another_process_ends_this_run_while_two_begin(tmp_path):
+    "The first of the two finds under the lock that nothing is left to do, and says so to the second, which had looked before"
+    cfg = tiny(tmp_path); model, aside = rtsseg.train.run(cfg)/'model', tmp_path/'aside'; model.rename(aside)
+    def begin(rank):
+        @contextmanager
+        def late(folder):
+            with locked(folder): time.sleep(3); aside.rename(model); yield          # meanwhile the second comes as far as it comes alone
+        rtsseg.train.locked = late; rtsseg.train.run(cfg)
+    assert two(begin, tmp_path/'said') == [0, 0]
+    assert [Path(f'{tmp_path}/said-{r}.txt').read_text().count('trained already') for r in (0, 1)] == [1, 0]
+
+@pytest.mark.parametrize('what', ['busy', 'changed', 'damaged'])
+def test_38_what_refuses_the_first_of_two_refuses_both(tmp_path, what):
+    "Neither waits for the other"
+    cfg = tiny(tmp_path); folder = run_folder(cfg, prepare(cfg).hash); folder.mkdir(parents=True)
+    error, words = dict(busy=(Busy, 'another process'), changed=(ConfigError, r'epochs 7 → 1.*--force'), damaged=(RunError, 'No checkpoint is left'))[what]
+    if what == 'changed': (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
+    if what == 'damaged': rtsseg.train.run(cfg); (folder/'model'/'model.safetensors').write_bytes(b''); shutil.rmtree(folder/'checkpoints')
+    def begin(rank):
+        def taken(folder): raise Busy('another process', 2)
+        if what == 'busy': rtsseg.train.locked = taken
+        with pytest.raises(error, match=words): rtsseg.train.run(cfg)
+    assert two(begin, tmp_path/'said') == [0, 0]
 
 def test_38_a_folder_that_was_put_aside_meanwhile(tmp_path):
     "Whoever waited for it holds the new one, not the old one under another name"
