@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'PATIENCE', 'Log', 'read_log', 'overfitting', 'Ke
            'Stopped', 'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #1000aa16
+# %% ../nbs/05_train.ipynb #c97d1eac
 import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.script import call_parse, store_true
 
 from .config import UNDECIDING, Config, ConfigError, LoopConfig, config_hash, doubts, environment, load, run_folder, settings, to_yaml, write_atomic
-from .data import DataError, leaks, named_run
+from .data import DataError, named_run, thin
 from .files import SEAL, SEALED, FileError, check_seal, inside, read_json
 from .infer import save_model
 from .loop import CheckpointError, UnsavedError, WorkerError, accelerator, fit, key_seed, load_state
@@ -167,7 +167,7 @@ def locked(folder:Path,          # a run folder
     try: yield
     finally: f.close()
 
-# %% ../nbs/05_train.ipynb #712d4121
+# %% ../nbs/05_train.ipynb #9f9dae5a
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -187,10 +187,6 @@ class Terminated:
 def _prepare(cfg):
     "The manifest, its splits apart from each other, statistics of tiles that can be read, and the run folder"
     manifest = prepare(cfg)
-    if shared := [f for f in leaks(manifest) if f.level == 'error']:
-        text = f"{manifest.path.name}: splits share ground, so validation would flatter: {'; '.join(f'{f.value} ({f.note})' for f in shared)}. Make the splits anew, or set data.split_check to warn"
-        if cfg.data.split_check == 'error': raise DataError(text)
-        warnings.warn(text)
     statistics(cfg, manifest)          # before anything else is written
     return manifest, run_folder(cfg, manifest.hash)
 
@@ -285,7 +281,7 @@ def run(cfg:Config,        # the whole tree
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
-    for doubt in doubts(cfg) if main else (): warnings.warn(doubt)
+    for doubt in [*doubts(cfg), *(f'{p}: a number from few tiles says little' for p in thin(manifest.table))] if main else (): warnings.warn(doubt)
     model = None if (folder/'model'/SEAL).exists() else _ready(cfg)
     env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
     with _in_hand(cfg, folder, manifest, env, main) as differs, Terminated() as terminated:
