@@ -443,6 +443,7 @@ def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
     "Exit 2, one line that names the process, and nothing is written"
     cfg = tiny(tmp_path); (tmp_path/'tiny.yaml').write_text(to_yaml(cfg)); (tmp_path/'soon.py').write_text(PROGRAM); folder = run_folder(cfg, prepare(cfg).hash); statistics(cfg, prepare(cfg))
     command = [Path(sys.executable).with_name('rtsseg-train')] if more else [sys.executable, tmp_path/'soon.py']
+    if more == ['--force']: folder.mkdir(parents=True); (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
     with locked(folder):
         before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
         done = subprocess.run([*command, '--config', tmp_path/'tiny.yaml', *more], capture_output=True, text=True, timeout=100)
