@@ -22,7 +22,7 @@ SURVIVES = """---
 title: What survives what
 ---
 
-Spot machines die, disks fill, trackers go down, rasters lie. Each line here is a promise, and a test that does it to the library and looks what is left; this page is made from those tests.
+Spot machines die, disks fill, trackers go down, rasters lie. Each line here is a promise, and a test that does it to the library and looks at what is left; this page is made from those tests.
 
 | exit code | meaning | what to do |
 |---|---|---|
@@ -50,10 +50,8 @@ def survives(root):
     "nbs/survives.qmd, from the tables and docstrings of tests/faults"
     cell, text = lambda s: s.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' '), [SURVIVES]
     for title, table, shown in faults(root):
-        text += [f'## {cell(title)}', '', '| | what happens | what then | how it is shown |', '|---|---|---|---|']
-        for k, (what, then) in table.items():
-            text.append(f'| {k} | {cell(what)} | {cell(then)} | ' + '<br>'.join(f'{cell(told)} (`{name}`)' if told else f'`{name}`' for name, told in shown.get(k, [])) + ' |')
-        text.append('')
+        text += [f'## {cell(title)}', '', '| | what happens | what then |', '|---|---|---|', *(f'| {k} | {cell(what)} | {cell(then)} |' for k, (what, then) in table.items()), '']
+        text += [':::{.callout-note collapse="true"}', '## How it is shown', '', *(f'- **{k}** `{name}`' + (f': {cell(told)}' if told else '') for k in table for name, told in shown.get(k, [])), ':::', '']
     (root/'nbs/survives.qmd').write_text('\n'.join(text))
 
 def sync(root):
