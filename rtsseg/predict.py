@@ -144,9 +144,9 @@ def _alone(folder):
         os.close(handle)
         with suppress(OSError): folder.rmdir()
 
-# %% ../nbs/08_predict.ipynb #b8786616
+# %% ../nbs/08_predict.ipynb #5bc1a914
 class Stopped(RuntimeError):
-    "Asked to stop before the end; the same command goes on from the rows that are finished"
+    "Stopped before the end, as asked or for want of room; the same command goes on from the rows that are finished"
 
 @contextmanager
 def _sigterm():
@@ -200,7 +200,7 @@ def _write(out, work, parts, n, scene, made):
     with open(cog, 'rb') as f: os.fsync(f.fileno())
     os.replace(cog, out)
 
-# %% ../nbs/08_predict.ipynb #06a98fa1
+# %% ../nbs/08_predict.ipynb #b306188e
 def predict_scene(model_dir:str|Path,      # a model directory
                   scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
                   out:str|Path,            # the map, a .tif
@@ -211,7 +211,7 @@ def predict_scene(model_dir:str|Path,      # a model directory
                   batch:int=8,             # windows at once; half precision gives other last digits for another number
                   force:bool=False         # replace a map, or finished rows, that were made otherwise
                  ) -> dict:                # what the map was made with, and counts of pixels and windows
-    "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `OSError`, `Stopped`, `ValueError`"
+    "A map of calibrated probabilities (guide 4, 11.2, 12.1); goes on where it was cut off. Raises `ConfigError`, `DataError`, `ModelError`, `OSError`, `Stopped` (also on a full disk), `ValueError`"
     scene, out, folder = Path(scene), Path(out), Path(model_dir); parts = out.with_name(f'{out.name}.parts')
     problems = [f'{name}: {path} is no regular file' for name, path in dict(scene=scene, extra=extra, out=out).items() if path and Path(path).exists() and not Path(path).is_file()]      # nobody waits for a pipe
     if out.suffix not in ('.tif', '.tiff'): problems.append(f'out: {out.name}: a map is a .tif')
@@ -236,16 +236,18 @@ def predict_scene(model_dir:str|Path,      # a model directory
             raise DataError(f'{out.name} is there and was made otherwise ({", ".join(other) if told else "not by this library"}): name another file, or say --force to replace it')
         if not other and not _whole(out, told): _say(f'{out.name} or its note was cut off or damaged: the map is made again'); other = ['content']
         if other:
-            done.begin(); wanted = {i for i in range(n) if done.get(i, source.width) is None}
-            if len(wanted) < n: _say(f'{n - len(wanted)} of {n} rows of windows are done already')
-            for i, p, valid, counts in _strips(model, source, views, batch, wanted, check):
-                done.put(i, counts, encode(calibration.probability(logit(p)) if calibration else p, valid))
-            _write(out, parts, done, n, source, made); told = _told(out); write_atomic(_note(out), json.dumps(told | dict(sha256=digest(out)), indent=1) + '\n')
+            try:
+                done.begin(); wanted = {i for i in range(n) if done.get(i, source.width) is None}
+                if len(wanted) < n: _say(f'{n - len(wanted)} of {n} rows of windows are done already')
+                for i, p, valid, counts in _strips(model, source, views, batch, wanted, check):
+                    done.put(i, counts, encode(calibration.probability(logit(p)) if calibration else p, valid))
+                _write(out, parts, done, n, source, made); told = _told(out); write_atomic(_note(out), json.dumps(told | dict(sha256=digest(out)), indent=1) + '\n')
+            except OSError as e: raise Stopped(f'error: {e}. When that is mended, the same command goes on from the rows that are finished') from None
         else: _say(f'{out.name} is there already, made with the same settings of the same files')
         shutil.rmtree(parts)
     return json.loads(_note(out).read_text())
 
-# %% ../nbs/08_predict.ipynb #aea09807
+# %% ../nbs/08_predict.ipynb #f232d880
 @call_parse
 def rtsseg_predict(model:str='',              # model directory, as runs/…/model
                    scene:str='',              # GeoTIFF of any size: R, G, B as in training
@@ -261,6 +263,6 @@ def rtsseg_predict(model:str='',              # model directory, as runs/…/mod
     try:
         if missing := [f'--{name} is not given' for name, value in dict(model=model, scene=scene, out=out).items() if not value]: raise ConfigError('\n'.join(missing))
         print(json.dumps(predict_scene(model, scene, out, extra, views, crs, device, batch, force), indent=1))
-    except Stopped as e: _say(e); sys.exit(3)
+    except Stopped as e: _say(visible(e)); sys.exit(3)
     except KeyboardInterrupt: _say('stopped; the same command goes on from the rows that are finished'); sys.exit(130)
     except (ValueError, ModelError, OSError) as e: _say(f'error: {visible(e)}'); sys.exit(2)

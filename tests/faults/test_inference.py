@@ -13,7 +13,7 @@ from rtsseg.evaluate import rtsseg_evaluate
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
-from rtsseg.predict import NODATA, predict_scene, rtsseg_predict, starts
+from rtsseg.predict import NODATA, Stopped, predict_scene, rtsseg_predict, starts
 from small_run import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),
@@ -283,9 +283,9 @@ def test_42_a_full_disk_under_the_map(model, tmp_path):
         if not (child := os.fork()):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (tmp_path/'undisturbed.tif').stat().st_size),) * 2); null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
             try: predict_scene(model, path, out)
-            except OSError: os._exit(2)
+            except Stopped: os._exit(3)
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2 and not out.exists() and len(list(parts.glob('0*'))) == len(starts(300, 64))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3 and not out.exists() and len(list(parts.glob('0*'))) == len(starts(300, 64))
     check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
 
 def test_42_a_full_disk(model, tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_42_a_full_disk(model, tmp_path, monkeypatch):
         def full(*args):
             if len(wrote) == n: raise OSError(28, 'No space left on device')
             wrote.append(real(*args))
-        with monkeypatch.context() as m: m.setattr(rtsseg.predict, 'write_atomic', full); pytest.raises(OSError, predict_scene, model, path, out)
+        with monkeypatch.context() as m: m.setattr(rtsseg.predict, 'write_atomic', full); pytest.raises(Stopped, predict_scene, model, path, out, match='No space left on device.*the same command goes on')
         assert not out.exists() or n == 6
         for f in tmp_path.glob('map.tif.parts'): assert n > 0
         check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
