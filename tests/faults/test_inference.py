@@ -296,7 +296,7 @@ def test_42_a_full_disk(model, tmp_path, monkeypatch):
         def full(*args):
             if len(wrote) == n: raise OSError(28, 'No space left on device')
             wrote.append(real(*args))
-        with monkeypatch.context() as m: m.setattr(rtsseg.predict, 'write_atomic', full); pytest.raises(Stopped, predict_scene, model, path, out, match='No space left on device.*the same command goes on')
+        with monkeypatch.context() as m, pytest.raises(Stopped, match='No space left on device.*the same command goes on'): m.setattr(rtsseg.predict, 'write_atomic', full); predict_scene(model, path, out)
         assert not out.exists() or n == 6
         for f in tmp_path.glob('map.tif.parts'): assert n > 0
         check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
