@@ -8,7 +8,7 @@ __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdic
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
            'rtsseg_search', 'rtsseg_ablate']
 
-# %% ../nbs/09_search.ipynb #8b7509bb
+# %% ../nbs/09_search.ipynb #092c2fc9
 import hashlib, io, itertools, json, math, os, re, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from scipy.stats import t as student
 
 from .config import PATHS, Config, ConfigError, Strict, config_hash, load, merge, nearest, read_yaml, run_folder, settings, write_atomic
 from .data import DataError, read_tile
+from .files import FileError
 from .loop import CheckpointError, key_seed
 from .models import build, check_size
 from .report import ReportError, seed_list
@@ -387,14 +388,16 @@ def write_search(study:optuna.Study, cfg:Config, axes:dict, folder:Path):
         out = io.StringIO(); YAML().dump(put({}, best_fields(study, cfg, axes)), out)
         write_atomic(folder/'best.yaml', f'# trial {study.best_trial.number} of study {study.study_name}: {cfg.metrics.monitor} {study.best_value:.4f}, by which it was chosen; to be laid over its config\n{out.getvalue()}')
 
-# %% ../nbs/09_search.ipynb #a17740c7
+# %% ../nbs/09_search.ipynb #3e7aca4a
 def _call(work):
     "Run a command, its errors as one line and an exit code"
     warnings.formatwarning = lambda message, *_: f'note: {message}\n'
     try: work()
-    except RunError as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
+    except Stopped as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
+    except RunError as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(e.code)
     except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
-    except (ConfigError, DataError, ReportError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
+    except (ConfigError, DataError, FileError, CheckpointError, ReportError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
+    except OSError as e: print(f'error: {e}. What was saved stands; when that is mended, the same command goes on from there', file=sys.stderr, flush=True); sys.exit(3)
 
 @call_parse
 def rtsseg_search(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
