@@ -9,7 +9,7 @@ __all__ = ['OFF', 'IOU', 'KINDS', 'VIEWS', 'nll', 'fit_temperature', 'fit_slope_
            'show_reliability', 'show_pr', 'fill', 'show_calibration', 'run_evidence', 'views_gain', 'recommend',
            'calibrate_run', 'rtsseg_calibrate']
 
-# %% ../nbs/06_calibrate.ipynb #26d24320
+# %% ../nbs/06_calibrate.ipynb #250436f6
 import json, os, sys, textwrap
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
-from .config import Calibrate, ConfigError, Infer, Metrics, Positive, Share, Strict, load, nearest, write_atomic
+from .config import Calibrate, ConfigError, Infer, Metrics, Positive, Share, Strict, load, nearest, visible, write_atomic
 from .data import DataError, finished, named_run
-from .files import SEAL, FileError, digest, event, inside, read_json, seal_model, visible
+from .files import SEAL, FileError, digest, event, inside, read_json, seal_model
 from .intervals import BLOCKS, Estimate, blocks, bootstrap, compare, drawn_weight, interval, summary, unsupported
 from .metrics import CODES, Evidence, average_precision, decode, evidence_path, first_code, histogram, pr_curve, rates, weight
 from .objects import grid_counts

@@ -290,9 +290,9 @@ class Timed:
         self.late = True
         for w in self.stream._workers: w.kill()
 
-# %% ../nbs/04a_loop.ipynb #e1dcce1c
+# %% ../nbs/04a_loop.ipynb #1d899d3e
 HOOKS = {'on_start': 'the run is about to train (or to go on)', 'on_stage': 'a stage begins', 'on_step': 'an optimizer step was taken',
-         'on_judge': 'a batch of the validation was judged',
+         'on_judge': 'a batch of the validation was judged', 'on_judged': 'all of it was, and nothing is kept yet',
          'on_epoch': 'an epoch ended; its row is run.history[-1]', 'on_validation': 'a validation ended: (run, metrics, meter)',
          'on_checkpoint': 'a file was saved: (run, path)', 'on_end': 'training ended; run.reason says why'}
 
@@ -449,7 +449,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #dde8f3e8
+# %% ../nbs/04a_loop.ipynb #fa579542
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -529,7 +529,7 @@ def _validate(run, val, stage, tell):
         if i < len(val.batch_sampler.batches) // run.accelerator.num_processes: run.agree()
         return bool(run.reason)
     if (judged := evaluate(run.task, run.judged, val, run.accelerator, {**run.cfg.loss_weights, **stage.loss_weights}, halt)) is None: return None
-    run.agree()                        # of the last batches, which not every process has
+    tell('on_judged', run); run.agree()          # of the last batches, which not every process has
     if run.reason: return None
     metrics, meter = judged
     if run.task.monitor not in metrics: raise ConfigError(f'monitor: validation gives no {run.task.monitor!r}{nearest(run.task.monitor, metrics)}')

@@ -6,7 +6,7 @@
 __all__ = ['SCRIPT', 'STYLE', 'escape', 'Number', 'Reasons', 'markdown_text', 'Table', 'Text', 'Bullets', 'Code', 'Fold',
            'Picture', 'Tiles', 'Slider', 'Part', 'page', 'appendix']
 
-# %% ../nbs/06a_page.ipynb #5611d23a
+# %% ../nbs/06a_page.ipynb #1d8b15c6
 import base64, hashlib, html, io, json, math, re
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .files import visible
+from .config import visible
 
 # %% ../nbs/06a_page.ipynb #43d2ffe0
 def escape(text:str,          # from anywhere

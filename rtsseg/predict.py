@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HALF', 'STEPS', 'NODATA', 'starts', 'fade', 'encode', 'Stopped', 'predict_scene', 'rtsseg_predict']
 
-# %% ../nbs/08_predict.ipynb #ef348de8
+# %% ../nbs/08_predict.ipynb #7cd3d424
 import fcntl, hashlib, json, os, shutil, signal, sys, threading, warnings, zlib
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -18,9 +18,9 @@ from rasterio.windows import Window
 from scipy.special import logit
 
 from .calibrate import Calibration
-from .config import ConfigError, nearest, write_atomic
+from .config import ConfigError, nearest, visible, write_atomic
 from .data import GDAL, DataError, Raw, _open, _pixels, _progress, _scaled, crs_name, cuts
-from .files import FileError, digest, inside, read_json, visible
+from .files import FileError, digest, inside, read_json
 from .infer import VIEWS, ModelError, Predictor, load_model, predict
 
 # %% ../nbs/08_predict.ipynb #108bdff0

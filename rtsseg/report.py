@@ -13,7 +13,7 @@ __all__ = ['METRICS', 'OBJECTS', 'RECALLS', 'MISSES', 'PICTURES', 'WORDS', 'SPLI
            'tables', 'figures', 'plain', 'Report', 'title_of', 'report', 'write', 'seed_list', 'find_runs',
            'rtsseg_report']
 
-# %% ../nbs/07_report.ipynb #43da4790
+# %% ../nbs/07_report.ipynb #6dc31b85
 import json, math, os, re, shlex, sys, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from .calibrate import VIEWS, Calibration, Replicates, probability_text, recommend, run_evidence, show_reliability, views_gain
-from .config import UNDECIDING, Config, load, settings, write_atomic
+from .config import UNDECIDING, Config, load, settings, visible, write_atomic
 from .data import DataError, Manifest, find_run, named_run, read_manifest, read_tile, show_tile
-from .files import SEAL, Best, Environment, FileError, check_seal, event, inside, read_bytes, read_json, read_ledger, typed, visible
+from .files import SEAL, Best, Environment, FileError, check_seal, event, inside, read_bytes, read_json, read_ledger, typed
 from .intervals import BLOCKS, SUPPORT, Estimate, bootstrap, compare, subsample, summary
 from .metrics import (CODES, Evidence, ap_bounds, decode, evidence_path, first_code, histogram, pixel_metrics, pr_curve, rates, telling_tiles,
                             tile_counts, weight)

@@ -51,6 +51,11 @@ def test_20_a_ratio(tmp_path, text):
 def test_20_what_is_no_ratio(tmp_path, text):
     with pytest.raises(ConfigError, match='sampler.curriculum.0.ratio'): load(written(tmp_path, f'sampler: {{curriculum: [{{first: 1, last: 300, ratio: "{text}"}}]}}'))
 
+@pytest.mark.parametrize('text', ['metrics.monitor=pr_auc@0200', 'metrics.monitor="pr_auc@\u0663"', 'metrics.monitor="pr_auc@\u00b2"', 'metrics.ratios=["1:\u00b2"]', 'seed=4294967296', 'data.source={kind: toy, scene_size: 10, tile_size: 64}'])
+def test_20_numbers_that_only_look_like_some(text):
+    "They would end a run at its first validation, or its process at once: the field is named"
+    with pytest.raises(ConfigError, match=text.partition('=')[0].partition('.')[0]): load(overrides=[text])
+
 # ---------------------------------------------------------------- 21, 22: keys, rows
 def test_21_a_key_that_stands_twice(tmp_path):
     for text in ('epochs: 1\nepochs: 2', 'lr: {base_lr: 1.0, base_lr: 2.0}'):
@@ -150,6 +155,11 @@ def test_24_any_text(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp()/'any.yaml'; path.write_text(text, encoding='utf-8')
     try: assert isinstance(load(path), Config)
     except ConfigError as e: assert 'any.yaml' in str(e)
+
+def test_24_what_does_not_print(tmp_path):
+    "An escape or a zero byte in a key or a value is named by its place, and reaches no terminal; nor does a password"
+    path = written(tmp_path, 'lr: {"\\e[2Jx": 1}\nname: "a\\0b"\ntracker: {"http://u:canary@h": 3}\nmodel: {weights: "https://u:canary@h/x.pt"}\n'); said = refused('rtsseg-train', '--config', path)
+    assert r'lr.\x1b[2Jx: holds characters that do not print' in said and 'name: holds characters that do not print' in said and '\x1b' not in said and 'canary' not in said
 
 def test_24_through_a_command(tmp_path):
     for what in ('code', 'aliases'): refused('rtsseg-train', '--config', written(tmp_path, BOMBS[what]))

@@ -5,9 +5,12 @@ import pandas as pd
 import pytest
 
 from rtsseg.data import DataError, check_files, leaks, read_manifest, seal, show_findings, write_manifest
+from rtsseg.config import Config
 from rtsseg.segment import prepare
 from rtsseg.train import run
 from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
+
+STRICT = 'data: {split_check: error}'
 
 FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or through a link", 'refused, with row and field'),
           2: ('a path on a network, or a table that only points to one', 'refused; no connection is opened'),
@@ -55,7 +58,7 @@ def test_03_all_that_is_wrong_is_told_at_once(world, command):
         at(world, 'image', '../x.tif', row=0); at(world, 'split', 'vall', row=1); at(world, 'image', f'/vsicurl/http://127.0.0.1:{port}/x.tif', row=2)
         (world/'t3.tif').write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32"><VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>/vsicurl/http://127.0.0.1:{port}/x.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
         (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t4_m.tif', lambda a: a * 3); rewrite(world/'t5_m.tif', lambda a: a * 2)
-        said = refused(command, world, 'm.csv')
+        (world.parent/'strict.yaml').write_text(STRICT); said = refused(command, world, 'm.csv', 'strict.yaml')
     for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
                  r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is no GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
                  r"row 6 \(tile_id 't5'\), mask 't5_m.tif': values 0, 2", r"leak: footprints: t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels"):
@@ -68,7 +71,7 @@ def test_03_all_that_is_wrong_with_a_table_that_is_clean(world, command):
     t = read_manifest(world/'full.csv').table; more = [tile(world, 't6', x=960) | dict(split='val'), tile(world, 't7', x=990), tile(world, 't8', x=2000, size=16)]
     t = pd.concat([t[t.split != 'val'].drop(columns=['positive']), pd.DataFrame(more)]); t.loc[t.tile_id == 't6', 'n_positive'] = 0
     t.to_csv(world/'m.csv', index=False); write_manifest(read_manifest(world/'m.csv'), world/'full.csv'); (world/'t1.tif').write_bytes((world/'t1.tif').read_bytes()[:1500])
-    (world.parent/'strict.yaml').write_text('data: {split_check: error}'); said = refused(command, world, 'full.csv', 'strict.yaml')
+    (world.parent/'strict.yaml').write_text(STRICT); said = refused(command, world, 'full.csv', 'strict.yaml')
     for word in (r"splits share ground|leak: footprints", r"t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels", r"tile 't1', image 't1.tif': t1.tif cannot be read"): assert re.search(word, said), (word, said)
 
 @pytest.mark.parametrize('content,word', [('', 'empty file'), ('tile_id,image,mask,split,region\n', 'no rows'), ('tile_id,image,masks,split,region\n1,a,b,train,r\n', r"'mask' is missing \(did you mean 'masks'"),
@@ -83,6 +86,23 @@ def test_03_a_table_out_of_a_spreadsheet(world):
     text = (world/'m.csv').read_text()
     (world/'excel.csv').write_bytes(b'\xef\xbb\xbf' + text.replace('tile_id,', 'tile_id ,').replace('\n', '\r\n').encode())
     assert read_manifest(world/'excel.csv').hash == read_manifest(world/'m.csv').hash
+
+def test_03_one_column_twice(world):
+    text = (world/'m.csv').read_text().splitlines(); (world/'m2.csv').write_text('\n'.join(f'{l},{l.split(",")[4]}' for l in text))
+    with pytest.raises(DataError, match="m2.csv: column 'split' stands more than once"): read_manifest(world/'m2.csv')
+
+@pytest.mark.parametrize('content,word', [('tile_id;image;mask\n1;2;3\n', "a comma was expected between cells, not ';'"), ('tile_id,image\n'.encode('utf-16'), 'is no UTF-8 text')])
+def test_03_a_table_of_another_kind(world, content, word):
+    "What a spreadsheet makes of it in some countries: said as that"
+    (world/'m2.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=f'm2.csv: {word}'): read_manifest(world/'m2.csv')
+
+@pytest.mark.parametrize('pattern', ['{tile_id', '{}', '{tile_id.x}', '{tile_id:>99999999}', '{tile_id!r}', '{tile}.tif'])
+def test_03_patterns_of_an_import(world, pattern):
+    "A pattern names columns, and does nothing else with them; nothing is left of an import that is refused"
+    source = dict(kind='table', path=str(world/'m.csv'), image='{tile_id}.tif', mask=pattern)
+    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(Config(data=dict(manifest=world/'new'/'m.csv', source=source)))
+    assert not (world/'new').exists()
 
 def test_03_names_that_are_one(world):
     "Column names that differ by a space only"
@@ -134,8 +154,13 @@ def test_05_splits_that_share_ground(world):
     with pytest.raises(DataError, match=r'splits share ground(.|\n)*t1 \(train\) and t2 \(val\)'): run(cfg)
     assert not (world.parent/'runs').exists()
 
+def test_05_shared_ground_that_was_allowed(world):
+    "With data.split_check: warn the check warns of it, as training does"
+    shared_ground(world); assert [f.level for f in check_files(read_manifest(world/'full.csv'), settings(world)) if f.what == 'leak: footprints'] == ['warning']
+    with pytest.warns(UserWarning, match=r'validation would flatter: .*t1 \(train\) and t2 \(val\)'): prepare(settings(world))
+
 def test_05_through_the_check(world):
-    shared_ground(world); assert 'leak: footprints: t1 (train) and t2 (val)' in refused('rtsseg-check', world)
+    shared_ground(world); (world.parent/'strict.yaml').write_text(STRICT); assert 'leak: footprints: t1 (train) and t2 (val)' in refused('rtsseg-check', world, 'full.csv', 'strict.yaml')
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_06_a_split_without_slumps(world, split):

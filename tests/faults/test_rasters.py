@@ -12,7 +12,7 @@ from rtsseg.config import Table, to_yaml
 from rtsseg.data import DataError, Manifest, check_files, complete, compute_stats, import_table, read_manifest, read_tile, seal, write_manifest
 from rtsseg.loop import fit
 from rtsseg.models import build
-from rtsseg.segment import SegmentTask, Unread, loaders, rtsseg_check, statistics
+from rtsseg.segment import loaders, rtsseg_check, SegmentTask, sound, statistics, Unread
 from small_tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -76,7 +76,7 @@ def test_08_more_than_that_stop_the_run(many, workers):
     assert trained(many, workers, epochs=2).finished
 
 def test_08_processes_count_together(many, tmp_path):
-    "Each reads tiles of its own; at the end of an epoch they know them all, and stop together"
+    "Each reads tiles of its own; before a validation is kept, and at the end of an epoch, they know them all, and stop together"
     cfg = settings(many, 'many.csv'); feed = loaders(cfg); tiles, why = feed.train.dataset, []
     for i in (1, 2): truncate(many/f'p{i}.tif')
     def reduce(flags):      # the other process met tile 2
@@ -85,7 +85,7 @@ def test_08_processes_count_together(many, tmp_path):
         return found
     run = SimpleNamespace(folder=tmp_path, stop=why.append, accelerator=SimpleNamespace(num_processes=2, is_main_process=True, device='cpu', reduce=reduce)); watch = Unread(feed)
     assert tiles[1]['target'].eq(255).all(); watch.on_step(run); assert not why
-    watch.on_epoch(run); assert why and why[0].startswith('training: 2 of 1001 tiles cannot be read')
+    watch.on_judged(run); assert why and why[0].startswith('training: 2 of 1001 tiles cannot be read')
 
 def test_08_validation_looks_too(many):
     "Nothing is kept of a validation that had too few tiles, be it the last one: the run stops until they are mended, and then ends as if nothing had been"
@@ -211,6 +211,26 @@ def test_13_14_what_does_not_fit(world, what):
     "Each is an error that names tile and file (or split and band)"
     damage, word = ODD[what]; assert not any(l.split(':')[0] == word.split(':')[0] for l in wrong(world)); damage(world)
     assert any(l.startswith(word) for l in wrong(world)), wrong(world)
+
+@pytest.mark.parametrize('spoil,word', [(lambda w: rewrite(w/'t3_m.tif', lambda a: a * 2), "t3', mask 't3_m.tif': values 0, 2"), (lambda w: rewrite(w/'t2.tif', lambda a: a[:2]), "t2', image 't2.tif': an image has 3 bands"),
+                                        (lambda w: rewrite(w/'t2.tif', lambda a: a.astype('uint16')), "t2', image 't2.tif': uint16, and 5 tiles are uint8"), (lambda w: rewrite(w/'t3_m.tif', lambda a: a * 0), "t3', mask 't3_m.tif': n_positive is 36"),
+                                        (lambda w: rewrite(w/'t4.tif', crs='EPSG:3031'), "t4', (image|mask) 't4.*(CRS|elsewhere)"), (lambda w: truncate(w/'t5.tif'), "t5', image 't5.tif': t5.tif cannot be read")])
+def test_13_15_17_in_validation_and_test(world, spoil, word):
+    "Not found when the first validation comes, days later: a run reads every tile of its data once before it begins, and is refused; a second config on the same data need not"
+    cfg = settings(world); spoil(world)
+    with pytest.raises(DataError, match=word): sound(cfg, read_manifest(world/'full.csv'))
+    assert not cfg.runs.exists()
+
+def test_13_data_that_was_looked_at(world):
+    "A run's statistics tell that its data were: another config on them is not made to wait"
+    manifest = read_manifest(world/'full.csv'); statistics(settings(world), manifest); truncate(world/'t5.tif'); sound(settings(world, epochs=2), manifest)
+    with pytest.raises(DataError): sound(settings(world, data=dict(manifest=world/'full.csv', tile_size=32, extra_bands=['x'], split_check='warn'), model=dict(in_channels=4)), manifest)
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"training": 5}', '{"training": [1]}', '\0'])
+def test_08_a_note_of_lost_tiles_that_is_damaged(many, content, capsys):
+    "It is left aside, and said"
+    (many.parent/'run').mkdir(); (many.parent/'run'/'unread.json').write_text(content)
+    assert trained(many, epochs=1).finished and 'note: unread.json' in capsys.readouterr().out
 
 def test_13_through_the_check(world):
     "Several at once, all in one answer"
