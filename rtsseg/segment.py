@@ -212,7 +212,7 @@ def loaders(cfg:Config,                       # the config
     except ValueError as e: raise ConfigError(f'sampler: {e}') from None
     return Loaders(_loader(Tiles(train, stats, cfg), cfg, batch_sampler=sampler), eval_loader(val, stats, cfg), stats, manifest)
 
-# %% ../nbs/04b_segment.ipynb #8c2cb28d
+# %% ../nbs/04b_segment.ipynb #3f1422f2
 class Unread:
     "Observer: says each tile that could not be read, asks the run to stop where they are more than `data.UNREAD` of a split, and tells their number at the end"
     def __init__(self, feed:Loaders): self.splits = {name: (loader.dataset, {}) for name, loader in (('training', feed.train), ('validation', feed.val))}
@@ -225,13 +225,14 @@ class Unread:
             for i in np.flatnonzero(tiles.manifest.table.tile_id.isin(before.get(name, []))).tolist(): tiles._read(i)
         self.on_step(run)
 
-    def on_step(self, run, aloud=True):
+    def on_step(self, run):
         for name, (tiles, told) in self.splits.items():
             for i in tiles.unread.nonzero()[:, 0].tolist():
                 if i in told: continue
                 told[i] = tiles.problem(i)
-                if aloud: print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
-                if run.accelerator.is_main_process: write_atomic(run.folder/'unread.json', json.dumps({n: t.manifest.table.tile_id[list(of)].tolist() for n, (t, of) in self.splits.items()}))
+                if run.accelerator.is_main_process:          # which tells of the others' when it comes to know them
+                    print(f'note: {name}: {told[i]}: it counts as 255', flush=True)
+                    write_atomic(run.folder/'unread.json', json.dumps({n: t.manifest.table.tile_id[list(of)].tolist() for n, (t, of) in self.splits.items()}))
             if len(told) > UNREAD * len(tiles):
                 run.stop(f'{name}: {len(told)} of {len(tiles)} tiles cannot be read, which is more than {UNREAD:.1%}: {"; ".join(itertools.islice(told.values(), 5))}')
 
@@ -240,7 +241,7 @@ class Unread:
     def on_epoch(self, run):           # each process reads tiles of its own: together they know them all, before a validation is kept, too
         if run.accelerator.num_processes > 1:
             for tiles, _ in self.splits.values(): tiles.unread |= run.accelerator.reduce(tiles.unread.float().to(run.accelerator.device)).cpu() > 0
-        self.on_step(run, run.accelerator.is_main_process)
+        self.on_step(run)
 
     on_judged = on_epoch
 

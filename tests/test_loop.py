@@ -251,7 +251,7 @@ def test_observers_are_strict_and_called_in_order(tmp_path):
         def __getattr__(self, name): raise AttributeError(name)
     for hook in rtsseg.loop.HOOKS: setattr(All, hook, lambda self, *a, hook=hook: said.append(hook[3:]))
     run(tmp_path, data=points(8), epochs=2, observers=[All()], freeze_backbone_epochs=1, lr=quick['lr'] | dict(frozen_lr=.1), checkpoint=dict(every=2))
-    assert said == ['start', 'stage', 'step', *['judge'] * 3, 'validation', 'epoch', 'stage', 'step', *['judge'] * 3, 'validation', 'epoch', 'checkpoint', 'end']      # 20 points, 7 a batch
+    assert said == ['start', 'stage', 'step', *['judge'] * 3, 'judged', 'validation', 'epoch', 'stage', 'step', *['judge'] * 3, 'judged', 'validation', 'epoch', 'checkpoint', 'end']      # 20 points, 7 a batch
 
 def test_evaluate_pools_counts():
     "The loss over unequal batches is that of one batch of all; the model is left as it was, in eval mode"
