@@ -314,7 +314,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #af2908b1
+# %% ../nbs/05_train.ipynb #92519d23
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -325,7 +325,7 @@ def _obey_pipe():
 
 PATIENCE = 10     # seconds that processes have to end by themselves where one of them has failed, or has stopped: the first may still tell its tracker then
 
-def _alone():
+def _unranked():
     "In a launcher, which is one process: drop what another launcher left in the environment, as that of a container; who goes by it waits for processes that nobody starts"
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'): os.environ.pop(name, None)
 
@@ -362,7 +362,7 @@ def launch(cfg:Config,             # the whole tree
            detach:bool=False       # return at once, and let the run outlive this process; what it says goes to train.out in the run folder
           ) -> Path:               # the run folder
     "Train in a process and session of its own and show what it says; raises `RunError` unless the run is done at the end"
-    _alone(); manifest, folder = _prepare(cfg, processes)[:2]; given = folder/'launch.yaml'
+    _unranked(); manifest, folder = _prepare(cfg, processes)[:2]; given = folder/'launch.yaml'
     with locked(folder):
         _own(folder, cfg, manifest); done = _exported(folder)
         if not done: write_atomic(given, to_yaml(cfg))
@@ -379,8 +379,9 @@ def launch(cfg:Config,             # the whole tree
     (ear, hold), (said, mouth), words = os.pipe(), os.pipe(), _Words()
     hold, said = open(hold, 'wb'), open(said, errors='replace')
     def listen():
-        try: words.hear(said)
-        except Exception as e: words.lost = e; hold.close(); deque(said, maxlen=0)       # nobody hears it any more: it saves, and stops
+        with said:
+            try: words.hear(said)
+            except Exception as e: words.lost = e; hold.close(); deque(said, maxlen=0)       # nobody hears it any more: it saves, and stops
     with Terminated() as asked:
         ranks, store = _start([*program, '--inline'], processes, env, stdin=ear, stdout=mouth, stderr=mouth); os.close(ear); os.close(mouth)
         asked.on_start(SimpleNamespace(stop=lambda why: hold.close()))
@@ -397,7 +398,7 @@ def launch(cfg:Config,             # the whole tree
     if code: raise RunError(f'the trainer ended with code {code}; its last line: {words.last}')
     return folder
 
-# %% ../nbs/05_train.ipynb #3c16a367
+# %% ../nbs/05_train.ipynb #155d1ee3
 @call_parse
 def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
@@ -417,7 +418,7 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with c
     try:
         if inline and (detach or processes != 1): raise ConfigError('--inline trains in this very process: leave out --processes and --detach')
         cfg = settings(config, manifest, name, epochs, seed, overrides)
-        if not inline: _alone()
+        if not inline: _unranked()
         if fresh or force: folder = _prepare(cfg, processes, fresh)[1]      # who is refused finds all as it was
         if fresh and (aside := start_over(folder)): print(f'put aside: {os.path.relpath(aside)}')
         if force and (differs := adopt(cfg)): print(f'forced, config.yaml is the command\'s again: {_in_words(differs, 99)}', flush=True)

@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, re, resource, shutil, signal, socket, subprocess, sys, time, warnings
+import contextlib, io, json, os, re, resource, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,8 @@ from rtsseg.metrics import Evidence, evidence_path
 from rtsseg.segment import headline, prepare, statistics
 from rtsseg.toy import tiny_toy
 from rtsseg.track import lines
-from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
+from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, launch, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
+from small_run import in_time
 from small_shell import shell
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +271,17 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     out, said = first.communicate(timeout=300)
     assert first.returncode == 3 and len(ranks) == 2 and said.startswith('error: the trainer was ended by SIGKILL; its last line: ') and not any(Path(f'/proc/{p}').exists() for p in ranks), said
     assert not any(word in out + said for word in ('Traceback', '[rank')), out + said
+
+@pytest.mark.parametrize('what, program', [(KeyboardInterrupt, 'kill -INT $PPID'), (BrokenPipeError, 'echo something; yes | head -c 200000')])
+def test_a_launcher_that_is_interrupted_or_that_nobody_hears(tiny, tmp_path, monkeypatch, what, program):
+    "It closes the pipe, at which the trainer saves and stops, and waits for that, however much is said meanwhile"
+    cfg, _ = elsewhere(tiny, tmp_path); ranks = []
+    def start(_, n, env, **streams): ranks.append(subprocess.Popen(['sh', '-c', f'{program}; cat; sleep .5; exit 3'], **streams)); return ranks, None
+    class Deaf(io.StringIO):
+        def write(self, text): raise BrokenPipeError
+    monkeypatch.setattr(rtsseg.train, '_start', start)
+    with in_time(), contextlib.redirect_stdout(Deaf()), pytest.raises(what): launch(cfg)
+    assert ranks[0].returncode == 3
 
 def test_a_detached_run(tiny, tmp_path):
     "It says where its words go, returns, and comes to its end by itself"
