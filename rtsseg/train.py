@@ -7,8 +7,9 @@ __all__ = ['STARVED', 'SIGNS', 'PATIENCE', 'Log', 'read_log', 'overfitting', 'Ke
            'Stopped', 'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #c97d1eac
-import fcntl, gc, json, math, os, signal, subprocess, sys, threading, time, warnings
+# %% ../nbs/05_train.ipynb #dc36a4e3
+import fcntl, gc, json, math, os, re, signal, subprocess, sys, threading, time, warnings
+from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from .loop import CheckpointError, UnsavedError, WorkerError, accelerator, fit, 
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
-from .segment import SegmentTask, Unread, background_ratio, loaders, prepare, probe, statistics
+from .segment import SegmentTask, Unread, background_ratio, loaders, prepare, probe, sound, statistics, stats_path
 from .track import Tracker, append, flat, lines
 
 # %% ../nbs/05_train.ipynb #2229aa28
@@ -167,7 +168,7 @@ def locked(folder:Path,          # a run folder
     try: yield
     finally: f.close()
 
-# %% ../nbs/05_train.ipynb #9f9dae5a
+# %% ../nbs/05_train.ipynb #bf2895b0
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -184,11 +185,16 @@ class Terminated:
     def __exit__(self, *_):
         for s, handler in self.old.items(): signal.signal(s, handler)
 
-def _prepare(cfg):
-    "The manifest, its splits apart from each other, statistics of tiles that can be read, and the run folder"
-    manifest = prepare(cfg)
-    statistics(cfg, manifest)          # before anything else is written
-    return manifest, run_folder(cfg, manifest.hash)
+def _prepare(cfg, processes=1, anew=False):
+    "The manifest, the run folder, and the model unless one was exported, which a run that begins anew does not ask. What may be refused is refused here, before anything is written: raises `ConfigError` and `DataError`"
+    if processes < 1: raise ConfigError(f'processes: {processes} was given, and 1 or more can train')
+    try:
+        manifest = prepare(cfg); folder = run_folder(cfg, manifest.hash)
+        model = _ready(cfg) if anew or not (folder/'model'/SEAL).exists() else None
+        if not stats_path(cfg, manifest).exists(): sound(cfg, manifest)
+        statistics(cfg, manifest)
+    except OSError as e: raise ConfigError(f'runs, name or data.manifest: {e}') from None
+    return manifest, folder, model
 
 def _smaller(cfg):
     "What to do about a batch that did not fit"
@@ -207,7 +213,7 @@ def _changed(folder, cfg, manifest):
     there, here = (flat(c.model_dump(mode='json')) for c in (found, cfg)); idle = ['.'.join(u) for u in UNDECIDING]
     return {k: [there.get(k), here.get(k)] for k in there | here if there.get(k) != here.get(k) and not any(f'{k}.'.startswith(f'{u}.') for u in idle)}
 
-def _told(differs, most=5):
+def _in_words(differs, most=5):
     "{field: [there, here]} in words"
     return ', '.join([f'{k}: {a}' if k == 'config.yaml' else f'{k} {a} → {b}' for k, (a, b) in list(differs.items())[:most]] + [f'and {len(differs) - most} more'] * (len(differs) > most))
 
@@ -216,12 +222,12 @@ def _own(folder, cfg, manifest):
     path = folder/'config.yaml'
     if not path.exists(): write_atomic(path, to_yaml(cfg))
     elif differs := _changed(folder, cfg, manifest):
-        raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began ({_told(differs)}). Put it back, start over with --fresh, or go on with --force, which the report will tell')
+        raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began ({_in_words(differs)}). Put it back, start over with --fresh, or go on with --force, which the report will tell')
 
 def adopt(cfg:Config     # the whole tree
          ) -> dict:      # {field: [in the folder, in `cfg`]}; empty where nothing was changed
     "Give a run folder whose config.yaml was changed the config of the command, and record it in log.jsonl; raises `Busy` where the run is under way"
-    manifest, folder = _prepare(cfg); path = folder/'config.yaml'
+    manifest, folder, _ = _prepare(cfg); path = folder/'config.yaml'
     if not path.exists(): return {}
     with locked(folder, wait=0):
         if differs := _changed(folder, cfg, manifest): append(folder/'log.jsonl', dict(event='forced', differs=differs)); write_atomic(path, to_yaml(cfg))      # in this order: what is done is told
@@ -235,7 +241,7 @@ def _environment(folder, env):
     if first is None: write_atomic(path, json.dumps(env, indent=1)); return {}
     differs = {k: [first[k], v] for k, v in flat(env).items() if k in first and first[k] != v}
     if said := {k: v for k, v in differs.items() if k != 'threads'}:          # of those the loop speaks
-        print(f'note: this run began in another environment, and results repeat to the bit only where all is the same: {_told(said, 99)}', flush=True)
+        print(f'note: this run began in another environment, and results repeat to the bit only where all is the same: {_in_words(said, 99)}', flush=True)
     return differs
 
 def _exported(folder):
@@ -279,10 +285,9 @@ def run(cfg:Config,        # the whole tree
         parent:str=''      # folder of the search that this run belongs to, for the tracker
        ) -> Path:          # the run folder, with `model/` in it
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
-    manifest, folder = _prepare(cfg)
+    manifest, folder, model = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
     for doubt in [*doubts(cfg), *(f'{p}: a number from few tiles says little' for p in thin(manifest.table))] if main else (): warnings.warn(doubt)
-    model = None if (folder/'model'/SEAL).exists() else _ready(cfg)
     env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
     with _in_hand(cfg, folder, manifest, env, main) as differs, Terminated() as terminated:
         tracker = [Tracker(cfg, folder, {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}, parent)] if cfg.tracker.kind == 'mlflow' and main else []
@@ -309,7 +314,7 @@ def run(cfg:Config,        # the whole tree
     if not result.finished: raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; the same command goes on from there')
     return folder
 
-# %% ../nbs/05_train.ipynb #908b39e6
+# %% ../nbs/05_train.ipynb #92519d23
 def _obey_pipe():
     "In the trainer: when whoever started us is gone, the pipe on standard input closes; act as on SIGTERM"
     def watch():
@@ -318,7 +323,11 @@ def _obey_pipe():
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=watch, daemon=True).start()
 
-PATIENCE = 10     # seconds that processes have to end by themselves where one of them has failed
+PATIENCE = 10     # seconds that processes have to end by themselves where one of them has failed, or has stopped: the first may still tell its tracker then
+
+def _unranked():
+    "In a launcher, which is one process: drop what another launcher left in the environment, as that of a container; who goes by it waits for processes that nobody starts"
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'): os.environ.pop(name, None)
 
 def _start(program, n, env, **streams):
     "Start n processes of one run, which find each other by torch's environment variables at a store; it has to be kept for as long as they live"
@@ -330,23 +339,30 @@ def _start(program, n, env, **streams):
 
 def _watch(ranks):
     "Wait until all have ended; where one has failed, the others could only wait for it. 0, or the code of whoever said why, or of the first that failed"
-    failed, until, running = {}, math.inf, ranks
-    while running:
-        time.sleep(.1); running = [r for r in ranks if r.poll() is None]
-        failed |= {r: r.returncode for r in ranks if r.returncode}
+    failed, until, running = [], math.inf, ranks
+    while running and time.monotonic() < until:
+        time.sleep(.1); ended = [r for r in running if r.poll() is not None]; running = [r for r in running if r not in ended]
+        failed += sorted(r.returncode for r in ended if r.returncode)       # of those that end at once, a signal came first
         if failed: until = min(until, time.monotonic() + PATIENCE)
-        if time.monotonic() > until:
-            for r in running: r.kill()
-    return next((c for c in failed.values() if c in (2, 3)), next(iter(failed.values()), 0))
+    for r in running: r.kill(); r.wait()
+    return next((c for c in failed if c in (2, 3)), next(iter(failed), 0))
+
+class _Words:
+    "What the processes of a run say: printed as it comes, but for what says why it ends (`told`, once) and what torch makes of it in those that only lose it (`held`)"
+    def __init__(self): self.last, self.told, self.held, self.lost = '', [], [], None
+
+    def hear(self, lines):
+        for line in lines:
+            if re.match(r'\[rank\d+\]:', line): self.held.append(line)
+            elif self.told or line.startswith(('error: ', 'stopped ')): self.told += [line] * (line not in self.told and line[0] not in '[\n')
+            else: self.last = line.strip() or self.last; print(line, end='', flush=True)
 
 def launch(cfg:Config,             # the whole tree
            processes:int=1,        # GPUs, or CPU processes, to train on
            detach:bool=False       # return at once, and let the run outlive this process; what it says goes to train.out in the run folder
           ) -> Path:               # the run folder
     "Train in a process and session of its own and show what it says; raises `RunError` unless the run is done at the end"
-    if processes < 1: raise ConfigError(f'processes: {processes} was given, and 1 or more can train')
-    manifest, folder = _prepare(cfg); given = folder/'launch.yaml'
-    if not (folder/'model'/SEAL).exists(): _ready(cfg)
+    _unranked(); manifest, folder = _prepare(cfg, processes)[:2]; given = folder/'launch.yaml'
     with locked(folder):
         _own(folder, cfg, manifest); done = _exported(folder)
         if not done: write_atomic(given, to_yaml(cfg))
@@ -360,25 +376,29 @@ def launch(cfg:Config,             # the whole tree
         with open(folder/'train.out', 'ab') as out: subprocess.Popen([*program, '--processes', str(processes)], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         print(f'the run goes on by itself; what it says goes to {os.path.relpath(folder/"train.out")}', flush=True)
         return folder
-    (ear, hold), (said, mouth) = os.pipe(), os.pipe()
-    last, told, hold, said = '', [], open(hold, 'wb'), open(said, errors='replace')
+    (ear, hold), (said, mouth), words = os.pipe(), os.pipe(), _Words()
+    hold, said = open(hold, 'wb'), open(said, errors='replace')
+    def listen():
+        with said:
+            try: words.hear(said)
+            except Exception as e: words.lost = e; hold.close(); deque(said, maxlen=0)       # nobody hears it any more: it saves, and stops
     with Terminated() as asked:
         ranks, store = _start([*program, '--inline'], processes, env, stdin=ear, stdout=mouth, stderr=mouth); os.close(ear); os.close(mouth)
-        asked.on_start(SimpleNamespace(stop=lambda why: hold.close())); codes = []
-        watch = threading.Thread(target=lambda: codes.append(_watch(ranks))); watch.start()
-        try:
-            for line in said:
-                if line.startswith(('error: ', 'stopped ')) or told: told += [line] * (line not in told and not line.startswith('[') and line != '\n')       # others, which lose it, complain after it: [rank1]: …
-                else: last = line; print(line, end='', flush=True)
-        finally: hold.close(); watch.join(); said.close()          # also on an interrupt: it saves, and stops
-    word, code = ''.join(told).strip(), codes[0]
+        asked.on_start(SimpleNamespace(stop=lambda why: hold.close()))
+        ears = threading.Thread(target=listen, daemon=True); ears.start()
+        try: code = _watch(ranks)
+        except KeyboardInterrupt: hold.close(); _watch(ranks); raise       # it saves, and stops
+        finally: hold.close(); ears.join(PATIENCE)                         # not for ever: a process that prepares batches may outlive its trainer, and keep the pipe open
+    if words.lost: raise words.lost
+    word = ''.join(words.told).strip()
+    if not word and code >= 0: print(''.join(words.held), end='', flush=True)
     if word.startswith('error: '): raise RunError(word.removeprefix('error: '), code)
     if code and (word or asked.why): raise Stopped(word or f'stopped ({asked.why}); the same command goes on from there')
-    if code < 0: raise RunError(f'the trainer was ended by {signal.Signals(-code).name}; its last line: {last.strip()}. The same command goes on from the last checkpoint')
-    if code: raise RunError(f'the trainer ended with code {code}; its last line: {last.strip()}')
+    if code < 0: raise RunError(f'the trainer was ended by {signal.Signals(-code).name}; its last line: {words.last}. The same command goes on from the last checkpoint')
+    if code: raise RunError(f'the trainer ended with code {code}; its last line: {words.last}')
     return folder
 
-# %% ../nbs/05_train.ipynb #89017706
+# %% ../nbs/05_train.ipynb #155d1ee3
 @call_parse
 def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
                  manifest:str='',                 # another manifest than the config's
@@ -398,8 +418,10 @@ def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with c
     try:
         if inline and (detach or processes != 1): raise ConfigError('--inline trains in this very process: leave out --processes and --detach')
         cfg = settings(config, manifest, name, epochs, seed, overrides)
-        if fresh and (aside := start_over(_prepare(cfg)[1])): print(f'put aside: {os.path.relpath(aside)}')
-        if force and (differs := adopt(cfg)): print(f'forced, config.yaml is the command\'s again: {_told(differs, 99)}', flush=True)
+        if not inline: _unranked()
+        if fresh or force: folder = _prepare(cfg, processes, fresh)[1]      # who is refused finds all as it was
+        if fresh and (aside := start_over(folder)): print(f'put aside: {os.path.relpath(aside)}')
+        if force and (differs := adopt(cfg)): print(f'forced, config.yaml is the command\'s again: {_in_words(differs, 99)}', flush=True)
         folder = run(cfg) if inline else launch(cfg, processes, detach)
         if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0': print(os.path.relpath(folder))     # once, by whoever was called
     except Stopped as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)

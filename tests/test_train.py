@@ -1,5 +1,5 @@
 "A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
-import json, os, re, resource, shutil, signal, socket, subprocess, sys, time, warnings
+import contextlib, io, json, os, re, resource, shutil, signal, socket, subprocess, sys, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,15 +9,17 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, run_folder, to_yaml
-import rtsseg.evaluate
+import rtsseg.evaluate, rtsseg.train
 from rtsseg.data import DataError
 from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate
 from rtsseg.loop import Run, load_state
 from rtsseg.metrics import Evidence, evidence_path
-from rtsseg.segment import headline, prepare
+from rtsseg.segment import headline, prepare, statistics
 from rtsseg.toy import tiny_toy
 from rtsseg.track import lines
-from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
+from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, launch, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
+from small_run import in_time
+from small_shell import shell
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -132,6 +134,53 @@ def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys, monkeyp
     assert call()[1].split(' (')[1].split(')')[0].count(' → ') == 5 and ', and 1 more). ' in call()[1]
     assert call(inline=True, detach=True) == (2, 'error: --inline trains in this very process: leave out --processes and --detach\n')
 
+@pytest.mark.parametrize('how', ['fresh', 'force'])
+@pytest.mark.parametrize('more', [dict(processes=0), dict(overrides='device=cuda')], ids=['processes', 'device'])
+def test_a_command_that_is_refused_leaves_the_run_as_it_was(tiny, undisturbed, tmp_path, capsys, monkeypatch, how, more):
+    "--fresh puts nothing aside, --force adopts nothing"
+    monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning); monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs')); folder = run_folder(cfg, prepare(cfg).hash); shutil.copytree(undisturbed.parent, folder.parent)
+    (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7)))); (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
+    if how == 'force': shutil.rmtree(folder/'model')            # an exported one needs no device
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*')}
+    with pytest.raises(SystemExit) as e: rtsseg_train(str(tmp_path/'tiny.yaml'), **{how: True}, **more)
+    said = capsys.readouterr()
+    assert e.value.code == 2 and re.match(r'error: (processes: 0 was given|device: cuda was asked for)', said.err) and said.out == '' and {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*')} == before
+
+@pytest.mark.parametrize('inline', [True, False])
+@pytest.mark.parametrize('override, words', [('model.architecture=foo', "there is no 'foo'"), ('model.options={"foo": 1}', 'model.options.foo'), ('device=cuda', 'no GPU')])
+def test_a_model_that_is_refused_leaves_nothing(tiny, tmp_path, capsys, monkeypatch, override, words, inline):
+    "No statistics either"
+    monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning); monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as e: rtsseg_train(str(tiny[1]), overrides=json.dumps([override, f'runs={tmp_path}/runs']), inline=inline)
+    assert e.value.code == 2 and words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+def test_tiles_are_looked_at_once_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    "After the model, whose refusal is quicker, and before statistics; where these lie there they were looked at"
+    cfg, folder = elsewhere(tiny, tmp_path)
+    def bad(cfg, manifest): raise DataError('all that is wrong')
+    monkeypatch.setattr(rtsseg.train, 'sound', bad)
+    with pytest.raises(DataError, match='all that is wrong'): run(cfg)
+    assert not cfg.runs.exists()
+    statistics(cfg, prepare(cfg)); assert rtsseg.train._prepare(cfg)[1] == folder
+
+@pytest.mark.parametrize('where', ['runs', 'name', 'manifest'])
+def test_paths_that_no_file_can_have_end_with_two(tiny, tmp_path, capsys, monkeypatch, where):
+    monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning); (tmp_path/'file').touch(); (tmp_path/'runs').mkdir()
+    path = dict(runs=f'{tmp_path}/file', name='n' * 500, manifest=f'{tmp_path}/' + 'm' * 5000)[where]
+    overrides = [f'runs={path if where == "runs" else tmp_path/"runs"}']
+    with pytest.raises(SystemExit) as e: rtsseg_train(str(tiny[1]), overrides=json.dumps(overrides), inline=True, **({} if where == 'runs' else {where: path}))
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.startswith('error: ') and path in said and 'What was saved stands' not in said and sorted(f.name for f in tmp_path.rglob('*')) == ['file', 'runs']
+
+def test_the_environment_of_a_container_is_not_the_launchers(tiny, undisturbed, tmp_path):
+    "It names processes that nobody starts here: the run trains, and is found to be done, and either time its folder is said"
+    strange = SHELL['env'] | dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1')
+    (tmp_path/'tiny.yaml').write_text(to_yaml(tiny[0].model_copy(update=dict(runs=tmp_path/'runs', epochs=1))))
+    for words in ('epoch   1/1', 'trained already'):
+        done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', env=strange, timeout=100); folder, = tmp_path.glob('runs/tiny/*/seed42')
+        assert done.returncode == 0 and words in done.stdout and done.stdout.endswith(f'{os.path.relpath(folder)}\n') and (folder/'model'/'model.safetensors').exists(), done.stdout + done.stderr
+
 def test_another_machine_is_told(tiny, undisturbed, tmp_path, capsys):
     "A run that goes on with other libraries says so once, keeps where it began, and logs what differs"
     cfg, folder = elsewhere(tiny, tmp_path)
@@ -219,8 +268,20 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SHELL['env'])
     wait_for(lambda: list(tmp_path.glob('runs/tiny/*/seed42/checkpoints/resume.ckpt')))
     ranks = [int(p) for p in Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()]; os.kill(ranks[1], signal.SIGKILL)
-    _, said = first.communicate(timeout=300)
+    out, said = first.communicate(timeout=300)
     assert first.returncode == 3 and len(ranks) == 2 and said.startswith('error: the trainer was ended by SIGKILL; its last line: ') and not any(Path(f'/proc/{p}').exists() for p in ranks), said
+    assert not any(word in out + said for word in ('Traceback', '[rank')), out + said
+
+@pytest.mark.parametrize('what, program', [(KeyboardInterrupt, 'kill -INT $PPID'), (BrokenPipeError, 'echo something; yes | head -c 200000')])
+def test_a_launcher_that_is_interrupted_or_that_nobody_hears(tiny, tmp_path, monkeypatch, what, program):
+    "It closes the pipe, at which the trainer saves and stops, and waits for that, however much is said meanwhile"
+    cfg, _ = elsewhere(tiny, tmp_path); ranks = []
+    def start(_, n, env, **streams): ranks.append(subprocess.Popen(['sh', '-c', f'{program}; cat; sleep .5; exit 3'], **streams)); return ranks, None
+    class Deaf(io.StringIO):
+        def write(self, text): raise BrokenPipeError
+    monkeypatch.setattr(rtsseg.train, '_start', start)
+    with in_time(), contextlib.redirect_stdout(Deaf()), pytest.raises(what): launch(cfg)
+    assert ranks[0].returncode == 3
 
 def test_a_detached_run(tiny, tmp_path):
     "It says where its words go, returns, and comes to its end by itself"

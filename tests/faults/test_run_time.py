@@ -428,6 +428,20 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
         cfg.loader = Loader(num_workers=n, timeout=7); feed = loaders(cfg, manifest)
         assert feed.train.timeout == feed.val.timeout == want
 
+FROZEN = """
+import subprocess, rtsseg.train as t
+def start(program, n, env, **streams): return [subprocess.Popen(['sh', '-c', 'echo $$; sleep 500 & kill -9 $$'], start_new_session=True, **streams)], None
+t._start, t.PATIENCE = start, 1; t.rtsseg_train()
+"""
+
+def test_37_a_frozen_worker_outlives_its_trainer(tmp_path):
+    "It holds the pipe to the command, which ends all the same when the trainer was killed"
+    (tmp_path/'tiny.yaml').write_text(to_yaml(tiny(tmp_path))); (tmp_path/'frozen.py').write_text(FROZEN); trainer = None
+    command = subprocess.Popen([sys.executable, tmp_path/'frozen.py', '--config', tmp_path/'tiny.yaml'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try: trainer = int(command.stdout.readline()); out, said = command.communicate(timeout=100)
+    finally: command.kill(); trainer and os.killpg(trainer, signal.SIGKILL)
+    assert command.returncode == 3 and said == f'error: the trainer was ended by SIGKILL; its last line: {trainer}. The same command goes on from the last checkpoint\n'
+
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
     "The second waits for a while, and is refused with code 2"
