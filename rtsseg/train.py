@@ -7,7 +7,7 @@ __all__ = ['STARVED', 'SIGNS', 'PATIENCE', 'Log', 'read_log', 'overfitting', 'Ke
            'Stopped', 'locked', 'Terminated', 'adopt', 'start_over', 'run', 'launch', 'rtsseg_train', 'rtsseg_noise',
            'show_training']
 
-# %% ../nbs/05_train.ipynb #dc36a4e3
+# %% ../nbs/05_train.ipynb #4cfa1bc0
 import fcntl, gc, json, math, os, re, signal, subprocess, sys, threading, time, warnings
 from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +27,7 @@ from .loop import CheckpointError, UnsavedError, WorkerError, accelerator, fit, 
 from .intervals import resample, subsample
 from .metrics import Evidence, average_precision, histogram, weight
 from .models import build, check_size
-from .segment import SegmentTask, Unread, background_ratio, loaders, prepare, probe, sound, statistics, stats_path
+from .segment import SegmentTask, Unread, background_ratio, loaders, prepare, probe, sound, statistics
 from .track import Tracker, append, flat, lines
 
 # %% ../nbs/05_train.ipynb #2229aa28
@@ -168,7 +168,7 @@ def locked(folder:Path,          # a run folder
     try: yield
     finally: f.close()
 
-# %% ../nbs/05_train.ipynb #bf2895b0
+# %% ../nbs/05_train.ipynb #674a2c57
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -191,8 +191,7 @@ def _prepare(cfg, processes=1, anew=False):
     try:
         manifest = prepare(cfg); folder = run_folder(cfg, manifest.hash)
         model = _ready(cfg) if anew or not (folder/'model'/SEAL).exists() else None
-        if not stats_path(cfg, manifest).exists(): sound(cfg, manifest)
-        statistics(cfg, manifest)
+        sound(cfg, manifest); statistics(cfg, manifest)
     except OSError as e: raise ConfigError(f'runs, name or data.manifest: {e}') from None
     return manifest, folder, model
 
