@@ -254,8 +254,8 @@ def children(pid): return [int(p) for p in Path(f'/proc/{pid}/task/{pid}/childre
 
 def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     "rtsseg-train --processes 2 whose launcher is told to end: both stop, save and are gone; the run goes on to the same model, byte for byte"
-    cfg = lambda name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, data=dict(manifest=toy_world(tmp_path/'world'), tile_size=64, split_check='warn'))
-    (tmp_path/'half.yaml').write_text(to_yaml(cfg('half'))); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
+    cfg = {name: tiny(tmp_path, name='two', runs=tmp_path/name, epochs=12, batch_size=4, data=dict(manifest=toy_world(tmp_path/'world'), tile_size=64, split_check='warn')) for name in ('half', 'whole')}      # before processes read it
+    (tmp_path/'half.yaml').write_text(to_yaml(cfg['half'])); log = lambda: [json.loads(l) for f in tmp_path.glob('half/*/*/seed42/log.jsonl') for l in f.read_text().splitlines() if l.endswith('}')]
     trainer = subprocess.Popen([Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'half.yaml', '--processes', '2'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
     while not any(l['event'] == 'epoch' and l['epoch'] == 2 for l in log()): assert trainer.poll() is None, trainer.stdout.read(); time.sleep(.02)
@@ -263,7 +263,7 @@ def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
     half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
     assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
-    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg(name)), tmp_path/name, 200) == [0, 0]
+    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg[name]), tmp_path/name, 200) == [0, 0]
     whole, = tmp_path.glob('whole/two/*/seed42')
     assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
