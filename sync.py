@@ -29,7 +29,7 @@ Spot machines die, disks fill, trackers go down, rasters lie. Each line here is 
 | 0 | done | |
 | 2 | *refused*: a message names file and field, all that could be seen to be wrong at once, and nothing was written | mend it, or do what the message offers |
 | 3 | *stopped* before its end: by a signal, a full disk, a lost worker, too little memory, too many unreadable tiles | the same command goes on, and ends in the same bits |
-| 130 | interrupted from the keyboard | the same |
+| 130, 143 | interrupted from the keyboard, or asked to end while it was still starting or had nothing to save | the same |
 
 Not promised: that a damaged disk or a network file system keeps what was written to it, and that results are the same bits on another kind of machine or another number of CPU threads.
 `pytest tests/faults` runs all of these tests, `make soak` kills a run 200 times instead of 50.

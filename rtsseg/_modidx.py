@@ -359,6 +359,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'rtsseg.loop.WorkerError': ('loop.html#workererror', 'rtsseg/loop.py'),
                              'rtsseg.loop.Writing': ('loop.html#writing', 'rtsseg/loop.py'),
                              'rtsseg.loop.Writing.__init__': ('loop.html#writing.__init__', 'rtsseg/loop.py'),
+                             'rtsseg.loop.Writing.keep': ('loop.html#writing.keep', 'rtsseg/loop.py'),
                              'rtsseg.loop.Writing.run': ('loop.html#writing.run', 'rtsseg/loop.py'),
                              'rtsseg.loop.Writing.settle': ('loop.html#writing.settle', 'rtsseg/loop.py'),
                              'rtsseg.loop._alike': ('loop.html#_alike', 'rtsseg/loop.py'),

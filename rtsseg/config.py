@@ -376,7 +376,7 @@ class Config(LoopConfig):
         if not re.fullmatch('pr_auc@(native|[1-9][0-9]{0,8})', self.metrics.monitor):
             yield f"metrics.monitor is {self.metrics.monitor!r}: write pr_auc@<ratio> or pr_auc@native"
 
-# %% ../nbs/00_config.ipynb #200b75e5
+# %% ../nbs/00_config.ipynb #7bcfb557
 def doubts(cfg:Config     # the checked tree
           ) -> list[str]: # one line each; [] where there is nothing to say
     "Settings that can hardly be meant"
@@ -387,6 +387,7 @@ def doubts(cfg:Config     # the checked tree
     if not cfg.stages and cfg.freeze_backbone_epochs >= cfg.epochs: out.append(f'freeze_backbone_epochs {cfg.freeze_backbone_epochs} and epochs {cfg.epochs}: the backbone never trains')
     if not cfg.stages and cfg.freeze_backbone_epochs and cfg.model.weights is None:
         out.append(f'model.weights is null: for {cfg.freeze_backbone_epochs} epochs the decoder learns from a frozen, random encoder; set freeze_backbone_epochs to 0')
+    if not cfg.stages and cfg.lr.schedule == 'cosine' and cfg.lr.min_lr >= cfg.lr.base_lr: out.append(f'lr.min_lr {cfg.lr.min_lr:g} and lr.base_lr {cfg.lr.base_lr:g}: the cosine does not fall')
     if not {'focal', 'cross_entropy'} & parts: out.append(f'loss.parts {cfg.loss.parts}: the overlap of regions alone leaves next to no gradient in a batch without slumps; add focal or cross_entropy')
     if idle := sorted(set(cfg.loss_weights) - parts): out.append(f'loss_weights names {", ".join(idle)}, and loss.parts {cfg.loss.parts} has no such part: it changes nothing')
     return out

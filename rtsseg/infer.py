@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'HERE', 'CARD', 'view', 'unview', 'predict', 'ModelError', 'save_model', 'Predictor', 'load_model']
 
-# %% ../nbs/04c_infer.ipynb #37a94dc4
+# %% ../nbs/04c_infer.ipynb #0531d5f9
 import json, math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Config, Strict, load, to_yaml, write_atomic
 from .data import DataError, Stats
-from .files import SEALED, Best, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed
+from .files import SEALED, Best, FileError, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed
 from .models import build
 
 # %% ../nbs/04c_infer.ipynb #c6e9ab46
@@ -89,7 +89,7 @@ def save_model(folder:str|Path,       # the model directory
     seal_model(folder)
     return folder
 
-# %% ../nbs/04c_infer.ipynb #f8b30f0d
+# %% ../nbs/04c_infer.ipynb #a5ffd92c
 class _Tensor(Strict):
     dtype: str
     shape: list[int]
@@ -145,7 +145,8 @@ class Predictor:
     best: dict
 
 def _load(folder):
-    small = [n for n in SEALED if n != 'model.safetensors']; sums = check_seal(folder, small)
+    try: sums = check_seal(folder, [n for n in SEALED if n != 'model.safetensors'])
+    except FileError: check_seal(folder); raise      # all that is wrong; weights take a while, and are looked at last where the rest is sound
     for name in ('config.yaml', 'normalization_stats.json', 'metrics.json', 'model.safetensors'):
         if name not in sums or not inside(folder/name, folder).exists(): raise ValueError(f'{name} is missing: the model cannot be used without it')
     cfg, best = load(folder/'config.yaml'), typed(Best, read_json(folder/'metrics.json', folder, nan=True), 'metrics.json')

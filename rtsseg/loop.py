@@ -7,9 +7,9 @@ __all__ = ['MAGIC', 'HOOKS', 'BAD', 'Task', 'stages', 'rate', 'Average', 'Stoppe
            'save_state', 'load_state', 'newest_state', 'Writing', 'Share', 'WorkerError', 'Timed', 'Observers', 'Run',
            'key_seed', 'reseed', 'make_deterministic', 'accelerator', 'evaluate', 'fit']
 
-# %% ../nbs/04a_loop.ipynb #864d4940
+# %% ../nbs/04a_loop.ipynb #43631469
 import copy, hashlib, io, itertools, math, multiprocessing, os, signal, textwrap, threading, time, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class Stopper:
         if not self.since or mean > self.best + es.min_delta: self.best, self.since = mean, epoch
         return epoch - self.since >= es.patience
 
-# %% ../nbs/04a_loop.ipynb #b992c97e
+# %% ../nbs/04a_loop.ipynb #fe292185
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be read or gone on from"
 
@@ -216,15 +216,21 @@ def newest_state(folder:str|Path   # the checkpoints folder
         except CheckpointError as e: failed.append(str(e)); continue
         if failed: print(f'note: {"; ".join(dict.fromkeys(failed))}. Going on from {f.name}, which is from before', flush=True)
         return state
+    if not failed and (Path(folder)/'best.ckpt').exists(): print('note: best.ckpt is the only checkpoint, and no state that could be gone on from: the run begins anew', flush=True)
     if failed: raise CheckpointError(f'{folder}: there is no checkpoint to go on from: {"; ".join(dict.fromkeys(failed))}. Put a good copy back, or start over (rtsseg-train --fresh)')
 
-# %% ../nbs/04a_loop.ipynb #abf89b99
+# %% ../nbs/04a_loop.ipynb #f02133f2
 class Writing(threading.Thread):
     "Seals and writes a checkpoint: `run()` at once, `start()` beside the run. The one before it is waited for"
     def __init__(self, path, state): self.settle(); super().__init__(); self.path, self.data, self.written = path, _packed(state), None
     def run(self):
+        if self.path.stem == 'resume': self.keep()
         try: self.written = _write(self.path, self.data)
-        except OSError as e: print(f'note: checkpoint {self.path.stem} was not written ({e.strerror}); the one before it stands. Make room on {self.path.parent.parent}', flush=True)
+        except OSError as e: print(f'note: checkpoint {self.path.stem} was not written ({e.strerror}); {"the one before it stands" if self.path.exists() else "there is none before it"}. Make room on {self.path.parent.parent}', flush=True)
+    def keep(self):
+        "The newest gets a second name, under which it stays once another has taken its place: there is one to fall back to from the second on"
+        spare = self.path.with_name('.before.tmp')
+        with suppress(OSError): spare.unlink(missing_ok=True); os.link(self.path, spare); os.replace(spare, self.path.with_name('before.ckpt'))      # a file system without links keeps one
     @staticmethod
     def settle():
         for t in threading.enumerate():
@@ -449,7 +455,7 @@ def evaluate(task:Task,                    # what things mean
     loss = sum((weights or {}).get(p, 1.) * v for p, v in parts.items()) if parts else math.nan
     return {'loss': loss, **{f'loss/{p}': v for p, v in parts.items()}, **{k: float(v) for k, v in meter.compute().items()}}, meter
 
-# %% ../nbs/04a_loop.ipynb #fa579542
+# %% ../nbs/04a_loop.ipynb #4e4f99e0
 def _alike(tensors):
     "Every process takes the first one's values"
     with torch.no_grad(): broadcast(list(tensors))
@@ -613,7 +619,10 @@ def fit(cfg:LoopConfig,       # what to do
             if path := run.save(f'epoch-{run.epoch - 1:04d}'):
                 for old in sorted(path.parent.glob('epoch-*.ckpt'), key=lambda f: (len(f.name), f.name))[:-cfg.checkpoint.keep_last]: old.unlink()      # 10000 comes after 9999
                 tell('on_checkpoint', run, path)
-    if not run.save('resume') and acc.is_main_process: raise UnsavedError('the last state could not be written; make room, and start again: the run goes on from the checkpoint before it')
+    if not run.save('resume') and acc.is_main_process:
+        older = any(f.name != 'best.ckpt' for f in run.folder.glob('checkpoints/*.ckpt'))
+        raise UnsavedError(f'the last state could not be written; make room, and start again: the run {"goes on from the checkpoint before it" if older else "begins anew, for there is no checkpoint before it"}')
+    if run.finished and acc.is_main_process: (run.folder/'checkpoints'/'before.ckpt').unlink(missing_ok=True)
     if not run.reason: run.reason = 'all epochs done' if run.epoch > cfg.epochs else 'it had stopped early before'
     tell('on_end', run)
     acc.wait_for_everyone()

@@ -37,7 +37,7 @@ from .models import build, check_size, parts, pretrained_stats
 from .sampler import Batches
 from .toy import make_toy
 
-# %% ../nbs/04b_segment.ipynb #dc973af0
+# %% ../nbs/04b_segment.ipynb #22a258ea
 def prepare(cfg:Config          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
     "Read the manifest; make it first where it is missing and `data.source` says how. Raises one `DataError`, also where train or val hold no positive tile, and where splits share ground"
@@ -74,6 +74,7 @@ def _manifest(cfg):
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 if not _made(source, path):
+                    print(f'note: {path} is not there: it is made now, as data.source says ({source.kind})', file=sys.stderr, flush=True)
                     if source.kind == 'toy': make_toy(source, path)
                     elif source.kind == 'table': import_table(source, path, cfg.data.block_size, cfg.data.split_check)
                     else: import_field(source, path, cfg.data.block_size)

@@ -168,7 +168,7 @@ def locked(folder:Path,          # a run folder
     try: yield
     finally: f.close()
 
-# %% ../nbs/05_train.ipynb #674a2c57
+# %% ../nbs/05_train.ipynb #d06b36a8
 class Terminated:
     "Turns SIGTERM, and SIGHUP of a connection that was lost, into a request to stop"
     why, old = '', {}
@@ -189,6 +189,7 @@ def _prepare(cfg, processes=1, anew=False):
     "The manifest, the run folder, and the model unless one was exported, which a run that begins anew does not ask. What may be refused is refused here, before anything is written: raises `ConfigError` and `DataError`"
     if processes < 1: raise ConfigError(f'processes: {processes} was given, and 1 or more can train')
     try:
+        if not cfg.data.manifest.exists(): _ready(cfg)      # a world is not made for a model that cannot be
         manifest = prepare(cfg); folder = run_folder(cfg, manifest.hash)
         model = _ready(cfg) if anew or not (folder/'model'/SEAL).exists() else None
         sound(cfg, manifest); statistics(cfg, manifest)

@@ -12,7 +12,7 @@ from rtsseg.train import Stopped, Terminated
 from small_world import At, Nothing, Points, Scripted, equal, net, run, stop, weights
 
 FAULTS = {26: ('the newest checkpoint is cut off', 'the one before it is taken, aloud; the run ends in the same bits'),
-          27: ('a bit of a checkpoint is flipped', 'the one before it is taken, aloud; best weights that are damaged are made anew'),
+          27: ('a bit of a checkpoint is flipped', 'the one before it is taken, aloud; best weights that are damaged are made anew, where a checkpoint from before them is left'),
           28: ('all checkpoints are damaged, or are of another model or version', 'refused: never a silent start from nothing'),
           29: ('a checkpoint carries code', 'refused; the code is not run'),
           30: ('the run is asked to stop while the averaged weights are judged', 'it stops; the weights that train are saved as such, the average beside them')}
@@ -67,6 +67,13 @@ def test_26_a_real_run_ends_in_the_same_bytes(real, tmp_path, capsys):
     folder = rtsseg.train.run(cfg)
     assert 'resume.ckpt is damaged: its content does not match its seal. Going on from epoch-0002.ckpt' in capsys.readouterr().out
     assert (folder/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
+
+def test_26_long_before_one_is_kept_by_epoch(undisturbed, tmp_path, capsys):
+    "Each resume checkpoint leaves the one before it in place, which the end of the run removes"
+    rare = dict(checkpoint=dict(every=9, resume_minutes=1e-9)); again(tmp_path, 0, observers=[At(4, stop)], **rare); damage(tmp_path, 'resume')
+    assert load_state(tmp_path/'checkpoints'/'before.ckpt')['step'] == 3
+    equal(undisturbed, again(tmp_path, **rare)); assert 'Going on from before.ckpt, which is from before' in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path/'checkpoints').iterdir()) == ['best.ckpt', 'resume.ckpt']
 
 def test_26_a_file_that_cannot_be_read(half, undisturbed, tmp_path, capsys):
     "A checkpoint that the disk does not give (here: a folder in its place) is as good as a damaged one"

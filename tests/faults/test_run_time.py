@@ -45,7 +45,7 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b or (a != a and b != b)
 
 # ---------------------------------------------------------------- 31: killed anywhere
-CALLS = ['open', 'fsync', 'replace', 'unlink', 'close']      # of os: what a write consists of
+CALLS = ['open', 'fsync', 'link', 'replace', 'unlink', 'close']      # of os: what a write consists of
 
 def dies_at(k, work):
     "Fork, do the work, and leave without a word at the k-th I/O step of it; whether it came that far"
@@ -171,7 +171,7 @@ def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(rtsseg.loop, 'write_atomic', slow)
     with Terminated() as t: half = again(tmp_path, 0, observers=[At(2, lambda run: asked.wait(60)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
     monkeypatch.undo()
-    assert half.step == 2 and [load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()] == [2]
+    assert half.step == 2 and {f.stem: load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()} == dict(resume=2, before=1)
     equal(undisturbed, again(tmp_path))
 
 def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
@@ -295,6 +295,13 @@ def test_33_disk_full_at_the_end(undisturbed, tmp_path, monkeypatch):
     with pytest.raises(UnsavedError, match='could not be written; make room'): again(tmp_path, 0)
     monkeypatch.undo()
     equal(undisturbed, again(tmp_path))
+
+def test_33_a_disk_that_was_full_from_the_beginning(undisturbed, tmp_path, monkeypatch, capsys):
+    "Nothing is promised that is not there: the run begins anew, and says so"
+    full_disk(monkeypatch, lambda i, name: 'best' not in name); rare = dict(checkpoint=dict(every=9))
+    with pytest.raises(UnsavedError, match='begins anew, for there is no checkpoint before it'): again(tmp_path, 0, **rare)
+    monkeypatch.undo(); equal(undisturbed, again(tmp_path, 0, **rare))
+    assert 'note: best.ckpt is the only checkpoint, and no state that could be gone on from: the run begins anew' in capsys.readouterr().out
 
 def test_33_disk_full_at_the_end_of_two_processes(undisturbed_two, tmp_path, monkeypatch):
     "The first cannot write, and ends; the second does not wait for it"
