@@ -22,30 +22,32 @@ from torch.utils.checkpoint import checkpoint
 from .config import ConfigError, Model, nearest
 from .data import Stats
 
-# %% ../nbs/04_models.ipynb #9f247371
+# %% ../nbs/04_models.ipynb #b874e699
 ARCHITECTURES = smp.MODEL_ARCHITECTURES_MAPPING
 
 def _hint(name, names): return nearest(name, difflib.get_close_matches(name, names, n=5, cutoff=0))
 
 def check_names(cfg:Model   # what to build
                ):
-    "Raise `ConfigError`, with the nearest valid name, unless architecture, encoder and options exist and go together"
-    arch, is_timm = cfg.architecture, cfg.encoder.startswith('tu-')
-    if arch not in ARCHITECTURES: raise ConfigError(f'model.architecture: there is no {arch!r}{nearest(arch, ARCHITECTURES)}')
-    for field, enc in (('encoder', cfg.encoder), ('extra_encoder', cfg.extra_encoder or cfg.encoder)):
+    "Raise one `ConfigError`, with the nearest valid names, unless architecture, encoder and options exist and go together"
+    arch, is_timm, problems = cfg.architecture, cfg.encoder.startswith('tu-'), []
+    if arch not in ARCHITECTURES: problems.append(f'model.architecture: there is no {arch!r}{nearest(arch, ARCHITECTURES)}')
+    for field, enc in dict(encoder=cfg.encoder, extra_encoder=cfg.extra_encoder).items():
+        if not enc: continue
         if not (timm.is_model(enc.removeprefix('tu-')) if enc.startswith('tu-') else enc in smp.encoders.encoders):
             names = [f'tu-{n}' for n in timm.list_models()] if enc.startswith('tu-') else smp.encoders.encoders
-            raise ConfigError(f'model.{field}: there is no {enc!r}{_hint(enc, names)}')
+            problems.append(f'model.{field}: there is no {enc!r}{_hint(enc, names)}')
         if arch in ('unetplusplus', 'linknet') and enc.startswith('mit_'):
-            raise ConfigError(f'model.architecture: {arch} cannot take the encoder {enc!r}, which has no features at half size: use segformer')
-    if cfg.fusion == 'early' and cfg.extra_encoder: raise ConfigError(f'model.extra_encoder: {cfg.extra_encoder!r} has no use without model.fusion: late')
-    if cfg.fusion == 'late' and cfg.in_channels < 4: raise ConfigError(f'model.fusion: late needs EXTRA bands, and model.in_channels is {cfg.in_channels}')
-    if cfg.fusion == 'late' and arch == 'dpt': raise ConfigError(f'model.fusion: dpt with {cfg.encoder!r} has no features at several scales to join with those of {cfg.extra_encoder or cfg.encoder!r}: use early')
+            problems.append(f'model.architecture: {arch} cannot take the encoder {enc!r}, which has no features at half size: use segformer')
+    if cfg.fusion == 'early' and cfg.extra_encoder: problems.append(f'model.extra_encoder: {cfg.extra_encoder!r} has no use without model.fusion: late')
+    if cfg.fusion == 'late' and cfg.in_channels < 4: problems.append(f'model.fusion: late needs EXTRA bands, and model.in_channels is {cfg.in_channels}')
+    if cfg.fusion == 'late' and arch == 'dpt': problems.append(f'model.fusion: dpt with {cfg.encoder!r} has no features at several scales to join with those of {cfg.extra_encoder or cfg.encoder!r}: use early')
     fixed = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes', 'activation', 'aux_params',
              'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype'}      # weights come by model.weights, and no other way
-    valid = set(inspect.signature(ARCHITECTURES[arch].__init__).parameters) - fixed
+    valid = set(inspect.signature(ARCHITECTURES[arch].__init__).parameters) - fixed if arch in ARCHITECTURES else {*cfg.options}
     for o in cfg.options:   # what an architecture does not know goes to timm, which refuses what it does not know
-        if o in fixed or not (is_timm or o in valid): raise ConfigError(f'model.options.{o}: no such option of {arch}{nearest(o, valid)}')
+        if o in fixed or not (is_timm or o in valid): problems.append(f'model.options.{o}: no such option of {arch}{nearest(o, valid)}')
+    if problems: raise ConfigError('\n'.join(problems))
 
 # %% ../nbs/04_models.ipynb #3e7450f6
 def _is_local(weights): return '/' in weights or Path(weights).suffix in ('.safetensors', '.pt')
