@@ -35,7 +35,7 @@ seeds: $(STAMP)
 test: $(STAMP)
 	@echo "1/3 notebooks, modules and all that is made from them in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check
 	@echo "2/3 the tests inside the notebooks …"; TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
-	@echo "3/3 pytest …"; OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	@echo "3/3 pytest …"; OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_policy=failed   # else gigabytes stay
 
 soak: $(STAMP)   # a real run, killed 200 times
 	RTSSEG_KILLS=200 OMP_NUM_THREADS=1 python -m pytest -q -s tests/faults/test_run_time.py -k killed_at_random
