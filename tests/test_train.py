@@ -162,7 +162,7 @@ def test_tiles_are_looked_at_once_before_anything_is_written(tiny, tmp_path, mon
     monkeypatch.setattr(rtsseg.train, 'sound', bad)
     with pytest.raises(DataError, match='all that is wrong'): run(cfg)
     assert not cfg.runs.exists()
-    statistics(cfg, prepare(cfg)); assert rtsseg.train._prepare(cfg)[1] == folder
+    monkeypatch.undo(); statistics(cfg, prepare(cfg)); monkeypatch.setattr(rtsseg.segment, 'check_files', bad); assert rtsseg.train._prepare(cfg)[1] == folder
 
 @pytest.mark.parametrize('where', ['runs', 'name', 'manifest'])
 def test_paths_that_no_file_can_have_end_with_two(tiny, tmp_path, capsys, monkeypatch, where):
