@@ -272,7 +272,7 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     assert first.returncode == 3 and len(ranks) == 2 and said.startswith('error: the trainer was ended by SIGKILL; its last line: ') and not any(Path(f'/proc/{p}').exists() for p in ranks), said
     assert not any(word in out + said for word in ('Traceback', '[rank')), out + said
 
-@pytest.mark.parametrize('what, program', [(KeyboardInterrupt, 'kill -INT $PPID'), (BrokenPipeError, 'echo something; yes | head -c 200000')])
+@pytest.mark.parametrize('what, program', [(KeyboardInterrupt, 'sleep 2; kill -INT $PPID'), (BrokenPipeError, 'echo something; yes | head -c 200000')])
 def test_a_launcher_that_is_interrupted_or_that_nobody_hears(tiny, tmp_path, monkeypatch, what, program):
     "It closes the pipe, at which the trainer saves and stops, and waits for that, however much is said meanwhile"
     cfg, _ = elsewhere(tiny, tmp_path); ranks = []
