@@ -13,7 +13,7 @@ stage() {   # what it is, notebook, more parameters; the log is shown where some
   printf '%d/6 %s: %d s\n' $n "$1" $((SECONDS - start))
 }
 
-stage 'data checks'             01_data
+stage 'data checks'             04i_check
 stage 'training'                05_train
 stage 'validation'              05a_evaluate -p split val
 stage 'calibration'             06_calibrate

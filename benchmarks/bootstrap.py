@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from common import emit, timed
 from rtsseg.intervals import blocks, bootstrap, resample
-from rtsseg.metrics import CODES, Evidence, decode, tile_evidence
+from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
 from rtsseg.toy import scored_tile
 
 RATIOS, GOAL = [200, 500, 1000], 20

@@ -18,10 +18,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load
-from rtsseg.data import read_tile
+from rtsseg.tiles import read_tile
 from rtsseg.infer import load_model
-from rtsseg.segment import eval_loader, prepare
-from rtsseg.train import read_log, run
+from rtsseg.prepare import prepare
+from rtsseg.tiles import eval_loader
+from rtsseg.runs import read_log
+from rtsseg.training import train
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT.parent/'shared'/'data'/'dubai_landcover'
@@ -66,7 +68,7 @@ def plain(images, part, seconds, seed):
 
 def ours(cfg, folder):
     "This library: seconds of training and validation, the average precision of the exported model and of the last epoch, and the steps"
-    began = time.monotonic(); run_folder = run(cfg); seconds = time.monotonic() - began
+    began = time.monotonic(); run_folder = train(cfg); seconds = time.monotonic() - began
     model = load_model(run_folder/'model'); part = prepare(cfg).of('val')
     with torch.inference_mode(): z = torch.cat([model.model(b['image'])[:, 0] for b in eval_loader(part, model.stats, cfg)]).numpy()
     rows = read_log(run_folder)
@@ -89,7 +91,7 @@ def main():
         floor = judge(lambda i: boost.predict_proba(read_tile(part, i)[0].reshape(-1, 3))[:, 1], part)
         print(json.dumps(dict(what='boosting on pixel colours', ap=round(floor, 4))), flush=True)
         # one short run tells what an epoch costs
-        began = time.monotonic(); run(cfg.model_copy(update=dict(epochs=1, name='probe'))); cost = time.monotonic() - began
+        began = time.monotonic(); train(cfg.model_copy(update=dict(epochs=1, name='probe'))); cost = time.monotonic() - began
         epochs, found = max(2, round(args.seconds / cost)), {'ours': [], 'plain': []}
         for seed in args.seeds:
             seconds, exported, ap, steps = ours(cfg.model_copy(update=dict(seed=seed, epochs=epochs)), tmp)

@@ -4,12 +4,12 @@ import copy, sys
 import segmentation_models_pytorch as smp, torch
 
 from common import emit, turns
-from rtsseg.loop import Average
+from rtsseg.schedule import WeightAverage
 
 def main(rounds=100):
     torch.manual_seed(0); torch.set_num_threads(1)     # two would wait for each other on a busy machine
     model = smp.UnetPlusPlus('efficientnet-b5', encoder_weights=None).train()
-    average, mirror = Average(model, .999), copy.deepcopy(model)
+    average, mirror = WeightAverage(model, .999), copy.deepcopy(model)
     floats = lambda m: [t for t in [*m.parameters(), *m.buffers()] if t.is_floating_point()]
     to, of, size = floats(mirror), floats(model), sum(p.numel() for p in model.parameters())
 

@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common import emit
-from rtsseg.config import Config, Toy
+from rtsseg.config import Config, ToySource
 from rtsseg.loop import fit
 from rtsseg.losses import focal
 from rtsseg.models import build
-from rtsseg.segment import SegmentTask, loaders, prepare
+from rtsseg.prepare import prepare
+from rtsseg.tiles import loaders
+from rtsseg.segment import SegmentTask
 from rtsseg.toy import make_toy
 
 CUDA = torch.cuda.is_available()
@@ -98,7 +100,7 @@ def main():
     emit('an epoch: compiled / not', ours(compiled=True, deterministic=False).ours[1:], plain.ours[1:], peak_gib=peak(), **note)
 
     with TemporaryDirectory() as d:
-        make_toy(Toy(regions=2, scene_size=8 * a.size, tile_size=a.size, block_size=6. * a.size, prevalence=.02), Path(d)/'manifest.csv', show=lambda line: None)
+        make_toy(ToySource(regions=2, scene_size=8 * a.size, tile_size=a.size, block_size=6. * a.size, prevalence=.02), Path(d)/'manifest.csv', show=lambda line: None)
         cfg = config(deterministic=False, runs=d, sampler=dict(curriculum=[dict(first=1, last=1, ratio=1)])).model_copy(update=dict(epochs=3, val_frequency=3), deep=True)
         cfg.data.manifest, cfg.data.split_check, cfg.loader.num_workers = Path(d)/'manifest.csv', 'warn', min(cfg.loader.num_workers, os.cpu_count())
         manifest = prepare(cfg); feed = loaders(cfg, manifest); feed.train.batch_sampler.cfg.curriculum[0].ratio = 3

@@ -7,11 +7,11 @@ import json, sys, time
 import cv2
 import numpy as np
 
-from rtsseg.data import Moments, merge, moments
+from rtsseg.stats import Moments, merge_moments, moments
 
 def ours(tiles):
     total = Moments()
-    for planes, valid in tiles: total = merge(total, moments(planes, valid))
+    for planes, valid in tiles: total = merge_moments(total, moments(planes, valid))
     return total.mean, total.std
 
 def peer(tiles):

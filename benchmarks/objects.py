@@ -12,7 +12,7 @@ import cv2, numpy as np
 from skimage.measure import label, regionprops
 
 from common import emit, turns
-from rtsseg.metrics import Evidence, tile_bands, tile_histograms, tile_objects
+from rtsseg.evidence import Evidence, tile_bands, tile_histograms, tile_objects
 from rtsseg.objects import match
 
 IOU, LOGIT = 0.3, 0.5                                                   # a logit of 0.5 is a half-precision number

@@ -12,7 +12,8 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_average_precision
 
 from common import emit, timed, turns
-from rtsseg.metrics import Evidence, average_precision, histogram, tile_evidence, tile_histograms, weights
+from rtsseg.evidence import Evidence, tile_evidence, tile_histograms
+from rtsseg.metrics import average_precision, histogram, weights
 
 RATIOS, THRESHOLDS = (200, 500, 1000), np.arange(1, 20)/20
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'LOSSES', 'valid_pixels', 'focal', 'class_weight', 'cross_entropy', 'tversky', 'make_loss']
 
-# %% ../nbs/03_losses.ipynb #2ee1baf7
+# %% ../nbs/03_losses.ipynb #ilosses
 import math
 from functools import partial
 

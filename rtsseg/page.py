@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'STYLE', 'escape', 'Number', 'Reasons', 'markdown_text', 'Table', 'Text', 'Bullets', 'Code', 'Fold',
-           'Picture', 'Tiles', 'Slider', 'Part', 'page', 'appendix']
+           'Picture', 'ImageGrid', 'Slider', 'Part', 'page', 'appendix']
 
-# %% ../nbs/06a_page.ipynb #1d8b15c6
-import base64, hashlib, html, io, json, math, re
+# %% ../nbs/06a_page.ipynb #ipage
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import re
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .config import visible
+from .console import visible
 
 # %% ../nbs/06a_page.ipynb #43d2ffe0
 def escape(text:str,          # from anywhere
@@ -152,7 +158,7 @@ class Picture:
     def markdown(self, link): return f'![{markdown_text(self.caption)}]({quote(link(self))})'
 
 @dataclass
-class Tiles:
+class ImageGrid:
     "Pictures side by side"
     pictures: list[Picture]
     def html(self): return f'<div class="tiles">{"".join(p.html() for p in self.pictures)}</div>'

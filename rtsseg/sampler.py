@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'Batches']
 
-# %% ../nbs/02_sampler.ipynb #8dc01ad9
+# %% ../nbs/02_sampler.ipynb #isampler
 import warnings
 from typing import NamedTuple
 

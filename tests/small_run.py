@@ -7,13 +7,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from rtsseg.calibrate import calibrate_run
-from rtsseg.config import load, run_folder, to_yaml, write_atomic
-from rtsseg.data import compute_stats, read_manifest
-from rtsseg.evaluate import evaluate_run
+from rtsseg.calibration import calibrate
+from rtsseg.files import write_atomic
+from rtsseg.config import load, to_yaml
+from rtsseg.runs import run_folder
+from rtsseg.manifest import read_manifest
+from rtsseg.stats import compute_stats
+from rtsseg.evaluation import evaluate
 from rtsseg.infer import save_model
 from rtsseg.intervals import summary
-from rtsseg.metrics import Evidence
+from rtsseg.evidence import Evidence
 from rtsseg.models import build
 from rtsseg.toy import tiny_toy
 
@@ -41,8 +44,8 @@ def run(root, seed=0, **more):
              *(dict(event='epoch', epoch=i, step=10 * i, seconds=1., **{'lr/encoder': 1e-3, 'train/loss/focal': .1 / i, 'val/loss': .1, 'val/pr_auc@1': .5}) for i in (1, 2)), dict(event='end', reason='all epochs done', epoch=2, step=20, best=2)]
     write_atomic(folder/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in lines))
     def export(value): return save_model(folder/'model', model, cfg, compute_stats(world.of('train')), dict(epoch=2, step=20, value=value, metrics={'pr_auc@1': value}), {})
-    export(0.); export(summary(Evidence.read(evaluate_run(folder)), [1], ious=())[1]['pr_auc'])
-    calibrate_run(folder); evaluate_run(folder, 'test')
+    export(0.); export(summary(Evidence.read(evaluate(folder)), [1], ious=())[1]['pr_auc'])
+    calibrate(folder); evaluate(folder, 'test')
     return folder
 
 @contextmanager

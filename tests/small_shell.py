@@ -3,7 +3,7 @@ import atexit, multiprocessing, os, runpy, subprocess, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-processes = multiprocessing.get_context('forkserver'); processes.set_forkserver_preload(['rtsseg.search', 'rtsseg.predict', 'rtsseg.report'])
+processes = multiprocessing.get_context('forkserver'); processes.set_forkserver_preload(['rtsseg.tuning', 'rtsseg.prediction', 'rtsseg.reporting'])
 CLEAN = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}       # with it set, nbdev's commands do nothing
 
 def _main(name, *args, said, cwd, env):

@@ -9,7 +9,9 @@ import rasterio
 from rasterio.transform import Affine
 
 from rtsseg.config import Config, load, to_yaml
-from rtsseg.data import check_files, errors, read_manifest, write_manifest, write_raster
+from rtsseg.raster import write_raster
+from rtsseg.manifest import read_manifest, write_manifest
+from rtsseg.audit import check_files, error_lines
 from small_run import MODEL
 from small_shell import shell
 
@@ -51,7 +53,7 @@ def extra(world, i, planes, **kw):
     for name in ('m.csv', 'full.csv'): change(world, name, extra=(i, f't{i}_e.tif'))
 
 def seen(world, name='full.csv', cfg=CFG): return {f.what: f for f in check_files(read_manifest(world/name), cfg)}
-def wrong(world, name='full.csv', cfg=CFG): return errors(check_files(read_manifest(world/name), cfg))
+def wrong(world, name='full.csv', cfg=CFG): return error_lines(check_files(read_manifest(world/name), cfg))
 
 def settings(world, name='full.csv', **more):
     "A run of a second on these tiles"

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rtsseg.config import LoopConfig
-from rtsseg.loop import Run, Task, fit
+from rtsseg.loop import Task, TrainingState, fit
 
 F = nn.functional
 
@@ -58,7 +58,7 @@ def gradient(r): return torch.cat([r.optimizer.state[p]['exp_avg'].flatten() / .
 def weights(module): return torch.cat([t.double().flatten() for t in module.state_dict().values()])
 def equal(a, b):
     "Two runs ended in the same state, to the bit"
-    clean = lambda h: [{k: v for k, v in r.items() if k not in Run.MEASURED} for r in h]
+    clean = lambda h: [{k: v for k, v in r.items() if k not in TrainingState.MEASURED} for r in h]
     assert torch.equal(weights(a.model), weights(b.model)) and torch.equal(weights(a.judged), weights(b.judged))
     for p, q in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True): assert all(torch.equal(p[k], q[k]) for k in p)
     assert clean(a.history) == clean(b.history) and a.best == b.best and a.step == b.step and a.skipped == b.skipped

@@ -7,18 +7,28 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 
-from rtsseg.calibrate import (Calibration, Fit, Replicates, calibrate, calibrate_run, enough, fit_slope_intercept, fit_temperature, fits, nll, object_points, prior_shift, recommend,
-                              rtsseg_calibrate, show_calibration, show_reliability, views_gain)
-from rtsseg.config import Calibrate, Config, ConfigError, Metrics, config_hash, load, run_folder, to_yaml, write_atomic
-from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
-from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate, thresholds
+from rtsseg.operating import Replicates, object_operating_points
+from rtsseg.calibration import (
+    Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
+    prior_shift, recommend, rtsseg_calibrate, show_calibration, show_reliability, temperature_verdict,
+    views_gain
+)
+from rtsseg.files import write_atomic
+from rtsseg.config import Calibrate, Config, ConfigError, Metrics, load, to_yaml
+from rtsseg.runs import config_hash, run_folder
+from rtsseg.console import DataError
+from rtsseg.manifest import read_manifest
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import read_tile
+from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access, rtsseg_evaluate
 from rtsseg.files import seal_model
-from rtsseg.infer import VIEWS, ModelError, predict, save_model, unview, view
+from rtsseg.infer import ModelError, VIEWS, apply_view, predict_logits, save_model, undo_view
 from rtsseg.intervals import Estimate
-from rtsseg.metrics import Evidence, Meter, ap_bounds, average_precision, decode, evidence_path, histogram, tile_evidence
+from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
+from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
-from rtsseg.segment import eval_loader
+from rtsseg.tiles import eval_loader
 from rtsseg.toy import scored_tiles
 from small_run import MODEL, toy_world
 
@@ -59,13 +69,13 @@ def test_slope_and_intercept_as_scikit_learn(seed, scale, offset, ratio):
 @pytest.mark.parametrize('scale, offset, word', [(1, 0, 'is enough'), (.4, 0, 'is enough'), (3, 0, 'is enough'), (1, 2, 'is not enough'), (.4, -1.5, 'is not enough')])
 def test_when_a_temperature_is_enough(scale, offset, word):
     "Scores that were scaled need no intercept, whatever the draw; scores that were moved do"
-    said = [enough(fits(e, Replicates(e, 200))) for e in (drawn(seed, scale, offset) for seed in range(12))]
+    said = [temperature_verdict(fits(e, Replicates(e, 200))) for e in (drawn(seed, scale, offset) for seed in range(12))]
     assert all(f'temperature alone {word}' in s for s in said)
 
 @pytest.mark.parametrize('excess, word', [((1.3, .9, 1.8), 'is enough'), ((1.05, 1.02, 1.08), 'is enough'), ((1.3, 1.1, 1.5), 'is not enough'), ((.6, .5, .7), 'is not enough')])
 def test_enough_is_within_noise_or_a_tenth(excess, word):
     one = Estimate(1., .9, 1.1); t, both = (Fit(slope=one, intercept=one, excess=Estimate(*x), why='') for x in (excess, (1., 1., 1.)))
-    assert f'temperature alone {word}: its probabilities add up to {Estimate(*excess)} times' in enough(dict(temperature=t, slope_intercept=both))
+    assert f'temperature alone {word}: its probabilities add up to {Estimate(*excess)} times' in temperature_verdict(dict(temperature=t, slope_intercept=both))
 
 def test_the_excess_is_what_probabilities_add_up_to():
     e = drawn(1, 1, 2); found = fits(e, Replicates(e, 100)); z, y, w = pixels(e, 'native'); T, _ = fit_temperature(e)
@@ -73,14 +83,14 @@ def test_the_excess_is_what_probabilities_add_up_to():
     assert found['slope_intercept'].excess.value == pytest.approx(1, abs=1e-6)
     for f in found.values(): assert f.slope.low < f.slope.value < f.slope.high
     few = drawn(1, 1, 2).select(np.isin(np.arange(200) % 20, range(5)))
-    assert 'cannot be told' in enough(fits(few, Replicates(few, 100))) and '5 blocks hold positives, 10 are needed' in enough(fits(few, Replicates(few, 100)))
+    assert 'cannot be told' in temperature_verdict(fits(few, Replicates(few, 100))) and '5 blocks hold positives, 10 are needed' in temperature_verdict(fits(few, Replicates(few, 100)))
 
 def test_what_has_no_fit():
     z = np.zeros((12, 4, 4)); y = np.zeros_like(z); y[:, 0] = 1
     assert fit_temperature(tiles(z, y)) == (1, 'every pixel has the score 0, so no temperature makes probabilities of them; T is left at 1')
     e = tiles(z + 8 * y - 2, y); T, _ = fit_temperature(e)
     assert fit_slope_intercept(e)[:2] == (1 / T, 0) and 'a single score divides the pixels' in fit_slope_intercept(e)[2]
-    c = calibrate(e, Calibrate(method='slope_intercept'), Metrics(ratios=[1], replicates=50)); assert (c.slope, c.intercept) == (1 / T, 0) and 'a single score' in show_calibration(c).replace('\n', ' ')
+    c = calibrate_evidence(e, Calibrate(method='slope_intercept'), Metrics(ratios=[1], replicates=50)); assert (c.slope, c.intercept) == (1 / T, 0) and 'a single score' in show_calibration(c).replace('\n', ' ')
     with pytest.raises(ValueError, match='no positive pixel'): fit_slope_intercept(tiles(z, z))
 
 def test_the_prior_shift_is_bayes(toy):
@@ -91,7 +101,7 @@ def test_the_prior_shift_is_bayes(toy):
 
 @pytest.mark.parametrize('method', ['temperature', 'slope_intercept'])
 def test_a_calibration(toy, method, tmp_path):
-    c = calibrate(toy, CFG.model_copy(update=dict(method=method)), METRICS); plain = calibrate(toy, CFG, METRICS)
+    c = calibrate_evidence(toy, CFG.model_copy(update=dict(method=method)), METRICS); plain = calibrate_evidence(toy, CFG, METRICS)
     want = (1 / fit_temperature(toy, 20)[0], 0) if method == 'temperature' else fit_slope_intercept(toy, 20)[:2]
     z = np.linspace(-9, 9, 7)
     np.testing.assert_allclose(c.probability(z), expit(want[0] * z + want[1])); np.testing.assert_allclose(c.score(z, 5), want[0] * z + want[1] + prior_shift(toy, 20, 5))
@@ -113,21 +123,21 @@ def test_a_calibration(toy, method, tmp_path):
 
 def test_a_threshold_on_few_tiles_is_told(toy):
     "At 1:200 eleven negative tiles decide: globally that is said, and a region, which has fewer still, takes the global point of that ratio"
-    c = calibrate(toy, CFG, Metrics(ratios=[5, 200], replicates=50)); thin = c.thresholds[200]
+    c = calibrate_evidence(toy, CFG, Metrics(ratios=[5, 200], replicates=50)); thin = c.thresholds[200]
     assert thin.reached and thin.support < 30 and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times' and not c.thresholds[5].why
     for name, region in c.regions.items():
         assert set(region.thresholds) == {5} and c.point(200, name) == thin and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
         assert 'global threshold of pixels at 1:200, since its own rests on' in region.why and f'Region {name}: global' in (said := show_calibration(c)) and f'Region {name}: pixels' in said
 
 def test_an_old_file_is_told(toy, tmp_path):
-    path = calibrate(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
+    path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
     for name in ('slope', 'objects'): del old['none'][name]
     path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
 
 @pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
 def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
-    path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate(toy, CFG, METRICS)
+    path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate_evidence(toy, CFG, METRICS)
     with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
     assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
     c.save(path); assert not capsys.readouterr().out
@@ -136,7 +146,7 @@ def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, rati
 
 @pytest.mark.parametrize('target', [.3, .5, .7, .99])
 def test_object_points_by_hand(toy, target):
-    operating, alone = object_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
+    operating, alone = object_operating_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
     for r in METRICS.ratios:
         every = cells(toy, r, CFG.min_areas); n = len(toy.objects('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
         p = operating[r]; m = every[p.raw_threshold, p.min_area]
@@ -156,7 +166,7 @@ def test_a_floor_is_not_chosen_for_what_it_hides():
     z, y = np.full((24, 24), -6.), np.zeros((24, 24))
     for at in (1, 9, 17): y[1:5, at:at + 4] = 1
     y[10:22, 2:14] = 1; z[y == 1] = 3; z[1:5, 1:5] = -6                                                              # two of three small ones are found, and the large one
-    e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(.5,)); p = object_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
+    e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(.5,)); p = object_operating_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
     assert (p.min_area, p.precision.value, p.recall.value, p.share.value) == (0, 1, .75, .75)
 
 def bridged(high, low, speck):
@@ -168,16 +178,16 @@ def bridged(high, low, speck):
 def test_precision_that_falls_is_told():
     "Above the bridge's score one object is two, of which one is a false alarm. A speck below it makes precision rise before it falls"
     case = bridged(3, 0, -1); e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
-    alone = object_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
+    alone = object_operating_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
     assert 'falls from 1.000 at 0.300 to 0.500 at 0.600' in alone.monotone_why and not alone.reached and 'lower again above that' in alone.why
     case = bridged(3, 2.9, -1); e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
-    alone = object_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
+    alone = object_operating_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
     assert not alone.monotone_why and alone.reached and alone.raw_threshold == .3
 
 def test_precision_that_falls_within_its_noise_is_not_told():
     "One tile of forty is split: in a replicate it may well not be there"
     cases = [bridged(3, 2.9, -6)] * 39 + [bridged(3, 0, -6)]; e = tiles(*zip(*cases), blocks=40, thresholds=THRESHOLDS)
-    alone = object_points(e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300))[1][1]
+    alone = object_operating_points(e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300))[1][1]
     assert alone.reached and not alone.monotone_why
 
 @pytest.mark.parametrize('change', ['calibrate.method=slope_intercept', 'calibrate.min_areas=[0]', 'calibrate.ratio=500', 'calibrate.target_precision=0.7', 'calibrate.min_recall=0.1',
@@ -185,25 +195,25 @@ def test_precision_that_falls_within_its_noise_is_not_told():
 def test_the_lock(tmp_path, change):
     "Three seeds are one look; another way to train or to choose is another configuration"
     cfg = Config(runs=tmp_path)
-    for seed in (42, 43, 44, 42): look(cfg.model_copy(update=dict(seed=seed)), 'data')
+    for seed in (42, 43, 44, 42): record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
     ledger = json.loads((tmp_path/'test_ledger.json').read_text())['data']
     assert [l['seed'] for l in ledger['looks']] == [42, 43, 44, 42] and not any(l['forced'] for l in ledger['looks'])
-    with pytest.raises(Locked, match='second validation split'): look(load(overrides=[change], runs=tmp_path), 'data')
-    with pytest.raises(Locked, match='views full'): look(cfg, 'data', 'full')
+    with pytest.raises(Locked, match='second validation split'): record_test_access(load(overrides=[change], runs=tmp_path), 'data')
+    with pytest.raises(Locked, match='views full'): record_test_access(cfg, 'data', 'full')
 
 def test_the_rule_names_what_decides(tmp_path):
     "A rule that changed under one config hash, as by other code, is refused too"
-    look(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
+    record_test_access(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): look(Config(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(Config(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
     image = np.arange(35).reshape(5, 7); turned = set()
     for k, flip in VIEWS['full']:
-        want = np.rot90(np.fliplr(image) if flip else image, k); got = view(torch.tensor(image), k, flip)
-        assert np.array_equal(got, want) and torch.equal(unview(got, k, flip), torch.tensor(image))
+        want = np.rot90(np.fliplr(image) if flip else image, k); got = apply_view(torch.tensor(image), k, flip)
+        assert np.array_equal(got, want) and torch.equal(undo_view(got, k, flip), torch.tensor(image))
         turned.add(tuple(np.pad(want, ((0, 7 - want.shape[0]), (0, 7 - want.shape[1]))).ravel()))
     assert len(turned) == 8 and all(set(map(tuple, VIEWS[v])) <= set(VIEWS['full']) for v in VIEWS)
 
@@ -242,12 +252,12 @@ def test_a_log_that_was_cut_off(folder):
     assert views_gain(folder).equals(before)
 
 def test_advice_can_be_typed(folder):
-    with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate_run(folder, 'ful')
+    with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
     (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
-    with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate_run(folder)
+    with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate(folder)
     assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
     evidence_path(folder, 'val', 'standard').unlink()
-    with pytest.raises(DataError, match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it'): calibrate_run(folder, 'standard')
+    with pytest.raises(DataError, match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it'): calibrate(folder, 'standard')
 
 @pytest.fixture(scope='module')
 def untrained(tmp_path_factory):
@@ -262,9 +272,9 @@ def untrained(tmp_path_factory):
 
 def test_scores_too_close_together_are_counted_again(untrained, capsys):
     folder, cfg, part, model, stats = untrained
-    evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().out
     assert 'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in said and 'stays uncertain' not in said and evidence.bins != 'float16'
-    with torch.inference_mode(): z, y = (np.concatenate(x) for x in zip(*((predict(model.to(memory_format=torch.channels_last), b['image']).numpy(), b['target'].numpy()) for b in eval_loader(part, stats, cfg))))
+    with torch.inference_mode(): z, y = (np.concatenate(x) for x in zip(*((predict_logits(model.to(memory_format=torch.channels_last), b['image']).numpy(), b['target'].numpy()) for b in eval_loader(part, stats, cfg))))
     positive = part.table.positive.to_numpy(); w = np.broadcast_to(np.where(positive, 1, positive.sum() / (~positive).sum())[:, None, None], y.shape); seen = y != 255
     half, true = (average_precision_score(y[seen] == 1, x[seen], sample_weight=w[seen]) for x in (z.astype(np.float16), z))
     assert average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4) and abs(half - true) > 1e-3
@@ -275,30 +285,30 @@ def test_scores_too_close_together_are_counted_again(untrained, capsys):
 def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypatch):
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
     folder, *_ = untrained
-    def far(net, image, views): z = 1e-3 * predict(net, image, views); z[..., ::2] += 1000; return z
-    monkeypatch.setattr('rtsseg.evaluate.predict', far); evidence = Evidence.read(evaluate_run(folder)); said = capsys.readouterr().out
+    def far(net, image, views): z = 1e-3 * predict_logits(net, image, views); z[..., ::2] += 1000; return z
+    monkeypatch.setattr('rtsseg.evaluation.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().out
     low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
     assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
 
 def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     "The grid of objects is the config's on validation, which thresholds are chosen on, and holds the chosen ones elsewhere"
-    folder, cfg, *_ = untrained; point = calibrate(toy, CFG, METRICS); point.save(folder/'model'/'calibration.json')
-    try: val, test = (thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
+    folder, cfg, *_ = untrained; point = calibrate_evidence(toy, CFG, METRICS); point.save(folder/'model'/'calibration.json')
+    try: val, test = (object_thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
     finally: (folder/'model'/'calibration.json').unlink(); seal_model(folder/'model')
     assert set(val) == {*cfg.metrics.object_thresholds, .5} and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
 
 def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     folder, *_ = untrained; path = folder/'model'/'calibration.json'
-    evaluate_run(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
+    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
     try:
-        calibrate(toy, CFG, METRICS).save(path); evaluate_run(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
+        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
-        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate_run(folder, 'test')
+        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate(folder, 'test')
         seal_model(folder/'model')
-        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate_run(folder, 'test')
+        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
     finally: path.unlink(); seal_model(folder/'model')
-    evaluate_run(folder); assert 'not calibrated' not in capsys.readouterr().out
+    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().out
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained

@@ -9,9 +9,16 @@ import rasterio
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rasterio.transform import Affine
 
-from rtsseg.config import Table
-from rtsseg.data import (BOX, COLUMNS, DataError, Manifest, Stats, audit, balanced_correlation, complete, compute_stats, failed, grid_blocks,
-                         import_table, make_splits, merge, moments, neighbours, overlaps, read_coarse, read_manifest, read_tile, shrink, write_manifest, write_raster)
+from rtsseg.config import TableSource
+from rtsseg.console import DataError
+from rtsseg.raster import shrink, write_raster
+from rtsseg.manifest import (
+    BOX, COLUMNS, Manifest, complete_table, grid_blocks, make_splits, overlaps, read_manifest, write_manifest
+)
+from rtsseg.stats import Stats, compute_stats, merge_moments, moments
+from rtsseg.audit import audit, balanced_correlation, has_errors
+from rtsseg.importers import import_table
+from rtsseg.tiles import neighbours, read_coarse, read_tile
 from small_tiles import extra, rewrite, seen, tile, world
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -29,7 +36,7 @@ def test_manifest_survives_every_format(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp('m'); [(folder/f'{i}.tif').write_text('') for i in range(6)]
     t = pd.DataFrame([dict(tile_id=i, image=f'{k}.tif', mask='0.tif', split=s, region=r, block=b, n_positive=n, crs=c, pixel_size=p if c != 'none' else np.nan,
                            **dict(zip(BOX, (x, y, x + w, y + w) if c != 'none' else [np.nan] * 4))) for k, (i, s, r, b, n, x, y, w, c, p) in enumerate(rows)])
-    want = complete(t, folder)
+    want = complete_table(t, folder)
     for suffix in ('csv', 'parquet', 'geoparquet', 'gpkg'):
         got = read_manifest(write_manifest(want.sample(frac=1, random_state=seed), folder/f'm.{suffix}'))
         pd.testing.assert_frame_equal(got.table[COLUMNS], want[COLUMNS])
@@ -124,7 +131,7 @@ def test_moments_merge_to_the_whole(seed, dtype, widths, share):
     rng = np.random.default_rng(seed)
     parts = [(rng.normal(40_000, 30, (3, 8, w)).astype(dtype) if dtype != 'uint8' else rng.integers(0, 256, (3, 8, w)).astype(dtype), rng.random((8, w)) < share) for w in widths]
     total = moments(*parts[0])
-    for p in parts[1:]: total = merge(total, moments(*p))
+    for p in parts[1:]: total = merge_moments(total, moments(*p))
     flat = np.concatenate([a[:, k] for a, k in parts], 1).astype('float64')
     assert total.n == flat.shape[1]
     if total.n: np.testing.assert_allclose(total.mean, flat.mean(1), rtol=1e-9); np.testing.assert_allclose(total.std, flat.std(1), rtol=1e-6, atol=1e-6)
@@ -178,10 +185,10 @@ def test_import_georeferenced_and_shrunk(tmp_path):
     place = Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3)
     write_raster(src/'s.tif', a, place, 'EPSG:3413'); write_raster(src/'s_m.tif', m[None], place, 'EPSG:3413')
     pd.DataFrame({'id': ['s'], 'split': 'val', 'region': 'r'}).to_parquet(src/'t.parquet')
-    how = Table(path=src/'t.parquet', columns={'tile_id': 'id'}, image='{id}.tif', mask='{id}_m.tif', bands=[3, 2, 1], extra_bands={'nir': 4}, nodata=0, downscale=2, tile_size=32, stride=16)
+    how = TableSource(path=src/'t.parquet', columns={'tile_id': 'id'}, image='{id}.tif', mask='{id}_m.tif', bands=[3, 2, 1], extra_bands={'nir': 4}, nodata=0, downscale=2, tile_size=32, stride=16)
     got = import_table(how, tmp_path/'out'/'m.csv', block_size=100.)
     t = got.table.set_index('tile_id'); assert list(t.index) == ['s_00000_00000', 's_00000_00032', 's_00032_00000', 's_00032_00032']
-    assert (t.pixel_size.between(5.8, 6.2)).all() and not failed(audit(got)) and t.block.nunique() == 4
+    assert (t.pixel_size.between(5.8, 6.2)).all() and not has_errors(audit(got)) and t.block.nunique() == 4
     small, ok, lab = shrink(a[[2, 1, 0]], a[:3].any(0), m, 2)
     image, extra, mask = read_tile(got, 2, ['nir'])
     assert np.array_equal(image[:18], small[:, 32:50, :32].transpose(1, 2, 0)) and (mask[18:] == 255).all()
@@ -194,7 +201,7 @@ def test_import_georeferenced_and_shrunk(tmp_path):
 def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, change, word):
     for n in 'ab': cv2.imwrite(str(tmp_path/f'{n}.png'), np.full((40, 40, 3), 9, 'uint8')); cv2.imwrite(str(tmp_path/f'{n}_m.png'), np.zeros((40, 40), 'uint8'))
     pd.DataFrame({'name': list('ab')}).to_csv(tmp_path/'t.csv', index=False)
-    how = Table(path=tmp_path/'t.csv', columns={'tile_id': 'name'}, image='{name}.png', mask='{name}_m.png').model_copy(update=change)
+    how = TableSource(path=tmp_path/'t.csv', columns={'tile_id': 'name'}, image='{name}.png', mask='{name}_m.png').model_copy(update=change)
     with pytest.raises(DataError, match=word): import_table(how, tmp_path/'out'/'m.csv')
     assert not (tmp_path/'out').exists() or not list((tmp_path/'out').iterdir())
 
@@ -203,7 +210,7 @@ def test_import_without_splits_makes_them(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(12): cv2.imwrite(str(tmp_path/f'{i}.jpg'), rng.integers(0, 255, (40, 40, 3)).astype('uint8')); cv2.imwrite(str(tmp_path/f'{i}_m.png'), (rng.random((40, 40)) < .2).astype('uint8'))
     pd.DataFrame({'tile_id': range(12)}).to_csv(tmp_path/'t.csv', index=False)
-    got = import_table(Table(path=tmp_path/'t.csv', image='{tile_id}.jpg', mask='{tile_id}_m.png', tile_size=20), tmp_path/'out'/'m.csv', split_check='warn').table
+    got = import_table(TableSource(path=tmp_path/'t.csv', image='{tile_id}.jpg', mask='{tile_id}_m.png', tile_size=20), tmp_path/'out'/'m.csv', split_check='warn').table
     assert set(got.split) == {'train', 'val', 'test'} and got.groupby('block').split.nunique().max() == 1 and got.block.nunique() == 12
 
 def test_a_copied_label_is_found_by_any_scale():

@@ -8,7 +8,11 @@ import pytest
 import rasterio
 
 from rtsseg.config import load
-from rtsseg.data import check_files, compute_stats, failed, import_table, overlaps, read_tile, thin
+from rtsseg.manifest import overlaps, thin_splits
+from rtsseg.stats import compute_stats
+from rtsseg.audit import check_files, has_errors
+from rtsseg.importers import import_table
+from rtsseg.tiles import read_tile
 
 PROJECT = Path(__file__).parents[1]; REAL = PROJECT.parent/'shared'/'data'
 def real(name): return pytest.mark.skipif(not (REAL/name).is_dir(), reason=f'{name} is not here')
@@ -24,9 +28,9 @@ def test_s2_landslide(tmp_path):
     wide, high = np.minimum.outer(right, right) - np.maximum.outer(left, left), np.minimum.outer(top, top) - np.maximum.outer(bottom, bottom)
     assert len(overlaps(m.table)) == (np.triu((wide > 1e-6) & (high > 1e-6), 1)).sum()       # in degrees, by brute force
     found = {f.what: f for f in check_files(m, cfg)}
-    assert not failed(found.values()) and found['leak: footprints'].level == 'ok'
+    assert not has_errors(found.values()) and found['leak: footprints'].level == 'ok'
     assert 'sparse points' in found['label shape'].note and found['nodata test'].level == 'note' and found['overlap inside splits'].level == 'note'
-    assert len(thin(m.table)) == 3
+    assert len(thin_splits(m.table)) == 3
     stats = compute_stats(m.of('train'), ['nir']); image, extra, mask = read_tile(m, 0, ['nir'], stats)
     with rasterio.open(REAL/'s2_landslide_bd'/'images'/f'{m.table.tile_id[0]}.tif') as ds: a = ds.read()
     np.testing.assert_allclose(image[mask != 255] * stats.scale, np.minimum(a[:3].transpose(1, 2, 0)[mask != 255], stats.scale), rtol=1e-5)      # clipped at mean + 4 std; np.testing.assert_array_equal(extra[mask != 255][:, 0], a[3][mask != 255])
@@ -42,5 +46,5 @@ def test_dubai(tmp_path):
     assert set(m.table.crs) == {'none'} and set(m.table.block) == set(val.tile_id)
     by = m.table.groupby('block').n_positive.sum(); size = (theirs.width // 2) * (theirs.height // 2)
     np.testing.assert_allclose(by / size.loc[by.index] * 100, theirs.building_pct.loc[by.index], atol=.6)     # their share of buildings, at half resolution
-    found = check_files(m, cfg); assert not failed(found)
+    found = check_files(m, cfg); assert not has_errors(found)
     pixels = next(f.value for f in found if f.what == 'split val'); assert '1.8' in pixels

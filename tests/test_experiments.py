@@ -6,7 +6,8 @@ import nbformat
 import pytest
 
 from rtsseg.config import Config, load, read_yaml
-from rtsseg.train import read_log, run
+from rtsseg.runs import read_log
+from rtsseg.training import train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT/'configs'
@@ -39,7 +40,7 @@ def test_it_trains(file, world):
     cfg = load(base, file, CONFIGS/'test.yaml', batch_size=6, runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv'))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        folder = run(cfg)
+        folder = train(cfg)
     rows = read_log(folder)
     assert [r['epoch'] for r in rows] == [1, 2] and rows[-1]['skipped'] == 0
     assert all(math.isfinite(v) for r in rows for k, v in r.items() if k.startswith(('train/loss', 'val/loss')) or k == f'val/{cfg.metrics.monitor}')

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rtsseg.config import LoopConfig
-from rtsseg.loop import Task, fit, load_state
+from rtsseg.checkpoint import load_state
+from rtsseg.loop import Task, fit
 from rtsseg.metrics import confusion, mean_iou
 
 F = nn.functional

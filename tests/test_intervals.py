@@ -7,9 +7,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
-from rtsseg.config import Toy
+from rtsseg.config import ToySource
 from rtsseg.intervals import BINS, Difference, Estimate, blocks, bootstrap, compare, resample, subsample, summary
-from rtsseg.metrics import CODES, Evidence, boundary_metrics, decode, pixel_metrics, tile_evidence
+from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
+from rtsseg.metrics import boundary_metrics, pixel_metrics
 from rtsseg.objects import object_metrics
 from rtsseg.toy import scene
 
@@ -108,7 +109,7 @@ def test_no_interval_without_ten_blocks_that_hold_positives():
 def population(scenes, side=512, tile=32, block=4):
     "A toy world as a trained scorer sees it: evidence of all its tiles"
     def features(s): x = np.concatenate([s.image / np.float32(255), s.extra], -1); return np.concatenate([x, cv2.blur(x, (15, 15))], -1).reshape(-1, 10)
-    world = Toy(scene_size=side, tile_size=tile, prevalence=.03, regions=scenes, seed=7)
+    world = ToySource(scene_size=side, tile_size=tile, prevalence=.03, regions=scenes, seed=7)
     lessons = [scene(world.model_copy(update=dict(seed=8)), r) for r in range(5)]
     x, y = np.concatenate([features(s) for s in lessons]), np.concatenate([s.mask.ravel() for s in lessons]); some = np.flatnonzero(y != 255)[::10]
     scorer, rows = HistGradientBoostingClassifier(max_iter=12, learning_rate=.4, max_leaf_nodes=10, random_state=0).fit(x[some], y[some]), []

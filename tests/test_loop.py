@@ -11,12 +11,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-import rtsseg.loop, rtsseg.segment
+import rtsseg.checkpoint, rtsseg.loop, rtsseg.segment
 from small_world import At, Crash, Nothing, Points, Scripted, crash, equal, gradient, net, points, quick, run, stop, weights
 from rtsseg.config import ConfigError, CurriculumRow, EarlyStopping, LoopConfig, Sampler as SamplerConfig, Stage, load
-from rtsseg.loop import Average, Run, Stopper, Task, evaluate, fit, load_state, save_state
+from rtsseg.checkpoint import load_state, save_state
+from rtsseg.schedule import EarlyStopper, WeightAverage
+from rtsseg.loop import Task, TrainingState, fit, validate
 from rtsseg.sampler import Batches
-from rtsseg.segment import loaders
+from rtsseg.tiles import loaders
 
 F = nn.functional
 
@@ -94,7 +96,7 @@ def test_samples_per_second_are_those_that_this_life_read(tmp_path):
     first, second = r.history
     assert 'seconds' not in first and 'images_per_second' not in first and (second['batches'], data.read) == (4, 28)
     assert second['images_per_second'] * second['seconds'] == pytest.approx(28) and 0 < second['wait'] < 1
-    assert all(not row.keys() & set(Run.MEASURED) for f in (tmp_path/'checkpoints').glob('resume.ckpt') for row in load_state(f)['history'])
+    assert all(not row.keys() & set(TrainingState.MEASURED) for f in (tmp_path/'checkpoints').glob('resume.ckpt') for row in load_state(f)['history'])
     r = run(data=points(44), loader=dict(num_workers=2), epochs=1)
     assert r.history[0]['images_per_second'] * r.history[0]['seconds'] == pytest.approx(44)
 
@@ -137,7 +139,7 @@ def test_a_group_that_reaches_no_trained_part_is_no_step(scale, precise):
 def test_average_equals_torchs_where_its_decay_is_constant(decay):
     "Up to 2/11 the warm-up of the decay is never the smaller one. Buffers too; integers are copied"
     model, g = net(norm=True), torch.Generator().manual_seed(0)
-    ours, torchs = Average(model, decay), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    ours, torchs = WeightAverage(model, decay), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     torchs.update_parameters(model)                                                # its first update copies
     for _ in range(20):
         with torch.no_grad():
@@ -151,7 +153,7 @@ def test_average_equals_torchs_where_its_decay_is_constant(decay):
 @pytest.mark.parametrize('steps', [1, 9, 90])
 def test_average_warms_up(steps):
     "What remains of the first weights is Π (1+t)/(10+t) while that lies below the decay"
-    model = nn.Linear(1, 1, bias=False); nn.init.ones_(model.weight); average = Average(model, .999); nn.init.zeros_(model.weight)
+    model = nn.Linear(1, 1, bias=False); nn.init.ones_(model.weight); average = WeightAverage(model, .999); nn.init.zeros_(model.weight)
     for _ in range(steps): average.update()
     assert average.module.weight.item() == pytest.approx(math.prod((1 + t) / (10 + t) for t in range(1, steps + 1)), rel=1e-4)
 
@@ -230,7 +232,7 @@ def test_early_stopping_in_fit(tmp_path):
        window=st.integers(1, 4), patience=st.integers(1, 12), delta=st.sampled_from([0., 1.5]), start=st.integers(1, 20), every=st.integers(1, 5), sign=st.sampled_from(['max', 'min']))
 def test_stopper(values, window, patience, delta, start, every, sign):
     "Against the rule of the guide written with arrays: a stop where no average since `patience` epochs beat the best before by more than delta"
-    cfg = LoopConfig(early_stopping=dict(patience=patience, window=window, min_delta=delta, start_epoch=start)); s = Stopper()
+    cfg = LoopConfig(early_stopping=dict(patience=patience, window=window, min_delta=delta, start_epoch=start)); s = EarlyStopper()
     got = next((every * (i + 1) for i, v in enumerate(values) if s.update(cfg, every * (i + 1), v if sign == 'max' else -v, sign)), None)
     best, since, want = None, None, None
     for i in range(len(values)):
@@ -256,7 +258,7 @@ def test_observers_are_strict_and_called_in_order(tmp_path):
 def test_evaluate_pools_counts():
     "The loss over unequal batches is that of one batch of all; the model is left as it was, in eval mode"
     model, data = net(norm=True), points(20); before = weights(model)
-    (small, _), (whole, _) = (evaluate(Points(), model, DataLoader(data, b), weights=dict(square=2.)) for b in (3, 20))
+    (small, _), (whole, _) = (validate(Points(), model, DataLoader(data, b), weights=dict(square=2.)) for b in (3, 20))
     assert small == pytest.approx(whole) and small['loss'] == pytest.approx(small['loss/bce'] + 2 * small['loss/square'])
     assert torch.equal(before, weights(model)) and not model.training and all(p.grad is None for p in model.parameters())
 
@@ -288,8 +290,8 @@ def test_keep_last_counts(tmp_path):
 
 def test_a_checkpoint_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
     "Three steps are taken before a thread comes to write: what it writes is not theirs, in weights, moments, average or anything else"
-    write, go, want = rtsseg.loop._write, threading.Event(), []
-    monkeypatch.setattr(rtsseg.loop, '_write', lambda path, data: (go.wait(60), write(path, data))[1])
+    write, go, want = rtsseg.checkpoint.write_packed, threading.Event(), []
+    monkeypatch.setattr(rtsseg.checkpoint, 'write_packed', lambda path, data: (go.wait(60), write(path, data))[1])
     def ask(run): want.append(copy.deepcopy(run.state())); assert run.save('between', wait=False) is None and not (run.folder/'checkpoints').exists()
     done = run(tmp_path, model=net(norm=True), epochs=3, val_frequency=3, observers=[At(9, ask), At(12, lambda run: go.set())])
     def same(a, b):
@@ -300,11 +302,11 @@ def test_a_checkpoint_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypa
 
 def test_checkpoints_are_written_one_at_a_time(tmp_path, monkeypatch):
     "A thread that is slow is waited for by the next checkpoint, of whatever kind, and by the end; a run that saves after every step ends as one that does not"
-    write, under_way, seen = rtsseg.loop._write, [], []
+    write, under_way, seen = rtsseg.checkpoint.write_packed, [], []
     def slow(path, data):
         under_way.append(path.stem); seen.append((len(under_way), threading.current_thread() is threading.main_thread(), path.stem)); time.sleep(.02)
         under_way.remove(path.stem); return write(path, data)
-    monkeypatch.setattr(rtsseg.loop, '_write', slow); cfg = dict(epochs=4, checkpoint=dict(every=2))
+    monkeypatch.setattr(rtsseg.checkpoint, 'write_packed', slow); cfg = dict(epochs=4, checkpoint=dict(every=2))
     often = run(tmp_path, model=net(norm=True), **cfg | dict(checkpoint=dict(every=2, resume_minutes=1e-9)))
     assert {n for n, *_ in seen} == {1} and len(seen) > 24 and not under_way and load_state(tmp_path/'checkpoints'/'resume.ckpt')['step'] == 24
     assert {name for _, main, name in seen if not main} == {'resume'} and {name for _, main, name in seen if main} == {'best', 'epoch-0002', 'epoch-0004', 'resume'}
@@ -387,7 +389,7 @@ def test_results_do_not_depend_on_workers(tmp_path):
 
 def test_real_batches_do_not_depend_on_workers(tiny_world, monkeypatch):
     "The segmentation loaders with all of the augmentation, two epochs of training and a validation: every pixel, whoever prepared it"
-    monkeypatch.setattr(rtsseg.segment.os, 'cpu_count', lambda: 4)
+    monkeypatch.setattr(rtsseg.tiles.os, 'cpu_count', lambda: 4)
     def read(n):
         cfg = load(device='cpu', batch_size=8, data=dict(manifest=tiny_world, tile_size=64, split_check='warn'), loader=dict(num_workers=n)); feed = loaders(cfg); assert feed.train.num_workers == n
         for epoch in (1, 2): feed.train.batch_sampler.set_epoch(epoch); yield from feed.train

@@ -6,17 +6,18 @@ import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, to_yaml
-from rtsseg.data import find_run, read_manifest
-from rtsseg.infer import load_model, predict
+from rtsseg.manifest import read_manifest
+from rtsseg.prepare import find_run
+from rtsseg.infer import load_model, predict_logits
 from rtsseg.intervals import summary
-from rtsseg.metrics import Evidence
-from rtsseg.segment import eval_loader
+from rtsseg.evidence import Evidence
+from rtsseg.tiles import eval_loader
 from small_run import MODEL, toy_world
 from small_shell import CLEAN, shell
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-STAGES = [('01_data',), ('05_train',), ('05a_evaluate', '-p', 'split', 'val'), ('06_calibrate',), ('05a_evaluate', '-p', 'split', 'test'), ('07_report',)]
+STAGES = [('04i_check',), ('05_train',), ('05a_evaluate', '-p', 'split', 'val'), ('06_calibrate',), ('05a_evaluate', '-p', 'split', 'test'), ('07_report',)]
 
 @pytest.fixture(scope='module')
 def job(tmp_path_factory):
@@ -49,7 +50,7 @@ def test_scikit_learn_agrees_on_the_exported_model(job):
     "The monitored value of the best validation, and that of the evidence, from the scores of the exported model by another library (guide 10.4, step 1)"
     folder, _ = job; cfg, model = load(folder/'config.yaml'), load_model(folder/'model'); part = read_manifest(cfg.data.manifest).of('val'); scores, truth, tiles = [], [], []
     for batch in eval_loader(part, model.stats, cfg):
-        with torch.inference_mode(): z = predict(model.model, batch['image'])
+        with torch.inference_mode(): z = predict_logits(model.model, batch['image'])
         for row, logits, target in zip(batch['tile'].tolist(), z.reshape(batch['target'].shape).numpy(), batch['target'].numpy()):
             scores.append(logits[target != 255]); truth.append(target[target != 255] == 1); tiles.append(np.full(len(scores[-1]), part.table.positive.iloc[row]))
     positive = part.table.positive; each = np.where(np.concatenate(tiles), 1., 200 * positive.sum() / (~positive).sum())

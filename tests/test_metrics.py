@@ -8,8 +8,10 @@ from sklearn.metrics import average_precision_score, f1_score, jaccard_score, pr
 
 from rtsseg import metrics
 from rtsseg.intervals import bootstrap, resample, summary
-from rtsseg.metrics import (Evidence, Meter, ap_bounds, average_precision, decode, encode, first_code, histogram, pixel_metrics, resolved, telling_tiles,
-                            tile_evidence, tile_histograms, weight, weights)
+from rtsseg.evidence import Evidence, Meter, decode, encode, first_code, tile_evidence, tile_histograms
+from rtsseg.metrics import (
+    ap_bounds, average_precision, histogram, informative_tiles, is_resolved, pixel_metrics, weight, weights
+)
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 quick = settings(max_examples=25, deadline=None)
@@ -42,7 +44,7 @@ def pixels(seeds, evidence, ratio):
 @given(seeds, st.integers(1, 3))
 def test_telling_tiles_are_told_again_by_those_that_were_kept(seeds, n):
     "Evaluation keeps the tiles of several thresholds; at each of these the kept ones alone give the same choice, none twice"
-    evidence = make(seeds); tell = lambda e, t: {k: list(e['tile_id'][rows]) for k, rows in telling_tiles(e, t, n).items()}
+    evidence = make(seeds); tell = lambda e, t: {k: list(e['tile_id'][rows]) for k, rows in informative_tiles(e, t, n).items()}
     whole = {t: tell(evidence, t) for t in THRESHOLDS}; kept = {i for found in whole.values() for ids in found.values() for i in ids}
     for t, found in whole.items():
         assert tell(evidence.select(np.array([i in kept for i in evidence['tile_id']], bool)), t) == found
@@ -122,13 +124,13 @@ def test_single_precision_is_within_its_bounds_and_another_pass_resolves_what_co
         return Evidence.from_rows([row(i, s) | tile_histograms(z, m, bins) for i, (s, z, m) in enumerate(tiles)], thresholds=THRESHOLDS, bins=bins)
     tiles = [(s, KINDS[kind](l.astype(float) + np.random.default_rng(s).normal(0, 0.1, l.shape)).astype(np.float32), m) for s in seeds for l, m in [tile(s)]]
     first = see()
-    if not any((m == 1).any() for _, _, m in tiles): assert resolved(first, [ratio]); return
+    if not any((m == 1).any() for _, _, m in tiles): assert is_resolved(first, [ratio]); return
     again = see(first.range)
     y, _, w = pixels(seeds, first, ratio); z = np.concatenate([z[m != 255] for _, z, m in tiles]); true = average_precision_score(y, z, sample_weight=w)
     for e in (first, again):
         (low, high), value = ap_bounds(histogram(e, ratio), e.exact), average_precision(histogram(e, ratio), e.exact)
-        assert low - 1e-9 <= min(true, value) and max(true, value) <= high + 1e-9 and resolved(e, [ratio]) == (e.exact or high - low <= 1e-4)
-        if resolved(e, [ratio]): assert value == pytest.approx(true, abs=1e-4)
+        assert low - 1e-9 <= min(true, value) and max(true, value) <= high + 1e-9 and is_resolved(e, [ratio]) == (e.exact or high - low <= 1e-4)
+        if is_resolved(e, [ratio]): assert value == pytest.approx(true, abs=1e-4)
         assert e.range[0] <= z.min() <= z.max() <= e.range[1]
     if kind == 'narrow': assert not first.exact and again.exact and value == pytest.approx(true, abs=1e-9)
 
@@ -143,7 +145,7 @@ def test_a_million_single_precision_scores(kind, bounded):
         bins, true = e.range, average_precision_score(y.ravel(), z.ravel())
         low, high = ap_bounds(histogram(e), e.exact)
         assert low - 1e-9 <= true <= high + 1e-9
-    assert resolved(e) == bounded and average_precision(histogram(e), e.exact) == pytest.approx(true, abs=1e-4)
+    assert is_resolved(e) == bounded and average_precision(histogram(e), e.exact) == pytest.approx(true, abs=1e-4)
 
 def test_all_orders_within_a_bin_lie_between_the_bounds_and_reach_them():
     from itertools import permutations

@@ -8,13 +8,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-import rtsseg.segment
+import rtsseg.check
 from rtsseg.config import Config, ConfigError, LoopConfig, Model
-from rtsseg.data import Stats
-from rtsseg.infer import load_model, predict, save_model
-from rtsseg.loop import Average, fit
-from rtsseg.models import ARCHITECTURES, LateFusion, build, check_size, find_weights, parts, pretrained_stats
-from rtsseg.segment import SegmentTask, _steps, prepare, probe, show_probe, statistics
+from rtsseg.stats import Stats
+from rtsseg.infer import load_model, predict_logits, save_model
+from rtsseg.schedule import WeightAverage
+from rtsseg.loop import fit
+from rtsseg.pretrained import ARCHITECTURES, find_weights, pretrained_stats
+from rtsseg.models import LateFusion, build, check_size, parts
+from rtsseg.prepare import prepare, statistics
+from rtsseg.segment import SegmentTask
+from rtsseg.check import _steps, probe, show_probe
 
 ENCODER = {'segformer': 'mit_b0', 'dpt': 'tu-vit_tiny_patch16_224'}
 
@@ -212,7 +216,7 @@ def test_frozen_encoders_compute_once():
 
 def test_the_average_of_a_recomputing_model_has_weights_of_its_own():
     net = build(Model(architecture='unet', encoder='resnet18', weights=None, gradient_checkpointing=True)).eval(); x = torch.randn(1, 3, 64, 64)
-    average = Average(net, .9).module
+    average = WeightAverage(net, .9).module
     with torch.no_grad():
         before = net(x); assert torch.equal(average(x), before)
         for p in net.parameters(): p.mul_(2)
@@ -269,7 +273,7 @@ def test_a_model_directory_of_late_fusion_loads(tmp_path):
     model = build(cfg.model).to(memory_format=torch.channels_last).eval(); x = torch.randn(1, 4, 64, 64)
     for j in model.joins.values(): nn.init.normal_(j.weight, std=.1)
     save_model(tmp_path/'model', model, cfg, stats, dict(epoch=1, value=.5, metrics={}), {})
-    with torch.no_grad(): assert torch.equal(predict(load_model(tmp_path/'model').model, x), predict(model, x))
+    with torch.no_grad(): assert torch.equal(predict_logits(load_model(tmp_path/'model').model, x), predict_logits(model, x))
     assert 'resnet18 (EXTRA bands: mobilenet_v2, fused late)' in (tmp_path/'model'/'README.md').read_text()
 
 # ---------------------------------------------------------------- the model directory of another run
@@ -356,13 +360,13 @@ def test_the_probe_finds_the_largest_batch(monkeypatch):
         tried.append(batch)
         if batch > 41: raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return dict(parameters=0, gradients=0, optimizer=0, average=0, activations=10 * batch)
-    monkeypatch.setattr(rtsseg.segment, '_steps', steps)
+    monkeypatch.setattr(rtsseg.check, '_steps', steps)
     cfg = small().model_copy(update=dict(batch_size=64)); found = probe(cfg)
     assert tried == [2, 64, 57, 51, 45, 40] and found['batch_size'] == 40 and found['activations'] == 10
     assert 'batch_size: 40 ' in show_probe(found, cfg)
-    monkeypatch.setattr(rtsseg.segment, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    monkeypatch.setattr(rtsseg.check, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     with pytest.raises(ConfigError, match='not even one tile of 64 pixels'): probe(cfg)
-    monkeypatch.setattr(rtsseg.segment, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError('something else')))
+    monkeypatch.setattr(rtsseg.check, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError('something else')))
     with pytest.raises(RuntimeError, match='something else'): probe(cfg)
 
 def test_the_probe_takes_steps_of_the_run():

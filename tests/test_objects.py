@@ -6,8 +6,11 @@ from scipy import ndimage
 from scipy.special import expit
 from skimage.measure import label, regionprops
 
-from rtsseg.metrics import Evidence, objects, rates, tile_evidence, tile_objects, weights
-from rtsseg.objects import KINDS, SIZES, false_alarms, grid_counts, match, misses, object_grid, object_metrics, recall_by_size
+from rtsseg.evidence import Evidence, objects, tile_evidence, tile_objects
+from rtsseg.metrics import rates, weights
+from rtsseg.objects import (
+    KINDS, SIZES, false_alarms, grid_counts, match, misses, object_grid, object_metrics, recall_by_size
+)
 from test_metrics import THRESHOLDS, make, quick, row, seeds, tile
 
 IOUS, FLOORS = st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([0, 3])

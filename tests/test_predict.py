@@ -9,15 +9,18 @@ from rasterio.transform import Affine, from_origin
 from scipy.special import expit, logit
 from torch import nn
 
-import rtsseg.predict
-from rtsseg.calibrate import calibrate
+import rtsseg.prediction
+from rtsseg.calibration import calibrate_evidence
 from rtsseg.config import Calibrate, Config, ConfigError, Metrics
-from rtsseg.data import DataError, Stats, compute_stats, read_manifest, write_raster
-from rtsseg.infer import ModelError, load_model, predict, save_model
-from rtsseg.metrics import Meter
+from rtsseg.console import DataError
+from rtsseg.raster import write_raster
+from rtsseg.manifest import read_manifest
+from rtsseg.stats import Stats, compute_stats
+from rtsseg.infer import ModelError, load_model, predict_logits, save_model
+from rtsseg.evidence import Meter
 from rtsseg.models import build
-from rtsseg.predict import NODATA, STEPS, _alone, predict_scene, starts
-from rtsseg.segment import Tiles
+from rtsseg.prediction import NODATA, STEPS, _alone, predict, starts
+from rtsseg.tiles import TileDataset
 from rtsseg.toy import BANDS, scored_tiles
 
 GRID, CRS = from_origin(-2_500_000, 700_000, 3, 3), 'EPSG:3413'
@@ -41,7 +44,7 @@ def loaded(model): return load_model(model)
 @pytest.fixture
 def stub(monkeypatch, loaded):
     "Puts another network in the place of the model's"
-    def put(net): monkeypatch.setattr(rtsseg.predict, 'load_model', lambda folder, device: replace(loaded, model=net.eval())); return loaded.folder
+    def put(net): monkeypatch.setattr(rtsseg.prediction, 'load_model', lambda folder, device: replace(loaded, model=net.eval())); return loaded.folder
     return put
 
 def pixels(h, w, seed=0): return np.random.default_rng(seed).integers(1, 256, (3, h, w), 'uint8')
@@ -71,9 +74,9 @@ def test_a_scene_of_one_tile_is_what_validation_would_see(tiny_world, tmp_path, 
     manifest = read_manifest(tiny_world); model = make_model(tmp_path/'model', compute_stats(manifest.of('train'), names)); loaded = load_model(model)
     table = manifest.table; gaps = [i for i in range(len(table)) if (read(manifest.root/table.image[i]) == 0).any()]
     for i in [0, gaps[0]]:
-        tile = Tiles(manifest, loaded.stats, loaded.cfg)[i]
-        with torch.no_grad(): p = predict(loaded.model, tile['image'][None], views)[0].double().sigmoid().numpy()
-        told = predict_scene(model, manifest.root/table.image[i], tmp_path/f'{i}.tif', manifest.root/table.extra[i] if names else '', views)
+        tile = TileDataset(manifest, loaded.stats, loaded.cfg)[i]
+        with torch.no_grad(): p = predict_logits(loaded.model, tile['image'][None], views)[0].double().sigmoid().numpy()
+        told = predict(model, manifest.root/table.image[i], tmp_path/f'{i}.tif', manifest.root/table.extra[i] if names else '', views)
         found = read(tmp_path/f'{i}.tif'); valid = found != NODATA
         with rasterio.open(manifest.root/table.image[i]) as ds: assert (valid == (ds.read() != 0).any(0)).all() and told['valid'] == valid.sum() > 0
         assert (found[valid] == np.rint(STEPS * p)[valid]).all() and np.ptp(found[valid]) > 5000
@@ -81,17 +84,17 @@ def test_a_scene_of_one_tile_is_what_validation_would_see(tiny_world, tmp_path, 
 def test_scores_become_probabilities(model, tmp_path):
     "By the calibration of the views that were asked for; what the calibration promises stands in the map"
     logits, masks, table = scored_tiles(); meter = Meter(table); meter.update(torch.from_numpy(logits), torch.from_numpy(masks), torch.arange(len(table)))
-    c = calibrate(meter.evidence(), Calibrate(method='slope_intercept'), Metrics(replicates=20)); folder = make_model(tmp_path/'model'); scene = write(tmp_path/'scene.tif', pixels(100, 90))
-    raw = predict_scene(folder, scene, tmp_path/'raw.tif'); assert raw['calibration'] is None
-    c.save(folder/'calibration.json'); told = predict_scene(folder, scene, tmp_path/'map.tif'); assert abs(c.intercept) > .1 and abs(c.slope - 1) > .1
+    c = calibrate_evidence(meter.evidence(), Calibrate(method='slope_intercept'), Metrics(replicates=20)); folder = make_model(tmp_path/'model'); scene = write(tmp_path/'scene.tif', pixels(100, 90))
+    raw = predict(folder, scene, tmp_path/'raw.tif'); assert raw['calibration'] is None
+    c.save(folder/'calibration.json'); told = predict(folder, scene, tmp_path/'map.tif'); assert abs(c.intercept) > .1 and abs(c.slope - 1) > .1
     p = read(tmp_path/'raw.tif') / STEPS; want = expit(c.slope * logit(p) + c.intercept)
     assert np.abs(read(tmp_path/'map.tif') / STEPS - want).max() < 2 * max(c.slope, 1) / STEPS
     assert told['calibration'] == dict(method='slope_intercept', ratio='1:200', slope=c.slope, intercept=c.intercept, thresholds={f'1:{r}': x.threshold if x.reached else None for r, x in c.thresholds.items()})
-    with pytest.raises(ValueError, match="no calibration for views 'minimal'"): predict_scene(folder, scene, tmp_path/'m.tif', views='minimal')
+    with pytest.raises(ValueError, match="no calibration for views 'minimal'"): predict(folder, scene, tmp_path/'m.tif', views='minimal')
 
 def test_a_model_that_overflows_is_not_mapped(stub, tmp_path):
     net = Whole(); net.scale.data.fill_(float('nan')); write(tmp_path/'scene.tif', np.full((3, 70, 64), 102, 'uint8'))
-    with pytest.raises(ModelError, match='no numbers in the window at row 0, column 0'): predict_scene(stub(net), tmp_path/'scene.tif', tmp_path/'map.tif')
+    with pytest.raises(ModelError, match='no numbers in the window at row 0, column 0'): predict(stub(net), tmp_path/'scene.tif', tmp_path/'map.tif')
     assert not (tmp_path/'map.tif').exists()
 
 # ---------------------------------------------------------------- seams and edges
@@ -102,8 +105,8 @@ def test_windows_leave_no_trace(loaded, tmp_path_factory, h, w, batch, hole):
     d = tmp_path_factory.mktemp('s'); image = pixels(h, w); top, bottom, left, right = *sorted(hole[:2]), *sorted(hole[2:]); image[:, top:bottom, left:right] = 0
     write(d/'scene.tif', image)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(rtsseg.predict, 'load_model', lambda folder, device: replace(loaded, model=Pointwise().eval()))
-        told = predict_scene(loaded.folder, d/'scene.tif', d/'map.tif', batch=batch)
+        m.setattr(rtsseg.prediction, 'load_model', lambda folder, device: replace(loaded, model=Pointwise().eval()))
+        told = predict(loaded.folder, d/'scene.tif', d/'map.tif', batch=batch)
     with rasterio.open(d/'map.tif') as ds, rasterio.open(d/'scene.tif') as scene:
         assert (ds.shape, ds.crs, ds.transform, ds.nodata, ds.dtypes, ds.scales) == (scene.shape, scene.crs, scene.transform, NODATA, ('uint16',), (1 / STEPS,))
         found = ds.read(1)
@@ -119,21 +122,21 @@ def test_windows_cover_a_side_and_stay_inside(size, tile):
 def test_no_seam_is_steeper_than_the_fading(stub, tmp_path):
     "Windows that disagree as much as can be: from a pixel to the next the map moves by no more than sin(π / tile), the steepest that a squared sine has"
     image = np.random.default_rng(0).integers(1, 256, (3, 9, 9), 'uint8').repeat(32, 1).repeat(32, 2); write(tmp_path/'scene.tif', image)
-    predict_scene(stub(Whole()), tmp_path/'scene.tif', tmp_path/'map.tif'); p = read(tmp_path/'map.tif') / STEPS
+    predict(stub(Whole()), tmp_path/'scene.tif', tmp_path/'map.tif'); p = read(tmp_path/'map.tif') / STEPS
     assert np.ptp(p) > .9                                                       # they do disagree
     for axis in (0, 1): assert np.abs(np.diff(p, axis=axis)).max() <= np.sin(np.pi / 64) + 1.5 / STEPS
 
 def test_a_turned_scene_gives_a_turned_map(model, tmp_path):
     "With all eight views, and windows that lie alike from every side"
     image = pixels(96, 96); maps = []
-    for k in range(4): write(tmp_path/f'{k}.tif', np.ascontiguousarray(np.rot90(image, k, (1, 2)))); predict_scene(model, tmp_path/f'{k}.tif', tmp_path/f'm{k}.tif', views='full'); maps.append(read(tmp_path/f'm{k}.tif').astype(int))
+    for k in range(4): write(tmp_path/f'{k}.tif', np.ascontiguousarray(np.rot90(image, k, (1, 2)))); predict(model, tmp_path/f'{k}.tif', tmp_path/f'm{k}.tif', views='full'); maps.append(read(tmp_path/f'm{k}.tif').astype(int))
     assert np.ptp(maps[0]) > 5000
     for k in range(1, 4): assert np.abs(np.rot90(maps[0], k) - maps[k]).max() <= 1
 
 # ---------------------------------------------------------------- the file
 def test_the_map_is_cloud_optimized_and_its_overviews_are_means(stub, tmp_path):
     "of the pixels that hold data"
-    image = pixels(600, 1100); image[:, :101, :301] = 0; write(tmp_path/'scene.tif', image); predict_scene(stub(Pointwise()), tmp_path/'scene.tif', tmp_path/'map.tif')
+    image = pixels(600, 1100); image[:, :101, :301] = 0; write(tmp_path/'scene.tif', image); predict(stub(Pointwise()), tmp_path/'scene.tif', tmp_path/'map.tif')
     with rasterio.open(tmp_path/'map.tif') as ds:
         assert ds.tags(ns='IMAGE_STRUCTURE')['LAYOUT'] == 'COG' and ds.block_shapes == [(512, 512)] and ds.overviews(1) == [2, 4] and ds.descriptions == ('probability',)
         whole = ds.read(1, masked=True).astype(float)
@@ -145,7 +148,7 @@ def test_the_same_model_and_scene_give_the_same_bytes(model, tmp_path):
     "Wherever they lie; and the map and the file beside it tell the same, and no place"
     for name in ('a', 'b/c'):
         (tmp_path/name).mkdir(parents=True); write(tmp_path/name/f'{name[-1]}_scene.tif', pixels(90, 150)); make_model(tmp_path/name/'model')
-        predict_scene(tmp_path/name/'model', tmp_path/name/f'{name[-1]}_scene.tif', tmp_path/name/'map.tif')
+        predict(tmp_path/name/'model', tmp_path/name/f'{name[-1]}_scene.tif', tmp_path/name/'map.tif')
     files = [(tmp_path/n/'map.tif').read_bytes() for n in ('a', 'b/c')]; assert files[0] == files[1]
     with rasterio.open(tmp_path/'a/map.tif') as ds: tags = ds.tags()
     assert json.loads(tags['RTSSEG']) | dict(sha256=hashlib.sha256((tmp_path/'a/map.tif').read_bytes()).hexdigest()) == json.loads((tmp_path/'a/map.tif.json').read_text()) and set(tags) == {'RTSSEG', 'AREA_OR_POINT'}
@@ -156,7 +159,7 @@ def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(stub, tm
     peaks = []
     for h in (256, 2048):
         write(tmp_path/f'{h}.tif', pixels(h, 100)); tracemalloc.start()
-        predict_scene(stub(Pointwise()), tmp_path/f'{h}.tif', tmp_path/f'm{h}.tif')
+        predict(stub(Pointwise()), tmp_path/f'{h}.tif', tmp_path/f'm{h}.tif')
         peaks.append(tracemalloc.get_traced_memory()[1]); tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
 
@@ -185,7 +188,7 @@ def good(d): write(d/'scene.tif', pixels(64, 64))
 def test_what_cannot_be_meant_is_refused(model, tmp_path, scene, more, error, text):
     "before anything is written"
     scene(tmp_path); before = set(tmp_path.iterdir())
-    with pytest.raises(error, match=text): predict_scene(model, tmp_path/'scene.tif', tmp_path/'map.tif', **more)
+    with pytest.raises(error, match=text): predict(model, tmp_path/'scene.tif', tmp_path/'map.tif', **more)
     assert set(tmp_path.iterdir()) == before
 
 @pytest.mark.parametrize('change, text', [(None, 'extra: the model sees ndvi, relative_elevation too'), (dict(names=['ndvi', 'slope']), "'relative_elevation'"), (dict(transform=GRID @ Affine.translation(1, 0)), 'shifted against its image'),
@@ -194,17 +197,17 @@ def test_extra_bands_are_found_by_name_and_lie_on_the_same_grid(tmp_path, change
     stats = Stats(channels=['R', 'G', 'B', *BANDS], dtype='uint8', scale=255., mean=[.4, .4, .4, 0., 0.], std=[.2, .2, .2, 1., 1.], pixels=1, manifest_hash='none')
     folder = make_model(tmp_path/'model', stats); write(tmp_path/'scene.tif', pixels(70, 70)); extra = np.random.default_rng(0).normal(size=(2, 70, 70)).astype('float32')
     if change is not None: write_raster(tmp_path/'extra.tif', extra, **dict(transform=GRID, crs=CRS, names=BANDS) | change)
-    with pytest.raises((DataError, ConfigError), match=text): predict_scene(folder, tmp_path/'scene.tif', tmp_path/'map.tif', tmp_path/'extra.tif' if change is not None else '')
+    with pytest.raises((DataError, ConfigError), match=text): predict(folder, tmp_path/'scene.tif', tmp_path/'map.tif', tmp_path/'extra.tif' if change is not None else '')
     extra[0, 60:, :5] = np.nan; write_raster(tmp_path/'extra.tif', extra[::-1], GRID, CRS, names=BANDS[::-1], nodata=np.nan)      # in another order: names decide
-    predict_scene(folder, tmp_path/'scene.tif', tmp_path/'a.tif', tmp_path/'extra.tif'); a = read(tmp_path/'a.tif')
-    write_raster(tmp_path/'extra.tif', extra, GRID, CRS, names=BANDS, nodata=np.nan); predict_scene(folder, tmp_path/'scene.tif', tmp_path/'b.tif', tmp_path/'extra.tif')
+    predict(folder, tmp_path/'scene.tif', tmp_path/'a.tif', tmp_path/'extra.tif'); a = read(tmp_path/'a.tif')
+    write_raster(tmp_path/'extra.tif', extra, GRID, CRS, names=BANDS, nodata=np.nan); predict(folder, tmp_path/'scene.tif', tmp_path/'b.tif', tmp_path/'extra.tif')
     assert (a == read(tmp_path/'b.tif')).all() and ((a == NODATA) == np.isnan(extra[0])).all()
 
 def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
     write(tmp_path/'scene.tif', pixels(64, 64), crs=None, transform=None)
-    predict_scene(model, tmp_path/'scene.tif', tmp_path/'none.tif', crs='none'); predict_scene(model, tmp_path/'scene.tif', tmp_path/'said.tif', crs=CRS)
+    predict(model, tmp_path/'scene.tif', tmp_path/'none.tif', crs='none'); predict(model, tmp_path/'scene.tif', tmp_path/'said.tif', crs=CRS)
     with rasterio.open(tmp_path/'none.tif') as a, rasterio.open(tmp_path/'said.tif') as b: assert a.crs is None and b.crs == CRS and (a.read() == b.read()).all()
 
 def test_a_map_is_made_by_one_process_at_a_time(model, tmp_path):
     good(tmp_path)
-    with _alone(tmp_path/'map.tif.parts'), pytest.raises(DataError, match='another process makes this map'): predict_scene(model, tmp_path/'scene.tif', tmp_path/'map.tif')
+    with _alone(tmp_path/'map.tif.parts'), pytest.raises(DataError, match='another process makes this map'): predict(model, tmp_path/'scene.tif', tmp_path/'map.tif')

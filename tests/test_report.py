@@ -10,13 +10,20 @@ from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, jaccard_score, log_loss, precision_recall_curve, precision_score, recall_score
 
-from rtsseg.calibrate import calibrate
-from rtsseg.config import CurriculumRow, load, run_folder, to_yaml, write_atomic
-from rtsseg.data import read_manifest, read_tile, write_manifest
+from rtsseg.calibration import calibrate_evidence
+from rtsseg.files import write_atomic
+from rtsseg.config import CurriculumRow, load, to_yaml
+from rtsseg.runs import run_folder
+from rtsseg.manifest import read_manifest, write_manifest
+from rtsseg.tiles import read_tile
 from rtsseg.intervals import Estimate, summary
-from rtsseg.metrics import Meter, evidence_path, telling_tiles
+from rtsseg.evidence import Meter, evidence_path
+from rtsseg.metrics import informative_tiles
 from rtsseg.page import Bullets, Reasons, Table, Text
-from rtsseg.report import METRICS, ReportError, Several, gallery, plain, read_results, read_run, region_table, report, rtsseg_report, tables, threshold, training_figure
+from rtsseg.results import ReportError, read_results, read_run
+from rtsseg.tables import METRICS, Several, region_table, threshold
+from rtsseg.figures import gallery, training_figure
+from rtsseg.reporting import plain, report, rtsseg_report, tables
 from rtsseg.toy import tiny_toy
 from small_run import toy_world
 from small_shell import shell
@@ -39,10 +46,10 @@ def make_run(cfg, world, shift=0, skill=7):
         cuts = [p.raw_threshold for p in found.thresholds.values()] if split == 'test' else []
         meter = Meter(part.table, sorted({.25, .5, .75, *cuts})); meter.update(logits, masks, np.arange(len(part)))
         evidence = meter.evidence(); evidence.write(path := evidence_path(folder, split)); pixels[split] = logits.astype(float), masks, part.table.positive.to_numpy()
-        kept = {evidence['tile_id'][i] for t in evidence.thresholds for rows in telling_tiles(evidence, t).values() for i in rows}
+        kept = {evidence['tile_id'][i] for t in evidence.thresholds for rows in informative_tiles(evidence, t).values() for i in rows}
         np.savez_compressed(path.with_suffix('.npz'), **{tile: z for tile, z in zip(part.table.tile_id, logits) if tile in kept})
         if split == 'val':
-            found = calibrate(evidence, cfg.calibrate, cfg.metrics); found.save(folder/'model'/'calibration.json')
+            found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics); found.save(folder/'model'/'calibration.json')
             value = summary(evidence, [200], ious=())[200]['pr_auc']
             write_atomic(folder/'model'/'metrics.json', json.dumps(dict(epoch=2, step=20, value=value, metrics={'pr_auc@200': value})))
             write_atomic(folder/'model'/'model.safetensors', b'')                 # the mark of a run that is done
@@ -168,7 +175,7 @@ def test_operating_points_of_objects_by_hand(runs):
 def test_regions_have_their_thresholds_or_a_reason(runs, tmp_path):
     folder = shutil.copytree(runs[0][0][0], tmp_path/'r'/'h'/'seed42'); run = read_run(folder); few = tables(folder)['Operating point'][2]
     assert set(few.frame.index) == set(run.evidence['val']['region']) and all('30 are needed: global thresholds' in r[2].why and r[2].value is None for r in few.rows)
-    found = calibrate(run.evidence['val'], run.cfg.calibrate.model_copy(update=dict(min_region_positives=1)), run.cfg.metrics); found.save(folder/'model'/'calibration.json'); own = tables(folder)['Operating point'][2]
+    found = calibrate_evidence(run.evidence['val'], run.cfg.calibrate.model_copy(update=dict(min_region_positives=1)), run.cfg.metrics); found.save(folder/'model'/'calibration.json'); own = tables(folder)['Operating point'][2]
     want = [[name, p.threshold, p.precision.value, p.recall.value, o.threshold, o.min_area, o.share.value] for name, x in found.regions.items() for r, p in x.thresholds.items() for o in [x.objects[r]]]
     assert [[r[0], r[2].value, r[3].value, r[4].value, r[5].value, r[6], r[8].value] for r in own.rows if r[2].value is not None] == want != []
     missing = {name: x.why for name, x in found.regions.items() if len(x.thresholds) < 2}
@@ -283,7 +290,7 @@ def test_the_page_holds_the_tables_and_nothing_else(runs, reported):
     for pixels, objects, d in zip(numbers['Threshold'][1::2], numbers['Threshold'][2::2], data.values()):
         assert [c for ratio in d['pixels'] for row in ratio for c in row] == [str(c) for r in pixels.rows for c in r[4:]]
         assert sorted(c for area in d['objects'].values() for ratio in area for row in ratio for c in row) == sorted(str(c) for r in objects.rows for c in r[4:])
-    code = html.unescape(re.search(r'<pre[^>]*>(from rtsseg.report.*?)</pre>', text, re.S)[1])
+    code = html.unescape(re.search(r'<pre[^>]*>(from rtsseg.reporting.*?)</pre>', text, re.S)[1])
     done = subprocess.run([sys.executable, '-c', code], cwd=cfg.runs.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and str(numbers['Headline'][0].frame) in done.stdout, done.stderr
 

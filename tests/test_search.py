@@ -7,11 +7,15 @@ import numpy as np, optuna, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from scipy.stats import ttest_rel
 
-import rtsseg.search as module
-from rtsseg.config import ConfigError, config_hash, load, to_yaml
-from rtsseg.search import FLOOR, Ablation, Range, ablate, check_variants, combinations, lay, put, read_axes, rtsseg_ablate, rtsseg_search, search, verdict
-from rtsseg.segment import prepare
-from rtsseg.train import Busy, RunError, Stopped, read_log
+import rtsseg.tuning as module
+from rtsseg.config import ConfigError, load, to_yaml
+from rtsseg.runs import config_hash
+from rtsseg.tuning import (
+    Ablation, FLOOR, Range, ablate, check_variants, combinations, lay, put, read_axes, rtsseg_ablate,
+    rtsseg_search, search, verdict
+)
+from rtsseg.prepare import prepare
+from rtsseg.runs import Busy, RunError, Stopped, read_log
 from small_run import MODEL, tiny as tiny_run
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +194,7 @@ def test_a_killed_search_goes_on_with_the_same_parameters(cfg, tmp_path, monkeyp
     "kill -9 in the second trial: it is tried again, from its checkpoint, and the search ends as it would have ended"
     space = file(tmp_path, SPACE); whole = search(cfg.model_copy(update=dict(runs=tmp_path/'whole')), space, 3)
     (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
-    victim = subprocess.Popen([sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.search import search\nsearch(load({str(tmp_path/'tiny.yaml')!r}), {str(space)!r}, 3)"],
+    victim = subprocess.Popen([sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.tuning import search\nsearch(load({str(tmp_path/'tiny.yaml')!r}), {str(space)!r}, 3)"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={k: v for k, v in os.environ.items() if k != 'IN_TEST'})
     second = cfg.runs/whole.trials[1].user_attrs['run']; until = time.monotonic() + 90
     while not list(second.glob('checkpoints/resume.ckpt')): assert time.monotonic() < until, 'waited too long'; time.sleep(.01)

@@ -7,14 +7,16 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rtsseg.config import Toy
-from rtsseg.data import compute_stats, read_manifest, read_tile
+from rtsseg.config import ToySource
+from rtsseg.manifest import read_manifest
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import read_tile
 from rtsseg.toy import make_toy
 
 @pytest.fixture(scope='module')
 def pixels(tmp_path_factory):
     "Normalised RGB tiles (n, 3, 64, 64) and labels (n, 64, 64) of train and of val"
-    manifest = read_manifest(make_toy(Toy(scene_size=1536, tile_size=64, block_size=768., prevalence=0.015), tmp_path_factory.mktemp('toy')/'manifest.csv'))
+    manifest = read_manifest(make_toy(ToySource(scene_size=1536, tile_size=64, block_size=768., prevalence=0.015), tmp_path_factory.mktemp('toy')/'manifest.csv'))
     stats = compute_stats(manifest.of('train'))
     def read(split):
         part = manifest.of(split); x, _, y = zip(*[read_tile(part, i, stats=stats) for i in range(len(part))])

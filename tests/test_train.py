@@ -8,16 +8,22 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from rtsseg.config import load, run_folder, to_yaml
-import rtsseg.evaluate, rtsseg.train
-from rtsseg.data import DataError
-from rtsseg.evaluate import Locked, evaluate_run, look, rtsseg_evaluate
-from rtsseg.loop import Run, load_state
-from rtsseg.metrics import Evidence, evidence_path
-from rtsseg.segment import headline, prepare, statistics
+from rtsseg.config import load, to_yaml
+from rtsseg.runs import run_folder
+import rtsseg.evaluation, rtsseg.launch, rtsseg.segment, rtsseg.training
+from rtsseg.console import DataError
+from rtsseg.evaluation import Locked, evaluate, record_test_access, rtsseg_evaluate
+from rtsseg.checkpoint import load_state
+from rtsseg.loop import TrainingState
+from rtsseg.evidence import Evidence, evidence_path
+from rtsseg.prepare import prepare, statistics
+from rtsseg.segment import headline
 from rtsseg.toy import tiny_toy
-from rtsseg.track import lines
-from rtsseg.train import SIGNS, KeepEvidence, Log, RunError, Stopped, adopt, launch, locked, read_log, rtsseg_noise, rtsseg_train, run, show_training
+from rtsseg.runs import read_lines
+from rtsseg.runs import RunError, Stopped, read_log, run_lock
+from rtsseg.training import (
+    KeepEvidence, Log, OVERFITTING_SIGNS, force_config, launch, rtsseg_noise, rtsseg_train, show_training, train
+)
 from small_run import in_time
 from small_shell import shell
 
@@ -35,13 +41,13 @@ def tiny(tmp_path_factory):
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg, folder/'tiny.yaml'
 
-def numbers(folder): return [{k: v for k, v in r.items() if k not in Run.MEASURED} for r in read_log(folder)]
+def numbers(folder): return [{k: v for k, v in r.items() if k not in TrainingState.MEASURED} for r in read_log(folder)]
 
 def papermill(notebook, out, *parameters, **env):
     return subprocess.run([BIN/'papermill', notebook, out, *(a for p in parameters for a in ('-p', *p))], cwd=ROOT/'nbs', **SHELL | dict(env=SHELL['env'] | env))
 
 @pytest.fixture(scope='module')
-def undisturbed(tiny): return run(tiny[0])
+def undisturbed(tiny): return train(tiny[0])
 
 def test_papermill_trains(tiny, tmp_path):
     "With a tracker that cannot be reached, and whose password no notebook ever shows"
@@ -70,7 +76,7 @@ def elsewhere(tiny, tmp_path):
     (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg, run_folder(cfg, prepare(cfg).hash)
 
-def events(folder, name=''): return [e for e, _ in lines(folder/'log.jsonl') if e['event'] == name] if (folder/'log.jsonl').exists() else []
+def events(folder, name=''): return [e for e, _ in read_lines(folder/'log.jsonl') if e['event'] == name] if (folder/'log.jsonl').exists() else []
 
 def same(folder, other):
     "Two runs ended alike, to the bit"
@@ -85,14 +91,14 @@ def default_hangup(): signal.signal(signal.SIGHUP, signal.SIG_DFL)      # whoeve
 @pytest.mark.parametrize('death, how', [('the notebook', signal.SIGKILL), ('the trainer', signal.SIGTERM), ('the trainer', signal.SIGKILL), ('the command', signal.SIGTERM), ('the command', signal.SIGHUP)])
 def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how):
     cfg, folder = elsewhere(tiny, tmp_path)
-    program = {'the notebook': [sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.train import launch\nlaunch(load({str(tmp_path/'tiny.yaml')!r}))"],
+    program = {'the notebook': [sys.executable, '-c', f"from rtsseg.config import load\nfrom rtsseg.training import launch\nlaunch(load({str(tmp_path/'tiny.yaml')!r}))"],
                'the trainer': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline'], 'the command': [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml']}[death]
     first = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHELL['env'], preexec_fn=default_hangup)
     wait_for(lambda: events(folder, 'epoch'))
     first.send_signal(how); said = first.communicate(timeout=300)[0]
     assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command goes on from there' in said and 'Traceback' not in said), said
     if death == 'the command': assert f'stopped ({how.name})' in said and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
-    saved = run(cfg)                                            # waits for the lock of a trainer that still saves
+    saved = train(cfg)                                            # waits for the lock of a trainer that still saves
     assert saved == folder and len(read_log(folder)) == cfg.epochs
     starts = events(folder, 'start')
     assert len(starts) == 2 and starts[1]['step'] > 0           # it went on, it did not start over
@@ -107,7 +113,7 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
         notebook = subprocess.Popen(**command)
         wait_for(lambda: any(r['epoch'] >= epoch for r in events(folder, 'epoch')), 200)
         notebook.send_signal(how); assert notebook.wait(30) != 0 and not done()
-        with locked(folder): pass                               # the trainer has saved and is gone
+        with run_lock(folder): pass                               # the trainer has saved and is gone
         if how == signal.SIGTERM:
             assert events(folder, 'end')[-1]['reason'] == 'SIGTERM' and 0 < load_state(folder/'checkpoints'/'resume.ckpt')['step'] < load_state(undisturbed/'checkpoints'/'resume.ckpt')['step']
             with pytest.raises(SystemExit) as e: rtsseg_evaluate(str(folder))
@@ -122,14 +128,14 @@ def test_what_goes_wrong_in_a_line_ends_with_two(tiny, tmp_path, capsys, monkeyp
     def call(**more):
         try: rtsseg_train(given, **more)
         except SystemExit as e: return e.code, capsys.readouterr().err
-    with locked(folder):
+    with run_lock(folder):
         (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
         for how in ('fresh', 'force'): assert call(**{how: True}) == (2, f'error: {folder.parent.name}/seed42: another process (pid {os.getpid()}) trains in this run folder; wait for it or stop it\n')
     code, said = call(); assert code == 2 and ' (epochs 7 → 4). ' in said and '--force' in said and not (folder/'log.jsonl').exists()
-    assert adopt(cfg) == {'epochs': [7, 4]} and events(folder, 'forced') == [dict(event='forced', differs={'epochs': [7, 4]})]
+    assert force_config(cfg) == {'epochs': [7, 4]} and events(folder, 'forced') == [dict(event='forced', differs={'epochs': [7, 4]})]
     (folder/'config.yaml').write_text('epochs: ['); code, said = call()
     assert code == 2 and said.startswith(f'error: {folder.parent.name}/seed42/config.yaml has been changed') and 'while parsing' in said and '--fresh' in said and '--force' in said and said.count('\n') == 1
-    assert 'config.yaml' in adopt(cfg) and load(folder/'config.yaml') == cfg and adopt(cfg) == {}
+    assert 'config.yaml' in force_config(cfg) and load(folder/'config.yaml') == cfg and force_config(cfg) == {}
     many = cfg.model_copy(update=dict(epochs=7, accumulate=2, val_frequency=3, lr=cfg.lr.model_copy(update=dict(base_lr=.1, min_lr=.2, frozen_lr=.3)))); (folder/'config.yaml').write_text(to_yaml(many))
     assert call()[1].split(' (')[1].split(')')[0].count(' → ') == 5 and ', and 1 more). ' in call()[1]
     assert call(inline=True, detach=True) == (2, 'error: --inline trains in this very process: leave out --processes and --detach\n')
@@ -159,10 +165,10 @@ def test_tiles_are_looked_at_once_before_anything_is_written(tiny, tmp_path, mon
     "After the model, whose refusal is quicker, and before statistics; where these lie there they were looked at"
     cfg, folder = elsewhere(tiny, tmp_path)
     def bad(cfg, manifest): raise DataError('all that is wrong')
-    monkeypatch.setattr(rtsseg.train, 'sound', bad)
-    with pytest.raises(DataError, match='all that is wrong'): run(cfg)
+    monkeypatch.setattr(rtsseg.training, 'check_all_tiles', bad)
+    with pytest.raises(DataError, match='all that is wrong'): train(cfg)
     assert not cfg.runs.exists()
-    monkeypatch.undo(); statistics(cfg, prepare(cfg)); monkeypatch.setattr(rtsseg.segment, 'check_files', bad); assert rtsseg.train._prepare(cfg)[1] == folder
+    monkeypatch.undo(); statistics(cfg, prepare(cfg)); monkeypatch.setattr(rtsseg.segment, 'check_files', bad); assert rtsseg.training._prepare(cfg)[1] == folder
 
 @pytest.mark.parametrize('where', ['runs', 'name', 'manifest'])
 def test_paths_that_no_file_can_have_end_with_two(tiny, tmp_path, capsys, monkeypatch, where):
@@ -186,14 +192,14 @@ def test_another_machine_is_told(tiny, undisturbed, tmp_path, capsys):
     cfg, folder = elsewhere(tiny, tmp_path)
     class Stop:
         def on_epoch(self, run): run.stop('as asked')
-    with pytest.raises(Stopped): run(cfg, [Stop()])
+    with pytest.raises(Stopped): train(cfg, [Stop()])
     first = json.loads((folder/'environment.json').read_text()); first['versions']['torch'] = '1.0'; (folder/'environment.json').write_text(json.dumps(first)); capsys.readouterr()
-    run(cfg); said = capsys.readouterr().out
+    train(cfg); said = capsys.readouterr().out
     assert said.count('results repeat to the bit only where all is the same: versions.torch 1.0 → ') == 1 and json.loads((folder/'environment.json').read_text()) == first
     a, b = events(folder, 'start'); assert 'differs' not in a and list(b['differs']) == ['versions.torch']
 
 def test_seeds_differ_and_share_a_hash(tiny, undisturbed):
-    other = run(tiny[0].model_copy(update=dict(seed=43)))
+    other = train(tiny[0].model_copy(update=dict(seed=43)))
     assert other.parent == undisturbed.parent and numbers(other) != numbers(undisturbed)
 
 def port():
@@ -220,7 +226,7 @@ def server(tmp_path_factory):
 def test_tracker_mirrors_the_run(tiny, server, tmp_path):
     from mlflow import MlflowClient
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', tracker=tiny[0].tracker.model_copy(update=dict(kind='mlflow', uri=server))))
-    folder = run(cfg)
+    folder = train(cfg)
     client = MlflowClient(server); found = client.get_run(json.loads((folder/'tracker.json').read_text())['run_id'])
     assert found.info.status == 'FINISHED' and found.data.params['lr.base_lr'] == '0.001' and found.data.tags['manifest_hash'] == prepare(cfg).hash
     history = client.get_metric_history(found.info.run_id, 'val/pr_auc_at_200')
@@ -232,15 +238,15 @@ def test_a_damaged_model_is_exported_anew(tiny, undisturbed, tmp_path, capfd):
     "From the checkpoint, by the same command; where no checkpoint is left that is an error, and no training from the start"
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs')); folder = run_folder(cfg, prepare(cfg).hash); shutil.copytree(undisturbed, folder)
     path = folder/'model'/'model.safetensors'; good = path.read_bytes(); path.write_bytes(good[:-1] + bytes([good[-1] ^ 1])); (folder/'model'/'README.md').unlink()
-    capfd.readouterr(); run(cfg); said = capfd.readouterr().out
+    capfd.readouterr(); train(cfg); said = capfd.readouterr().out
     assert 'model.safetensors is not the file' in said and 'README.md is missing' in said and path.read_bytes() == good and (folder/'model'/'README.md').exists()
     path.write_bytes(b''); shutil.rmtree(folder/'checkpoints')
-    with pytest.raises(RunError, match='No checkpoint is left') as e: run(cfg)
+    with pytest.raises(RunError, match='No checkpoint is left') as e: train(cfg)
     assert e.value.code == 2
 
 def test_a_finished_run_is_left_alone(tiny, undisturbed, capfd):
     before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'}
-    assert run(tiny[0]) == undisturbed and 'trained already' in capfd.readouterr().out
+    assert train(tiny[0]) == undisturbed and 'trained already' in capfd.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in undisturbed.rglob('*') if f.is_file() and f.name != '.lock'} == before
 
 def test_a_real_run_in_two_processes(tiny, tmp_path):
@@ -251,7 +257,7 @@ def test_a_real_run_in_two_processes(tiny, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     folder = run_folder(cfg, prepare(cfg).hash)
     assert json.loads((folder/'log.jsonl').read_text().splitlines()[0])['processes'] == 2
-    seen = headline(Evidence.read(evaluate_run(folder, 'val')), cfg)
+    seen = headline(Evidence.read(evaluate(folder, 'val')), cfg)
     best = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
     assert {k: best[k] for k in seen} == pytest.approx(seen, abs=1e-4, nan_ok=True)       # evaluation counts on finer bins
 
@@ -279,7 +285,7 @@ def test_a_launcher_that_is_interrupted_or_that_nobody_hears(tiny, tmp_path, mon
     def start(_, n, env, **streams): ranks.append(subprocess.Popen(['sh', '-c', f'{program}; cat; sleep .5; exit 3'], **streams)); return ranks, None
     class Deaf(io.StringIO):
         def write(self, text): raise BrokenPipeError
-    monkeypatch.setattr(rtsseg.train, '_start', start)
+    monkeypatch.setattr(rtsseg.launch, 'start_processes', start)
     with in_time(), contextlib.redirect_stdout(Deaf()), pytest.raises(what): launch(cfg)
     assert ranks[0].returncode == 3
 
@@ -331,13 +337,13 @@ def test_a_pass_that_fails_is_no_look(world, monkeypatch):
     "Tiles that cannot be read, or a pass that breaks off: nothing was seen, and nothing is noted, nor logged"
     cfg, folder, evidence, ledger = world; log = (folder/'log.jsonl').read_bytes(); row = prepare(cfg).of('test').table.iloc[0]; path = cfg.data.manifest.parent/row.image
     whole = path.read_bytes(); path.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(DataError, match='cannot be read, which is more than'): evaluate_run(folder, 'test')
-    path.write_bytes(whole); real = rtsseg.evaluate.predict
+    with pytest.raises(DataError, match='cannot be read, which is more than'): evaluate(folder, 'test')
+    path.write_bytes(whole); real = rtsseg.evaluation.predict_logits
     def breaks(*a): raise RuntimeError('out of memory')
-    monkeypatch.setattr(rtsseg.evaluate, 'predict', breaks)
-    with pytest.raises(RuntimeError, match='out of memory'): evaluate_run(folder, 'test')
+    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', breaks)
+    with pytest.raises(RuntimeError, match='out of memory'): evaluate(folder, 'test')
     assert not ledger.exists() and not evidence.exists() and (folder/'log.jsonl').read_bytes() == log
-    monkeypatch.setattr(rtsseg.evaluate, 'predict', real); evaluate_run(folder, 'test')
+    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', real); evaluate(folder, 'test')
     looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and evidence.exists()
 
 @pytest.mark.parametrize('at', ['resolved', 'Evidence.write'])
@@ -346,29 +352,29 @@ def test_a_look_that_is_killed_stands(world, monkeypatch, at):
     cfg, folder, evidence, ledger = world
     def dies(*a): raise KeyboardInterrupt
     monkeypatch.setattr(f'rtsseg.evaluate.{at}', dies)
-    with pytest.raises(KeyboardInterrupt): evaluate_run(folder, 'test')
+    with pytest.raises(KeyboardInterrupt): evaluate(folder, 'test')
     looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and not evidence.exists()
 
 def test_a_look_that_somebody_else_was_quicker_with(world, monkeypatch):
     "Two configurations may both begin; the second to end is refused, and nothing of it is kept. One that comes later is refused before its pass"
-    cfg, folder, evidence, ledger = world; real, passes = rtsseg.evaluate.predict, []
+    cfg, folder, evidence, ledger = world; real, passes = rtsseg.evaluation.predict_logits, []
     def slow(*a):
-        if not passes: look(load(folder/'config.yaml', overrides=['loss.gamma=1']), prepare(cfg).hash)
+        if not passes: record_test_access(load(folder/'config.yaml', overrides=['loss.gamma=1']), prepare(cfg).hash)
         passes.append(1); return real(*a)
-    monkeypatch.setattr(rtsseg.evaluate, 'predict', slow)
-    with pytest.raises(Locked): evaluate_run(folder, 'test')
+    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', slow)
+    with pytest.raises(Locked): evaluate(folder, 'test')
     assert passes and not evidence.exists(); passes[:] = ['again']
-    with pytest.raises(Locked): evaluate_run(folder, 'test')
+    with pytest.raises(Locked): evaluate(folder, 'test')
     assert passes == ['again'] and len(json.loads(ledger.read_text()).popitem()[1]['looks']) == 1
 
 def test_a_pass_is_logged_after_a_line_that_was_cut_off(world):
     cfg, folder, *_ = world
     with open(folder/'log.jsonl', 'ab') as f: f.write(b'{"event": "ep')
-    evaluate_run(folder, 'val'); assert [e['event'] for e, _ in lines(folder/'log.jsonl')][-2:] == ['end', 'evaluate']
+    evaluate(folder, 'val'); assert [e['event'] for e, _ in read_lines(folder/'log.jsonl')][-2:] == ['end', 'evaluate']
 
 def test_one_validation_has_no_noise_floor(tiny, tmp_path):
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs', epochs=1))
-    done = subprocess.run([BIN/'rtsseg-noise', '--run', run(cfg)], **SHELL)
+    done = subprocess.run([BIN/'rtsseg-noise', '--run', train(cfg)], **SHELL)
     assert done.returncode == 2 and '1 of the two validations' in done.stderr and 'Traceback' not in done.stderr
 
 def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys):
@@ -378,8 +384,8 @@ def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys
         rows.append({'epoch': i, 'seconds': 1., 'batches': 20, 'images_per_second': 7., 'wait': .6, 'train/loss/focal': 1/i, 'val/loss': float(i), 'train/iou': .95, 'val/iou@1': .3, 'val/pr_auc@1': .1*i, 'val/pr_auc@200': -.1*i})
         log.on_epoch(told)
     said = capsys.readouterr().out
-    assert all(said.count(f'sign of overfitting, {sign}: {remedy}') == 1 for sign, remedy in SIGNS.items())
+    assert all(said.count(f'sign of overfitting, {sign}: {remedy}') == 1 for sign, remedy in OVERFITTING_SIGNS.items())
     assert said.count('raise loader.num_workers (now 0') == 1 and '7 images/s, 60% waiting for data' in said
     events = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
-    assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
-    show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(SIGNS)
+    assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in OVERFITTING_SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
+    show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(OVERFITTING_SIGNS)

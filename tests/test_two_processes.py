@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 import rtsseg.loop
 from rtsseg.config import CurriculumRow, LoopConfig, Sampler
-from rtsseg.loop import Run, Task, evaluate, fit, load_state
+from rtsseg.checkpoint import load_state
+from rtsseg.loop import Task, TrainingState, fit, validate
 from rtsseg.sampler import Batches
 
 # ---------------------------------------------------------------- what both sides run
@@ -101,7 +102,7 @@ def train(folder, accumulate=1, observers=(), norm=lambda: nn.GroupNorm(2, 8), s
     return fit(cfg, task(seed), model, data or DataLoader(images(), batch_size=B, shuffle=False), DataLoader(images(12, seed=1), batch_size=B), folder, observers)
 
 def result(run):
-    drop = lambda row: {k: v for k, v in row.items() if k not in Run.MEASURED}
+    drop = lambda row: {k: v for k, v in row.items() if k not in TrainingState.MEASURED}
     return dict(seen=run.__dict__.get('seen'), best_file=load_state(run.folder/'checkpoints'/'best.ckpt'), model=run.model.state_dict(),
                 judged=run.judged.state_dict(), helper=run.task.helper.state_dict(), history=[drop(r) for r in run.history],
                 best=run.best, step=run.step, skipped=run.skipped, reason=run.reason, epoch=run.epoch, finished=run.finished)
@@ -239,7 +240,7 @@ def test_batch_statistics(two, tmp_path):
     close(without(first, 'model'), without(second, 'model'), 0.)
     assert not torch.equal(first['model']['encoder.1.running_mean'], second['model']['encoder.1.running_mean'])
     net = Net(lambda: nn.BatchNorm2d(8)); net.load_state_dict(first['best_file']['model'])
-    metrics, _ = evaluate(Squares(), net, DataLoader(images(12, seed=1), batch_size=B))
+    metrics, _ = validate(Squares(), net, DataLoader(images(12, seed=1), batch_size=B))
     plain = lambda m: {k: v for k, v in m.items() if k in ('accuracy', 'loss/bce0', 'loss/bce1')}      # the others need the helper
     close(plain(metrics), plain(first['best']['metrics']))
     for r, whole in zip(two(stopped_batch_norm), two(batch_norm)): close(without(r['rest'], 'model'), without(whole, 'model'), 0.)

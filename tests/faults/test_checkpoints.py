@@ -4,11 +4,12 @@ import contextlib, io, os, pickle, shutil, signal, warnings
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 
-import rtsseg.loop, rtsseg.train
+import rtsseg.loop, rtsseg.training
 from rtsseg.config import load, to_yaml
-from rtsseg.loop import MAGIC, CheckpointError, load_state, newest_state, save_state
+from rtsseg.checkpoint import CheckpointError, MAGIC, load_state, newest_state, save_state
 from rtsseg.toy import tiny_toy
-from rtsseg.train import Stopped, Terminated
+from rtsseg.runs import Stopped
+from rtsseg.launch import StopSignals
 from small_world import At, Nothing, Points, Scripted, equal, net, run, stop, weights
 
 FAULTS = {26: ('the newest checkpoint is cut off', 'the one before it is taken, aloud; the run ends in the same bits'),
@@ -47,8 +48,8 @@ def real(tmp_path_factory):
     cfg = load(overrides=['augment.enabled=false', 'loader.num_workers=0', 'tracker.kind=none'], name='tiny', runs=at/'whole', device='cpu', epochs=3, batch_size=8, val_frequency=1, freeze_backbone_epochs=0,
                checkpoint=dict(every=1), data=dict(manifest=tiny_toy(at), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
                model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
-    whole = rtsseg.train.run(cfg); steps = load_state(whole/'checkpoints'/'resume.ckpt')['step']
-    with pytest.raises(Stopped): rtsseg.train.run(cfg.model_copy(update=dict(runs=at/'half')), [At(steps - 1, stop)])
+    whole = rtsseg.training.train(cfg); steps = load_state(whole/'checkpoints'/'resume.ckpt')['step']
+    with pytest.raises(Stopped): rtsseg.training.train(cfg.model_copy(update=dict(runs=at/'half')), [At(steps - 1, stop)])
     return cfg, whole, at/'half'
 
 # ---------------------------------------------------------------- 26, 27: the newest is damaged
@@ -64,7 +65,7 @@ def test_26_a_real_run_ends_in_the_same_bytes(real, tmp_path, capsys):
     "A run from real files whose newest checkpoint is cut off gives the same model, byte for byte"
     cfg, whole, stopped = real; cfg = cfg.model_copy(update=dict(runs=copied(stopped, tmp_path/'runs')))
     damage(next(cfg.runs.glob('tiny/*/seed42')), 'resume')
-    folder = rtsseg.train.run(cfg)
+    folder = rtsseg.training.train(cfg)
     assert 'resume.ckpt is damaged: its content does not match its seal. Going on from epoch-0002.ckpt' in capsys.readouterr().out
     assert (folder/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
@@ -132,7 +133,7 @@ def test_28_the_command_refuses(real, tmp_path, monkeypatch, capsys, names):
         for n in ('epoch-0001', 'epoch-0002'): (folder/'checkpoints'/f'{n}.ckpt').unlink()      # no state is from before the best weights
     damage(folder, *names); before = contents(folder); (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning)      # which the command changes
-    with pytest.raises(SystemExit) as left: rtsseg.train.rtsseg_train(config=str(tmp_path/'cfg.yaml'), inline=True)
+    with pytest.raises(SystemExit) as left: rtsseg.training.rtsseg_train(config=str(tmp_path/'cfg.yaml'), inline=True)
     assert left.value.code == 2 and contents(folder) == before
     line, = [l for l in capsys.readouterr().err.splitlines() if l.startswith('error: ')]; assert all(f'{n}.ckpt is damaged' in line for n in names) and '--fresh' in line
 
@@ -141,9 +142,9 @@ def test_28_the_best_weights_are_damaged_as_the_run_ends(real, tmp_path):
     cfg, whole = real[0].model_copy(update=dict(runs=tmp_path/'runs')), real[1]; assert load_state(whole/'checkpoints'/'best.ckpt')['best']['epoch'] > 1
     class Breaks:
         def on_end(self, run): damage(run.folder, 'best')
-    with pytest.raises(CheckpointError, match='best.ckpt is damaged'): rtsseg.train.run(cfg, [Breaks()])
+    with pytest.raises(CheckpointError, match='best.ckpt is damaged'): rtsseg.training.train(cfg, [Breaks()])
     folder, = cfg.runs.glob('tiny/*/seed42'); assert not (folder/'model').exists()
-    assert (rtsseg.train.run(cfg)/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
+    assert (rtsseg.training.train(cfg)/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
 @pytest.mark.parametrize('how,why', [
     (lambda s: s | dict(model={k: v[:1] for k, v in s['model'].items() if v.ndim}), 'RuntimeError: Error'),      # other shapes
@@ -188,7 +189,7 @@ def test_30_sigterm_while_the_average_is_judged(undisturbed, tmp_path):
     "Asked to stop in the middle of a validation, the run saves the weights that train as the model and the averaged ones beside them, and goes on as if undisturbed"
     class Asks(Points):
         def meter(self): m = Nothing(); m.update = lambda out, batch: os.kill(os.getpid(), signal.SIGTERM); return m
-    with Terminated() as t: stopped = again(tmp_path, 0, task=Asks(), observers=[t])
+    with StopSignals() as t: stopped = again(tmp_path, 0, task=Asks(), observers=[t])
     saved = load_state(tmp_path/'checkpoints'/'resume.ckpt'); flat = lambda s: torch.cat([v.double().flatten() for v in s.values()])
     assert stopped.reason == 'SIGTERM' and stopped.batch == 6 and not stopped.history and not stopped.best      # all of epoch 1 is trained, and nothing is judged
     assert torch.equal(flat(saved['model']), weights(stopped.model)) and torch.equal(flat(saved['average']['module']), weights(stopped.average.module))

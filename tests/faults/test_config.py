@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest, small_run
 from hypothesis import given, settings, strategies as st
 
-from rtsseg.config import Config, ConfigError, check_parameters, doubts, load, read_yaml, run_folder, to_yaml
-from rtsseg.data import DataError, read_manifest, write_manifest
-from rtsseg.evaluate import evaluate_run
-from rtsseg.segment import check, prepare
-from rtsseg.train import Busy, locked, run, start_over
+from rtsseg.config import Config, ConfigError, check_parameters, doubtful_settings, load, read_yaml, to_yaml
+from rtsseg.runs import run_folder
+from rtsseg.console import DataError
+from rtsseg.manifest import read_manifest, write_manifest
+from rtsseg.evaluation import evaluate
+from rtsseg.prepare import prepare
+from rtsseg.check import check
+from rtsseg.runs import Busy, run_lock
+from rtsseg.training import set_aside, train
 from small_shell import CLEAN, shell
 
 FAULTS = {
@@ -81,9 +85,9 @@ def test_22_a_curriculum_with_a_hole(rows, word):
 def test_22_what_is_never_reached_is_said(tiny, capfd):
     "Rows past the last epoch, and a backbone that stays frozen to the end; the run goes on"
     cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=tiny.sampler.model_copy(update=dict(curriculum=Config().sampler.curriculum))))
-    told = doubts(cfg)
+    told = doubtful_settings(cfg)
     assert any('rows from epoch 11 on begin after the last epoch, 1' in t for t in told) and any('the backbone never trains' in t for t in told)
-    with pytest.warns(UserWarning) as seen: run(cfg)
+    with pytest.warns(UserWarning) as seen: train(cfg)
     assert set(told) <= {str(w.message) for w in seen}
     assert {f.value for f in check(cfg, batches=1) if f.what == 'doubtful setting'} == set(told)
 
@@ -92,14 +96,14 @@ def files(folder): return {f: f.stat().st_mtime_ns for f in folder.rglob('*') if
 
 def test_23_a_run_folder_whose_config_was_changed(tiny):
     "It is refused, and nothing in it is touched"
-    folder = run(tiny); path = folder/'config.yaml'; path.write_text(path.read_text().replace('weight_decay: 0.01', 'weight_decay: 0.02'))
+    folder = train(tiny); path = folder/'config.yaml'; path.write_text(path.read_text().replace('weight_decay: 0.01', 'weight_decay: 0.02'))
     before = files(folder)
-    with pytest.raises(ConfigError, match='config.yaml has been changed since the run began.*--fresh'): run(tiny)
+    with pytest.raises(ConfigError, match='config.yaml has been changed since the run began.*--fresh'): train(tiny)
     assert files(folder) == before
 
 def test_23_fresh_puts_the_old_folder_aside(tiny, tmp_path):
     "Whole, under another name; the same command trains anew and ends in the same bytes"
-    folder = run(tiny); model = (folder/'model'/'model.safetensors').read_bytes(); held = {f.relative_to(folder) for f in folder.rglob('*')}
+    folder = train(tiny); model = (folder/'model'/'model.safetensors').read_bytes(); held = {f.relative_to(folder) for f in folder.rglob('*')}
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
     done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh')
     assert done.returncode == 0 and 'put aside: ' in done.stdout, done.stderr
@@ -108,13 +112,13 @@ def test_23_fresh_puts_the_old_folder_aside(tiny, tmp_path):
     assert len([l for l in (folder/'log.jsonl').read_text().splitlines() if json.loads(l)['event'] == 'start']) == 1
 
 def test_23_a_run_under_way_is_not_put_aside(tiny):
-    folder = run_folder(tiny, prepare(tiny).hash); assert start_over(folder) is None
-    with locked(folder), pytest.raises(Busy): start_over(folder)
+    folder = run_folder(tiny, prepare(tiny).hash); assert set_aside(folder) is None
+    with run_lock(folder), pytest.raises(Busy): set_aside(folder)
     assert folder.is_dir()
 
 def test_23_force_goes_on_and_is_recorded(tiny, tmp_path):
     "With the config of the command; the log keeps what differed, and the report tells"
-    folder = run(tiny); path = folder/'config.yaml'; good = path.read_text(); path.write_text(good.replace('weight_decay: 0.01', 'weight_decay: 0.02'))
+    folder = train(tiny); path = folder/'config.yaml'; good = path.read_text(); path.write_text(good.replace('weight_decay: 0.01', 'weight_decay: 0.02'))
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
     assert '--force' in refused('rtsseg-train', '--config', tmp_path/'tiny.yaml')
     done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--force')
@@ -124,10 +128,10 @@ def test_23_force_goes_on_and_is_recorded(tiny, tmp_path):
 
 def test_23_data_that_was_changed_since(tiny):
     "A run is evaluated on the data that it was trained on, or by force, and then each pass records it"
-    folder = run(tiny); t = read_manifest(tiny.data.manifest).table; t.loc[0, 'region'] = 'elsewhere'; write_manifest(t, tiny.data.manifest); before = files(folder)
-    with pytest.raises(DataError, match='manifest.csv.*: this is a config or data that make .*--force'): evaluate_run(folder, 'val')
+    folder = train(tiny); t = read_manifest(tiny.data.manifest).table; t.loc[0, 'region'] = 'elsewhere'; write_manifest(t, tiny.data.manifest); before = files(folder)
+    with pytest.raises(DataError, match='manifest.csv.*: this is a config or data that make .*--force'): evaluate(folder, 'val')
     assert files(folder) == before
-    evaluate_run(folder, 'val', force=True)
+    evaluate(folder, 'val', force=True)
     done = [l for l in map(json.loads, (folder/'log.jsonl').read_text().splitlines()) if l['event'] == 'evaluate']
     assert done and all(folder.parent.name in l['forced'] for l in done)
 

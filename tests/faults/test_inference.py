@@ -6,14 +6,16 @@ import numpy as np, pytest, rasterio, torch
 from rasterio.transform import from_origin
 from safetensors.torch import load_file, save
 
-import rtsseg.predict
+import rtsseg.prediction
 from rtsseg.config import Config
-from rtsseg.data import DataError, Stats, write_raster
-from rtsseg.evaluate import rtsseg_evaluate
+from rtsseg.console import DataError
+from rtsseg.raster import write_raster
+from rtsseg.stats import Stats
+from rtsseg.evaluation import rtsseg_evaluate
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
-from rtsseg.predict import NODATA, Stopped, predict_scene, rtsseg_predict, starts
+from rtsseg.prediction import NODATA, Stopped, predict, rtsseg_predict, starts
 from small_run import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),
@@ -111,26 +113,26 @@ def check(out, told, valid):
 @pytest.mark.parametrize('h, w', [(1, 1), (63, 64), (20, 200), (200, 20)])
 def test_41_a_scene_smaller_than_a_tile(model, tmp_path, h, w):
     "It is filled up as tiles at the edge of the data are in training; the map has the size of the scene"
-    path, valid = scene(tmp_path/'scene.tif', h, w); found = check(tmp_path/'map.tif', predict_scene(model, path, tmp_path/'map.tif'), valid)
+    path, valid = scene(tmp_path/'scene.tif', h, w); found = check(tmp_path/'map.tif', predict(model, path, tmp_path/'map.tif'), valid)
     assert h * w == 1 or np.ptp(found) > 5000
 
 @pytest.mark.parametrize('h, w', [(30, 30), (150, 200)])
 def test_41_a_scene_without_any_data(model, tmp_path, monkeypatch, h, w):
     "The map holds no data, says so in numbers, and the model is not asked at all"
-    monkeypatch.setattr(rtsseg.predict, '_probabilities', None)
-    path, valid = scene(tmp_path/'scene.tif', h, w, (0, h, 0, w)); told = predict_scene(model, path, tmp_path/'map.tif')
+    monkeypatch.setattr(rtsseg.prediction, '_probabilities', None)
+    path, valid = scene(tmp_path/'scene.tif', h, w, (0, h, 0, w)); told = predict(model, path, tmp_path/'map.tif')
     check(tmp_path/'map.tif', told, valid); assert told['valid'] == told['windows'] == 0
 
 def test_41_a_scene_with_data_in_parts(model, tmp_path):
     "Nothing is told of pixels without data; windows wholly without it are skipped and counted; others see the mean there, as in training"
-    path, valid = scene(tmp_path/'scene.tif', 250, 310, (0, 250, 0, 130), (100, 101, 200, 300)); told = predict_scene(model, path, tmp_path/'map.tif')
+    path, valid = scene(tmp_path/'scene.tif', 250, 310, (0, 250, 0, 130), (100, 101, 200, 300)); told = predict(model, path, tmp_path/'map.tif')
     found = check(tmp_path/'map.tif', told, valid); assert told['empty'] >= 15 and np.ptp(found[valid]) > 5000
 
 # ---------------------------------------------------------------- 42: cut off
 @pytest.fixture
 def ready(model, monkeypatch):
     "The model, loaded once: what is killed many times is what comes after. And nothing is pressed onto the disk, which matters when the power fails and not when a process does"
-    loaded = load_model(model); monkeypatch.setattr(rtsseg.predict, 'load_model', lambda folder, device: loaded); monkeypatch.setattr(os, 'fsync', lambda file: None)
+    loaded = load_model(model); monkeypatch.setattr(rtsseg.prediction, 'load_model', lambda folder, device: loaded); monkeypatch.setattr(os, 'fsync', lambda file: None)
     return model
 
 class Kill:
@@ -157,60 +159,60 @@ def files(out): return [f.read_bytes() for f in (out, out.with_name(f'{out.name}
 
 def test_42_killed_at_every_step_on_disk(ready, tmp_path):
     "Whichever file is opened, renamed or removed last: what is called a map is one, and the same command ends in the same bytes"
-    path, valid = scene(tmp_path/'scene.tif', 100, 64, (0, 20, 0, 30)); predict_scene(ready, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
-    kill, kept = Kill(lambda: predict_scene(ready, path, out), out), 0
+    path, valid = scene(tmp_path/'scene.tif', 100, 64, (0, 20, 0, 30)); predict(ready, path, tmp_path/'undisturbed.tif'); want, out = files(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
+    kill, kept = Kill(lambda: predict(ready, path, out), out), 0
     for k in range(1, 1000):
         if not kill(k): break
         kept += out.with_name('map.tif.parts').exists()
         if out.exists(): assert out.read_bytes() == want[0]
-        check(out, predict_scene(ready, path, out), valid); assert files(out) == want
+        check(out, predict(ready, path, out), valid); assert files(out) == want
         for f in tmp_path.glob('map.tif*'): f.unlink()
     assert k > 40 and kept > 20
 
 def test_42_killed_at_random_points(ready, tmp_path):
     "Again and again, until it is through"
-    model = ready; path, valid = scene(tmp_path/'scene.tif', 500, 300, (0, 90, 0, 200)); predict_scene(model, path, tmp_path/'undisturbed.tif'); begun = time.monotonic(); predict_scene(model, path, tmp_path/'again.tif'); whole = time.monotonic() - begun
-    out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict_scene(model, path, out), out)
+    model = ready; path, valid = scene(tmp_path/'scene.tif', 500, 300, (0, 90, 0, 200)); predict(model, path, tmp_path/'undisturbed.tif'); begun = time.monotonic(); predict(model, path, tmp_path/'again.tif'); whole = time.monotonic() - begun
+    out, dice, kills, killed = tmp_path/'map.tif', random.Random(0), int(os.environ.get('RTSSEG_KILLS', 12)), 0; kill = Kill(lambda: predict(model, path, out), out)
     while killed < kills:
         while kill(seconds=dice.uniform(.05, .7) * whole if killed < kills else None): killed += 1
-        check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+        check(out, predict(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
         for f in tmp_path.glob('map.tif*'): f.unlink()
 
 def finished(parts): return list(parts.glob('0*'))
 
 def cut_off(model, path, out, monkeypatch, after, **more):
     "Leave a prediction after some rows of windows"
-    real, put = rtsseg.predict._Parts.put, []
+    real, put = rtsseg.prediction._Parts.put, []
     def stops(self, *args):
         if len(put) == after: raise KeyboardInterrupt
         put.append(real(self, *args))
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(rtsseg.predict._Parts, 'put', stops); predict_scene(model, path, out, **more)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt): m.setattr(rtsseg.prediction._Parts, 'put', stops); predict(model, path, out, **more)
     return out.with_name(f'{out.name}.parts')
 
 @pytest.fixture
 def rows(monkeypatch):
     "How many rows of windows were run"
-    real, run = rtsseg.predict._Scene.band, []
-    monkeypatch.setattr(rtsseg.predict._Scene, 'band', lambda self, top: run.append(top) or real(self, top))
+    real, run = rtsseg.prediction._Scene.band, []
+    monkeypatch.setattr(rtsseg.prediction._Scene, 'band', lambda self, top: run.append(top) or real(self, top))
     def count(work): run.clear(); work(); return len(run) - 1      # one is read when a scene is opened
     return count
 
 def test_42_finished_rows_are_not_made_again(model, tmp_path, monkeypatch, rows):
     "Of what is finished, only the windows that reach into the rest are run again"
-    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); assert rows(lambda: predict_scene(model, path, tmp_path/'undisturbed.tif')) == 10; out = tmp_path/'map.tif'
+    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); assert rows(lambda: predict(model, path, tmp_path/'undisturbed.tif')) == 10; out = tmp_path/'map.tif'
     assert len(finished(cut_off(model, path, out, monkeypatch, 7))) == 7 and not out.exists()
-    assert rows(lambda: predict_scene(model, path, out)) == 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
-    assert rows(lambda: predict_scene(model, path, out)) == 0      # and a finished map not at all
+    assert rows(lambda: predict(model, path, out)) == 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
+    assert rows(lambda: predict(model, path, out)) == 0      # and a finished map not at all
 
 @pytest.mark.parametrize('damage', ['flipped', 'truncated', 'empty', 'swapped', 'the note of the settings is lost'])
 def test_42_rows_that_are_damaged(model, tmp_path, monkeypatch, damage, rows, capfd):
     "They are told, and made again, and no others: the map is the same bytes"
-    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'
+    path, _ = scene(tmp_path/'scene.tif', 64 + 9 * 32, 70); predict(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'
     parts = cut_off(model, path, out, monkeypatch, 10 - 1); part = parts/'000004'; data = part.read_bytes(); lost = 'note' in damage
     if lost: (parts/'made.json').unlink()
     elif damage == 'swapped': part.write_bytes((parts/'000005').read_bytes())
     else: part.write_bytes(dict(flipped=data[:90] + bytes([data[90] ^ 4]) + data[91:], truncated=data[:-9], empty=b'')[damage])
-    capfd.readouterr(); made = rows(lambda: predict_scene(model, path, out)); said = capfd.readouterr().err
+    capfd.readouterr(); made = rows(lambda: predict(model, path, out)); said = capfd.readouterr().err
     assert files(out) == files(tmp_path/'undisturbed.tif') and said.count('is damaged or was left by another run') == (0 if lost else 1) and made == (2 if lost else 4)
 
 @pytest.mark.parametrize('other', ['model', 'views', 'batch', 'scene'])
@@ -220,12 +222,12 @@ def test_42_rows_that_were_begun_otherwise_are_kept(model, tmp_path, monkeypatch
     if other == 'model':
         theirs['model_dir'] = at = shutil.copytree(model, tmp_path/'model'); text = (at/'normalization_stats.json').read_text(); (at/'normalization_stats.json').write_text(text.replace('0.35', '0.36')); seal_model(at)
     else: theirs[other] = dict(views='minimal', batch=3, scene=scene(tmp_path/'other.tif', 64 + 9 * 32, 64)[0])[other]
-    predict_scene(**mine | dict(out=tmp_path/'undisturbed.tif')); predict_scene(**theirs); held = files(out)
+    predict(**mine | dict(out=tmp_path/'undisturbed.tif')); predict(**theirs); held = files(out)
     parts = cut_off(model, path, out, monkeypatch, 3, force=True); before = {f: f.read_bytes() for f in parts.iterdir()}; assert len(finished(parts)) == 3
-    with pytest.raises(DataError, match=fr'map.tif.parts holds finished rows of a map that was begun otherwise \({other}\)'): predict_scene(**theirs)
+    with pytest.raises(DataError, match=fr'map.tif.parts holds finished rows of a map that was begun otherwise \({other}\)'): predict(**theirs)
     assert {f: f.read_bytes() for f in parts.iterdir()} == before and files(out) == held
-    assert rows(lambda: predict_scene(**mine, force=True)) == 5 - 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
-    cut_off(model, path, tmp_path/'new.tif', monkeypatch, 3); predict_scene(**theirs | dict(out=tmp_path/'new.tif', force=True)); assert files(tmp_path/'new.tif') == held
+    assert rows(lambda: predict(**mine, force=True)) == 5 - 3 + 1 and files(out) == files(tmp_path/'undisturbed.tif')
+    cut_off(model, path, tmp_path/'new.tif', monkeypatch, 3); predict(**theirs | dict(out=tmp_path/'new.tif', force=True)); assert files(tmp_path/'new.tif') == held
 
 @pytest.mark.parametrize('name', ['000001', 'made.json', 'whole.tif'])
 def test_42_no_row_is_waited_for(ready, tmp_path, monkeypatch, name):
@@ -233,32 +235,32 @@ def test_42_no_row_is_waited_for(ready, tmp_path, monkeypatch, name):
     path, _ = scene(tmp_path/'scene.tif', 200, 70); out = tmp_path/'map.tif'; part = cut_off(ready, path, out, monkeypatch, 3)/name; part.unlink(missing_ok=True); os.mkfifo(part)
     with in_time():
         if name == '000001':
-            with pytest.raises(FileError, match='000001 is no regular file'): predict_scene(ready, path, out)
-        else: predict_scene(ready, path, tmp_path/'undisturbed.tif'); predict_scene(ready, path, out); assert files(out) == files(tmp_path/'undisturbed.tif')
+            with pytest.raises(FileError, match='000001 is no regular file'): predict(ready, path, out)
+        else: predict(ready, path, tmp_path/'undisturbed.tif'); predict(ready, path, out); assert files(out) == files(tmp_path/'undisturbed.tif')
 
 @pytest.mark.parametrize('damage', ['cut off', 'flipped', 'its note is lost'])
 def test_42_a_finished_map_that_was_damaged(model, tmp_path, damage, capfd):
     "It is not taken for done: it is made again, to the same bytes"
-    path, _ = scene(tmp_path/'scene.tif', 100, 70); out = tmp_path/'map.tif'; predict_scene(model, path, out); good = files(out); capfd.readouterr()
-    predict_scene(model, path, out); assert 'is there already' in capfd.readouterr().err and files(out) == good
+    path, _ = scene(tmp_path/'scene.tif', 100, 70); out = tmp_path/'map.tif'; predict(model, path, out); good = files(out); capfd.readouterr()
+    predict(model, path, out); assert 'is there already' in capfd.readouterr().err and files(out) == good
     if damage == 'its note is lost': out.with_name('map.tif.json').unlink()
     else: out.write_bytes(good[0][:-50] if damage == 'cut off' else good[0][:-50] + bytes([good[0][-50] ^ 1]) + good[0][-49:])
-    predict_scene(model, path, out); assert 'the map is made again' in capfd.readouterr().err and files(out) == good
+    predict(model, path, out); assert 'the map is made again' in capfd.readouterr().err and files(out) == good
 
 def test_42_a_map_of_other_settings_is_kept(model, tmp_path):
     "Another scene, model or setting is refused while the old map stands there, and names what differs; --force replaces it"
-    path, _ = scene(tmp_path/'scene.tif', 70, 70); other, _ = scene(tmp_path/'other.tif', 70, 71); out = tmp_path/'map.tif'; predict_scene(model, path, out); old = files(out)
-    with pytest.raises(DataError, match=r'map.tif is there and was made otherwise \(scene\)'): predict_scene(model, other, out)
-    with pytest.raises(DataError, match=r'made otherwise \(views\)'): predict_scene(model, path, out, views='minimal')
+    path, _ = scene(tmp_path/'scene.tif', 70, 70); other, _ = scene(tmp_path/'other.tif', 70, 71); out = tmp_path/'map.tif'; predict(model, path, out); old = files(out)
+    with pytest.raises(DataError, match=r'map.tif is there and was made otherwise \(scene\)'): predict(model, other, out)
+    with pytest.raises(DataError, match=r'made otherwise \(views\)'): predict(model, path, out, views='minimal')
     assert files(out) == old and len(list(tmp_path.iterdir())) == 4
-    assert predict_scene(model, other, out, force=True)['pixels'] == 70 * 71 and files(out) != old
+    assert predict(model, other, out, force=True)['pixels'] == 70 * 71 and files(out) != old
     mine, _ = scene(tmp_path/'mine.tif', 9, 9); held = mine.read_bytes()
-    with pytest.raises(DataError, match='not by this library'): predict_scene(model, path, mine)
+    with pytest.raises(DataError, match='not by this library'): predict(model, path, mine)
     assert mine.read_bytes() == held
 
 def test_42_asked_to_stop(model, tmp_path, capsys):
     "SIGTERM ends the command after the windows in hand, with exit code 3; the same command goes on. Wrong settings end it with 2, all of them named"
-    path, _ = scene(tmp_path/'scene.tif', 1500, 300); out = tmp_path/'map.tif'; predict_scene(model, path, tmp_path/'undisturbed.tif'); given = dict(model=str(model), scene=str(path), out=str(out))
+    path, _ = scene(tmp_path/'scene.tif', 1500, 300); out = tmp_path/'map.tif'; predict(model, path, tmp_path/'undisturbed.tif'); given = dict(model=str(model), scene=str(path), out=str(out))
     call = [Path(sys.executable).parent/'rtsseg-predict', *(x for k, v in given.items() for x in (f'--{k}', v))]; env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')      # another number of threads gives other last digits
     with subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         until = time.monotonic() + 200
@@ -273,31 +275,31 @@ def test_42_asked_to_stop(model, tmp_path, capsys):
 def test_42_a_scene_with_a_damaged_block(model, tmp_path):
     "The message names the block; rows that were finished before it are kept"
     path, _ = scene(tmp_path/'scene.tif', 400, 70); data = bytearray(path.read_bytes()); at = int(len(data) * .7); data[at:at + 400] = bytes(400); path.write_bytes(data)
-    with pytest.raises(DataError, match=r"rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+"): predict_scene(model, path, tmp_path/'map.tif')
+    with pytest.raises(DataError, match=r"rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+"): predict(model, path, tmp_path/'map.tif')
     assert not (tmp_path/'map.tif').exists() and len(finished(tmp_path/'map.tif.parts')) > 3
 
 def test_42_a_full_disk_under_the_map(model, tmp_path):
     "The rows are finished, and the map does not fit beside them: no map, and the same command makes it once there is room"
-    path, valid = scene(tmp_path/'scene.tif', 300, 300); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; parts = tmp_path/'map.tif.parts'
+    path, valid = scene(tmp_path/'scene.tif', 300, 300); predict(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; parts = tmp_path/'map.tif.parts'
     for share in (.3, .6, .9, .999):
         if not (child := os.fork()):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (tmp_path/'undisturbed.tif').stat().st_size),) * 2); null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
-            try: predict_scene(model, path, out)
+            try: predict(model, path, out)
             except Stopped: os._exit(3)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3 and not out.exists() and len(list(parts.glob('0*'))) == len(starts(300, 64))
-    check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+    check(out, predict(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
 
 def test_42_a_full_disk(model, tmp_path, monkeypatch):
     "A disk that fills up leaves no map behind, and finished rows that the same command goes on from"
-    path, valid = scene(tmp_path/'scene.tif', 200, 70); predict_scene(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; real = rtsseg.predict.write_atomic
+    path, valid = scene(tmp_path/'scene.tif', 200, 70); predict(model, path, tmp_path/'undisturbed.tif'); out = tmp_path/'map.tif'; real = rtsseg.prediction.write_atomic
     for n in range(7):
         wrote = []
         def full(*args):
             if len(wrote) == n: raise OSError(28, 'No space left on device')
             wrote.append(real(*args))
-        with monkeypatch.context() as m, pytest.raises(Stopped, match='No space left on device.*the same command goes on'): m.setattr(rtsseg.predict, 'write_atomic', full); predict_scene(model, path, out)
+        with monkeypatch.context() as m, pytest.raises(Stopped, match='No space left on device.*the same command goes on'): m.setattr(rtsseg.prediction, 'write_atomic', full); predict(model, path, out)
         assert not out.exists() or n == 6
         for f in tmp_path.glob('map.tif.parts'): assert n > 0
-        check(out, predict_scene(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
+        check(out, predict(model, path, out), valid); assert files(out) == files(tmp_path/'undisturbed.tif')
         for f in tmp_path.glob('map.tif*'): f.unlink()

@@ -4,10 +4,12 @@ import os, re, shutil
 import pandas as pd
 import pytest
 
-from rtsseg.data import DataError, check_files, leaks, read_manifest, seal, show_findings, write_manifest
+from rtsseg.console import DataError
+from rtsseg.manifest import add_hashes, read_manifest, write_manifest
+from rtsseg.audit import check_files, leaks, show_findings
 from rtsseg.config import Config
-from rtsseg.segment import prepare
-from rtsseg.train import run
+from rtsseg.prepare import prepare
+from rtsseg.training import train
 from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
 
 STRICT = 'data: {split_check: error}'
@@ -129,14 +131,14 @@ def test_04_one_tile_in_two_splits(world):
 def test_04_one_file_in_two_splits(world, path):
     "However its path is written"
     (world/'sub').mkdir(); os.symlink('t0.tif', world/'link.tif'); at(world, 'image', path, 'full.csv', row=5)
-    for use in (lambda: read_manifest(world/'full.csv'), lambda: run(settings(world))):
+    for use in (lambda: read_manifest(world/'full.csv'), lambda: train(settings(world))):
         with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), image: one file, 't0.tif', stands in test, train"): use()
 
 def test_04_one_content_in_two_splits(world):
     "Copies are found by the check, and at once where the manifest holds hashes"
     shutil.copy(world/'t0.tif', world/'t5.tif')
     assert "leak: equal files: t0 (train, t0.tif) = t5 (test, t5.tif)" in wrong(world)
-    write_manifest(seal(read_manifest(world/'full.csv')), world/'sealed.csv')
+    write_manifest(add_hashes(read_manifest(world/'full.csv')), world/'sealed.csv')
     with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), sha256: one file, 't0.tif', stands in test, train"): read_manifest(world/'sealed.csv')
 
 def test_04_copies_inside_a_split_are_a_warning(world):
@@ -151,7 +153,7 @@ def test_05_splits_that_share_ground(world):
     "Not the check alone: whoever never called it is stopped, too, before anything is written"
     shared_ground(world); assert [f.level for f in leaks(read_manifest(world/'m.csv')) if f.what == 'leak: footprints'] == ['error']
     cfg = settings(world); cfg.data.split_check = 'error'
-    with pytest.raises(DataError, match=r'splits share ground(.|\n)*t1 \(train\) and t2 \(val\)'): run(cfg)
+    with pytest.raises(DataError, match=r'splits share ground(.|\n)*t1 \(train\) and t2 \(val\)'): train(cfg)
     assert not (world.parent/'runs').exists()
 
 def test_05_shared_ground_that_was_allowed(world):
@@ -168,7 +170,7 @@ def test_06_a_split_without_slumps(world, split):
     m = read_manifest(world/'full.csv'); at_split = m.table.split == split
     for f in m.table['mask'][at_split]: rewrite(world/f, lambda a: a * 0)
     write_manifest(m.table.assign(n_positive=m.table.n_positive.where(~at_split, 0)), world/'full.csv')
-    for use in (prepare, run):
+    for use in (prepare, train):
         with pytest.raises(DataError, match=f"full.csv: split '{split}': 2 tiles, and none of them is positive"): use(settings(world))
     assert not (world.parent/'runs').exists()
     assert any(l.startswith(f'split {split}: 0 of 2 tiles positive') and 'no positive tile' in l for l in wrong(world))

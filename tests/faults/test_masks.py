@@ -4,9 +4,12 @@ import re
 import numpy as np
 import pytest
 
-from rtsseg.data import DataError, compute_stats, read_manifest, read_tile
-from rtsseg.segment import loaders
-from rtsseg.train import run
+from rtsseg.console import DataError
+from rtsseg.manifest import read_manifest
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import read_tile
+from rtsseg.tiles import loaders
+from rtsseg.training import train
 from small_tiles import refused, rewrite, seen, settings, world, wrong
 
 FAULTS = {15: ('mask values that are not 0, 1 and 255; or 0 and 255 alone, which many tools write for yes and no', 'refused, with the values'),
@@ -37,7 +40,7 @@ def test_15_255_for_positive(world):
     for i in range(6): rewrite(world/f't{i}_m.tif', lambda a: a * 255)
     said = wrong(world); assert 'mask values: 0 and 255, never 1 (if 255 means positive, import with classes {0: 0, 255: 1})' in said
     for s in ('train', 'val'): assert any(l.startswith(f'split {s}: 0 of 2 tiles positive') for l in said)
-    for use in (loaders, run):
+    for use in (loaders, train):
         with pytest.raises(DataError, match="tile 't0', mask 't0_m.tif': n_positive is 36, and no pixel of it that counts is 1"): use(settings(world))
 
 def test_15_16_17_through_the_check(world):
@@ -63,7 +66,7 @@ def test_17_a_positive_tile_with_an_empty_mask(world, value):
     "By the manifest it holds slumps, by its mask none (or none that counts)"
     rewrite(world/'t0_m.tif', lambda a: a * 0 + value); word = "tile 't0', mask 't0_m.tif': n_positive is 36, and no pixel of it that counts is 1"
     assert f'positive without positives: {word}' in wrong(world)
-    for use in (loaders, run):
+    for use in (loaders, train):
         with pytest.raises(DataError, match=word): use(settings(world))
 
 def test_17_another_count_is_a_warning(world):
@@ -75,4 +78,4 @@ def test_18_a_whole_mask_at_255(world):
     rewrite(world/'t1_m.tif', lambda a: a * 0 + 255); t = (world/'full.csv').read_text().replace(',36,', ',0,', 2).replace(',0,', ',36,', 1); (world/'full.csv').write_text(t)
     m = read_manifest(world/'full.csv'); assert m.table.n_positive.tolist() == [36, 0, 36, 36, 36, 36]
     found = seen(world); assert not wrong(world) and found['wholly ignored'].level == 'note' and "tile 't1', image 't1.tif'" in found['wholly ignored'].value and 'in 1 tiles' in found['wholly ignored'].note
-    folder = run(settings(world)); assert (folder/'model'/'model.safetensors').exists()
+    folder = train(settings(world)); assert (folder/'model'/'model.safetensors').exists()

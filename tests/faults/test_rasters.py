@@ -8,11 +8,19 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
-from rtsseg.config import Table, to_yaml
-from rtsseg.data import DataError, Manifest, check_files, complete, compute_stats, import_table, read_manifest, read_tile, seal, write_manifest
+from rtsseg.config import TableSource, to_yaml
+from rtsseg.console import DataError
+from rtsseg.manifest import Manifest, add_hashes, complete_table, read_manifest, write_manifest
+from rtsseg.stats import compute_stats
+from rtsseg.audit import check_files
+from rtsseg.importers import import_table
+from rtsseg.tiles import read_tile
 from rtsseg.loop import fit
 from rtsseg.models import build
-from rtsseg.segment import loaders, rtsseg_check, SegmentTask, sound, statistics, Unread
+from rtsseg.prepare import check_all_tiles, statistics
+from rtsseg.tiles import UnreadableTiles, loaders
+from rtsseg.segment import SegmentTask
+from rtsseg.check import rtsseg_check
 from small_tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -54,7 +62,7 @@ def trained(world, workers=0, **more):
     "A run over these tiles, without its notebook"
     cfg = settings(world, 'many.csv', **more); cfg.loader.num_workers = workers; feed = loaders(cfg)
     task = SegmentTask(cfg, feed.manifest.of('val').table, 100.); model = build(cfg.model)
-    return fit(cfg, task, model, feed.train, feed.val, world.parent/'run', [Unread(feed)])
+    return fit(cfg, task, model, feed.train, feed.val, world.parent/'run', [UnreadableTiles(feed)])
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_08_one_tile_of_a_thousand_is_left_out(many, workers, capsys):
@@ -83,7 +91,7 @@ def test_08_processes_count_together(many, tmp_path):
         found = flags.clone()
         if len(found) == 1001: found[2] += 1
         return found
-    run = SimpleNamespace(folder=tmp_path, stop=why.append, accelerator=SimpleNamespace(num_processes=2, is_main_process=True, device='cpu', reduce=reduce)); watch = Unread(feed)
+    run = SimpleNamespace(folder=tmp_path, stop=why.append, accelerator=SimpleNamespace(num_processes=2, is_main_process=True, device='cpu', reduce=reduce)); watch = UnreadableTiles(feed)
     assert tiles[1]['target'].eq(255).all(); watch.on_step(run); assert not why
     watch.on_judged(run); assert why and why[0].startswith('training: 2 of 1001 tiles cannot be read')
 
@@ -114,7 +122,7 @@ def test_09_a_flipped_byte(world, field):
         with rasterio.open(world/f, 'w', **profile) as ds:
             ds.write(a)
             for i, n in enumerate(names): ds.set_band_description(i + 1, n or '')
-    sealed = read_manifest(write_manifest(seal(read_manifest(world/'full.csv')), world/'sealed.csv')); bands = ['ndvi']; read_tile(sealed, 0, bands)
+    sealed = read_manifest(write_manifest(add_hashes(read_manifest(world/'full.csv')), world/'sealed.csv')); bands = ['ndvi']; read_tile(sealed, 0, bands)
     file = world/sealed.table[field][0]; content = bytearray(file.read_bytes()); content[len(content) // 2] ^= 1; file.write_bytes(content)
     read_tile(read_manifest(world/'full.csv'), 0, bands)
     word = f"tile 't0', {field} '{file.name}': its SHA-256 is .*… in the manifest: the file is not what it was"
@@ -132,7 +140,7 @@ def test_09_no_hash_at_all(world, field, value):
 def test_09_hashes_are_part_of_the_manifest_where_they_are(world):
     "Empty columns change no manifest; filled ones do, in every format"
     plain = read_manifest(world/'full.csv'); change(world, 'm.csv', sha256=(0, '')); assert read_manifest(world/'m.csv').hash == plain.hash
-    sealed = {read_manifest(write_manifest(seal(plain), world/f's.{suffix}')).hash for suffix in ('csv', 'parquet', 'geoparquet', 'gpkg')}
+    sealed = {read_manifest(write_manifest(add_hashes(plain), world/f's.{suffix}')).hash for suffix in ('csv', 'parquet', 'geoparquet', 'gpkg')}
     assert len(sealed) == 1 and plain.hash not in sealed
 
 # ---------------------------------------------------------------- 10: blocks that were never written
@@ -178,7 +186,7 @@ def test_11_a_huge_claim(world, claim):
 def test_11_a_huge_number_of_blocks(tmp_path):
     "A hundred thousand strips of a row each, one of them there"
     with rasterio.open(tmp_path/'a.tif', 'w', driver='GTiff', width=30, height=100_000, count=3, dtype='uint8', blockysize=1, SPARSE_OK=True) as ds: ds.write(np.ones((3, 1, 30), 'uint8'), window=((0, 1), (0, 30)))
-    with pytest.raises(DataError, match='a.tif claims 100000 blocks: more than 65536'): complete(pd.DataFrame([dict(tile_id='a', image='a.tif', mask='', region='r', split='train', crs='none', block='b')]), tmp_path)
+    with pytest.raises(DataError, match='a.tif claims 100000 blocks: more than 65536'): complete_table(pd.DataFrame([dict(tile_id='a', image='a.tif', mask='', region='r', split='train', crs='none', block='b')]), tmp_path)
 
 @pytest.mark.parametrize('content', ['<VRTDataset rasterXSize="32" rasterYSize="32">{}</VRTDataset>', '<MRF_META><Raster><Size x="32" y="32" c="3"/></Raster><CachedSource><Source>{}</Source></CachedSource></MRF_META>',
                                      '<GDAL_WMS><Service name="TMS"><ServerUrl>{}</ServerUrl></Service></GDAL_WMS>', '', 'II*\0', '{}'])
@@ -218,13 +226,13 @@ def test_13_14_what_does_not_fit(world, what):
 def test_13_15_17_in_validation_and_test(world, spoil, word):
     "Not found when the first validation comes, days later: a run reads every tile of its data once before it begins, and is refused; a second config on the same data need not"
     cfg = settings(world); spoil(world)
-    with pytest.raises(DataError, match=word): sound(cfg, read_manifest(world/'full.csv'))
+    with pytest.raises(DataError, match=word): check_all_tiles(cfg, read_manifest(world/'full.csv'))
     assert not cfg.runs.exists()
 
 def test_13_data_that_was_looked_at(world):
     "A run's statistics tell that its data were: another config on them is not made to wait"
-    manifest = read_manifest(world/'full.csv'); statistics(settings(world), manifest); truncate(world/'t5.tif'); sound(settings(world, epochs=2), manifest)
-    with pytest.raises(DataError): sound(settings(world, data=dict(manifest=world/'full.csv', tile_size=32, extra_bands=['x'], split_check='warn'), model=dict(in_channels=4)), manifest)
+    manifest = read_manifest(world/'full.csv'); statistics(settings(world), manifest); truncate(world/'t5.tif'); check_all_tiles(settings(world, epochs=2), manifest)
+    with pytest.raises(DataError): check_all_tiles(settings(world, data=dict(manifest=world/'full.csv', tile_size=32, extra_bands=['x'], split_check='warn'), model=dict(in_channels=4)), manifest)
 
 @pytest.mark.parametrize('content', ['{', '[]', '{"training": 5}', '{"training": [1]}', '\0'])
 def test_08_a_note_of_lost_tiles_that_is_damaged(many, content, capsys):
@@ -270,7 +278,7 @@ def test_13_a_wrong_tile_size_before_training(world, odd):
 @pytest.mark.parametrize('picture,word', [('nowhere/check.png', 'No such file'), ('check.nothing', 'picture: ')])
 def test_13_a_check_that_cannot_write(world, picture, word, monkeypatch, capsys):
     "One line and exit code 2 where the picture cannot be written"
-    (world.parent/'small.yaml').write_text(to_yaml(settings(world))); monkeypatch.setattr('rtsseg.segment.check', lambda *a: None)
+    (world.parent/'small.yaml').write_text(to_yaml(settings(world))); monkeypatch.setattr('rtsseg.check.check', lambda *a: None)
     with pytest.raises(SystemExit) as e: rtsseg_check(config=str(world.parent/'small.yaml'), picture=str(world.parent/picture))
     said = capsys.readouterr().err.strip(); assert e.value.code == 2 and said.startswith('error: ') and word in said and '\n' not in said
 
@@ -313,7 +321,7 @@ def test_08_hostile_geotiff(tmp_path, data_dir, name, bands):
                        transform=rasterio.Affine(3, 0, 341970, 0, -3, 1603902)) as ds: ds.write(np.zeros((1, 2475, 71), 'uint8'))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: m = import_table(Table(path=tmp_path/'m.csv', image='a.tif', mask='zero.tif', bands=bands), tmp_path/'out'/'m.csv')
+        try: m = import_table(TableSource(path=tmp_path/'m.csv', image='a.tif', mask='zero.tif', bands=bands), tmp_path/'out'/'m.csv')
         except DataError as e: assert "row 1 (tile_id 'a')" in str(e) and not list((tmp_path/'out').iterdir()); return
     assert name == 'all-nodata' and (read_tile(m, 0)[2] == 255).all()
 
@@ -343,5 +351,5 @@ def test_08_any_damage_is_an_error_or_a_tile(tmp_path_factory, what, tiled, comp
     file.write_bytes(data); row = dict(tile_id='a', image='image.tif', mask='mask.tif', extra='extra.tif', region='r', split='train')
     cfg = CFG.model_copy(deep=True); cfg.data.extra_bands = ['ndvi']
     for more in ({}, dict(n_positive=5, xmin=5e5, ymin=-2000096., xmax=500096., ymax=-2e6, crs='EPSG:3413', pixel_size=3.)):
-        try: check_files(Manifest(complete(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg)
+        try: check_files(Manifest(complete_table(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg)
         except DataError as e: assert 'row 1' in str(e) and re.search('(image|mask).tif', str(e))      # a mask may be shifted against an image that lies

@@ -9,11 +9,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
-import rtsseg.config, rtsseg.loop, rtsseg.train
-from rtsseg.config import ConfigError, Loader, run_folder, to_yaml
-from rtsseg.loop import Run, UnsavedError, WorkerError, Writing, load_state, newest_state
-from rtsseg.segment import loaders, prepare, statistics
-from rtsseg.train import Busy, Log, RunError, Stopped, Terminated, locked
+import rtsseg.config, rtsseg.loop, rtsseg.runs, rtsseg.training
+from rtsseg.config import ConfigError, Loader, to_yaml
+from rtsseg.runs import run_folder
+from rtsseg.checkpoint import CheckpointWriter, UnsavedError, load_state, newest_state
+from rtsseg.workers import WorkerError
+from rtsseg.loop import TrainingState
+from rtsseg.prepare import prepare, statistics
+from rtsseg.tiles import loaders
+from rtsseg.runs import Busy, RunError, Stopped, run_lock
+from rtsseg.launch import StopSignals
+from rtsseg.training import Log
 from small_run import MODEL, tiny, toy_world
 from small_world import At, Nothing, Points, equal, net, points, quick, run
 
@@ -79,19 +85,19 @@ def lies(folder): return tuple((f.relative_to(folder), f.read_bytes()) for f in 
 
 def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_path, monkeypatch):
     "Whichever I/O step is the last one, what lies there can be read, and the run that goes on from it ends in the same bits"
-    often, save, trial, left, deaths = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9)), Run.save, tmp_path/'trial', {}, 0
+    often, save, trial, left, deaths = dict(checkpoint=dict(every=2, keep_last=1, resume_minutes=1e-9)), TrainingState.save, tmp_path/'trial', {}, 0
     def dies(run, *a, **kw):
         "From the state before a checkpoint, in a copy of its folder, a process for each step that it could die at; then it is written"
         nonlocal deaths
-        def work(): run.folder = trial; save(run, *a, **kw); Writing.settle()
-        Writing.settle()
+        def work(): run.folder = trial; save(run, *a, **kw); CheckpointWriter.settle()
+        CheckpointWriter.settle()
         for k in itertools.count(1):
             shutil.copytree(run.folder, trial) if run.folder.exists() else trial.mkdir()
             died = dies_at(k, work); left[lies(trial)] = None; shutil.rmtree(trial)
             if not died: break
             deaths += 1
         return save(run, *a, **kw)
-    with monkeypatch.context() as m: m.setattr(Run, 'save', dies); equal(undisturbed, again(tmp_path/'whole', 0, **often))
+    with monkeypatch.context() as m: m.setattr(TrainingState, 'save', dies); equal(undisturbed, again(tmp_path/'whole', 0, **often))
     for k, files in enumerate(left):                            # many deaths leave the same behind
         folder = tmp_path/f'{k}'
         for name, data in files: (folder/name).parent.mkdir(parents=True, exist_ok=True); (folder/name).write_bytes(data)
@@ -108,7 +114,7 @@ def test_31_killed_at_random_points(tmp_path):
         "Whether it was killed"
         if not (child := os.fork()):
             null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
-            try: rtsseg.train.run(cfg)
+            try: rtsseg.training.train(cfg)
             except BaseException: os._exit(1)
             os._exit(0)
         if seconds is not None: time.sleep(seconds); os.kill(child, signal.SIGKILL)
@@ -149,7 +155,7 @@ def test_32_sigterm_in_validation(undisturbed, tmp_path):
         seen = 0
         def meter(self): return Asks(1)
         def forward(self, model, batch): self.seen += not model.training; return model(batch['x'])[:, 0]
-    with Terminated() as t:
+    with StopSignals() as t:
         half = again(tmp_path, 0, task=(task := Task()), observers=[t])
     assert half.reason == 'SIGTERM' and task.seen == 1 and not half.history and half.batch == 10
     equal(undisturbed, again(tmp_path))
@@ -157,7 +163,7 @@ def test_32_sigterm_in_validation(undisturbed, tmp_path):
 @pytest.mark.parametrize('times', [1, 2])
 def test_32_sigterm_in_training(undisturbed, tmp_path, times):
     "Asked once or twice: the step under way is the last, and the run goes on from there to the same bits"
-    with Terminated() as t:
+    with StopSignals() as t:
         half = again(tmp_path, 0, observers=[At(7, lambda run: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(times)]), t])
     assert half.step == 7 and not half.finished
     equal(undisturbed, again(tmp_path))
@@ -169,14 +175,14 @@ def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
         if not asked.is_set(): os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); asked.set()
         return write(path, data)
     monkeypatch.setattr(rtsseg.loop, 'write_atomic', slow)
-    with Terminated() as t: half = again(tmp_path, 0, observers=[At(2, lambda run: asked.wait(60)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
+    with StopSignals() as t: half = again(tmp_path, 0, observers=[At(2, lambda run: asked.wait(60)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
     monkeypatch.undo()
     assert half.step == 2 and {f.stem: load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()} == dict(resume=2, before=1)
     equal(undisturbed, again(tmp_path))
 
 def test_32_sigterm_before_the_first_step(undisturbed, tmp_path):
     "Asked for before there is anything to stop: it stops after one step"
-    with Terminated() as t:
+    with StopSignals() as t:
         os.kill(os.getpid(), signal.SIGTERM)
         half = again(tmp_path, 0, observers=[t])
     assert half.step == 1
@@ -206,7 +212,7 @@ def two(work, said, limit=60):
 def pair(folder, hurt=lambda rank, run: None, seed=9, task=lambda rank: None):
     "Two processes train in the small world, and meet `hurt(rank, run)` after every step"
     def work(rank):
-        with Terminated() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
+        with StopSignals() as t: again(folder, seed, task=task(rank), observers=[SimpleNamespace(on_step=lambda run: hurt(rank, run)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
     return two(work, folder)
 
 def files(folder): return {n: load_state(folder/'checkpoints'/f'{n}.ckpt') for n in ('resume', 'best', 'epoch-0002', 'epoch-0004')}
@@ -263,7 +269,7 @@ def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
     assert len(workers) == 2 and not any(Path(f'/proc/{p}').exists() for p in workers) and trainer.returncode == 3, out
     half, = tmp_path.glob('half/two/*/seed42'); end = log()[-1]
     assert (end['event'], end['reason']) == ('end', 'SIGTERM') and load_state(half/'checkpoints'/'resume.ckpt')['step'] == end['step'] and not (half/'model').exists()
-    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.train.run(cfg[name]), tmp_path/name, 200) == [0, 0]
+    for name in ('half', 'whole'): assert two(lambda rank: rtsseg.training.train(cfg[name]), tmp_path/name, 200) == [0, 0]
     whole, = tmp_path.glob('whole/two/*/seed42')
     assert same(load_state(half/'checkpoints'/'resume.ckpt'), load_state(whole/'checkpoints'/'resume.ckpt')) and (half/'model'/'model.safetensors').read_bytes() == (whole/'model'/'model.safetensors').read_bytes()
 
@@ -340,12 +346,12 @@ def test_34_ten_in_a_row_stop_the_run(tmp_path):
 def test_34_a_real_run_of_short_epochs(tmp_path, monkeypatch):
     "Whole epochs without a finite loss are none the less told, and the run stops in a state that can be gone on from"
     cfg, bad = tiny(tmp_path, epochs=15, early_stopping=dict(patience=None)), [0]
-    class Task(rtsseg.train.SegmentTask):
+    class Task(rtsseg.training.SegmentTask):
         def loss(self, out, batch):
             bad[0] += out.requires_grad
             return {k: v * (math.nan if bad[0] > 3 and out.requires_grad else 1) for k, v in super().loss(out, batch).items()}
-    monkeypatch.setattr(rtsseg.train, 'SegmentTask', Task)
-    with pytest.raises(Stopped, match='10 steps in a row without a finite loss'): rtsseg.train.run(cfg)
+    monkeypatch.setattr(rtsseg.training, 'SegmentTask', Task)
+    with pytest.raises(Stopped, match='10 steps in a row without a finite loss'): rtsseg.training.train(cfg)
     assert newest_state(next(tmp_path.glob('runs/tiny/*/seed42/checkpoints')))['step'] == 13
 
 def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
@@ -355,7 +361,7 @@ def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
         acc.scaler = torch.amp.GradScaler('cpu', init_scale=2.**127, growth_interval=10**6); return acc
     monkeypatch.setattr(rtsseg.loop, 'accelerator', scaled)
     done = again(None, 0, epochs=6, loss_weights=dict(bce=1e6, square=1e6)); AcceleratorState._reset_state(reset_partial_state=True)
-    assert done.skipped > rtsseg.loop.BAD and done.bad == 0 and done.finished and all(v.isfinite().all() for v in done.judged.state_dict().values())
+    assert done.skipped > rtsseg.loop.MAX_BAD_STEPS and done.bad == 0 and done.finished and all(v.isfinite().all() for v in done.judged.state_dict().values())
 
 def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
     "Neither first nor later: the best weights are those of the best number"
@@ -374,7 +380,7 @@ def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
         if len(group[0]['tile']) > 3: raise torch.OutOfMemoryError('CUDA out of memory.')
         return real(run, group, *a)
     monkeypatch.setattr(rtsseg.loop, '_step', step)
-    with pytest.raises(RunError) as e: rtsseg.train.run(cfg)
+    with pytest.raises(RunError) as e: rtsseg.training.train(cfg)
     assert e.value.code == 3 and 'out of memory with batch_size 8. ' in str(e.value)
     fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
     assert fits <= 3 and fits * n >= 8
@@ -386,29 +392,29 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here
 def test_36_a_gpu_that_is_full(tmp_path, monkeypatch):
     "Of a GPU as small as that: the batch that the message names is one that runs"
     cfg = tiny(tmp_path, device='cuda', precision='fp32', batch_size=32, sampler=dict(curriculum=[dict(first=1, last=1, ratio=5)]), model=MODEL | dict(options=dict(decoder_channels=[128] * 5)))
-    gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); rtsseg.train.run(cfg.model_copy(update=dict(runs=tmp_path/'whole')))
+    gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); rtsseg.training.train(cfg.model_copy(update=dict(runs=tmp_path/'whole')))
     room = torch.cuda.max_memory_allocated() * 7 // 10; gc.collect(); torch.cuda.empty_cache(); monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *a: (room, room))
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
-        with pytest.raises(RunError, match='out of memory with batch_size 32') as e: rtsseg.train.run(cfg)
+        with pytest.raises(RunError, match='out of memory with batch_size 32') as e: rtsseg.training.train(cfg)
         fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
         assert e.value.code == 3 and fits < 32 <= fits * n
-        assert (rtsseg.train.run(cfg.model_copy(update=dict(batch_size=fits, accumulate=n)))/'model'/'model.safetensors').exists()
+        assert (rtsseg.training.train(cfg.model_copy(update=dict(batch_size=fits, accumulate=n)))/'model'/'model.safetensors').exists()
     finally: torch.cuda.set_per_process_memory_fraction(1.)
 
 @on_a_gpu
 def test_31_two_runs_on_a_gpu(tmp_path):
     "With `deterministic` two runs of a few steps, from the same seed, end in the same bits"
-    runs = [rtsseg.train.run(tiny(tmp_path/name, device='cuda', epochs=3, deterministic=True)) for name in 'ab']
+    runs = [rtsseg.training.train(tiny(tmp_path/name, device='cuda', epochs=3, deterministic=True)) for name in 'ab']
     a, b = (load_state(f/'checkpoints'/'resume.ckpt') for f in runs)
     assert same(*({k: s[k] for k in ('model', 'average', 'optimizer')} for s in (a, b))) and len({(f/'model'/'model.safetensors').read_bytes() for f in runs}) == 1
 
 def test_33_a_command_whose_last_state_finds_no_room(tmp_path, monkeypatch):
     "It stops with code 3; once there is room the same command goes on, and makes the model"
     cfg = tiny(tmp_path); full_disk(monkeypatch, lambda i, name: 'resume' in name)
-    with pytest.raises(RunError, match='make room') as e: rtsseg.train.run(cfg)
+    with pytest.raises(RunError, match='make room') as e: rtsseg.training.train(cfg)
     assert e.value.code == 3 and not list(tmp_path.glob('runs/tiny/*/seed42/model')); monkeypatch.undo()
-    assert (rtsseg.train.run(cfg)/'model'/'model.safetensors').exists()
+    assert (rtsseg.training.train(cfg)/'model'/'model.safetensors').exists()
 
 # ---------------------------------------------------------------- 37: workers
 class Dies(Dataset):
@@ -436,7 +442,7 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
         assert feed.train.timeout == feed.val.timeout == want
 
 FROZEN = """
-import subprocess, rtsseg.train as t
+import subprocess, rtsseg.training as t
 def start(program, n, env, **streams): return [subprocess.Popen(['sh', '-c', 'echo $$; sleep 500 & kill -9 $$'], start_new_session=True, **streams)], None
 t._start, t.PATIENCE = start, 1; t.rtsseg_train()
 """
@@ -452,12 +458,12 @@ def test_37_a_frozen_worker_outlives_its_trainer(tmp_path):
 # ---------------------------------------------------------------- 38: two at once
 def test_38_two_runs_in_one_folder(tmp_path):
     "The second waits for a while, and is refused with code 2"
-    with locked(tmp_path), pytest.raises(Busy, match=rf'another process \(pid {os.getpid()}\) trains in this run folder') as e:
-        with locked(tmp_path, wait=.5): pass
+    with run_lock(tmp_path), pytest.raises(Busy, match=rf'another process \(pid {os.getpid()}\) trains in this run folder') as e:
+        with run_lock(tmp_path, wait=.5): pass
     assert e.value.code == 2
-    with locked(tmp_path, wait=0): pass
+    with run_lock(tmp_path, wait=0): pass
 
-PROGRAM = 'import rtsseg.train as t; t.locked.__wrapped__.__defaults__ = (1,); t.rtsseg_train()'      # the command, but that it waits a second, and not a minute
+PROGRAM = 'import rtsseg.training as t; t.locked.__wrapped__.__defaults__ = (1,); t.rtsseg_train()'      # the command, but that it waits a second, and not a minute
 
 @pytest.mark.parametrize('more', [[], ['--fresh'], ['--force']])
 def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
@@ -465,7 +471,7 @@ def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
     cfg = tiny(tmp_path); (tmp_path/'tiny.yaml').write_text(to_yaml(cfg)); (tmp_path/'soon.py').write_text(PROGRAM); folder = run_folder(cfg, prepare(cfg).hash); statistics(cfg, prepare(cfg))
     command = [Path(sys.executable).with_name('rtsseg-train')] if more else [sys.executable, tmp_path/'soon.py']
     if more == ['--force']: folder.mkdir(parents=True); (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
-    with locked(folder):
+    with run_lock(folder):
         before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
         done = subprocess.run([*command, '--config', tmp_path/'tiny.yaml', *more], capture_output=True, text=True, timeout=100)
         assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
@@ -474,12 +480,12 @@ def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
 
 def test_38_another_process_ends_this_run_while_two_begin(tmp_path):
     "The first of the two finds under the lock that nothing is left to do, and says so to the second, which had looked before"
-    cfg = tiny(tmp_path); model, aside = rtsseg.train.run(cfg)/'model', tmp_path/'aside'; model.rename(aside)
+    cfg = tiny(tmp_path); model, aside = rtsseg.training.train(cfg)/'model', tmp_path/'aside'; model.rename(aside)
     def begin(rank):
         @contextmanager
         def late(folder):
-            with locked(folder): time.sleep(3); aside.rename(model); yield          # meanwhile the second comes as far as it comes alone
-        rtsseg.train.locked = late; rtsseg.train.run(cfg)
+            with run_lock(folder): time.sleep(3); aside.rename(model); yield          # meanwhile the second comes as far as it comes alone
+        rtsseg.runs.run_lock = late; rtsseg.training.train(cfg)
     assert two(begin, tmp_path/'said') == [0, 0]
     assert [Path(f'{tmp_path}/said-{r}.txt').read_text().count('trained already') for r in (0, 1)] == [1, 0]
 
@@ -489,19 +495,19 @@ def test_38_what_refuses_the_first_of_two_refuses_both(tmp_path, what):
     cfg = tiny(tmp_path); folder = run_folder(cfg, prepare(cfg).hash); folder.mkdir(parents=True)
     error, words = dict(busy=(Busy, 'another process'), changed=(ConfigError, r'epochs 7 → 1.*--force'), damaged=(RunError, 'No checkpoint is left'))[what]
     if what == 'changed': (folder/'config.yaml').write_text(to_yaml(cfg.model_copy(update=dict(epochs=7))))
-    if what == 'damaged': rtsseg.train.run(cfg); (folder/'model'/'model.safetensors').write_bytes(b''); shutil.rmtree(folder/'checkpoints')
+    if what == 'damaged': rtsseg.training.train(cfg); (folder/'model'/'model.safetensors').write_bytes(b''); shutil.rmtree(folder/'checkpoints')
     def begin(rank):
         def taken(folder): raise Busy('another process', 2)
-        if what == 'busy': rtsseg.train.locked = taken
-        with pytest.raises(error, match=words): rtsseg.train.run(cfg)
+        if what == 'busy': rtsseg.runs.run_lock = taken
+        with pytest.raises(error, match=words): rtsseg.training.train(cfg)
     assert two(begin, tmp_path/'said') == [0, 0]
 
 def test_38_a_folder_that_was_put_aside_meanwhile(tmp_path):
     "Whoever waited for it holds the new one, not the old one under another name"
     folder = tmp_path/'seed42'; folder.mkdir(); got = threading.Event(); old = open(folder/'.lock', 'a'); fcntl.flock(old, fcntl.LOCK_EX)
     def wait():
-        with locked(folder, wait=20): got.set(); time.sleep(1)
+        with run_lock(folder, wait=20): got.set(); time.sleep(1)
     waiter = threading.Thread(target=wait); waiter.start(); time.sleep(.5); folder.rename(tmp_path/'aside'); old.close()
     assert got.wait(20)
-    with pytest.raises(Busy), locked(folder, wait=0): pass
+    with pytest.raises(Busy), run_lock(folder, wait=0): pass
     waiter.join()

@@ -8,18 +8,20 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save
 
 import small_run
-from rtsseg.calibrate import Calibration, calibrate_run, rtsseg_calibrate
+from rtsseg.calibration import Calibration, calibrate, rtsseg_calibrate
 from rtsseg.config import ConfigError, load
-from rtsseg.data import DataError, write_raster
-from rtsseg.evaluate import evaluate_run, rtsseg_evaluate
-from rtsseg.files import SEAL, SEALED, FileError, seal_model
-from rtsseg.infer import ModelError, load_model, predict
-from rtsseg.metrics import Evidence, evidence_path
-from rtsseg.predict import rtsseg_predict
-from rtsseg.report import ReportError, report, rtsseg_report, tables
+from rtsseg.console import DataError
+from rtsseg.raster import write_raster
+from rtsseg.evaluation import evaluate, rtsseg_evaluate
+from rtsseg.files import FileError, SEAL, SEALED, seal_model
+from rtsseg.infer import ModelError, load_model, predict_logits
+from rtsseg.evidence import Evidence, evidence_path
+from rtsseg.prediction import rtsseg_predict
+from rtsseg.results import ReportError
+from rtsseg.reporting import report, rtsseg_report, tables
 from rtsseg.toy import tiny_toy
 from rtsseg.track import deliver, left, rtsseg_track
-from rtsseg.train import adopt, launch, run
+from rtsseg.training import force_config, launch, train
 
 FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, added or lost', 'refused, every such file named'),
           'S2': ('weights, statistics or notes of a model that lie: broken tables, other types and shapes, numbers that are none', 'refused'),
@@ -88,7 +90,7 @@ def test_S1_a_directory_without_a_list(model):
 
 def test_S1_a_new_calibration_seals_nothing_else(whole, folder):
     "Calibrating again lists the new file, and does not hide that another one was changed"
-    (folder/'model'/'config.yaml').open('a').write('\n'); calibrate_run(folder); said = refused(folder/'model', 'config.yaml is not the file')
+    (folder/'model'/'config.yaml').open('a').write('\n'); calibrate(folder); said = refused(folder/'model', 'config.yaml is not the file')
     assert 'calibration.json' not in said
     shutil.copy(whole/'model'/'config.yaml', folder/'model'/'config.yaml'); load_model(folder/'model')
 
@@ -96,8 +98,8 @@ def test_S1_a_run_that_was_killed_before_its_list(tmp_path):
     "The list is written last: without it a run is not done, and the same command mends it, to the same bytes"
     cfg = load(overrides=['augment.enabled=false'], name='killed', runs=tmp_path/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1, freeze_backbone_epochs=0, loader=dict(num_workers=0), tracker=dict(kind='none'), data=dict(manifest=tiny_toy(tmp_path), tile_size=64, split_check='warn'),
                sampler=dict(curriculum=[dict(first=1, last=1, ratio=1)]), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
-    model = run(cfg)/'model'; before = {f.name: f.read_bytes() for f in model.iterdir()}; (model/SEAL).unlink(); refused(model, 'the command that made it, run again, mends it')
-    run(cfg); assert {f.name: f.read_bytes() for f in model.iterdir()} == before; load_model(model)
+    model = train(cfg)/'model'; before = {f.name: f.read_bytes() for f in model.iterdir()}; (model/SEAL).unlink(); refused(model, 'the command that made it, run again, mends it')
+    train(cfg); assert {f.name: f.read_bytes() for f in model.iterdir()} == before; load_model(model)
 
 TABLES = {'longer than the file': (struct.pack('<Q', 1 << 63) + b'{}', 'a table of 9223372036854775808 bytes'), 'of a million weights': (b'', 'a table of'), 'empty': (b'', 'a table of 0 bytes'), 'no JSON': (struct.pack('<Q', 4) + b'{"a"', 'cannot be read'),
           'of UTF-16': (struct.pack('<Q', 6) + '{}'.encode('utf-16'), 'cannot be read'), 'nested deeply': (struct.pack('<Q', 20000) + b'[' * 20000, 'recursion'), 'a list': (struct.pack('<Q', 2) + b'[]', 'no object')}
@@ -156,7 +158,7 @@ def test_S3_the_first_weights_are_not_asked_for(model, whole, weights):
     "Where a model's encoder once came from is a note: it is neither fetched nor opened"
     tree = json.loads(load(whole/'config.yaml').model_dump_json())['model']; put(model, 'config.yaml', json.dumps(dict(model=tree | dict(weights=weights), data=dict(tile_size=64))))
     x = torch.randn(1, 3, 64, 64)
-    with small_run.guard(), torch.no_grad(): assert torch.equal(predict(load_model(model).model, x), predict(load_model(whole/'model').model, x))
+    with small_run.guard(), torch.no_grad(): assert torch.equal(predict_logits(load_model(model).model, x), predict_logits(load_model(whole/'model').model, x))
 
 @pytest.mark.parametrize('name', [SEAL, 'config.yaml', 'model.safetensors', 'normalization_stats.json', 'metrics.json', 'README.md'])
 @pytest.mark.parametrize('kind', ['link out', 'pipe', 'folder', 'link to itself', 'device'])
@@ -201,7 +203,7 @@ def test_S5_a_pickle_is_only_bytes(folder, tmp_path, name, protocol):
     (folder/name).write_bytes(pickle.dumps(Payload(tmp_path/'canary'), protocol))
     if name.startswith('model/') and SEAL not in name: seal_model(folder/'model', Path(name).name)
     with small_run.guard(folder.parents[2]):
-        for act in (lambda: load_model(folder/'model'), lambda: calibrate_run(folder), lambda: report(folder)):
+        for act in (lambda: load_model(folder/'model'), lambda: calibrate(folder), lambda: report(folder)):
             try: act()
             except (*KNOWN, ValueError): pass
     assert not (tmp_path/'canary').exists()
@@ -344,7 +346,7 @@ def test_S7_links_that_lead_training_out(folder, tmp_path, name):
     elif name in ('checkpoints', 'evidence', 'model'): outside.mkdir(); (outside/'x').write_text('mine')
     else: outside.write_text(path.read_text() if path.exists() else 'mine\nhalf'); path.unlink(missing_ok=True)
     path.symlink_to(outside); held = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in ([outside] if outside.is_file() else outside.rglob('*')) if f.is_file()}
-    for command in (run, launch, adopt):
+    for command in (train, launch, force_config):
         with pytest.raises(FileError, match=f'{name} leads out of'): command(cfg)
     assert held == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in held}
 
@@ -364,7 +366,7 @@ def test_S7_the_ledger_is_that_above_the_run(folder, tmp_path):
     "A config that names other runs does not have a look noted there"
     path, other = folder/'config.yaml', tmp_path/'elsewhere'; path.write_text(re.sub('(?m)^runs: .*$', f'runs: {other}', path.read_text())); assert load(path).runs == other
     before = len(json.loads((folder.parents[2]/'test_ledger.json').read_text()).popitem()[1]['looks'])
-    with small_run.guard(folder.parents[2]): evaluate_run(folder, 'test')
+    with small_run.guard(folder.parents[2]): evaluate(folder, 'test')
     assert not other.exists() and len(json.loads((folder.parents[2]/'test_ledger.json').read_text()).popitem()[1]['looks']) == before + 1
 
 @pytest.mark.parametrize('content', ['[]', '{', 'null', '{"x": []}', '\x80'])
@@ -379,7 +381,7 @@ def test_S7_nobody_looks_past_a_broken_ledger(folder, capsys, content):
 def test_S8_evidence_of_other_weights(folder, capsys, split):
     "After another training under the same name, numbers of the old weights are not reported as those of the new"
     path = folder/'model'/'model.safetensors'; weights = load_file(path); weights[B] += 1e-3; path.write_bytes(save(weights)); seal_model(folder/'model')
-    if split == 'test': evaluate_run(folder); notes(folder/'model'/'metrics.json', metrics={}); seal_model(folder/'model'); calibrate_run(folder)
+    if split == 'test': evaluate(folder); notes(folder/'model'/'metrics.json', metrics={}); seal_model(folder/'model'); calibrate(folder)
     else: assert 'was made by other weights' in told(capsys, rtsseg_calibrate, run=str(folder))
     said = told(capsys, rtsseg_report, run=str(folder)); assert f'{split}.parquet was made by other weights' in said and f'rtsseg-evaluate --run' in said and f'--split {split}' in said
 
@@ -405,7 +407,7 @@ def test_S9_markup_in_every_text(folder):
             for name in ('tile_id', 'region', 'block'): t = t.set_column(t.column_names.index(name), name, pa.array([f'{EVIL}{v}' for v in t[name].to_pylist()]))
             return t, m
         lying(folder, change, split)
-    calibrate_run(folder); path = folder/'model'/'calibration.json'; known = json.loads(path.read_text())
+    calibrate(folder); path = folder/'model'/'calibration.json'; known = json.loads(path.read_text())
     def evil(x): return {k: EVIL if k in ('why', 'temperature_why', 'temperature_enough', 'monotone_why') else evil(v) for k, v in x.items()} if isinstance(x, dict) else x
     path.write_text(json.dumps(evil(known))); seal_model(folder/'model'); notes(folder/'environment.json', versions={EVIL: EVIL}, system=EVIL, python=EVIL, rtsseg=EVIL, processor=EVIL, cpus=EVIL)
     with open(folder/'log.jsonl', 'a') as f: f.write(json.dumps(dict(event='end', reason=EVIL, epoch=2, step=20, best=2)) + '\n')
@@ -445,7 +447,7 @@ def test_S10_any_byte(made, name, where, flip, relist):
     try:
         with small_run.guard(folder.parents[2]):
             try:
-                with torch.no_grad(): got = predict(load_model(folder/'model').model, x)
+                with torch.no_grad(): got = predict_logits(load_model(folder/'model').model, x)
                 assert relist or name == f'model/{SEAL}' or not name.startswith('model/'), f'{name} was changed, and nobody noticed'
                 assert torch.equal(got, want) or relist
             except ModelError: assert name.startswith('model/')
@@ -457,4 +459,4 @@ def test_S10_any_byte(made, name, where, flip, relist):
 def made(whole, tmp_path_factory):
     "A copy, an image, its logits"
     folder = shutil.copytree(whole.parents[2], tmp_path_factory.mktemp('fuzz')/'runs')/whole.relative_to(whole.parents[2]); x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): return folder, x, predict(load_model(folder/'model').model, x)
+    with torch.no_grad(): return folder, x, predict_logits(load_model(folder/'model').model, x)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-import rtsseg.track
-from rtsseg.config import Config, load, run_folder, to_yaml
-from rtsseg.segment import prepare
+import rtsseg.runs, rtsseg.track
+from rtsseg.config import Config, load, to_yaml
+from rtsseg.runs import run_folder
+from rtsseg.prepare import prepare
 from rtsseg.toy import tiny_toy
-from rtsseg.track import Tracker, append, deliver, left, lines, rtsseg_track
+from rtsseg.runs import append_line, read_lines
+from rtsseg.track import Tracker, deliver, left, rtsseg_track
 from small_world import At, equal, net, run, stop
 from test_train import server, start_server, port, wait_for      # noqa: the fixture of a real MLflow server
 
@@ -37,7 +39,7 @@ def points(folder, uri):
 def kept(folder):
     "What the spool holds, in the same form"
     out = {}
-    for e in (e for e, _ in lines(folder/'tracker.jsonl') if e and e['event'] == 'metrics'):
+    for e in (e for e, _ in read_lines(folder/'tracker.jsonl') if e and e['event'] == 'metrics'):
         for k, v in e['values'].items(): out.setdefault(k, []).append((e['step'], v, e['time']))
     return out
 
@@ -145,7 +147,7 @@ def test_39_a_spool_that_a_kill_cut_off(tmp_path):
 def test_39_a_folder_that_cannot_be_written(undisturbed, tmp_path, monkeypatch, capsys):
     "A full disk costs the tracker its events, and the run nothing"
     def full(path, row): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(rtsseg.track, 'append', full); folder, tracker = world(tmp_path)
+    monkeypatch.setattr(rtsseg.runs, 'append_line', full); folder, tracker = world(tmp_path)
     equal(undisturbed, train(folder, tracker())); assert 'tracker.jsonl was not written (No space left on device)' in capsys.readouterr().out
 
 @pytest.fixture(scope='module')
@@ -201,7 +203,7 @@ def called(*at):
 real = socket.socket.connect
 def connect(s, at): return real(s, at) if s.family == socket.AF_UNIX or at[0] in ('127.0.0.1', '::1') else called(at)
 socket.socket.connect = connect; socket.socket.connect_ex = connect; socket.getaddrinfo = called
-from rtsseg.config import load; from rtsseg.train import run
+from rtsseg.config import load; from rtsseg.training import run
 print(run(load({str(tmp_path/'tiny.yaml')!r})))
 import time; time.sleep(3)
 """
