@@ -30,7 +30,7 @@ from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.tiles import eval_loader
 from rtsseg.toy import scored_tiles
-from small_run import MODEL, toy_world
+from helpers.runs import MODEL, toy_world
 
 THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]
 CFG, METRICS = Calibrate(ratio=20, target_precision=.5, min_areas=[0, 10, 40], min_region_positives=20), Metrics(ratios=[5, 20], replicates=200)

@@ -19,7 +19,7 @@ from rtsseg.stats import Stats, compute_stats, merge_moments, moments
 from rtsseg.audit import audit, balanced_correlation, has_errors
 from rtsseg.importers import import_table
 from rtsseg.tiles import neighbours, read_coarse, read_tile
-from small_tiles import extra, rewrite, seen, tile, world
+from helpers.tiles import extra, rewrite, seen, tile, world
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 import rtsseg.checkpoint, rtsseg.loop, rtsseg.segment
-from small_world import At, Crash, Nothing, Points, Scripted, crash, equal, gradient, net, points, quick, run, stop, weights
+from helpers.loop import At, Crash, Nothing, Points, Scripted, crash, equal, gradient, net, points, quick, run, stop, weights
 from rtsseg.config import ConfigError, CurriculumRow, EarlyStopping, LoopConfig, Sampler as SamplerConfig, Stage, load
 from rtsseg.checkpoint import load_state, save_state
 from rtsseg.schedule import EarlyStopper, WeightAverage

@@ -12,8 +12,8 @@ from rtsseg.infer import load_model, predict_logits
 from rtsseg.intervals import summary
 from rtsseg.evidence import Evidence
 from rtsseg.tiles import eval_loader
-from small_run import MODEL, toy_world
-from small_shell import CLEAN, shell
+from helpers.runs import MODEL, toy_world
+from helpers.shell import CLEAN, shell
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -25,8 +25,8 @@ from rtsseg.tables import METRICS, Several, region_table, threshold
 from rtsseg.figures import gallery, training_figure
 from rtsseg.reporting import plain, report, rtsseg_report, tables
 from rtsseg.toy import tiny_toy
-from small_run import toy_world
-from small_shell import shell
+from helpers.runs import toy_world
+from helpers.shell import shell
 
 HOSTILE = '<script>alert(1)</script>&"\''
 

@@ -16,7 +16,7 @@ from rtsseg.tuning import (
 )
 from rtsseg.prepare import prepare
 from rtsseg.runs import Busy, RunError, Stopped, read_log
-from small_run import MODEL, tiny as tiny_run
+from helpers.runs import MODEL, tiny as tiny_run
 
 ROOT = Path(__file__).parents[1]
 READY = sorted((ROOT/'configs'/'search').glob('*.yaml'))

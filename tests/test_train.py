@@ -24,8 +24,8 @@ from rtsseg.runs import RunError, Stopped, read_log, run_lock
 from rtsseg.training import (
     KeepEvidence, Log, OVERFITTING_SIGNS, force_config, launch, rtsseg_noise, rtsseg_train, show_training, train
 )
-from small_run import in_time
-from small_shell import shell
+from helpers.runs import in_time
+from helpers.shell import shell
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

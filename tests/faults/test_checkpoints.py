@@ -10,7 +10,7 @@ from rtsseg.checkpoint import CheckpointError, MAGIC, load_state, newest_state, 
 from rtsseg.toy import tiny_toy
 from rtsseg.runs import Stopped
 from rtsseg.launch import StopSignals
-from small_world import At, Nothing, Points, Scripted, equal, net, run, stop, weights
+from helpers.loop import At, Nothing, Points, Scripted, equal, net, run, stop, weights
 
 FAULTS = {26: ('the newest checkpoint is cut off', 'the one before it is taken, aloud; the run ends in the same bits'),
           27: ('a bit of a checkpoint is flipped', 'the one before it is taken, aloud; best weights that are damaged are made anew, where a checkpoint from before them is left'),

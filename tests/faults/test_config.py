@@ -2,7 +2,8 @@
 import json, os, subprocess, sys, time
 from pathlib import Path
 
-import pytest, small_run
+import pytest
+from helpers import runs as small_run
 from hypothesis import given, settings, strategies as st
 
 from rtsseg.config import Config, ConfigError, check_parameters, doubtful_settings, load, read_yaml, to_yaml
@@ -14,7 +15,7 @@ from rtsseg.prepare import prepare
 from rtsseg.check import check
 from rtsseg.runs import Busy, run_lock
 from rtsseg.training import set_aside, train
-from small_shell import CLEAN, shell
+from helpers.shell import CLEAN, shell
 
 FAULTS = {
     19: ('`lr: 1e-3`, which YAML 1.1 reads as a text', 'it is a number'),

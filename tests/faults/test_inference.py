@@ -16,7 +16,7 @@ from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
 from rtsseg.prediction import NODATA, Stopped, predict, rtsseg_predict, starts
-from small_run import guard, in_time, run
+from helpers.runs import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),
           41: ('a scene that is smaller than a tile, holds no data at all, or holds it in parts', 'a valid map, with no data where the scene has none; counted'),

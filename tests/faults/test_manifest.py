@@ -10,7 +10,7 @@ from rtsseg.audit import check_files, leaks, show_findings
 from rtsseg.config import Config
 from rtsseg.prepare import prepare
 from rtsseg.training import train
-from small_tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
+from helpers.tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
 
 STRICT = 'data: {split_check: error}'
 

@@ -10,7 +10,7 @@ from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
 from rtsseg.tiles import loaders
 from rtsseg.training import train
-from small_tiles import refused, rewrite, seen, settings, world, wrong
+from helpers.tiles import refused, rewrite, seen, settings, world, wrong
 
 FAULTS = {15: ('mask values that are not 0, 1 and 255; or 0 and 255 alone, which many tools write for yes and no', 'refused, with the values'),
           16: ('a mask whose grid is off by a pixel', 'refused, with the shift'),

@@ -21,7 +21,7 @@ from rtsseg.prepare import check_all_tiles, statistics
 from rtsseg.tiles import UnreadableTiles, loaders
 from rtsseg.segment import SegmentTask
 from rtsseg.check import rtsseg_check
-from small_tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
+from helpers.tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
           9: ('a flipped byte in an uncompressed raster', 'refused where the manifest holds the SHA-256 of the file'),

@@ -20,8 +20,8 @@ from rtsseg.tiles import loaders
 from rtsseg.runs import Busy, RunError, Stopped, run_lock
 from rtsseg.launch import StopSignals
 from rtsseg.training import Log
-from small_run import MODEL, tiny, toy_world
-from small_world import At, Nothing, Points, equal, net, points, quick, run
+from helpers.runs import MODEL, tiny, toy_world
+from helpers.loop import At, Nothing, Points, equal, net, points, quick, run
 
 FAULTS = {31: ('the run is killed, anywhere: in a step, in a write, in its middle, one of two processes', 'the same command goes on and ends in the same bits'),
           32: ('the run is asked to stop (SIGTERM): in training, in validation, while saving, twice', 'it stops within a step; the same command goes on'),

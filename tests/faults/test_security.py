@@ -7,7 +7,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save
 
-import small_run
+from helpers import runs as small_run
 from rtsseg.calibration import Calibration, calibrate, rtsseg_calibrate
 from rtsseg.config import ConfigError, load
 from rtsseg.console import DataError

@@ -14,7 +14,7 @@ from rtsseg.prepare import prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.runs import append_line, read_lines
 from rtsseg.track import Tracker, deliver, left, rtsseg_track
-from small_world import At, equal, net, run, stop
+from helpers.loop import At, equal, net, run, stop
 from test_train import server, start_server, port, wait_for      # noqa: the fixture of a real MLflow server
 
 FAULTS = {39: ('the tracker refuses connections, swallows them, answers with errors or slowly, or dies in mid-run', 'the run goes on; what it has to say is kept, and delivered once when the tracker is back')}

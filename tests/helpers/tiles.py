@@ -12,8 +12,8 @@ from rtsseg.config import Config, load, to_yaml
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.audit import check_files, error_lines
-from small_run import MODEL
-from small_shell import shell
+from helpers.runs import MODEL
+from helpers.shell import shell
 
 PLACE = Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3)
 CFG = Config.model_validate({'data': {'tile_size': 32, 'split_check': 'warn'}})
