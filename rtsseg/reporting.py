@@ -48,7 +48,7 @@ def commands(runs:list[Run]) -> str:
 def recompute(results:list[Results]) -> str:
     "The one call behind every number"
     folders = [str(short_path(x.folder)) for r in results for x in r.runs]
-    return f'from rtsseg.report import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
+    return f'from rtsseg.reporting import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
 
 def notes(results:Results) -> list[str]:
     "What a reader has to know"

@@ -118,7 +118,7 @@ def positions(run:Run, split:str, n:int=150) -> np.ndarray:    # codes, ascendin
 def pixels_by_threshold(run:Run, split:str) -> Table:
     "Pixel precision and recall at every position of the slider, and the threshold of objects that is next to it"
     e, rows = run.evidence[split], []
-    z, codes, top = clipped_scores(e), positions(run, split), np.sort(e.top[~e['positive']])
+    z, codes, top = clipped_scores(e.bins), positions(run, split), np.sort(e.top[~e['positive']])
     def measured(ratio): neg, pos = np.cumsum(histogram(e, ratio)[:, ::-1], 1)[:, ::-1]; return rates(pos[codes], neg[codes], pos[0] - pos[codes])
     own, support = measured('native'), len(top) - np.searchsorted(top, codes)
     for r in run.cfg.metrics.ratios:
@@ -136,7 +136,7 @@ def objects_by_threshold(run:Run, split:str) -> Table:
                   *(Number(float(c), '{:.0f}') for c in (g.tp, fp[i], g.fn))] for i, g in enumerate(grid.itertuples())]
     return Table(['ratio', 'smallest object, px', 'uncalibrated', 'threshold', 'object precision', 'object recall', 'found', 'false', 'missed'], rows, title=f'Objects by threshold, seed {run.seed}')
 
-def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e)[min(first_code(raw, e.bins), len(clipped_scores(e)) - 1)]
+def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e.bins)[min(first_code(raw, e.bins), len(clipped_scores(e.bins)) - 1)]
 
 def slider(results:Results, split:str, tables:list[Table]) -> Slider:    # tables: pixels and objects by threshold, of each seed in turn
     "The slider over these tables; it starts at the first ratio's threshold"
