@@ -30,7 +30,7 @@ from .runs import parse_event, require_finished
 from .prepare import resolve_run
 from .evidence import CODES, Evidence, clipped_scores, evidence_path, run_evidence
 from .metrics import average_precision, histogram, pr_curve
-from .intervals import Estimate, compare, unsupported
+from .intervals import Estimate, compare, why_unsupported
 from rtsseg.operating import (
     OBJECT_IOU, ObjectOperatingPoint, OperatingPoint, Replicates, object_operating_points,
     pixel_operating_points, probability_text, score_masses
@@ -302,7 +302,7 @@ def calibrate_evidence(evidence:Evidence,             # of the validation split
                else 'no negative tiles: global thresholds' if not n_neg and (~positive).any() else '')
         e = None if few else evidence.select(here)
         own = dict(thresholds={}, objects={}, object_thresholds={}) if few else chosen(e, Replicates(e, metrics.replicates))
-        thin = [(what, r, why) for what, found in own.items() for r, p in found.items() if p.reached and (why := unsupported(p.support, p.w))]
+        thin = [(what, r, why) for what, found in own.items() for r, p in found.items() if p.reached and (why := why_unsupported(p.support, p.w))]
         for what, r, _ in thin: del own[what][r]
         few = few or '; '.join(f'global {KINDS[what]} at 1:{r}, since its own {why}' for what, r, why in thin)
         regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, **own)

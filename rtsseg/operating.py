@@ -16,9 +16,9 @@ from scipy.special import expit, logit
 
 from .config import Calibrate, Fraction, Metrics, Strict
 from .evidence import CODES, Evidence, clipped_scores, first_code
-from .metrics import histogram, pr_curve, rates, weight
+from .metrics import histogram, pr_curve, rates, negative_weight
 from .objects import grid_counts
-from .intervals import BLOCKS, Estimate, blocks, bootstrap, drawn_weight, interval, summary, unsupported
+from .intervals import MIN_GROUPS, Estimate, draw_groups, bootstrap, drawn_weight, expanded_interval, summary, why_unsupported
 
 # %% ../nbs/05b_operating.ipynb #31f2bb031
 def score_masses(evidence, ratio):
@@ -36,10 +36,10 @@ class Replicates:
                  replicates:int,    # how many
                  seed:int=0         # fixes the draws
                 ):
-        draws, block = blocks(evidence, replicates, seed)
+        draws, block = draw_groups(evidence['block'], replicates, seed)
         self.draws, positive = np.vstack([np.ones(draws.shape[1]), draws]), evidence['positive']
         self.held = len(np.unique(block[positive]))
-        self.why = f'no interval: {self.held} blocks hold positives, {BLOCKS} are needed' if self.held < BLOCKS else '' if replicates else 'no interval: no replicates were asked for'
+        self.why = f'no interval: {self.held} blocks hold positives, {MIN_GROUPS} are needed' if self.held < MIN_GROUPS else '' if replicates else 'no interval: no replicates were asked for'
         self.evidence, self.group, self.one_class = evidence, block + len(self.draws[0]) * positive, positive.all()
         self.tiles = self.tally(np.ones(len(evidence)))
 
@@ -86,7 +86,7 @@ class Replicates:
         "Row 0, and the 95% interval of the replicates"
         if np.isnan(values[0]): return Estimate(None, why='undefined: nothing to divide by')
         if why or self.why: return Estimate(float(values[0]), why=why or self.why)
-        low, high, lost = interval(values[1:], self.held)
+        low, high, lost = expanded_interval(values[1:], self.held)
         return Estimate(float(values[0]), low, high, lost)
 
 # %% ../nbs/05b_operating.ipynb #132997da
@@ -146,8 +146,8 @@ def pixel_operating_points(evidence:Evidence,      # of some tiles
         why = ('' if named[r] else f'{goal} holds on validation at 1:{r} only from a score of {z[code]:g} on, where neighbouring probabilities are rounded to the same number, and no threshold names one'
                if code is not None else f'{goal} does not hold on validation at 1:{r}: it is {precision:.3f} at {probability_text(at)}, but lower again above that' if precision >= cfg.target_precision else
                f'{goal} is not reached on validation at 1:{r}: the best with recall of at least {cfg.min_recall:g} is {precision:.3f}, at {probability_text(at)}')
-        behind = unsupported((evidence.top[~evidence['positive']] >= best).sum(), row['w'])
-        why = f'{why}{behind and ", which "}{behind}; the uncalibrated 0.5 is used' if why else unsupported(row['support'], row['w'])
+        behind = why_unsupported((evidence.top_code[~evidence['positive']] >= best).sum(), row['w'])
+        why = f'{why}{behind and ", which "}{behind}; the uncalibrated 0.5 is used' if why else why_unsupported(row['support'], row['w'])
         if not row['n_neg_tiles']: why = ' '.join(filter(None, [why, 'No negative tiles: every ratio is the native one.']))
         out[r] = OperatingPoint(threshold=float(expit(score(logits[r]))), raw_threshold=raw[r], logit=logits[r], reached=named[r],
                        precision=plain('precision'), recall=plain('recall'), best_precision=precision, best_threshold=float(expit(at)),
@@ -199,7 +199,7 @@ def object_operating_points(evidence:Evidence,      # of some tiles, with object
     def probability(t): return float(expit(score(logit(t))))
     def name(t): return probability_text(score(logit(t)))
     for r in metrics.ratios:
-        w, (tp, fp, fn) = weight(evidence, r), np.moveaxis(drawn.mix(sums, r), -1, 0)
+        w, (tp, fp, fn) = negative_weight(evidence, r), np.moveaxis(drawn.mix(sums, r), -1, 0)
         every = (tp + fn)[:, [areas.index(metrics.min_area)]]                                            # the true objects, in each replicate
         with np.errstate(invalid='ignore', divide='ignore'): spread = rates(tp, fp, fn) | dict(share=tp / every)
         known = grid.assign(**{k: v[0] for k, v in spread.items()})
@@ -212,9 +212,9 @@ def object_operating_points(evidence:Evidence,      # of some tiles, with object
             why = ('' if len(chosen) else f'no threshold finds {cfg.min_recall:g} of the objects of validation at IoU {OBJECT_IOU:g}' if best is None else
                    f'object precision {cfg.target_precision:g} does not hold on validation at 1:{r}: it is {where}, but lower again above that' if best.precision >= cfg.target_precision else
                    f'object precision {cfg.target_precision:g} is not reached on validation at 1:{r}: the best that finds at least {cfg.min_recall:g} of all is {where}')
-            i = chosen[0] if len(chosen) else grid.index[(grid.threshold == evidence.nearest(0.5)) & (grid.min_area == metrics.min_area)][0]
+            i = chosen[0] if len(chosen) else grid.index[(grid.threshold == evidence.nearest_threshold(0.5)) & (grid.min_area == metrics.min_area)][0]
             t, area, support = grid.loc[i]
-            thin = unsupported(support, w); why = f'{why}; the uncalibrated {t:g} is used' if why else thin
+            thin = why_unsupported(support, w); why = f'{why}; the uncalibrated {t:g} is used' if why else thin
             ladder = tried.index[tried.min_area == area]
             into[r] = ObjectOperatingPoint(threshold=probability(t), raw_threshold=t, min_area=area, reached=len(chosen) > 0,
                                     **{k: drawn.estimate(spread[k][:, i], '' if k in ('recall', 'share') else thin) for k in ('precision', 'recall', 'share', 'f1')},

@@ -14,7 +14,7 @@ from rtsseg.calibration import (
     views_gain
 )
 from rtsseg.files import write_atomic
-from rtsseg.config import Calibrate, Config, ConfigError, Metrics, load, to_yaml
+from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
 from rtsseg.runs import config_hash, run_folder
 from rtsseg.console import DataError
 from rtsseg.manifest import read_manifest
@@ -95,7 +95,7 @@ def test_what_has_no_fit():
 
 def test_the_prior_shift_is_bayes(toy):
     "Twice the odds of a slump are twice the odds of every pixel: what is added is the change of the prior's log-odds"
-    pos, n_pos = toy.pool[:, 1].sum(), int(toy['positive'].sum()); own, other = toy.pool[1, 0].sum(), toy.pool[0, 0].sum()
+    pos, n_pos = toy.pooled[:, 1].sum(), int(toy['positive'].sum()); own, other = toy.pooled[1, 0].sum(), toy.pooled[0, 0].sum()
     prior = lambda r: pos / (pos + own + r * n_pos / (len(toy) - n_pos) * other)
     assert prior_shift(toy, 20, 5) == pytest.approx(logit(prior(5)) - logit(prior(20))) == pytest.approx(-prior_shift(toy, 5, 20))
 
@@ -148,7 +148,7 @@ def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, rati
 def test_object_points_by_hand(toy, target):
     operating, alone = object_operating_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
     for r in METRICS.ratios:
-        every = cells(toy, r, CFG.min_areas); n = len(toy.objects('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
+        every = cells(toy, r, CFG.min_areas); n = len(toy.nested('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
         p = operating[r]; m = every[p.raw_threshold, p.min_area]
         assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.share.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
         assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached on validation at 1:{r}' in p.why and p.why.endswith('; the uncalibrated 0.5 is used')
@@ -194,7 +194,7 @@ def test_precision_that_falls_within_its_noise_is_not_told():
                                     'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
 def test_the_lock(tmp_path, change):
     "Three seeds are one look; another way to train or to choose is another configuration"
-    cfg = Config(runs=tmp_path)
+    cfg = RtsConfig(runs=tmp_path)
     for seed in (42, 43, 44, 42): record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
     ledger = json.loads((tmp_path/'test_ledger.json').read_text())['data']
     assert [l['seed'] for l in ledger['looks']] == [42, 43, 44, 42] and not any(l['forced'] for l in ledger['looks'])
@@ -203,10 +203,10 @@ def test_the_lock(tmp_path, change):
 
 def test_the_rule_names_what_decides(tmp_path):
     "A rule that changed under one config hash, as by other code, is refused too"
-    record_test_access(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
+    record_test_access(RtsConfig(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(Config(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
