@@ -103,7 +103,7 @@ docs: $(STAMP)
 sync readme: $(STAMP)
 	@.venv/bin/python sync.py
 
-lock: $(STAMP)
+lock:
 	uv pip compile setup.py --all-extras --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.txt
 
