@@ -19,7 +19,7 @@ import shapely
 
 from .console import DataError, first_lines, progress, some_names
 from .files import digest
-from .config import Config
+from .config import RtsConfig
 from .raster import crs_name, open_raster, read_row
 from .manifest import BOX, Manifest, SPLITS, footprints, overlaps, thin_splits, tile_name
 from .stats import Moments, empty_positive, merge_moments, mixed_dtypes, moments
@@ -129,7 +129,7 @@ def _label_shape(areas):
 
 # %% ../nbs/01c_audit.ipynb #1e833399
 def check_files(manifest:Manifest,     # all splits
-                cfg:Config             # data: tile size, EXTRA bands, what a thin split means
+                cfg:RtsConfig             # data: tile size, EXTRA bands, what a thin split means
                ) -> list[Finding]:
     "Read every tile once and say what was seen; guide 10.1, data validation"
     names, out = ['R', 'G', 'B', *cfg.data.extra_bands], []

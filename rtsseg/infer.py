@@ -15,9 +15,18 @@ import torch
 from pydantic import create_model
 from torch import nn
 
+<<<<<<< HEAD
 from .console import DataError
 from .files import read_json, typed, write_atomic
 from .config import Config, Strict, load
+=======
+from .console import DataError, RtssegError
+from rtsseg.files import (
+    FileError, SEALED, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed, write_atomic
+)
+from .config import RtsConfig, Strict, load, to_yaml
+from .runs import Best
+>>>>>>> main
 from .stats import Stats
 from .models import build
 from rtsseg.weights import (
@@ -102,7 +111,7 @@ def model_card(cfg:Config,     # what built the model
 
 def save_model(folder:str|Path,       # the model directory
                model:nn.Module,       # weights to export
-               cfg:Config,            # what built it
+               cfg:RtsConfig,            # what built it
                stats:Stats,           # what normalised its training data
                best:dict,             # epoch, step, value and metrics of its validation
                env:dict               # `environment()`
@@ -138,7 +147,7 @@ def read_stats(folder:Path,    # a model directory
 class Predictor:
     "A segmentation model and what it needs to predict"
     folder: Path
-    cfg: Config
+    cfg: RtsConfig
     model: nn.Module
     stats: Stats
     best: dict        # epoch, step, value and metrics of its best validation
