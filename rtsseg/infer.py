@@ -15,18 +15,9 @@ import torch
 from pydantic import create_model
 from torch import nn
 
-<<<<<<< HEAD
 from .console import DataError
 from .files import read_json, typed, write_atomic
-from .config import Config, Strict, load
-=======
-from .console import DataError, RtssegError
-from rtsseg.files import (
-    FileError, SEALED, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed, write_atomic
-)
-from .config import RtsConfig, Strict, load, to_yaml
-from .runs import Best
->>>>>>> main
+from .config import RtsConfig, Strict, load
 from .stats import Stats
 from .models import build
 from rtsseg.weights import (
@@ -87,11 +78,12 @@ CARD = (
     'data: manifest {manifest}.\n'
     '- Input: tiles scaled by {scale:g}, normalised with normalization_stats.json. Other statistics give wrong maps.\n'
     '- {best}\n'
-    '- Scores need calibration.json before they mean probabilities; its thresholds belong to the ratios that it names.\n'
+    '- Scores need calibration.json before they mean probabilities; '
+    'its thresholds belong to the ratios that it names.\n'
     '- Weights are {weights}. No licence of third-party pretrained weights is changed by this file: '
     "source of the encoder's first weights: {source}.\n")
 
-def model_card(cfg:Config,     # what built the model
+def model_card(cfg:RtsConfig,     # what built the model
                stats:Stats,    # what normalised its training data
                best:dict,      # epoch and value of its best validation
                env:dict        # `environment()`
@@ -124,7 +116,7 @@ def save_model(folder:str|Path,       # the model directory
 
 # %% ../nbs/04a_infer.ipynb #a5ffd92c
 def read_stats(folder:Path,    # a model directory
-               cfg:Config      # its config
+               cfg:RtsConfig      # its config
               ) -> Stats:
     "Statistics that fit the bands of a config; raises `ValueError`"
     StatsFile = create_model(STATS, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)})

@@ -14,7 +14,8 @@ from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.evaluation import evaluate, rtsseg_evaluate
 from rtsseg.files import FileError, SEAL, SEALED, seal_model
-from rtsseg.infer import ModelError, load_model, predict_logits
+from rtsseg.infer import load_model, predict_logits
+from rtsseg.weights import ModelError
 from rtsseg.evidence import Evidence, evidence_path
 from rtsseg.prediction import rtsseg_predict
 from rtsseg.results import ReportError
