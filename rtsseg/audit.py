@@ -19,7 +19,7 @@ import shapely
 
 from .console import DataError, first_lines, progress, some_names
 from .files import digest
-from .config import Config
+from .config import RtsConfig
 from .ground import BOX, crs_name, footprints, overlaps
 from .raster import open_raster
 from .rawtile import read_row, tile_name
@@ -131,7 +131,7 @@ def _label_shape(areas):
 
 # %% ../nbs/01h_audit.ipynb #1e833399
 def check_files(manifest:Manifest,     # all splits
-                cfg:Config             # data: tile size, EXTRA bands, what a thin split means
+                cfg:RtsConfig             # data: tile size, EXTRA bands, what a thin split means
                ) -> list[Finding]:
     "Read every tile once and say what was seen; guide 10.1, data validation"
     names, out = ['R', 'G', 'B', *cfg.data.extra_bands], []

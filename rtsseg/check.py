@@ -30,7 +30,7 @@ from fastcore.script import call_parse
 from torch.utils.data import DataLoader
 
 from .console import DataError, some_names
-from .config import Config, ConfigError, EarlyStopping, doubtful_settings, settings
+from .config import RtsConfig, ConfigError, EarlyStopping, doubtful_settings, settings
 from .runs import git_state
 from .rawtile import show_tile
 from .stats import Moments, Stats, merge_moments, moments
@@ -100,7 +100,7 @@ OTHER_CHECKS = ('container built and tested', 'GPU memory profiled, batch size c
 
 def checklist(files:list[Finding],               # of check_files
               batches:list[Finding],             # of check_batches
-              cfg:Config,                        # the run
+              cfg:RtsConfig,                        # the run
               stats_path:str|Path,               # where normalization_stats.json lies
               extra:dict[str, Finding]=None      # answers from other rooms, by line (see ELSEWHERE)
              ) -> list[Finding]:
@@ -133,7 +133,7 @@ def _pinned():
     other = [f'{k} {here[n]} (pinned: {v})' for k, v in pins.items() if (n := re.sub('[-_.]+', '-', k).lower()) in here and here[n].partition('+')[0] != v.partition('+')[0]]
     return Finding('warning', '', f'{len(other)} of {len(pins)} are others', ', '.join(other[:3])) if other else Finding('ok', '', f'{len(pins)}, as in requirements.txt')
 
-def environment_findings(cfg:Config     # tracker, model
+def environment_findings(cfg:RtsConfig     # tracker, model
                 ) -> dict:      # line of the checklist: `Finding`
     "The environment and configuration lines of guide 10.1"
     git, uri = git_state(), cfg.tracker.uri or ''
@@ -155,7 +155,7 @@ def environment_findings(cfg:Config     # tracker, model
             'git commit recorded': Finding('ok', '', git['git_commit'][:12]) if git else Finding('warning', '', 'no checkout', 'the run cannot name its code'),
             'config under version control': Finding('ok', '', 'the checkout is clean') if git.get('git_clean') else Finding('note', '', 'uncommitted changes', 'commit before a final run')}
 
-def check(cfg:Config,             # the config
+def check(cfg:RtsConfig,             # the config
           batches:int=20          # training batches to iterate; the validation loader is iterated as far
          ) -> list[Finding]:      # everything that was seen
     "Look at files and loaders, then go through guide 10.1; prints one table and a verdict. Raises one `DataError` with all that is wrong"
@@ -218,7 +218,7 @@ def _steps(cfg, batch):
             fit(whole, SegmentTask(cfg, None), model, feed, feed, folder, [SimpleNamespace(on_step=on_step)])
     except _Enough as e: return e.args[0]
 
-def probe(cfg:Config      # model, loss, precision, data.tile_size, accumulate; batch_size bounds the search on a CPU
+def probe(cfg:RtsConfig      # model, loss, precision, data.tile_size, accumulate; batch_size bounds the search on a CPU
          ) -> dict:       # bytes by what they are for ('activations': of one tile), 'batch_size', 'limit' and where they were measured
     "The largest batch that fits, found by training steps, and what memory goes to (guide 10.1). Raises `ConfigError` where no tile fits"
     acc = accelerator(cfg); gpu = acc.device.type == 'cuda'
@@ -236,7 +236,7 @@ def probe(cfg:Config      # model, loss, precision, data.tile_size, accumulate; 
     return found | dict(batch_size=batch, peak=peak, limit=limit, device=torch.cuda.get_device_name() if gpu else 'cpu', precision=cfg.precision if gpu else 'fp32')
 
 def show_probe(found:dict,     # of `probe`
-               cfg:Config      # what was probed
+               cfg:RtsConfig      # what was probed
               ) -> str:        # a table, and the line for the config
     "What memory goes to, in MiB, and the batch that fits"
     gpu, n = found['device'] != 'cpu', found['batch_size']

@@ -24,7 +24,7 @@ from fastcore.script import call_parse, store_true
 
 from .console import DataError, RtssegError, nearest
 from .files import FileError, inside, read_json, read_seal, typed, write_atomic
-from .config import Config, ConfigError, load
+from .config import RtsConfig, ConfigError, load
 from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
 from .manifest import read_manifest
 from .stats import skip_unreadable
@@ -39,7 +39,7 @@ from .loop import accelerator, make_deterministic
 class Locked(RtssegError, RuntimeError):
     "The test split has been looked at by another configuration"
 
-def selection_rule(cfg:Config,  # metrics and calibrate
+def selection_rule(cfg:RtsConfig,  # metrics and calibrate
          views:str    # the views that are averaged
         ) -> str:     # one line
     "How this configuration chooses its checkpoint, its probabilities and its thresholds"
@@ -52,7 +52,7 @@ def _differences(a, b):
     a, b = ([f"config {x['config']}", *re.split(', (?=[a-z])', x['rule'])] for x in (a, b))
     return (', '.join(part for part in x if part not in y) for x, y in ((a, b), (b, a)))
 
-def check_test_access(cfg:Config,            # who wants to look
+def check_test_access(cfg:RtsConfig,            # who wants to look
              manifest_hash:str,     # at which data
              views:str='none',      # through which views
              force:bool=False       # look all the same
@@ -67,7 +67,7 @@ def check_test_access(cfg:Config,            # who wants to look
     entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
     return ledger
 
-def record_test_access(cfg:Config, manifest_hash:str, views:str='none', force:bool=False):
+def record_test_access(cfg:RtsConfig, manifest_hash:str, views:str='none', force:bool=False):
     "Note a look at the test split in runs/test_ledger.json; raises `Locked` as `may_look` does"
     cfg.runs.mkdir(parents=True, exist_ok=True)
     with open(inside(cfg.runs/'.test_ledger.lock', cfg.runs), 'w') as lock:
@@ -81,13 +81,13 @@ def _calibrated(folder, views):
     try: return typed(StoredThresholds, read_json(path, folder).get(views, {}), path.name).get('thresholds', {}) if path.exists() else {}
     except FileError as e: raise DataError(f'{e}: rtsseg-calibrate --run {os.path.relpath(folder)} makes it anew') from None
 
-def object_thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
+def object_thresholds(cfg:RtsConfig, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
     found = _calibrated(folder, views) if split != 'val' else {}
     return sorted({*cfg.metrics.object_thresholds, cfg.metrics.reference_threshold, *(p['raw_threshold'] for p in found.values())})
 
 def split_views(text:str,    # names with commas between them; '' is the config's
-                cfg:Config   # of the run
+                cfg:RtsConfig   # of the run
                ) -> list[str]:
     "The views that are asked for; raises `ConfigError`"
     names = [v.strip() for v in text.split(',')] if text else [cfg.infer.views]

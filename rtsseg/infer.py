@@ -24,7 +24,7 @@ from .console import DataError, RtssegError
 from rtsseg.files import (
     FileError, SEALED, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed, write_atomic
 )
-from .config import Config, Strict, load, to_yaml
+from .config import RtsConfig, Strict, load, to_yaml
 from .runs import Best
 from .stats import Stats
 from .models import build
@@ -74,7 +74,7 @@ Finds rare objects in satellite imagery: {architecture} with {encoder}, {channel
 
 def save_model(folder:str|Path,       # the model directory
                model:nn.Module,       # weights to export
-               cfg:Config,            # what built it
+               cfg:RtsConfig,            # what built it
                stats:Stats,           # what normalised its training data
                best:dict,             # epoch, step, value and metrics of its validation
                env:dict               # `environment()`
@@ -145,7 +145,7 @@ def _stats(folder, cfg):
 class Predictor:
     "A model directory, loaded"
     folder: Path
-    cfg: Config
+    cfg: RtsConfig
     model: nn.Module
     stats: Stats
     best: dict

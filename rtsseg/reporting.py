@@ -22,7 +22,7 @@ from scipy.special import logit
 
 from .console import DataError, visible
 from .files import FileError, inside, write_atomic
-from .config import Config, settings
+from .config import RtsConfig, settings
 from .prepare import find_run, resolve_run
 from .evidence import CODES
 from .intervals import MIN_GROUPS, MIN_SUPPORT
@@ -48,7 +48,7 @@ def commands(runs:list[Run]) -> str:
 def recompute(results:list[Results]) -> str:
     "The one call behind every number"
     folders = [str(short_path(x.folder)) for r in results for x in r.runs]
-    return f'from rtsseg.report import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
+    return f'from rtsseg.reporting import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
 
 def notes(results:Results) -> list[str]:
     "What a reader has to know"
@@ -220,7 +220,7 @@ def seed_list(seeds     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing
     if bad := [w for w in words if not w.isdigit()]: raise ReportError(f'seeds: {bad[0]!r} is no seed; write 42 43 44')
     return [int(w) for w in words]
 
-def find_runs(cfg:Config,         # of the runs
+def find_runs(cfg:RtsConfig,         # of the runs
               seeds:list[int]=()  # empty: the config's own
              ) -> list[Path]:     # the run folders that are there
     "Where the trained runs of a config lie; raises `ReportError` where there is none"

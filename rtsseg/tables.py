@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit, logit
 
-from .config import NOT_HASHED
+from .config import deciding_settings
+from .runs import flatten
 from .evidence import clipped_scores, evidence_path, first_code
 from .metrics import ap_bounds, histogram, rates, negative_weight
 from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
@@ -118,7 +119,7 @@ def positions(run:Run, split:str, n:int=150) -> np.ndarray:    # codes, ascendin
 def pixels_by_threshold(run:Run, split:str) -> Table:
     "Pixel precision and recall at every position of the slider, and the threshold of objects that is next to it"
     e, rows = run.evidence[split], []
-    z, codes, top = clipped_scores(e), positions(run, split), np.sort(e.top_code[~e['positive']])
+    z, codes, top = clipped_scores(e.bins), positions(run, split), np.sort(e.top_code[~e['positive']])
     def measured(ratio): neg, pos = np.cumsum(histogram(e, ratio)[:, ::-1], 1)[:, ::-1]; return rates(pos[codes], neg[codes], pos[0] - pos[codes])
     own, support = measured('native'), len(top) - np.searchsorted(top, codes)
     for r in run.cfg.metrics.ratios:
@@ -136,7 +137,7 @@ def objects_by_threshold(run:Run, split:str) -> Table:
                   *(Number(float(c), '{:.0f}') for c in (g.tp, fp[i], g.fn))] for i, g in enumerate(grid.itertuples())]
     return Table(['ratio', 'smallest object, px', 'uncalibrated', 'threshold', 'object precision', 'object recall', 'found', 'false', 'missed'], rows, title=f'Objects by threshold, seed {run.seed}')
 
-def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e)[min(first_code(raw, e.bins), len(clipped_scores(e)) - 1)]
+def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e.bins)[min(first_code(raw, e.bins), len(clipped_scores(e.bins)) - 1)]
 
 def slider(results:Results, split:str, tables:list[Table]) -> Slider:    # tables: pixels and objects by threshold, of each seed in turn
     "The slider over these tables; it starts at the first ratio's threshold"
@@ -235,10 +236,7 @@ def comparison(results:list[Results]) -> tuple[str, dict[str, list[Table]]]:    
 
 def settings_table(results:list[Results]) -> Table:
     "The settings in which configurations differ"
-    def flat(tree, at=()):
-        if not isinstance(tree, dict): return {'.'.join(at): tree}
-        return {k: v for name, x in tree.items() if (*at, name) not in NOT_HASHED for k, v in flat(x, (*at, name)).items()}
-    trees = [flat(x.first.cfg.model_dump(mode='json')) for x in results]
+    trees = [flatten(deciding_settings(x.first.cfg)) for x in results]
     names = [k for k in dict.fromkeys(k for t in trees for k in t) if len({json.dumps(t.get(k)) for t in trees}) > 1]
     return Table(['setting', *(x.label for x in results)], [[k, *(json.dumps(t[k]) if k in t else '–' for t in trees)] for k in names])
 

@@ -23,7 +23,7 @@ from fastcore.script import call_parse
 from pydantic import Field, StringConstraints
 
 from .files import FileError, inside, read_json, typed, write_atomic
-from .config import Config, Strict, TrackerConfig as Settings
+from .config import RtsConfig, Strict, TrackerConfig as Settings
 from .runs import append_line, flatten, read_lines
 
 # %% ../nbs/04g_track.ipynb #072594dd
@@ -142,7 +142,7 @@ def deliver(folder:str|Path,     # a folder with tracker.jsonl
 class Tracker:
     "Mirrors a run to MLflow: an SQLite file in the runs folder, or a server"
     def __init__(self,
-                 cfg:Config,         # name, experiment and address
+                 cfg:RtsConfig,         # name, experiment and address
                  folder:Path,        # where the events are kept
                  tags:dict={},       # of the tracker's run
                  parent:str=''       # folder of the run that this one belongs to

@@ -29,7 +29,7 @@ from fastcore.script import call_parse, store_true
 
 from .console import DataError
 from .files import FileError, SEAL, SEALED, check_seal, read_json, write_atomic
-from .config import Config, ConfigError, LoopConfig, NOT_HASHED, doubtful_settings, load, settings, to_yaml
+from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, doubtful_settings, load, settings, to_yaml
 from rtsseg.runs import (
     RunError, Stopped, append_line, config_hash, environment, flatten, read_lines, read_log, run_folder,
     run_lock
@@ -172,8 +172,8 @@ def _changed(folder, cfg, manifest):
     try: found = load(folder/'config.yaml')
     except ConfigError as e: return {'config.yaml': [str(e), None]}
     if config_hash(found, manifest.hash) == folder.parent.name: return {}
-    there, here = (flatten(c.model_dump(mode='json')) for c in (found, cfg)); idle = ['.'.join(u) for u in NOT_HASHED]
-    return {k: [there.get(k), here.get(k)] for k in there | here if there.get(k) != here.get(k) and not any(f'{k}.'.startswith(f'{u}.') for u in idle)}
+    there, here = flatten(deciding_settings(found)), flatten(deciding_settings(cfg))
+    return {k: [there.get(k), here.get(k)] for k in there | here if there.get(k) != here.get(k)}
 
 def _in_words(differs, most=5):
     "{field: [there, here]} in words"
@@ -186,7 +186,7 @@ def _own(folder, cfg, manifest):
     elif differs := _changed(folder, cfg, manifest):
         raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began ({_in_words(differs)}). Put it back, start over with --fresh, or go on with --force, which the report will tell')
 
-def force_config(cfg:Config     # the whole tree
+def force_config(cfg:RtsConfig     # the whole tree
          ) -> dict:      # {field: [in the folder, in `cfg`]}; empty where nothing was changed
     "Give a run folder whose config.yaml was changed the config of the command, and record it in log.jsonl; raises `Busy` where the run is under way"
     manifest, folder, _ = _prepare(cfg); path = folder/'config.yaml'
@@ -242,7 +242,7 @@ def _in_hand(cfg, folder, manifest, env, main):
         if isinstance(found[0], Exception): raise found[0]
         yield found[0]
 
-def train(cfg:Config,        # the whole tree
+def train(cfg:RtsConfig,        # the whole tree
         observers=(),      # further objects with hooks (see `HOOKS`)
         parent:str=''      # folder of the search that this run belongs to, for the tracker
        ) -> Path:          # the run folder, with `model/` in it
@@ -277,7 +277,7 @@ def train(cfg:Config,        # the whole tree
     return folder
 
 # %% ../nbs/05_train.ipynb #92519d231
-def launch(cfg:Config,             # the whole tree
+def launch(cfg:RtsConfig,             # the whole tree
            processes:int=1,        # GPUs, or CPU processes, to train on
            detach:bool=False       # return at once, and let the run outlive this process; what it says goes to train.out in the run folder
           ) -> Path:               # the run folder

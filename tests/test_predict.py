@@ -11,7 +11,7 @@ from torch import nn
 
 import rtsseg.prediction
 from rtsseg.calibration import calibrate_evidence
-from rtsseg.config import Calibrate, Config, ConfigError, Metrics
+from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics
 from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest
@@ -29,7 +29,7 @@ STATS = Stats(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.4, .35
 def make_model(folder, stats=STATS, tile=64):
     "A model directory of an untrained network whose scores spread"
     torch.manual_seed(0); names = stats.channels[3:]
-    cfg = Config(batch_size=8, data=dict(tile_size=tile, extra_bands=names), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, in_channels=3 + len(names),
+    cfg = RtsConfig(batch_size=8, data=dict(tile_size=tile, extra_bands=names), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, in_channels=3 + len(names),
                                                                                         options=dict(decoder_channels=[16, 8, 8, 8, 8])))
     model = build(cfg.model)
     with torch.no_grad(): model.segmentation_head[0].weight *= 30

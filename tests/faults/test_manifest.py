@@ -7,7 +7,7 @@ import pytest
 from rtsseg.console import DataError
 from rtsseg.manifest import add_hashes, read_manifest, write_manifest
 from rtsseg.audit import check_files, leaks, show_findings
-from rtsseg.config import Config
+from rtsseg.config import RtsConfig
 from rtsseg.prepare import prepare
 from rtsseg.training import train
 from helpers.tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
@@ -103,7 +103,7 @@ def test_03_a_table_of_another_kind(world, content, word):
 def test_03_patterns_of_an_import(world, pattern):
     "A pattern names columns, and does nothing else with them; nothing is left of an import that is refused"
     source = dict(kind='table', path=str(world/'m.csv'), image='{tile_id}.tif', mask=pattern)
-    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(Config(data=dict(manifest=world/'new'/'m.csv', source=source)))
+    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(RtsConfig(data=dict(manifest=world/'new'/'m.csv', source=source)))
     assert not (world/'new').exists()
 
 def test_03_names_that_are_one(world):

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 import rtsseg.runs, rtsseg.track
-from rtsseg.config import Config, load, to_yaml
+from rtsseg.config import RtsConfig, load, to_yaml
 from rtsseg.runs import run_folder
 from rtsseg.prepare import prepare
 from rtsseg.toy import tiny_toy
@@ -23,7 +23,7 @@ EPOCHS = dict(epochs=4)
 
 def world(tmp_path, uri=None):
     "A run folder and its tracker"
-    cfg = Config(runs=tmp_path/'runs', name='toy', tracker=dict(uri=uri)); folder = tmp_path/'runs'/'toy'/'abc'/'seed42'; folder.mkdir(parents=True, exist_ok=True)
+    cfg = RtsConfig(runs=tmp_path/'runs', name='toy', tracker=dict(uri=uri)); folder = tmp_path/'runs'/'toy'/'abc'/'seed42'; folder.mkdir(parents=True, exist_ok=True)
     return folder, lambda: Tracker(cfg, folder, dict(config_hash='abc'))
 
 def train(folder, tracker, observers=(), **more):
