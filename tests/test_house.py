@@ -1,13 +1,13 @@
 "The house rules that a machine can check: imports point backwards, notebooks are clean and buildable, commands explain themselves"
 import ast, configparser, importlib, inspect, os, re, shutil, subprocess, sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import nbformat, pytest, yaml
 from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ('console files config runs raster manifest stats audit importers toy pretrained prepare sampler augment tiles losses evidence metrics objects intervals models infer'
+ORDER = ('console files config runs ground raster rawtile manifest stats audit importers toy pretrained prepare sampler augment tiles losses evidence metrics objects intervals models weights infer'
          ' checkpoint workers schedule loop segment track launch check training evaluation operating calibration page results tables figures reporting prediction tuning').split()
 CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
@@ -86,13 +86,6 @@ def test_no_trace_of_a_machine():
         if f != 'tests/test_house.py': found += [f'{f}: {m[0]}' for m in places.finditer(text)]
         if f.startswith('requirements') or f in ('Makefile', 'Dockerfile', 'setup.py', 'settings.ini'): found += [f'{f}: {m[0]}' for m in hosts.finditer(text)]
     assert not found, '\n'.join(found)
-
-def test_requirements_are_pinned():
-    norm = lambda s: re.sub(r'[-_.]+', '-', s).lower()
-    read = lambda f: {norm(n): v for n, v in (l.split('==') for l in (ROOT/f).read_text().splitlines() if l and not l.startswith('#'))}
-    direct, whole = read('requirements.in'), read('requirements.txt')
-    assert direct.items() <= whole.items()
-    assert {n: version(n) for n in direct} == direct
 
 @pytest.mark.parametrize('command, target', scripts, ids=[c for c, _ in scripts])
 def test_a_command_explains_its_arguments(command, target):
