@@ -11,8 +11,9 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 
 from common import emit, timed
-from rtsseg.intervals import draw_groups, bootstrap, resample
-from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
+from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.intervals import bootstrap, draw_groups, resample
+from rtsseg.scores import CODES, decode
 from rtsseg.toy import scored_tile
 
 RATIOS, GOAL = [200, 500, 1000], 20

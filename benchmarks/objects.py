@@ -12,8 +12,10 @@ import cv2, numpy as np
 from skimage.measure import label, regionprops
 
 from common import emit, turns
-from rtsseg.evidence import Evidence, tile_bands, tile_histograms, tile_objects
+from rtsseg.evidence import Evidence
 from rtsseg.objects import match_objects
+from rtsseg.scores import tile_histograms
+from rtsseg.shapes import tile_bands, tile_objects
 
 IOU, LOGIT = 0.3, 0.5                                                   # a logit of 0.5 is a half-precision number
 THRESHOLD = 1 / (1 + np.exp(-LOGIT))

@@ -7,8 +7,9 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
 from rtsseg import evidence as evidence_room
+from rtsseg.evidence import Evidence, Meter, tile_evidence
 from rtsseg.intervals import bootstrap, resample, summary
-from rtsseg.evidence import CODES, Evidence, Meter, decode, encode, first_code, tile_evidence, tile_histograms
+from rtsseg.scores import CODES, decode, encode, first_code, tile_histograms
 from rtsseg.metrics import (
     ap_bounds, average_precision, histogram, informative_tiles, is_resolved, pixel_metrics, negative_weight, tile_weights
 )
