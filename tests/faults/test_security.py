@@ -8,19 +8,19 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save
 
 from helpers import runs as small_run
-from rtsseg.calibration import Calibration, calibrate, rtsseg_calibrate
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
+from rtsseg.calibration import Calibration, calibrate
 from rtsseg.config import ConfigError, load
 from rtsseg.console import DataError
 from rtsseg.raster import write_raster
-from rtsseg.evaluation import evaluate, rtsseg_evaluate
+from rtsseg.evaluation import evaluate
 from rtsseg.files import FileError, SEAL, SEALED, seal_model
 from rtsseg.infer import ModelError, load_model, predict_logits
 from rtsseg.evidence import Evidence, evidence_path
-from rtsseg.prediction import rtsseg_predict
 from rtsseg.results import ReportError
-from rtsseg.reporting import report, rtsseg_report, tables
+from rtsseg.reporting import report, tables
 from rtsseg.toy import tiny_toy
-from rtsseg.track import deliver, left, rtsseg_track
+from rtsseg.track import deliver, left
 from rtsseg.training import force_config, launch, train
 
 FAULTS = {'S1': ('a model directory with a file that was changed, exchanged, added or lost', 'refused, every such file named'),
