@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from .console import DataError, some_names
 from .config import RtsConfig, ConfigError, EarlyStopping, doubtful_settings, settings
 from .runs import git_state
-from .raster import show_tile
+from .rawtile import show_tile
 from .stats import Moments, Stats, merge_moments, moments
 from .audit import Finding, LEVELS, check_files, error_lines, has_errors, readiness, show_findings
 from .prepare import find_manifest, stats_path

@@ -30,9 +30,12 @@ from scipy.special import logit
 from .console import DataError, RtssegError, nearest, progress, visible
 from .files import FileError, digest, inside, read_json, write_atomic
 from .config import ConfigError
-from .raster import GDAL_OPTIONS, RawTile, crs_name, open_raster, read_pixels, tile_offsets
+from .ground import crs_name
+from .raster import GDAL_OPTIONS, open_raster
+from .rawtile import RawTile, read_pixels, tile_offsets
 from .tiles import scale_tile
-from .infer import ModelError, VIEWS, load_model, predict_logits
+from .infer import VIEWS, load_model, predict_logits
+from .weights import ModelError
 from .calibration import Calibration
 
 # %% ../nbs/08_predict.ipynb #108bdff0
