@@ -32,7 +32,8 @@ from .prepare import resolve_run
 from .tiles import eval_loader
 from .evidence import Evidence, Meter, evidence_path
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
-from .infer import ModelError, VIEWS, load_model, predict_logits
+from .infer import VIEWS, load_model, predict_logits
+from .weights import ModelError
 from .loop import accelerator, make_deterministic
 
 # %% ../nbs/05a_evaluate.ipynb #e702db81

@@ -35,7 +35,8 @@ from .ground import crs_name
 from .raster import GDAL_OPTIONS, open_raster
 from .rawtile import RawTile, read_pixels, tile_offsets
 from .tiles import scale_tile
-from .infer import ModelError, VIEWS, load_model, predict_logits
+from .infer import VIEWS, load_model, predict_logits
+from .weights import ModelError
 from .calibration import Calibration
 
 # %% ../nbs/08_predict.ipynb #108bdff0

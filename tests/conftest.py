@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 
 # Files that take minutes start first, so that no worker is left alone with one of them at the end
-LONG = ['test_run_time', 'test_train', 'test_experiments', 'test_inference', 'test_security', 'test_report', 'test_models']
+LONG = [
+    'test_run_time', 'test_train', 'test_experiments', 'test_inference', 'test_security', 'test_report', 'test_models',
+]
 
 # The same examples in every run, on a slow machine too. `pytest --hypothesis-profile=default` tries others
 settings.register_profile('same', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -22,7 +22,8 @@ from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
 from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access, rtsseg_evaluate
 from rtsseg.files import seal_model
-from rtsseg.infer import ModelError, VIEWS, apply_view, predict_logits, save_model, undo_view
+from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
+from rtsseg.weights import ModelError
 from rtsseg.intervals import Estimate
 from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
 from rtsseg.metrics import ap_bounds, average_precision, histogram

@@ -16,7 +16,8 @@ from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest
 from rtsseg.stats import Stats, compute_stats
-from rtsseg.infer import ModelError, load_model, predict_logits, save_model
+from rtsseg.infer import load_model, predict_logits, save_model
+from rtsseg.weights import ModelError
 from rtsseg.evidence import Meter
 from rtsseg.models import build
 from rtsseg.prediction import NODATA, STEPS, _alone, predict, starts

@@ -36,7 +36,7 @@ from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate, rtsseg_evaluate
 from rtsseg.evidence import Evidence, evidence_path
 from rtsseg.files import FileError, SEAL, SEALED, seal_model
-from rtsseg.infer import ModelError, load_model, predict_logits
+from rtsseg.infer import load_model, predict_logits
 from rtsseg.models import build
 from rtsseg.prediction import rtsseg_predict
 from rtsseg.raster import write_raster
@@ -44,6 +44,7 @@ from rtsseg.reporting import report, rtsseg_report, tables
 from rtsseg.results import ReportError
 from rtsseg.track import deliver, left, rtsseg_track
 from rtsseg.training import force_config, launch, train
+from rtsseg.weights import ModelError
 
 FAULTS = {
     'S1': (
