@@ -82,9 +82,21 @@ class LearningRate(Strict):
     schedule: Literal['cosine', 'constant', 'plateau'] = Field('cosine', description='shape of phase 2 after the warm-up')
     min_lr: float = Field(1e-6, ge=0, description='where the cosine ends')
     warmup_epochs: float = Field(5, ge=0, description='length of the linear warm-up of phase 2, in epochs')
+    warmup_steps: Annotated[PositiveInt | None, Since('0.2')] = Field(
+        None, description='its length in optimizer steps instead; warmup_epochs must then be 0')
     warmup_start_lr: float = Field(1e-6, ge=0, description='where the warm-up begins')
     plateau_factor: float = Field(0.5, gt=0, lt=1, description='schedule plateau: the rate is multiplied by this when the monitored value stalls')
-    plateau_patience: PositiveInt = Field(5, description='schedule plateau: epochs without improvement before that')
+    plateau_patience: PositiveInt = Field(
+        5, description='schedule plateau: validations without improvement that are tolerated before that')
+    layer_decay: Annotated[float | None, Since('0.2')] = Field(
+        None, gt=0, le=1, description='rate of a layer = rate of its part × this^(layers above it); '
+                                      'backbone_lr_multiplier must then be 1')
+
+    @model_validator(mode='after')
+    def _one_warmup(self):
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError('warmup_steps takes the place of warmup_epochs: set warmup_epochs to 0')
+        return self
 
 class Optimizer(Strict):
     "Guide 9.1, optimizer"
@@ -126,13 +138,27 @@ class Stage(Strict):
     rates: dict[str, PositiveFloat] = Field(..., description='peak rate of each trained part')
     schedule: Literal['cosine', 'constant', 'plateau'] = Field('constant', description='shape after the warm-up')
     warmup_epochs: float = Field(0, ge=0, description='linear warm-up, in epochs')
+    warmup_steps: Annotated[PositiveInt | None, Since('0.2')] = Field(
+        None, description='linear warm-up in optimizer steps instead')
     warmup_start_lr: float = Field(1e-6, ge=0, description='where the warm-up begins')
     min_lr: float = Field(1e-6, ge=0, description='where the cosine ends')
     loss_weights: dict[str, NonNegativeFloat] = Field({}, description='weights of loss parts in this stage; others keep loop-wide values')
+    continues: Annotated[bool, Since('0.2')] = Field(
+        False, description='the schedule of the stage before it continues: no new warm-up, no new cosine')
 
     @model_validator(mode='after')
     def _ordered(self):
         if self.last < self.first: raise ValueError(f'last {self.last} lies before first {self.first}')
+        return self
+
+    @model_validator(mode='after')
+    def _one_schedule(self):
+        own = [name for name in ('schedule', 'warmup_epochs', 'warmup_steps', 'warmup_start_lr', 'min_lr')
+               if getattr(self, name) != type(self).model_fields[name].default]
+        if self.continues and own:
+            raise ValueError(f'a stage that continues has the schedule of the stage before it: leave out {", ".join(own)}')
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError('warmup_steps takes the place of warmup_epochs: leave out one of them')
         return self
 
 # %% ../nbs/00b_config.ipynb #e0f26dbf
@@ -145,6 +171,12 @@ def _gapless(spans):
     due = [1, *(s.last + 1 for s in spans)]
     _together(f'a row starts at epoch {s.first} where {d} was due ({"gap" if s.first > d else "overlap"})' for s, d in zip(spans, due) if s.first != d)
     return spans
+
+def _first_begins(stages):
+    "The first stage has no schedule to continue"
+    if stages and stages[0].continues:
+        raise ValueError('the first stage has no stage before it whose schedule it could continue')
+    return stages
 
 class LoopConfig(Strict):
     "What the training loop reads, whatever the task"
@@ -164,7 +196,14 @@ class LoopConfig(Strict):
     checkpoint: Annotated[Checkpoints, Undeciding()] = Checkpoints()
     loader: Annotated[Loader, Undeciding()] = Loader()
     loss_weights: dict[str, NonNegativeFloat] = Field({}, description='weight of each loss part; 1 where it is not named')
-    stages: Annotated[list[Stage], AfterValidator(_gapless)] = Field([], description='a schedule of its own; empty means the two phases of the guide')
+    stages: Annotated[list[Stage], AfterValidator(_gapless), AfterValidator(_first_begins)] = Field(
+        [], description='a schedule of its own; empty means the two phases of the guide')
+
+    @model_validator(mode='after')
+    def _one_way_to_slow_layers(self):
+        if self.lr.layer_decay is not None and not self.stages and self.lr.backbone_lr_multiplier != 1:
+            raise ValueError('lr.layer_decay takes the place of lr.backbone_lr_multiplier: set lr.backbone_lr_multiplier to 1')
+        return self
 
 # %% ../nbs/00b_config.ipynb #9acca8c0
 class ToySource(Strict):
