@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 
 from common import emit, timed
-from rtsseg.intervals import blocks, bootstrap, resample
+from rtsseg.intervals import draw_groups, bootstrap, resample
 from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
 from rtsseg.toy import scored_tile
 
@@ -43,7 +43,7 @@ def plain(evidence, ratio, draw, block):
 def main(tiles=20_000, replicates=1000, rounds=3):
     evidence = split(tiles)
     counts = sum(len(evidence.table[f'{k}_codes'].combine_chunks().values) for k in ('pos', 'neg'))
-    draws, block = blocks(evidence, replicates)
+    draws, block = draw_groups(evidence['block'], replicates)
     test, value = plain(evidence, 200, draws[0], block), resample(evidence, [200], ious=(), replicates=replicates)[200]['pr_auc'][0]
     assert abs(value - test) < 1e-4, (value, test)
     ours, peer = [], []

@@ -13,7 +13,7 @@ from skimage.measure import label, regionprops
 
 from common import emit, turns
 from rtsseg.evidence import Evidence, tile_bands, tile_histograms, tile_objects
-from rtsseg.objects import match
+from rtsseg.objects import match_objects
 
 IOU, LOGIT = 0.3, 0.5                                                   # a logit of 0.5 is a half-precision number
 THRESHOLD = 1 / (1 + np.exp(-LOGIT))
@@ -63,7 +63,7 @@ def main(rounds=5):
     tiles = [blobs(rng, 512, n) for n in range(31)]
     known = [dict(tile_id=f'{i:02}', split='val', region='', block='', positive=i > 0, pixel_size=3.) | tile_histograms(*t) | tile_bands(*t, ()) for i, t in enumerate(tiles)]
     def ours():
-        m = match(Evidence.from_rows([k | tile_objects(*t, (THRESHOLD,)) for k, t in zip(known, tiles)], thresholds=(THRESHOLD,)), THRESHOLD, IOU)
+        m = match_objects(Evidence.from_rows([k | tile_objects(*t, (THRESHOLD,)) for k, t in zip(known, tiles)], thresholds=(THRESHOLD,)), THRESHOLD, IOU)
         return list(zip(m.tp, m.fp, m.fn))
     for name, peer, goal, n in (('scikit-image regionprops', by_regionprops, 1/5, rounds), ('a double loop', by_double_loop, 1/30, max(2, rounds // 2))):
         theirs = lambda: [peer(*t) for t in tiles]

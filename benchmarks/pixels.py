@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from common import emit, timed, turns
 from rtsseg.evidence import Evidence, tile_evidence, tile_histograms
-from rtsseg.metrics import average_precision, histogram, weights
+from rtsseg.metrics import average_precision, histogram, tile_weights
 
 RATIOS, THRESHOLDS = (200, 500, 1000), np.arange(1, 20)/20
 
@@ -59,7 +59,7 @@ def main(n=400):
     emit('the same, single precision, beside NumPy rounding it to half', *turns(lambda: three(single), lambda: single.astype(np.float16), 7), pixels=single.size)
 
     peers = {'scikit-learn': (100, 'native', lambda: average_precision_score(masks.ravel(), logits.ravel().astype(np.float32))),
-             'scikit-learn, reweighted': (100, 200, lambda: average_precision_score(masks.ravel(), logits.ravel().astype(np.float32), sample_weight=weights(evidence, 200).repeat(512*512))),
+             'scikit-learn, reweighted': (100, 200, lambda: average_precision_score(masks.ravel(), logits.ravel().astype(np.float32), sample_weight=tile_weights(evidence, 200).repeat(512*512))),
              'torchmetrics, exact': (50, 'native', lambda: float(binary_average_precision(torch.from_numpy(logits.ravel()).float(), torch.from_numpy(masks.ravel()).long())))}
     (evidence, _, memory), (_, _, quarter) = (alone(lambda: see(logits, k)) for k in (n, n//4))
     for name, (times, ratio, f) in peers.items():
@@ -68,14 +68,14 @@ def main(n=400):
 
     again, region = evidence.select(np.arange(len(evidence))), evidence['region'] == 'A'
     ap(again, 'native')                                                     # its pool
-    for what, f in {'a further ratio': lambda: ap(again, 300), 'a region, selected': lambda: ap(evidence.select(region), 200), 'a region, by weights': lambda: ap(evidence, region*weights(evidence, 200))}.items():
+    for what, f in {'a further ratio': lambda: ap(again, 300), 'a region, selected': lambda: ap(evidence.select(region), 200), 'a region, by weights': lambda: ap(evidence, region*tile_weights(evidence, 200))}.items():
         emit(f'{what}, beside seeing all pixels again', *turns(f, lambda: see(logits), 7), limit_ms=10)
 
     for kind, rows in dict(pixels=[i | none | tile_histograms(*t) for i, *t in zip(who, logits, masks)], speckled=[i | speckled(rng) for i in who]).items():
         e = Evidence.from_rows(rows, thresholds=THRESHOLDS)
         with tempfile.TemporaryDirectory() as folder:
             a, b = Path(folder)/'a', Path(folder)/'b'
-            emit(f'writing, {kind}, beside pyarrow with its defaults', *turns(lambda: e.write(a), lambda: pq.write_table(e.table, b), 7), objects=len(e.objects('predicted'))//len(e),
+            emit(f'writing, {kind}, beside pyarrow with its defaults', *turns(lambda: e.write(a), lambda: pq.write_table(e.table, b), 7), objects=len(e.nested('predicted'))//len(e),
                  **{k: round(p.stat().st_size/len(e)*20_000/1e6) for k, p in dict(mb_of_20000=a, theirs_mb=b).items()})
             emit(f'reading, {kind}, beside the same', *turns(lambda: Evidence.read(a), lambda: pq.read_table(b), 7))
 

@@ -35,7 +35,7 @@ from .runs import parse_event, require_finished
 from .prepare import resolve_run
 from .evidence import CODES, Evidence, clipped_scores, evidence_path, run_evidence
 from .metrics import average_precision, histogram, pr_curve
-from .intervals import Estimate, compare, unsupported
+from .intervals import Estimate, compare, why_unsupported
 from rtsseg.operating import (
     OBJECT_IOU, ObjectOperatingPoint, OperatingPoint, Replicates, object_operating_points,
     pixel_operating_points, probability_text, score_masses
@@ -499,6 +499,7 @@ class RegionCalibrator:
         return reasons
 
 def calibrate_evidence(evidence:Evidence,             # of the validation split
+<<<<<<< HEAD
                        cfg:Calibrate=Calibrate(),     # method, ratio of the fit, target, floors
                        metrics:Metrics=Metrics()      # ratios, replicates
                       ) -> Calibration:
@@ -507,6 +508,30 @@ def calibrate_evidence(evidence:Evidence,             # of the validation split
     drawn = Replicates(evidence, metrics.replicates)
     found = fits(evidence, drawn, cfg.ratio)
     slope, intercept = found[cfg.method].slope.value, found[cfg.method].intercept.value
+=======
+              cfg:Calibrate=Calibrate(),     # method, ratio of the fit, target, floors
+              metrics:Metrics=Metrics()      # ratios, replicates
+             ) -> Calibration:
+    "Probabilities and operating points of a run's validation evidence (guide 6.4, 12); raises `ValueError` without positive pixels"
+    T, why = fit_temperature(evidence, cfg.ratio); drawn = Replicates(evidence, metrics.replicates)
+    found = fits(evidence, drawn, cfg.ratio); used = found[cfg.method]; slope, intercept = used.slope.value, used.intercept.value
+    def score(z): return slope * z + intercept
+    def chosen(e, drawn):
+        objects, alone = object_operating_points(e, drawn, score, cfg, metrics) if e.thresholds else ({}, {})
+        return dict(thresholds=pixel_operating_points(e, score, cfg, metrics), objects=objects, object_thresholds=alone)
+    regions, positive = {}, evidence['positive']
+    for name in sorted(set(evidence['region'])):
+        here = evidence['region'] == name
+        n_pos, n_neg = int(positive[here].sum()), int((~positive[here]).sum())
+        few = (f'{n_pos} positive tiles, {cfg.min_region_positives} are needed: global thresholds' if n_pos < cfg.min_region_positives
+               else 'no negative tiles: global thresholds' if not n_neg and (~positive).any() else '')
+        e = None if few else evidence.select(here)
+        own = dict(thresholds={}, objects={}, object_thresholds={}) if few else chosen(e, Replicates(e, metrics.replicates))
+        thin = [(what, r, why) for what, found in own.items() for r, p in found.items() if p.reached and (why := why_unsupported(p.support, p.w))]
+        for what, r, _ in thin: del own[what][r]
+        few = few or '; '.join(f'global {KINDS[what]} at 1:{r}, since its own {why}' for what, r, why in thin)
+        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, **own)
+>>>>>>> main
     shifts = {r: prior_shift(evidence, cfg.ratio, r) for r in [cfg.ratio, *metrics.ratios]}
     calibrator = RegionCalibrator(evidence, slope, intercept, cfg, metrics)
     regions = {name: calibrator.region(name) for name in sorted(set(evidence['region']))}

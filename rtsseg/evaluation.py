@@ -31,7 +31,7 @@ from .stats import skip_unreadable
 from .prepare import resolve_run
 from .tiles import eval_loader
 from .evidence import Evidence, Meter, evidence_path
-from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, weight
+from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
 from .infer import ModelError, VIEWS, load_model, predict_logits
 from .loop import accelerator, make_deterministic
 
@@ -142,7 +142,7 @@ def evaluate(folder:str|Path,       # a run folder with a model
     evidence = one_pass()
     if split == 'test': record_test_access(*asks)                                # before anything of it is said or written: a pass that failed has shown nothing, and one that was killed here counts as a look
     if not is_resolved(evidence, cfg.metrics.ratios):
-        low, high = evidence.range
+        low, high = evidence.score_range
         print(f'{split}: half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts scores on a finer grid from {low:g} to {high:g}', flush=True)
         evidence = one_pass((low, high))
         if not is_resolved(evidence, cfg.metrics.ratios):
@@ -162,7 +162,7 @@ def show_evidence(e:Evidence,    # of a pass
     "What a pass found, in short"
     n_pos = int(e['positive'].sum())
     return '\n'.join([f'views {e.views}: {n_pos} tiles with a slump, {len(e) - n_pos} without',
-                      *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {weight(e, r):.3g} times' for r in ratios)])
+                      *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {negative_weight(e, r):.3g} times' for r in ratios)])
 
 # %% ../nbs/05a_evaluate.ipynb #38e868f1
 @call_parse

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bins', 'CODES', 'WIDTHS', 'FORMAT', 'UNITS', 'IDENTITY', 'SCHEMA', 'encode', 'decode', 'code_probability',
-           'first_code', 'code_ranges', 'objects', 'lowest', 'tile_bands', 'patterns', 'tile_histograms',
+           'first_code', 'code_ranges', 'label_objects', 'local_minimum', 'tile_bands', 'patterns', 'tile_histograms',
            'tile_objects', 'tile_evidence', 'Evidence', 'evidence_path', 'pixel_counts', 'as_array', 'Meter',
            'clipped_scores', 'run_evidence']
 
@@ -78,7 +78,7 @@ def code_ranges(low, high):
     n = high - low
     return np.repeat(np.arange(len(n)), n), np.repeat(low - np.cumsum(n) + n, n) + np.arange(n.sum())
 
-def objects(masks,   # list of int arrays, ascending: where each mask is true, `np.flatnonzero(mask)`
+def label_objects(masks,   # list of int arrays, ascending: where each mask is true, `np.flatnonzero(mask)`
             shape    # (H, W) of the masks
            ):        # two dicts of arrays, a value a run and a value an object
     """The 8-connected components of some masks of one tile
@@ -106,7 +106,7 @@ def objects(masks,   # list of int arrays, ascending: where each mask is true, `
 # %% ../nbs/03a_evidence.ipynb #c9abe18c
 WIDTHS = (2, 3)     # pixels
 
-def lowest(values, valid, width):
+def local_minimum(values, valid, width):
     "The lowest value within `width` pixels, uint16; neither ignored pixels nor what lies beyond the tile counts"
     r = int(width)
     return cv2.erode(np.where(valid, values, CODES - 1).astype(np.uint16), (np.hypot(*np.ogrid[-r:r + 1, -r:r + 1]) <= width).astype(np.uint8))
@@ -131,7 +131,7 @@ def tile_bands(logits,                # float (H, W)
     codes, truth, valid, seen = codes[window], truth[window], valid[window], seen[window]
     reached, any_truth, rows = np.searchsorted(first, codes[seen], 'right'), truth.any(), []        # how many thresholds each pixel reaches
     for d in widths if seen.any() else ():
-        around, edge = np.searchsorted(first, lowest(codes, valid, d)[seen], 'right'), (truth & (lowest(truth, valid, d) == 0))[seen]
+        around, edge = np.searchsorted(first, local_minimum(codes, valid, d)[seen], 'right'), (truth & (local_minimum(truth, valid, d) == 0))[seen]
         inside = lambda keep: np.cumsum(np.bincount(around[keep], minlength=len(first) + 1) - np.bincount(reached[keep], minlength=len(first) + 1))[:-1]
         predicted = inside(slice(None)); keep = (predicted > 0) | any_truth
         rows.append({k: np.broadcast_to(v, len(first))[keep] for k, v in dict(threshold=thresholds, width=d, predicted=predicted, truth=edge.sum(), intersection=inside(edge)).items()})
@@ -208,7 +208,7 @@ def tile_objects(logits,                # float (H, W)
     codes = encode(logits.ravel()[pixels], bins)
     codes[mask.ravel()[pixels] == 255] = 0                                         # neither predicted nor true
     seen = [codes >= c for c in first.values()]
-    runs, found = objects([np.flatnonzero(mask == 1), *(pixels[s] for s in seen)], mask.shape)
+    runs, found = label_objects([np.flatnonzero(mask == 1), *(pixels[s] for s in seen)], mask.shape)
     n_true, r = (np.searchsorted(x['mask'], 1) for x in (found, runs))             # true objects come first, and so do their runs
     probability = code_probability(bins)[codes]
     sums = [np.add.reduceat(probability[s], runs['first'][runs['mask'] == i]) for i, s in enumerate(seen, 1)]
@@ -345,7 +345,7 @@ class Evidence:
         h = hashlib.sha256(json.dumps(self.meta).encode())
         for name in self.table.column_names: h.update(repr(self.table[name].to_pylist()).encode() if name in IDENTITY else b'')
         for name in ('pos_codes', 'pos_counts', 'neg_codes', 'neg_counts'): h.update(np.concatenate(self.flat(name)).astype(np.int64).tobytes())
-        for name in _NESTED: h.update(self.objects(name).to_numpy(np.float64).tobytes())
+        for name in _NESTED: h.update(self.nested(name).to_numpy(np.float64).tobytes())
         return h.hexdigest()[:12]
 
     def flat(self, column):
@@ -354,7 +354,7 @@ class Evidence:
         values, n = pc.list_flatten(lists), pc.list_value_length(lists).to_numpy()
         return values.to_numpy(), np.repeat(np.arange(len(self)), n)
 
-    def objects(self, column):
+    def nested(self, column):
         "A table of 'predicted' objects, 'truth' objects or overlapping 'pairs', with the row of their tile"
         lists = self.table[column]
         fields = pc.list_flatten(lists).combine_chunks().flatten() if len(self) else [pa.array([], t.type) for t in SCHEMA.field(column).type.value_type]
@@ -362,27 +362,27 @@ class Evidence:
         return pd.DataFrame(dict(tile=np.repeat(np.arange(len(self)), pc.list_value_length(lists).to_numpy()), **fields))
 
     @cached_property
-    def pool(self):
+    def pooled(self):
         "Pixels by tile (negative, positive), label (negative, positive) and code: int64 (2, 2, 65536)"
         return np.stack([pixel_counts(self, self['positive'] == k).astype(np.int64) for k in (False, True)])
 
     @cached_property
-    def top(self):
+    def top_code(self):
         "The highest code of each tile; 0 where it has no valid pixel"
         top = np.zeros((2, len(self)), int)
         for i, k in enumerate(('pos_codes', 'neg_codes')): codes, tile = self.flat(k); top[i, tile] = codes   # ascending: the last one stays
         return top.max(0)
 
     @property
-    def range(self):
+    def score_range(self):
         "Where scores occurred, and a step of the grid more at each end, since they were rounded: finite bins to lay anew; `ValueError` without a score"
         values = decode(self.bins)
-        seen, grid = values[1:][self.pool.sum((0, 1))[1:] > 0], np.unique(values[np.isfinite(values)])
+        seen, grid = values[1:][self.pooled.sum((0, 1))[1:] > 0], np.unique(values[np.isfinite(values)])
         if not len(seen): raise ValueError('no pixel of this evidence has a score: there is no range to lay bins over')
         at = np.searchsorted(grid, seen[[0, -1]]) + [-1, 1]
         return tuple(map(float, grid[np.clip(at, [0, 1], [len(grid) - 2, len(grid) - 1])]))
 
-    def nearest(self, threshold):
+    def nearest_threshold(self, threshold):
         "The threshold of the evidence's grid next to a probability: objects exist at those only"
         if not self.thresholds: raise ValueError('this evidence holds no objects: it was made without thresholds')
         return min(self.thresholds, key=lambda t: abs(t - threshold))
@@ -410,7 +410,7 @@ def _checked(table, meta):
         need((np.diff(codes.astype(int)) > 0) | (np.diff(tile) > 0), f'{sign}_codes do not ascend'); need(counts > 0, f'{sign}_counts of 0')
         seen += np.bincount(tile, counts, len(e))
     need((seen == valid) & (valid < 1 << 24), 'n_valid is not the number of pixels in the histograms')
-    p, g, o, b = (e.objects(k) for k in _NESTED); grid = np.array(e.thresholds)
+    p, g, o, b = (e.nested(k) for k in _NESTED); grid = np.array(e.thresholds)
     for name, x in dict(predicted=p, pairs=o, bands=b).items(): need(np.isin(x.threshold, grid), f'{name}.threshold is none of {list(grid)}')
     for name, x in dict(predicted=p, truth=g).items(): need((x.id > 0) & (x.area > 0) & (x.area <= valid[x.tile]) & (x['size'] > 0) & (x['size'] < 1e5), f'{name}: an id, area or size')
     need((p.score >= 0) & (p.score <= 1), 'predicted.score is no probability')

@@ -25,7 +25,7 @@ from .files import FileError, inside, write_atomic
 from .config import Config, settings
 from .prepare import find_run, resolve_run
 from .evidence import CODES
-from .intervals import BLOCKS, SUPPORT
+from .intervals import MIN_GROUPS, MIN_SUPPORT
 from .page import Bullets, Code, Fold, ImageGrid, Part, Picture, Text, appendix, page
 from .results import ReportError, Results, Run, ratio_name, read_results, short_path
 from rtsseg.tables import (
@@ -48,7 +48,7 @@ def commands(runs:list[Run]) -> str:
 def recompute(results:list[Results]) -> str:
     "The one call behind every number"
     folders = [str(short_path(x.folder)) for r in results for x in r.runs]
-    return f'from rtsseg.report import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
+    return f'from rtsseg.reporting import tables\nnumbers = tables([{("," + chr(10) + " " * 18).join(map(repr, folders))}])\nfor section, found in numbers.items():\n    for table in found: print(section, table.title, table.frame, sep="\\n")'
 
 def notes(results:Results) -> list[str]:
     "What a reader has to know"
@@ -137,7 +137,7 @@ def _sections(results, found, drawn):
             'Validation': [Text('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at 1:1 only has learnt the balanced sample, not the landscape (guide 10.5).'), whole, *shown,
                            Text('A ratio is reached by counting each tile without a slump w times, as above, or by drawing that many of them at random. Where the split has enough to draw from, both should agree.'), drawn_too, *views],
             'Precision and recall': [Picture(drawn['precision and recall'], f'{"Test" if split == "test" else "Validation"}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on validation, hollow where the target precision was not reached there. '
-                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= BLOCKS else f'No bands: fewer than {BLOCKS} blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
+                                             + (f'Bands: 95% over blocks, {m.replicates} replicates; without a band, fewer than {MIN_SUPPORT} tiles without a slump stand behind the curve.' if positive_blocks(run.evidence[split]) >= MIN_GROUPS else f'No bands: fewer than {MIN_GROUPS} blocks hold positives.')), Fold('Precision at a recall', found['Precision and recall'])],
             'Objects': shown + found['Objects'], 'Regions': shown + found['Regions'],
             'Gallery': [*shown, Text(f'Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted, '
                                      f'what has at least {cut}, the threshold of 1:{fit}, marked on the scale.'), *tiles] if pictures else [gone],

@@ -21,9 +21,9 @@ from .config import Config, load
 from .runs import Best, Environment, parse_event, read_ledger
 from .manifest import Manifest, read_manifest
 from .evidence import Evidence, evidence_path, run_evidence
-from .metrics import weight
+from .metrics import negative_weight
 from .objects import IOUS
-from .intervals import Estimate, SUPPORT, bootstrap, summary
+from .intervals import Estimate, MIN_SUPPORT, bootstrap, summary
 from .operating import Replicates
 from .calibration import Calibration
 
@@ -209,8 +209,8 @@ def ratio_name(r): return {'native': 'as in the split', 1: '1:1 (balanced)'}.get
 
 # %% ../nbs/06b_results.ipynb #0d5e7a77
 def supported(value, bound, support, w):
-    if not w > 1 or support >= SUPPORT or np.isnan(value): return Estimate(None if np.isnan(value) else float(value))
-    return Estimate(None, high=None if np.isnan(bound) else float(bound), why=f'rests on {support} of the {SUPPORT} negative tiles that are needed; bound: the value at the ratio of the split')
+    if not w > 1 or support >= MIN_SUPPORT or np.isnan(value): return Estimate(None if np.isnan(value) else float(value))
+    return Estimate(None, high=None if np.isnan(bound) else float(bound), why=f'rests on {support} of the {MIN_SUPPORT} negative tiles that are needed; bound: the value at the ratio of the split')
 
 # %% ../nbs/06b_results.ipynb #79a22825
 RECALLS = np.arange(1, 101) / 100
@@ -221,10 +221,10 @@ def curves(runs:list[Run],    # of one configuration
     "Precision at a recall: mean over seeds, and a 95% interval over blocks where there are enough of them"
     m, seeds = runs[0].cfg.metrics, []
     for x in runs:
-        e = x.evidence[split]; found, top = np.cumsum(e.pool[:, 1].sum(0)[::-1]), np.sort(e.top[~e['positive']])
+        e = x.evidence[split]; found, top = np.cumsum(e.pooled[:, 1].sum(0)[::-1]), np.sort(e.top_code[~e['positive']])
         code = np.unique(len(found) - 1 - np.searchsorted(found, np.arange(1, 201) / 200 * found[-1] - 1e-6))[::-1]     # from the highest score down, even in recall
         above, drawn = np.arange(len(found))[:, None] >= code, Replicates(e, m.replicates)
-        fp, tp, known = drawn.pixels(above, 0 * above), drawn.pixels(0 * above, above), np.nan if e.pool[..., 0].any() else 1.      # with scores that are no numbers nothing is
+        fp, tp, known = drawn.pixels(above, 0 * above), drawn.pixels(0 * above, above), np.nan if e.pooled[..., 0].any() else 1.      # with scores that are no numbers nothing is
         def read(ratio):
             p, n = known * drawn.mix(tp, ratio), drawn.mix(fp, ratio)
             at = (p[:, :, None] >= RECALLS * p[:, -1:, None] - 1e-6).argmax(1)
@@ -232,7 +232,7 @@ def curves(runs:list[Run],    # of one configuration
         seeds.append({r: read(r) for r in ('native', *m.ratios)})
     def estimate(r, i):
         values = np.mean([s[r][0][:, i] for s in seeds], 0)
-        plain = supported(values[0], np.mean([s['native'][0][0, i] for s in seeds]), min(s[r][1][i] for s in seeds), weight(runs[0].evidence[split], r))
+        plain = supported(values[0], np.mean([s['native'][0][0, i] for s in seeds]), min(s[r][1][i] for s in seeds), negative_weight(runs[0].evidence[split], r))
         return plain if plain.value is None else drawn.estimate(values)
     return {r: [estimate(r, i) for i in range(len(RECALLS))] for r in m.ratios}
 

@@ -19,9 +19,9 @@ from scipy.special import expit, logit
 
 from .config import NOT_HASHED
 from .evidence import clipped_scores, evidence_path, first_code
-from .metrics import ap_bounds, histogram, rates, weight
-from .objects import IOUS, SIZES, false_alarms, match, misses, object_grid, recall_by_size
-from .intervals import BLOCKS, Estimate, bootstrap, compare, subsample
+from .metrics import ap_bounds, histogram, rates, negative_weight
+from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
+from .intervals import MIN_GROUPS, Estimate, bootstrap, compare, subsample
 from .operating import probability_text
 from .calibration import VIEW_NAMES, recommend, views_gain
 from .page import Number, Slider, Table
@@ -74,14 +74,14 @@ def results_table(results:Results,     # of one configuration
     n_pos = int(e['positive'].sum()); n_neg, blocks, n = len(e) - n_pos, positive_blocks(e), len(runs)
     rows = [[label, *(found[r][k] for r in ratios)] for label, k in metric_rows(found, ious, pixels)]
     rows += [['what they rest on'], ['probability threshold', *(Several([threshold(x, r) for x in runs]) for r in ratios)],
-             ['threshold of objects', *(Several([probability(x, logit(x.evidence[split].nearest(evidence_cuts(x, [r])[r]))) for x in runs]) for r in ratios)],
+             ['threshold of objects', *(Several([probability(x, logit(x.evidence[split].nearest_threshold(evidence_cuts(x, [r])[r]))) for x in runs]) for r in ratios)],
              ['tiles with + without a slump', *[f'{n_pos} + {n_neg}'] * len(ratios)], ['ratio in the split', *[Number(n_neg / n_pos if n_pos else np.nan, '1:{:.3g}')] * len(ratios)],
-             ['weight w of a tile without', *(Number(weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(prevalence(e, r) for r in ratios)]]
+             ['weight w of a tile without', *(Number(negative_weight(e, r), '{:.3g}') for r in ratios)], ['slump pixels at this ratio', *(prevalence(e, r) for r in ratios)]]
     bounds = {r: [ap_bounds(histogram(x.evidence[split], r), x.evidence[split].exact) for x in runs] for r in ratios} if pixels else {}
     if any(high - low > 1e-4 for each in bounds.values() for low, high in each):
         rows.append(['PR-AUC, bounds by rounding', *('–' if found[r]['pr_auc'].value is None else ', '.join(f'[{low:.4f}, {high:.4f}]' for low, high in each) for r, each in bounds.items())])
     notes = [f'one seed ({runs[0].seed}): no spread over seeds'] if n == 1 else [f'±: standard deviation over {n} seeds ({", ".join(str(x.seed) for x in runs)}), what another seed would have given']
-    if blocks >= BLOCKS: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
+    if blocks >= MIN_GROUPS: notes.append(f'[low, high]: 95% interval{" of the mean over seeds" * (n > 1)}, what other land would have given: {results.metrics.replicates} bootstrap replicates over {len(set(e["block"]))} blocks, {blocks} with slumps')
     return Table(['metric', *map(ratio_name, ratios)], rows, notes + ['threshold of objects: they are cut out at a few thresholds only, and the nearest is taken'])
 
 def prevalence(evidence, ratio): neg, pos = histogram(evidence, ratio).sum(1); return Number(100 * pos / (neg + pos) if neg + pos else np.nan, '{:.2g}%')
@@ -105,25 +105,25 @@ def estimators_table(run:Run, split:str, ratios) -> Table:
     counted, drawn = bootstrap(e, ratios, t, (), replicates=0), {r: subsample(e, r, t[r], run.cfg.metrics.draws) for r in ratios}
     n_pos = int(e['positive'].sum())
     for k in ('pr_auc', 'iou', 'f1'):
-        rows += [[METRICS[k], ratio_name(r), Number(weight(e, r), '{:.3g}'), prevalence(e, r), without_interval(counted[r][k]), Estimate(drawn[r][k][0], std=drawn[r][k][1]) if drawn[r] else f'too few: {r * n_pos} are needed'] for r in ratios]
+        rows += [[METRICS[k], ratio_name(r), Number(negative_weight(e, r), '{:.3g}'), prevalence(e, r), without_interval(counted[r][k]), Estimate(drawn[r][k][0], std=drawn[r][k][1]) if drawn[r] else f'too few: {r * n_pos} are needed'] for r in ratios]
     return Table(['metric', 'ratio', 'w', 'slump pixels', 'counted w times', 'drawn at random'], rows, [f'of {n_pos} tiles with and {len(e) - n_pos} without a slump', f'drawn at random: mean ± standard deviation of {run.cfg.metrics.draws} draws'],
                  'Counted and drawn')
 
 # %% ../nbs/06c_tables.ipynb #0d5e7a771
 def positions(run:Run, split:str, n:int=150) -> np.ndarray:    # codes, ascending
     "Where the slider stops"
-    e = run.evidence[split]; found = np.cumsum(e.pool[:, 1].sum(0)); steps = np.searchsorted(found, np.linspace(1 / n, 1, n) * found[-1]) if found[-1] else []
+    e = run.evidence[split]; found = np.cumsum(e.pooled[:, 1].sum(0)); steps = np.searchsorted(found, np.linspace(1 / n, 1, n) * found[-1]) if found[-1] else []
     return np.unique(np.concatenate([steps, [first_code(t, e.bins) for t in (*e.thresholds, .5, *evidence_cuts(run, run.cfg.metrics.ratios).values())]]).clip(1, len(found) - 1).astype(int))
 
 def pixels_by_threshold(run:Run, split:str) -> Table:
     "Pixel precision and recall at every position of the slider, and the threshold of objects that is next to it"
     e, rows = run.evidence[split], []
-    z, codes, top = clipped_scores(e), positions(run, split), np.sort(e.top[~e['positive']])
+    z, codes, top = clipped_scores(e.bins), positions(run, split), np.sort(e.top_code[~e['positive']])
     def measured(ratio): neg, pos = np.cumsum(histogram(e, ratio)[:, ::-1], 1)[:, ::-1]; return rates(pos[codes], neg[codes], pos[0] - pos[codes])
     own, support = measured('native'), len(top) - np.searchsorted(top, codes)
     for r in run.cfg.metrics.ratios:
-        at, w = measured(r), weight(e, r)
-        rows += [[ratio_name(r), Number(z[c], '{:.4g}'), probability(run, z[c]), Number(e.nearest(expit(z[c])), '{:.4g}'), supported(at['precision'][i], own['precision'][i], support[i], w), Number(at['recall'][i])] for i, c in enumerate(codes)]
+        at, w = measured(r), negative_weight(e, r)
+        rows += [[ratio_name(r), Number(z[c], '{:.4g}'), probability(run, z[c]), Number(e.nearest_threshold(expit(z[c])), '{:.4g}'), supported(at['precision'][i], own['precision'][i], support[i], w), Number(at['recall'][i])] for i, c in enumerate(codes)]
     return Table(['ratio', 'score', 'threshold', 'objects at, uncalibrated', 'precision', 'recall'], rows, title=f'Pixels by threshold, seed {run.seed}')
 
 def objects_by_threshold(run:Run, split:str) -> Table:
@@ -131,12 +131,12 @@ def objects_by_threshold(run:Run, split:str) -> Table:
     e, m, rows = run.evidence[split], run.cfg.metrics, []
     grid = object_grid(e, 'native', 0.3, list(dict.fromkeys([m.min_area, *run.cfg.calibrate.min_areas])))
     for r in m.ratios:
-        w = weight(e, r); fp = grid.fp_positive + w * grid.fp_negative; at = rates(grid.tp, fp, grid.fn)
+        w = negative_weight(e, r); fp = grid.fp_positive + w * grid.fp_negative; at = rates(grid.tp, fp, grid.fn)
         rows += [[ratio_name(r), int(g.min_area), Number(g.threshold, '{:.4g}'), probability(run, logit(g.threshold)), supported(at['precision'][i], g.precision, g.support, w), Number(at['recall'][i]),
                   *(Number(float(c), '{:.0f}') for c in (g.tp, fp[i], g.fn))] for i, g in enumerate(grid.itertuples())]
     return Table(['ratio', 'smallest object, px', 'uncalibrated', 'threshold', 'object precision', 'object recall', 'found', 'false', 'missed'], rows, title=f'Objects by threshold, seed {run.seed}')
 
-def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e)[min(first_code(raw, e.bins), len(clipped_scores(e)) - 1)]
+def cut_score(run, split, raw): e = run.evidence[split]; return clipped_scores(e.bins)[min(first_code(raw, e.bins), len(clipped_scores(e.bins)) - 1)]
 
 def slider(results:Results, split:str, tables:list[Table]) -> Slider:    # tables: pixels and objects by threshold, of each seed in turn
     "The slider over these tables; it starts at the first ratio's threshold"
@@ -174,11 +174,11 @@ def shown_point(run):
 def region_table(run:Run, split:str) -> Table:
     "Every region at the global threshold, its negative tiles weighted so that it has the ratio itself"
     e, (r, how), rows, recalls = run.evidence[split], shown_point(run), [], {}
-    m = match(e, **how)
+    m = match_objects(e, **how)
     for name in sorted(set(e['region'])):
         here = e['region'] == name; n_pos, part = int(e['positive'][here].sum()), e.select(here)
         x = bootstrap(part, [r], how['threshold'], (), replicates=0)[r]
-        rows.append([name, n_pos, len(part) - n_pos, Number(weight(part, r), '{:.3g}'), *(without_interval(x[k]) for k in ('pr_auc', 'precision', 'recall')), int(m.tp[here].sum()), int(m.fn[here].sum()), int(m.fp[here].sum())])
+        rows.append([name, n_pos, len(part) - n_pos, Number(negative_weight(part, r), '{:.3g}'), *(without_interval(x[k]) for k in ('pr_auc', 'precision', 'recall')), int(m.tp[here].sum()), int(m.fn[here].sum()), int(m.fp[here].sum())])
         if n_pos >= run.cfg.calibrate.min_region_positives and x['recall'].value is not None: recalls[name] = x['recall'].value
     gap = max(recalls.values()) - min(recalls.values()) if recalls else 0
     hints = [f'Recall differs by {gap:.2f} between {min(recalls, key=recalls.get)} and {max(recalls, key=recalls.get)}: consider region-specific thresholds (guide 6.4).'] if gap > 0.2 else []
@@ -200,15 +200,15 @@ MISSES = {'unseen': 'no prediction on it: not recognised', 'too small': 'what is
 def misses_table(run:Run, split:str) -> Table:
     "Why slumps were missed, by size"
     r, how = shown_point(run); missed = misses(run.evidence[split], **how)
-    rows = [[k, len(x), *(int((x['size'] == s).sum()) for s in SIZES), int(x.edge.sum()), why] for k, why in MISSES.items() for x in [missed[missed.kind == k]]]
-    return Table(['missed', 'slumps', *SIZES, 'cut by a tile edge', 'meaning'], rows, [f'at the threshold of {ratio_name(r)}, missed where no prediction has an IoU of 0.3'], 'Slumps missed, by kind')
+    rows = [[k, len(x), *(int((x['size'] == s).sum()) for s in SIZE_CLASSES), int(x.edge.sum()), why] for k, why in MISSES.items() for x in [missed[missed.kind == k]]]
+    return Table(['missed', 'slumps', *SIZE_CLASSES, 'cut by a tile edge', 'meaning'], rows, [f'at the threshold of {ratio_name(r)}, missed where no prediction has an IoU of 0.3'], 'Slumps missed, by kind')
 
 def false_alarms_table(run:Run, split:str) -> Table:
     "What was taken for a slump: by size, by region, by confidence"
     (r, how), e = shown_point(run), run.evidence[split]
-    false, w, rows = false_alarms(e, **how), weight(e, r), []
+    false, w, rows = false_alarms(e, **how), negative_weight(e, r), []
     score = run.calibration.probability(logit(np.clip(false.score, 1e-12, 1 - 1e-12))); edges = np.arange(11) / 10
-    by = {'by size': [(k, false['size'] == k) for k in SIZES] + [('unknown', false['size'].isna())], 'by region': [(k, false.region == k) for k in sorted(set(e['region']))],
+    by = {'by size': [(k, false['size'] == k) for k in SIZE_CLASSES] + [('unknown', false['size'].isna())], 'by region': [(k, false.region == k) for k in sorted(set(e['region']))],
           'by confidence': [(f'{a:.1f} to {b:.1f}', (score >= a) & (score < b + (b == 1))) for a, b in zip(edges, edges[1:])], 'all': [('all', np.ones(len(false), bool))]}
     for heading, kinds in by.items():
         counts = [(k, int((keep & false.positive).sum()), int((keep & ~false.positive).sum())) for k, keep in kinds]
@@ -273,7 +273,7 @@ def _on_test(evidence, ratio, point, floor):
     own, every = at(point.min_area), at(floor)
     tp, false = own.tp, own.fp_positive + own.fp_negative
     n = every.tp + every.fn
-    return supported(own.precision, tp / (tp + false) if tp + false else np.nan, int(own.support), weight(evidence, ratio)), Number(tp / n if n else np.nan)
+    return supported(own.precision, tp / (tp + false) if tp + false else np.nan, int(own.support), negative_weight(evidence, ratio)), Number(tp / n if n else np.nan)
 
 def calibration_tables(run:Run) -> list[Table]:
     "How scores become probabilities, and how right these are before and after (guide 12.1)"

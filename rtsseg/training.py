@@ -38,7 +38,7 @@ from .manifest import thin_splits
 from .prepare import check_all_tiles, prepare, resolve_run, statistics
 from .tiles import UnreadableTiles, loaders
 from .evidence import Evidence
-from .metrics import average_precision, histogram, weight
+from .metrics import average_precision, histogram, negative_weight
 from .intervals import resample, subsample
 from .models import build, check_size
 from .infer import save_model
@@ -372,7 +372,7 @@ def rtsseg_noise(run:str='',                      # run folder; '' finds it from
         ratio = which if which == 'native' else int(which)
         sigma, blocks, drawn = noise_floor(*pair, ratio, replicates), len(set(pair[1]['block'][pair[1]['positive']])), None
         if not sigma > 0: raise DataError(f'the two validations do not differ in any replicate (σ = {sigma}): nothing to measure yet, train for longer')
-        if ratio != 'native' and weight(pair[1], ratio) < 1: drawn = subsample(pair[1], ratio, draws=5)
+        if ratio != 'native' and negative_weight(pair[1], ratio) < 1: drawn = subsample(pair[1], ratio, draws=5)
         text = f"{cfg.metrics.monitor}: σ = {sigma:.4f}, over {replicates} paired block-bootstrap replicates of validations {' and '.join(str(int(f.stem[6:])) for f in files)}, {blocks} blocks with positives"
         path = Path(out) if out else folder/'noise.yaml'
         try: write_atomic(path, f'# {text}\nearly_stopping: {{min_delta: {2 * sigma:.6f}}}\n')

@@ -95,7 +95,7 @@ def test_what_has_no_fit():
 
 def test_the_prior_shift_is_bayes(toy):
     "Twice the odds of a slump are twice the odds of every pixel: what is added is the change of the prior's log-odds"
-    pos, n_pos = toy.pool[:, 1].sum(), int(toy['positive'].sum()); own, other = toy.pool[1, 0].sum(), toy.pool[0, 0].sum()
+    pos, n_pos = toy.pooled[:, 1].sum(), int(toy['positive'].sum()); own, other = toy.pooled[1, 0].sum(), toy.pooled[0, 0].sum()
     prior = lambda r: pos / (pos + own + r * n_pos / (len(toy) - n_pos) * other)
     assert prior_shift(toy, 20, 5) == pytest.approx(logit(prior(5)) - logit(prior(20))) == pytest.approx(-prior_shift(toy, 5, 20))
 
@@ -148,7 +148,7 @@ def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, rati
 def test_object_points_by_hand(toy, target):
     operating, alone = object_operating_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
     for r in METRICS.ratios:
-        every = cells(toy, r, CFG.min_areas); n = len(toy.objects('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
+        every = cells(toy, r, CFG.min_areas); n = len(toy.nested('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
         p = operating[r]; m = every[p.raw_threshold, p.min_area]
         assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.share.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
         assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached on validation at 1:{r}' in p.why and p.why.endswith('; the uncalibrated 0.5 is used')

@@ -60,7 +60,7 @@ def test_evidence_holds_the_boundaries_of_every_threshold(seeds, ratio, threshol
     tiles = [tile(s) for s in seeds]
     e = Evidence.from_rows([identity(i, m) | tile_evidence(*t, THRESHOLDS, widths=widths) for i, t in enumerate(tiles) for m in [t[1]]], thresholds=THRESHOLDS)
     positive = e['positive']; w = 1 if ratio == 'native' or positive.all() else ratio * positive.sum() / (~positive).sum()
-    if not (positive.any() or len(e.objects('bands'))): return
+    if not (positive.any() or len(e.nested('bands'))): return
     for d in widths:
         both = either = 0
         for (z, m), p in zip(tiles, positive):

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
 from rtsseg.config import ToySource
-from rtsseg.intervals import BINS, Difference, Estimate, blocks, bootstrap, compare, resample, subsample, summary
+from rtsseg.intervals import MAX_BINS, Difference, Estimate, draw_groups, bootstrap, compare, resample, subsample, summary
 from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
 from rtsseg.metrics import boundary_metrics, pixel_metrics
 from rtsseg.objects import object_metrics
@@ -41,7 +41,7 @@ def scores(evidence, sign):
 @given(st.lists(st.integers(0, 10_000), min_size=4, max_size=14), st.sampled_from([1, 7, 200]), st.sampled_from(THRESHOLDS), st.sampled_from(['block', 'region']))
 def test_a_replicate_is_its_tiles_counted_again(seeds, ratio, threshold, unit):
     e = make(seeds); found = resample(e, [ratio, 'native'], threshold, (0.1, 0.5), replicates=6, seed=3, unit=unit)
-    draws, block = blocks(e, 6, seed=3, unit=unit)
+    draws, block = draw_groups(e[unit], 6, seed=3)
     assert (draws.sum(1) == len(set(e[unit]))).all() and len(set(zip(e[unit], block))) == len(set(e[unit]))
     positive, (z1, n1, t1), (z0, n0, t0) = e['positive'], scores(e, 'pos'), scores(e, 'neg')
     for i, times in enumerate(draws[:, block]):
@@ -67,8 +67,8 @@ def test_more_scores_than_bins(dtype):
         mask = (rng.random((96, 96)) < 0.3).astype(np.uint8)
         rows.append(row(i, 1, n_blocks=20) | tile_evidence((rng.normal(size=mask.shape) * 3 + 2 * mask).astype(dtype), mask, ()))
     e = Evidence.from_rows(rows, thresholds=())
-    assert (e.pool[:, 1].sum(0) > 0).sum() > BINS and e.exact == (dtype == np.float16)
-    (z1, n1, t1), (z0, n0, t0), (draws, block) = scores(e, 'pos'), scores(e, 'neg'), blocks(e, 8)
+    assert (e.pooled[:, 1].sum(0) > 0).sum() > MAX_BINS and e.exact == (dtype == np.float16)
+    (z1, n1, t1), (z0, n0, t0), (draws, block) = scores(e, 'pos'), scores(e, 'neg'), draw_groups(e['block'], 8)
     for ap, times in zip(resample(e, ['native'], ious=(), replicates=8)['native']['pr_auc'], draws[:, block]):
         theirs = average_precision_score(np.repeat([1, 0], [len(z1), len(z0)]), np.r_[z1, z0], sample_weight=np.r_[n1 * times[t1], n0 * times[t0]])
         assert ap == pytest.approx(theirs, abs=1e-4)

@@ -6,11 +6,11 @@ from scipy import ndimage
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
-from rtsseg import metrics
+from rtsseg import evidence as evidence_room
 from rtsseg.intervals import bootstrap, resample, summary
-from rtsseg.evidence import Evidence, Meter, decode, encode, first_code, tile_evidence, tile_histograms
+from rtsseg.evidence import CODES, Evidence, Meter, decode, encode, first_code, tile_evidence, tile_histograms
 from rtsseg.metrics import (
-    ap_bounds, average_precision, histogram, informative_tiles, is_resolved, pixel_metrics, weight, weights
+    ap_bounds, average_precision, histogram, informative_tiles, is_resolved, pixel_metrics, negative_weight, tile_weights
 )
 
 THRESHOLDS = (0.25, 0.5, 0.8)
@@ -38,7 +38,7 @@ def pixels(seeds, evidence, ratio):
     tiles = [tile(s) for s in seeds]
     valid = [m != 255 for _, m in tiles]
     return (np.concatenate([m[v] == 1 for (_, m), v in zip(tiles, valid)]), np.concatenate([l[v] for (l, _), v in zip(tiles, valid)]).astype(float),
-            np.repeat(weights(evidence, ratio), [v.sum() for v in valid]))
+            np.repeat(tile_weights(evidence, ratio), [v.sum() for v in valid]))
 
 @quick
 @given(seeds, st.integers(1, 3))
@@ -77,7 +77,7 @@ def test_pixels_know_no_place_and_tiles_no_number(seeds, ratio):
         for k in ('pos_codes', 'neg_codes'): assert np.array_equal(one[k], other[k]) and np.array_equal(one[k], many[k])
         for k in ('pos_counts', 'neg_counts'): assert np.array_equal(one[k], other[k]) and np.array_equal(25 * one[k], many[k]) and one[k].nbytes == many[k].nbytes
     part, here = e.select(e['region'] == 'A'), e['region'] == 'A'
-    assert np.allclose(histogram(part, ratio), histogram(e, np.where(here, np.where(e['positive'], 1, weight(part, ratio)), 0)), rtol=1e-12, atol=0)
+    assert np.allclose(histogram(part, ratio), histogram(e, np.where(here, np.where(e['positive'], 1, negative_weight(part, ratio)), 0)), rtol=1e-12, atol=0)
     twice = Evidence.from_rows([row(i, s) for i, s in enumerate(seeds + seeds)], thresholds=THRESHOLDS)
     assert np.array_equal(histogram(twice), histogram(e, np.full(len(e), 2))) and np.allclose(histogram(twice, ratio), 2 * histogram(e, ratio))
 
@@ -112,7 +112,7 @@ def test_bounds_hold_for_single_precision(seed, kind, bins):
     rng = np.random.default_rng(seed)
     y = rng.random(800) < rng.uniform(0.01, 0.5); y[0] = True
     z = KINDS[kind](rng.normal(size=800) + y * rng.uniform(0, 2)).astype(np.float32)
-    hist = np.stack([np.bincount(encode(z[y == c], bins), minlength=metrics.CODES) for c in (0, 1)])
+    hist = np.stack([np.bincount(encode(z[y == c], bins), minlength=CODES) for c in (0, 1)])
     low, high = ap_bounds(hist); true, mixed = average_precision_score(y, z), average_precision(hist, exact=False)
     assert low - 1e-9 <= true <= high + 1e-9 and low <= average_precision(hist) + 1e-12 and low - 1e-12 <= mixed <= high + 1e-12
     if high - low <= 1e-4: assert mixed == pytest.approx(true, abs=1e-4)
@@ -125,13 +125,13 @@ def test_single_precision_is_within_its_bounds_and_another_pass_resolves_what_co
     tiles = [(s, KINDS[kind](l.astype(float) + np.random.default_rng(s).normal(0, 0.1, l.shape)).astype(np.float32), m) for s in seeds for l, m in [tile(s)]]
     first = see()
     if not any((m == 1).any() for _, _, m in tiles): assert is_resolved(first, [ratio]); return
-    again = see(first.range)
+    again = see(first.score_range)
     y, _, w = pixels(seeds, first, ratio); z = np.concatenate([z[m != 255] for _, z, m in tiles]); true = average_precision_score(y, z, sample_weight=w)
     for e in (first, again):
         (low, high), value = ap_bounds(histogram(e, ratio), e.exact), average_precision(histogram(e, ratio), e.exact)
         assert low - 1e-9 <= min(true, value) and max(true, value) <= high + 1e-9 and is_resolved(e, [ratio]) == (e.exact or high - low <= 1e-4)
         if is_resolved(e, [ratio]): assert value == pytest.approx(true, abs=1e-4)
-        assert e.range[0] <= z.min() <= z.max() <= e.range[1]
+        assert e.score_range[0] <= z.min() <= z.max() <= e.score_range[1]
     if kind == 'narrow': assert not first.exact and again.exact and value == pytest.approx(true, abs=1e-9)
 
 @pytest.mark.parametrize('kind, bounded', [('wide', True), ('narrow', True), ('saturated', False)])
@@ -142,7 +142,7 @@ def test_a_million_single_precision_scores(kind, bounded):
     z = KINDS[kind](rng.normal(size=y.shape) + 2.5 * y).astype(np.float32)
     for _ in range(2):
         e = Evidence.from_rows([row(i, 0) | tile_histograms(*t, bins) for i, t in enumerate(zip(z, y))], thresholds=THRESHOLDS, bins=bins)
-        bins, true = e.range, average_precision_score(y.ravel(), z.ravel())
+        bins, true = e.score_range, average_precision_score(y.ravel(), z.ravel())
         low, high = ap_bounds(histogram(e), e.exact)
         assert low - 1e-9 <= true <= high + 1e-9
     assert is_resolved(e) == bounded and average_precision(histogram(e), e.exact) == pytest.approx(true, abs=1e-4)
@@ -163,7 +163,7 @@ def test_empty_tiles_and_empty_evidence():
     assert len(e) == 0 and e + e == e and np.isnan(summary(e)[200]['pr_auc']) and bootstrap(e, replicates=5)[200]['iou'].value is None
     assert np.isnan(resample(e, [200], replicates=3)[200]['pr_auc']).all()
     ignored = Evidence.from_rows([row(0, 1) | tile_evidence(np.zeros((4, 4)), np.full((4, 4), 255, np.uint8), THRESHOLDS) | dict(positive=False)], thresholds=THRESHOLDS)
-    assert ignored.top.tolist() == [0] and weight(ignored, 200) == 0 and histogram(ignored).sum() == 0
+    assert ignored.top_code.tolist() == [0] and negative_weight(ignored, 200) == 0 and histogram(ignored).sum() == 0
     assert make([1]) + e == make([1])
 
 def test_no_number_makes_every_metric_no_number():
@@ -189,13 +189,13 @@ def test_file(tmp_path):
     for i in range(6):
         seen = row(i, i)
         for k, v in seen.items():
-            if k in metrics._NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, metrics._NESTED[k][f]).tolist() for f, c in v.items()))]
+            if k in evidence_room._NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, evidence_room._NESTED[k][f]).tolist() for f, c in v.items()))]
             elif k in ('exact', 'tile_id'): continue
             else: want = np.asarray(v).tolist()
             assert table[k][i].as_py() == want and (list(frame.loc[f't{i:03}', k]) if isinstance(want, list) else frame.loc[f't{i:03}', k]) == want
     old = json.loads(table.schema.metadata[b'rtsseg']) | dict(format=1)
     pq.write_table(table.replace_schema_metadata({b'rtsseg': json.dumps(old)}), path)
-    with pytest.raises(ValueError, match=f'val.parquet holds no evidence of format {metrics.FORMAT}: 1'): Evidence.read(path)
+    with pytest.raises(ValueError, match=f'val.parquet holds no evidence of format {evidence_room.FORMAT}: 1'): Evidence.read(path)
     assert Evidence.from_rows([row(0, 1)], thresholds=THRESHOLDS, bins=(-3., 3.)).write(path) and Evidence.read(path).bins == (-3., 3.)
 
 @pytest.mark.parametrize('noise, level', [((0.7, 0.3), -6), ((1.5, 1.0), -5)], ids=['confident', 'speckled'])
@@ -209,12 +209,12 @@ def test_twenty_thousand_tiles_stay_under_200_MB(tmp_path, noise, level):
         logits = (9 * ndimage.gaussian_filter(mask.astype(float), 4) + noise[0] * field(8) + noise[1] * field(2) + level).astype(np.float16)
         rows.append(dict(tile_id=str(i), split='val', region='', block='', positive=i % 10 == 0, pixel_size=3.) | tile_evidence(logits, mask, np.arange(1, 20) / 20))
     e = Evidence.from_rows(rows, thresholds=np.arange(1, 20) / 20)
-    assert (len(e.objects('predicted')) > 2000 * len(e)) == (level == -5)
+    assert (len(e.nested('predicted')) > 2000 * len(e)) == (level == -5)
     assert e.write(tmp_path/'e').stat().st_size / 20 * 20_000 < 200e6
 
 def test_meter_takes_every_float_and_any_process(tmp_path):
     import pandas as pd, torch
-    e = make(range(4)); table = pd.DataFrame({k: e[k] for k in metrics.IDENTITY})
+    e = make(range(4)); table = pd.DataFrame({k: e[k] for k in evidence_room.IDENTITY})
     logits, masks = (np.stack(x) for x in zip(*map(tile, range(4))))
     for kind in (torch.float16, torch.float32):
         meters = [Meter(table, THRESHOLDS) for _ in range(2)]
@@ -227,4 +227,4 @@ def test_meter_takes_every_float_and_any_process(tmp_path):
 @given(st.floats(1e-6, 1 - 1e-6), st.sampled_from(['float16', (-9., 9.)]))
 def test_a_threshold_is_the_first_score_at_or_above_it(p, bins):
     c = first_code(p, bins); values = decode(bins)
-    assert (c == metrics.CODES or expit(values[c]) >= p) and not (expit(values[1:c]) >= p).any()
+    assert (c == CODES or expit(values[c]) >= p) and not (expit(values[1:c]) >= p).any()

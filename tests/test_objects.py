@@ -6,10 +6,10 @@ from scipy import ndimage
 from scipy.special import expit
 from skimage.measure import label, regionprops
 
-from rtsseg.evidence import Evidence, objects, tile_evidence, tile_objects
-from rtsseg.metrics import rates, weights
+from rtsseg.evidence import Evidence, label_objects, tile_evidence, tile_objects
+from rtsseg.metrics import rates, tile_weights
 from rtsseg.objects import (
-    KINDS, SIZES, false_alarms, grid_counts, match, misses, object_grid, object_metrics, recall_by_size
+    MISS_KINDS, SIZE_CLASSES, false_alarms, grid_counts, match_objects, misses, object_grid, object_metrics, recall_by_size
 )
 from test_metrics import THRESHOLDS, make, quick, row, seeds, tile
 
@@ -21,7 +21,7 @@ masks = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: 
 def test_components_are_scikit_images(mask):
     "The same numbers too, by their first pixels; several masks at once are each alone"
     (height, width), both = mask.shape, [mask, ~mask, mask]
-    runs, found = objects([np.flatnonzero(m) for m in both], mask.shape)
+    runs, found = label_objects([np.flatnonzero(m) for m in both], mask.shape)
     for k, m in enumerate(both):
         ours, theirs = np.zeros(m.shape, int), label(m, connectivity=2); props, here = regionprops(theirs), found['mask'] == k
         for at, y, left, right, i in zip(*(runs[k] for k in ('mask', 'y', 'left', 'right', 'object'))):
@@ -34,7 +34,7 @@ def test_components_are_scikit_images(mask):
 def test_size_is_that_of_a_smallest_rectangle(mask):
     "Over all rectangles along an edge of the hull, one of the smallest has our longest side"
     from scipy.spatial import ConvexHull
-    found = objects([np.flatnonzero(mask)], mask.shape)[1]
+    found = label_objects([np.flatnonzero(mask)], mask.shape)[1]
     for p, size in zip(regionprops(label(mask, connectivity=2)), found['size']):
         corners = np.concatenate([p.coords + d for d in ((0, 0), (0, 1), (1, 0), (1, 1))]).astype(float)
         hull = corners[ConvexHull(corners).vertices]
@@ -46,7 +46,7 @@ def test_size_is_that_of_a_smallest_rectangle(mask):
 @quick
 @given(seeds, IOUS, FLOORS, st.sampled_from(THRESHOLDS))
 def test_objects_are_the_five_steps(seeds, iou, floor, threshold):
-    e = make(seeds); m = match(e, threshold, iou, floor)
+    e = make(seeds); m = match_objects(e, threshold, iou, floor)
     for i, s in enumerate(seeds):
         logits, mask = tile(s); probability = expit(logits.astype(float))
         blobs = lambda x: [b for lab, n in [ndimage.label(x, np.ones((3, 3)))] for b in (lab == k for k in range(1, n + 1)) if b.sum() >= floor]
@@ -78,8 +78,8 @@ def test_scores_are_rounded_but_their_order_is_not(seeds):
     for s in seeds:
         high = np.random.default_rng(s).permutation([2, 2 + 2 ** -9]); logits = np.full((3, 9), -5, np.float16); logits[1, 1:4], logits[1, 5:8] = high
         mask = np.zeros((3, 9), np.uint8); mask[1, 1:8] = 1
-        e = Evidence.from_rows([row(0, 1) | tile_evidence(logits, mask)]); scores = e.objects('predicted').score
-        assert scores[0] == scores[1] and match(e).truth.match.tolist() == [1] and e.objects('pairs').intersection.tolist() == [3, 3]
+        e = Evidence.from_rows([row(0, 1) | tile_evidence(logits, mask)]); scores = e.nested('predicted').score
+        assert scores[0] == scores[1] and match_objects(e).truth.match.tolist() == [1] and e.nested('pairs').intersection.tolist() == [3, 3]
         runs = tile_objects(logits, np.where(np.arange(9) < 4, mask, 0), (0.5,))
         assert runs['pairs']['predicted'].tolist() == [1 + int(high[0] < high[1])]                 # the left one's number
 
@@ -95,7 +95,7 @@ def test_the_grid_is_match_in_every_cell(seeds, iou, floors, ratio):
     e = make(seeds); grid, counts = object_grid(e, ratio, iou, floors), grid_counts(e, iou, floors)
     assert counts.shape == (len(THRESHOLDS) * len(floors), len(e), 3) and len(grid) == len(counts)
     for (_, x), n in zip(grid.iterrows(), counts):
-        m, one = match(e, x.threshold, iou, x.min_area), object_metrics(e, ratio, x.threshold, iou, x.min_area)
+        m, one = match_objects(e, x.threshold, iou, x.min_area), object_metrics(e, ratio, x.threshold, iou, x.min_area)
         assert np.array_equal(n, np.stack([m.tp, m.fp, m.fn], 1))
         assert all(np.array_equal(x[k], one[k], equal_nan=True) for k in ('tp', 'fp', 'fn', 'precision', 'recall', 'f1'))
         negative = ~e['positive']
@@ -106,7 +106,7 @@ def test_the_grid_is_match_in_every_cell(seeds, iou, floors, ratio):
 @quick
 @given(seeds, IOUS, FLOORS, st.sampled_from(THRESHOLDS))
 def test_misses_are_told_apart_by_pixels(seeds, iou, floor, threshold):
-    e = make(seeds); found = misses(e, threshold, iou, floor); m = match(e, threshold, iou, floor); rows = iter(found.itertuples())
+    e = make(seeds); found = misses(e, threshold, iou, floor); m = match_objects(e, threshold, iou, floor); rows = iter(found.itertuples())
     for i, s in enumerate(seeds):
         logits, mask = tile(s); true = [ndimage.label(mask == 1, np.ones((3, 3)))[0] == k for k in m.truth.id[m.truth.tile == i]]
         lab, n = ndimage.label((expit(logits.astype(float)) >= threshold) & (mask != 255), np.ones((3, 3)))
@@ -126,21 +126,21 @@ def test_misses_are_told_apart_by_pixels(seeds, iou, floor, threshold):
     assert next(rows, None) is None
 
 def test_every_kind_of_miss_occurs_in_these_tests():
-    assert set(misses(make(range(400)), 0.5, 0.5).kind) == set(KINDS)
+    assert set(misses(make(range(400)), 0.5, 0.5).kind) == set(MISS_KINDS)
 
 @quick
 @given(seeds, IOUS, FLOORS, st.sampled_from(THRESHOLDS))
 def test_false_alarms_and_sizes_add_up(seeds, iou, floor, threshold):
-    e = make(seeds); m = match(e, threshold, iou, floor); false = false_alarms(e, threshold, iou, floor); sizes = recall_by_size(e, threshold, iou, floor)
+    e = make(seeds); m = match_objects(e, threshold, iou, floor); false = false_alarms(e, threshold, iou, floor); sizes = recall_by_size(e, threshold, iou, floor)
     assert false.groupby('tile_id').size().reindex(e['tile_id'], fill_value=0).tolist() == m.fp.tolist() and (false.area >= floor).all()
     assert (false.positive == false.tile_id.map(dict(zip(e['tile_id'], e['positive'])))).all()
     assert (sizes.found.sum(), sizes.objects.sum()) == (m.tp.sum(), m.tp.sum() + m.fn.sum()) and sizes.edge.sum() == m.truth.edge.sum()
     metres = 3 * m.truth['size']                                                           # the pixel size of these tiles
-    assert sizes.objects.tolist() == [((metres >= low) & (metres < high)).sum() for low, high in SIZES.values()]
+    assert sizes.objects.tolist() == [((metres >= low) & (metres < high)).sum() for low, high in SIZE_CLASSES.values()]
 
 def test_an_object_without_a_pixel_size_is_of_unknown_size():
     e = Evidence.from_rows([row(i, s, pixel_size=[3., float('nan')][i % 2]) for i, s in enumerate(range(1, 9))], thresholds=THRESHOLDS)
-    sizes, truth = recall_by_size(e), e.objects('truth')
+    sizes, truth = recall_by_size(e), e.nested('truth')
     assert sizes.objects['unknown'] == (truth.tile % 2 == 1).sum() > 0 and sizes.objects.sum() == len(truth)
     assert 'unknown' not in recall_by_size(e.select(np.arange(0, 8, 2))).index and misses(e)['size'].isna().any()
 
@@ -154,7 +154,7 @@ def test_the_order_of_tiles_does_not_matter(seeds, random, iou):
 @quick
 @given(seeds, st.integers(1, 1000))
 def test_a_ratio_weighs_false_objects_of_negative_tiles_and_nothing_else(seeds, r):
-    e = make(seeds); native, grid = object_grid(e, min_areas=(0, 3)), object_grid(e, r, min_areas=(0, 3)); negative = weights(e, r)[~e['positive']]
+    e = make(seeds); native, grid = object_grid(e, min_areas=(0, 3)), object_grid(e, r, min_areas=(0, 3)); negative = tile_weights(e, r)[~e['positive']]
     w = negative[0] if len(negative) else 1
     assert native.tp.equals(grid.tp) and native.fn.equals(grid.fn) and native.recall.equals(grid.recall)
     assert grid.fp.to_numpy() == pytest.approx((grid.fp_positive + w * grid.fp_negative).to_numpy())
