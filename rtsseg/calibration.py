@@ -93,12 +93,12 @@ def why_no_temperature(z:np.ndarray,      # scores
     share = 100 * (neg[z > 0].sum() + pos[z < 0].sum()) / mass
     wrong = f'{share:.3g}% of the pixels lie on the wrong side'
     if smaller:
-        return (f'a smaller one always fits better, because 0.5 separates slumps from background: {wrong}, too few or too '
-                'close to matter. Calibrated values near 0 and 1 claim more than these tiles can show')
+        return (f'a smaller one always fits better, because 0.5 separates slumps from background: {wrong}, '
+                'too few or too close to matter. Calibrated values near 0 and 1 claim more than these tiles can show')
     chance = pos.sum() / mass
     ranking = f'(PR-AUC {order:.2g}, by chance {chance:.2g})'
-    why = (f'a larger one always fits better, because {wrong} of 0.5, and a temperature draws scores towards 0.5 but cannot '
-           'shift them. So calibrated values are not probabilities. ')
+    why = (f'a larger one always fits better, because {wrong} of 0.5, and a temperature draws scores towards 0.5 '
+           'but cannot shift them. So calibrated values are not probabilities. ')
     if order > chance:
         return why + f'The scores do rank slumps above background {ranking}, and thresholds use that ranking alone'
     return why + f'Nor do the scores rank slumps above background {ranking}'
@@ -106,7 +106,7 @@ def why_no_temperature(z:np.ndarray,      # scores
 # %% ../nbs/06_calibrate.ipynb #b8b51df5
 def fit_slope_intercept(evidence:Evidence,
                         ratio:int|str='native'    # the prevalence at which probabilities are right
-                       ) -> tuple[float, float, str]:   # slope, intercept, and why they are 1/T and 0 ('' where they are fitted)
+                       ) -> tuple[float, float, str]:   # slope, intercept, and why they are only 1/T and 0, or ''
     "Logistic recalibration (Platt 1999) by least negative log-likelihood. Raises ValueError without positive pixels"
     T, _ = fit_temperature(evidence, ratio)
     z, neg, pos = score_masses(evidence, ratio)
@@ -158,8 +158,8 @@ def reliability(evidence:Evidence,
                 intercept:float=0.,        # added to the scaled score
                 ratio:int|str='native',    # r of 1:r, or 'native'
                 bins:int=15                # of equal width in probability
-               ) -> pd.DataFrame:          # probability (mean), frequency (share of positives), mass; a row per bin with pixels
-    "The reliability diagram as a table (Guo et al. 2017)"
+               ) -> pd.DataFrame:          # a row per bin with pixels
+    "The reliability diagram as a table: mean probability, frequency of positives, mass (Guo et al. 2017)"
     z, neg, pos = score_masses(evidence, ratio)
     p, mass = expit(slope * z + intercept), neg + pos
     which = np.minimum((p * bins).astype(int), bins - 1)
@@ -190,7 +190,7 @@ class Fit(Strict):
     why: str
 
 def likelihood_tables(slope:float, intercept:float, z:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "For a negative and for a positive pixel of each code: gradient (2), curvature (3) and positives (1), (65536, 6) each"
+    "Gradient (2), curvature (3) and positives (1) of a negative and a positive pixel of each code: (65536, 6) each"
     p = expit(slope * z + intercept)
     v = p * (1 - p)
     curvature = [z * z * v, z * v, v]
@@ -295,7 +295,7 @@ class Calibration(Strict):
     views: str
     # which fit is used
     method: str
-    # probability = σ(slope · score + intercept), at the ratio of the fit; `shifts` is added at another one
+    # probability = σ(slope · score + intercept) at the ratio of the fit; `shifts` is for others
     slope: PositiveFloat
     intercept: float
     shifts: dict[int, float]
@@ -394,18 +394,20 @@ class Calibration(Strict):
         except ValidationError as e:
             first = e.errors()[0]
             where = '.'.join(map(str, first['loc']))
-            raise ValueError(f'{name} was written by another version (views {views!r}, {where}: {first["msg"]}): {AGAIN}') from None
+            problem = f'views {views!r}, {where}: {first["msg"]}'
+            raise ValueError(f'{name} was written by another version ({problem}): {AGAIN}') from None
         if found.views != views:
             raise ValueError(f'{name} holds the calibration of views {found.views!r} as that of {views!r}: {AGAIN}')
         return found
 
     def __repr__(self) -> str:
         points = ', '.join(f'1:{r} {probability_text(self.score(p.logit))}' for r, p in self.thresholds.items())
-        return f'Calibration(views {self.views}, {self.method} at 1:{self.ratio}, T = {self.temperature:.3f}, thresholds {points})'
+        fit = f'{self.method} at 1:{self.ratio}, T = {self.temperature:.3f}'
+        return f'Calibration(views {self.views}, {fit}, thresholds {points})'
 
     def _repr_html_(self) -> str:
-        rows = [dict(ratio=f'1:{r}', threshold=probability_text(self.score(p.logit)), precision=p.precision, recall=p.recall,
-                     note=p.why) for r, p in self.thresholds.items()]
+        rows = [dict(ratio=f'1:{r}', threshold=probability_text(self.score(p.logit)), precision=p.precision,
+                     recall=p.recall, note=p.why) for r, p in self.thresholds.items()]
         return f'<p>{visible(self.temperature_enough)}</p>' + pd.DataFrame(rows).to_html(index=False)
 
 # %% ../nbs/06_calibrate.ipynb #4f1c3aeb
@@ -428,7 +430,8 @@ class QualityByRatio:
     def __call__(self, ratio:int|str) -> Scores:
         loss, square, mass = self.drawn.mix(self.sums, ratio).T
         error = ece(self.evidence, self.slope, self.intercept, ratio)
-        return Scores(nll=self.drawn.estimate(loss / mass), brier=self.drawn.estimate(square / mass), ece=Estimate(error))
+        return Scores(nll=self.drawn.estimate(loss / mass), brier=self.drawn.estimate(square / mass),
+                      ece=Estimate(error))
 
 def quality_table(evidence:Evidence,
                   drawn:Replicates,
@@ -492,46 +495,21 @@ class RegionCalibrator:
         reasons = []
         for kind, points in own.items():
             for r, point in list(points.items()):
-                why = unsupported(point.support, point.w)
+                why = why_unsupported(point.support, point.w)
                 if point.reached and why:
                     del points[r]
                     reasons.append(f'global {POINT_KINDS[kind]} at 1:{r}, since its own {why}')
         return reasons
 
 def calibrate_evidence(evidence:Evidence,             # of the validation split
-<<<<<<< HEAD
                        cfg:Calibrate=Calibrate(),     # method, ratio of the fit, target, floors
                        metrics:Metrics=Metrics()      # ratios, replicates
                       ) -> Calibration:
-    "Probabilities and operating points from validation evidence (guide 6.4, 12). Raises ValueError without positive pixels"
+    "Probabilities and operating points from validation evidence (guide 6.4, 12); ValueError without positive pixels"
     temperature, why = fit_temperature(evidence, cfg.ratio)
     drawn = Replicates(evidence, metrics.replicates)
     found = fits(evidence, drawn, cfg.ratio)
     slope, intercept = found[cfg.method].slope.value, found[cfg.method].intercept.value
-=======
-              cfg:Calibrate=Calibrate(),     # method, ratio of the fit, target, floors
-              metrics:Metrics=Metrics()      # ratios, replicates
-             ) -> Calibration:
-    "Probabilities and operating points of a run's validation evidence (guide 6.4, 12); raises `ValueError` without positive pixels"
-    T, why = fit_temperature(evidence, cfg.ratio); drawn = Replicates(evidence, metrics.replicates)
-    found = fits(evidence, drawn, cfg.ratio); used = found[cfg.method]; slope, intercept = used.slope.value, used.intercept.value
-    def score(z): return slope * z + intercept
-    def chosen(e, drawn):
-        objects, alone = object_operating_points(e, drawn, score, cfg, metrics) if e.thresholds else ({}, {})
-        return dict(thresholds=pixel_operating_points(e, score, cfg, metrics), objects=objects, object_thresholds=alone)
-    regions, positive = {}, evidence['positive']
-    for name in sorted(set(evidence['region'])):
-        here = evidence['region'] == name
-        n_pos, n_neg = int(positive[here].sum()), int((~positive[here]).sum())
-        few = (f'{n_pos} positive tiles, {cfg.min_region_positives} are needed: global thresholds' if n_pos < cfg.min_region_positives
-               else 'no negative tiles: global thresholds' if not n_neg and (~positive).any() else '')
-        e = None if few else evidence.select(here)
-        own = dict(thresholds={}, objects={}, object_thresholds={}) if few else chosen(e, Replicates(e, metrics.replicates))
-        thin = [(what, r, why) for what, found in own.items() for r, p in found.items() if p.reached and (why := why_unsupported(p.support, p.w))]
-        for what, r, _ in thin: del own[what][r]
-        few = few or '; '.join(f'global {KINDS[what]} at 1:{r}, since its own {why}' for what, r, why in thin)
-        regions[name] = Region(n_pos_tiles=n_pos, n_neg_tiles=n_neg, why=few, **own)
->>>>>>> main
     shifts = {r: prior_shift(evidence, cfg.ratio, r) for r in [cfg.ratio, *metrics.ratios]}
     calibrator = RegionCalibrator(evidence, slope, intercept, cfg, metrics)
     regions = {name: calibrator.region(name) for name in sorted(set(evidence['region']))}
@@ -594,7 +572,8 @@ def show_pr(evidence:Evidence,
             marker = 'o' if point.reached else 'x'
             ax.plot(point.recall.value, point.precision.value, marker, c=line.get_color())
     ax.axhline(calibration.target_precision, c='k', lw=0.5, ls='--')
-    ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=f'Precision of at least {calibration.target_precision:g}')
+    title = f'Precision of at least {calibration.target_precision:g}'
+    ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=title)
     ax.legend(fontsize=7)
     return ax
 
@@ -636,7 +615,8 @@ class CalibrationText:
         rows = []
         for r, p in points.items():
             notes = self.marks(p.why, p.precision.why, p.monotone_why)
-            rows.append(self._point(r, logit(p.raw_threshold), p) | {'of all': p.share, 'area': p.min_area, 'notes': notes})
+            more = {'of all': p.share, 'area': p.min_area, 'notes': notes}
+            rows.append(self._point(r, logit(p.raw_threshold), p) | more)
         return self.table(title, rows)
 
     def errors(self) -> list[str]:

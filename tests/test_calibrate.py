@@ -133,14 +133,14 @@ def test_an_old_file_is_told(toy, tmp_path):
     path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
     for name in ('slope', 'objects'): del old['none'][name]
     path.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
+    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'): Calibration.load(path)
 
 @pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
 def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
     path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate_evidence(toy, CFG, METRICS)
-    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
-    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
-    c.save(path); assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it again'): Calibration.load(path)
+    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().err
+    c.save(path); assert not capsys.readouterr().err
 
 def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
@@ -303,7 +303,7 @@ def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     try:
         calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
-        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate(folder, 'test')
+        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
         seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
