@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common import emit
-from rtsseg.config import Config, ToySource
+from rtsseg.config import RtsConfig, ToySource
 from rtsseg.loop import fit
 from rtsseg.losses import focal
 from rtsseg.models import build
@@ -82,7 +82,7 @@ def main():
     batch = {k: torch.stack([v] * a.batch) for k, v in one.items()}; batch = {k: v.pin_memory() for k, v in batch.items()} if CUDA else batch
     loader = lambda: DataLoader([0] * (a.batch * a.steps), a.batch, collate_fn=lambda _: batch)      # made once: nothing hides what the loop costs
     def config(**kw):
-        return Config(precision='fp16', epochs=a.epochs + 1, batch_size=a.batch, val_frequency=a.epochs + 1, freeze_backbone_epochs=0, checkpoint=dict(every=10**6, resume_minutes=1e6),
+        return RtsConfig(precision='fp16', epochs=a.epochs + 1, batch_size=a.batch, val_frequency=a.epochs + 1, freeze_backbone_epochs=0, checkpoint=dict(every=10**6, resume_minutes=1e6),
                       model=dict(encoder=a.encoder, weights=None), data=dict(tile_size=a.size), tracker=dict(kind='none'), **kw)
     def ours(bare=None, compiled=False, **kw):
         torch.manual_seed(0); cfg = config(**kw); model = build(cfg.model); turns = Turns(bare)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Locked', 'selection_rule', 'check_test_access', 'record_test_access', 'object_thresholds', 'split_views',
-           'write_maps', 'evaluate', 'show_evidence', 'rtsseg_evaluate']
+           'write_maps', 'evaluate', 'show_evidence']
 
 # %% ../nbs/05a_evaluate.ipynb #ievaluat
 import fcntl
@@ -20,11 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.script import call_parse, store_true
 
 from .console import DataError, RtssegError, nearest
 from .files import FileError, inside, read_json, read_seal, typed, write_atomic
-from .config import Config, ConfigError, load
+from .config import RtsConfig, ConfigError, load
 from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
 from .manifest import read_manifest
 from .stats import skip_unreadable
@@ -32,14 +31,15 @@ from .prepare import resolve_run
 from .tiles import eval_loader
 from .evidence import Evidence, Meter, evidence_path
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
-from .infer import ModelError, VIEWS, load_model, predict_logits
+from .infer import VIEWS, load_model, predict_logits
+from .weights import ModelError
 from .loop import accelerator, make_deterministic
 
 # %% ../nbs/05a_evaluate.ipynb #e702db81
 class Locked(RtssegError, RuntimeError):
     "The test split has been looked at by another configuration"
 
-def selection_rule(cfg:Config,  # metrics and calibrate
+def selection_rule(cfg:RtsConfig,  # metrics and calibrate
          views:str    # the views that are averaged
         ) -> str:     # one line
     "How this configuration chooses its checkpoint, its probabilities and its thresholds"
@@ -52,7 +52,7 @@ def _differences(a, b):
     a, b = ([f"config {x['config']}", *re.split(', (?=[a-z])', x['rule'])] for x in (a, b))
     return (', '.join(part for part in x if part not in y) for x, y in ((a, b), (b, a)))
 
-def check_test_access(cfg:Config,            # who wants to look
+def check_test_access(cfg:RtsConfig,            # who wants to look
              manifest_hash:str,     # at which data
              views:str='none',      # through which views
              force:bool=False       # look all the same
@@ -67,7 +67,7 @@ def check_test_access(cfg:Config,            # who wants to look
     entry['looks'].append(dict(mine, seed=cfg.seed, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), forced=not same))
     return ledger
 
-def record_test_access(cfg:Config, manifest_hash:str, views:str='none', force:bool=False):
+def record_test_access(cfg:RtsConfig, manifest_hash:str, views:str='none', force:bool=False):
     "Note a look at the test split in runs/test_ledger.json; raises `Locked` as `may_look` does"
     cfg.runs.mkdir(parents=True, exist_ok=True)
     with open(inside(cfg.runs/'.test_ledger.lock', cfg.runs), 'w') as lock:
@@ -81,13 +81,13 @@ def _calibrated(folder, views):
     try: return typed(StoredThresholds, read_json(path, folder).get(views, {}), path.name).get('thresholds', {}) if path.exists() else {}
     except FileError as e: raise DataError(f'{e}: rtsseg-calibrate --run {os.path.relpath(folder)} makes it anew') from None
 
-def object_thresholds(cfg:Config, folder:Path, split:str, views:str) -> list[float]:
+def object_thresholds(cfg:RtsConfig, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid; beyond validation, which they were chosen on, the calibrated ones of pixels too"
     found = _calibrated(folder, views) if split != 'val' else {}
     return sorted({*cfg.metrics.object_thresholds, cfg.metrics.reference_threshold, *(p['raw_threshold'] for p in found.values())})
 
 def split_views(text:str,    # names with commas between them; '' is the config's
-                cfg:Config   # of the run
+                cfg:RtsConfig   # of the run
                ) -> list[str]:
     "The views that are asked for; raises `ConfigError`"
     names = [v.strip() for v in text.split(',')] if text else [cfg.infer.views]
@@ -163,24 +163,3 @@ def show_evidence(e:Evidence,    # of a pass
     n_pos = int(e['positive'].sum())
     return '\n'.join([f'views {e.views}: {n_pos} tiles with a slump, {len(e) - n_pos} without',
                       *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {negative_weight(e, r):.3g} times' for r in ratios)])
-
-# %% ../nbs/05a_evaluate.ipynb #38e868f1
-@call_parse
-def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
-                    config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                    manifest:str='',                 # another manifest than the config's
-                    name:str='',                     # another name for the run
-                    epochs:int=None,                 # another number of epochs
-                    seed:int=None,                   # another seed
-                    overrides:str='[]',              # one section.field=value, or a JSON list of them
-                    split:str='val',                 # train, val or test
-                    views:str='',                    # none, minimal, standard or full, or several with commas between them; '' takes the config's
-                    force:store_true=False           # look at the test split although another configuration did, or with a config or data that were changed since training
-                   ):
-    "Run a trained model over a split and write down what it saw"
-    try:
-        folder = resolve_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(inside(folder/'config.yaml', folder))
-        for v in split_views(views, cfg):
-            path = evaluate(folder, split, v, force)
-            print(f'{os.path.relpath(path)}, {show_evidence(Evidence.read(path), cfg.metrics.ratios)}' if path else f'no tile has split {split!r}: nothing to evaluate')
-    except (ValueError, OSError, ModelError, Locked) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

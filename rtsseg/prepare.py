@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .console import DataError
 from .files import FileError, read_json, write_atomic
-from .config import Config, ConfigError, settings
+from .config import RtsConfig, ConfigError, settings
 from .runs import require_finished, run_folder
 from .manifest import FORMATS, Manifest, read_manifest
 from .stats import Stats, check_tile_sizes, compute_stats
@@ -28,7 +28,7 @@ from .toy import make_toy
 from .pretrained import pretrained_stats
 
 # %% ../nbs/01m_prepare.ipynb #ed5f60cb1
-def find_run(cfg:Config     # the config
+def find_run(cfg:RtsConfig     # the config
             ) -> Path:      # its run folder
     "The run folder of a config; raises `DataError` where it is not trained, or not to its end"
     folder = run_folder(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size).hash)
@@ -45,7 +45,7 @@ def resolve_run(run:str|Path,      # a run folder; '' finds it from the rest
     return Path(run) if run else find_run(settings(config, **given))
 
 # %% ../nbs/01m_prepare.ipynb #22a258ea
-def prepare(cfg:Config          # data.manifest and data.source
+def prepare(cfg:RtsConfig          # data.manifest and data.source
            ) -> Manifest:       # every tile, of every split
     "Read the manifest; make it first where it is missing and `data.source` says how. Raises one `DataError`, also where train or val hold no positive tile, and where splits share ground"
     manifest = find_manifest(cfg); positive = manifest.table[manifest.table.positive].groupby('split').size()
@@ -63,7 +63,7 @@ def all_problems(cfg, manifest, told):
     "All that is wrong, once something is: what is told, and what the check says of each tile"
     return DataError('\n'.join([told, *tile_problems(cfg, manifest)]))
 
-def check_all_tiles(cfg:Config, manifest:Manifest):
+def check_all_tiles(cfg:RtsConfig, manifest:Manifest):
     "Read every tile of every split once, where no run on this data has; raises one `DataError` with all that is wrong. Statistics, which a run saves next, tell that it was done"
     for f in cfg.runs.glob('*/*/normalization_stats.json'):
         with suppress(DataError):
@@ -105,11 +105,11 @@ def _made(source, path):
     return True
 
 # %% ../nbs/01m_prepare.ipynb #26824fb2
-def stats_path(cfg:Config, manifest:Manifest) -> Path:
+def stats_path(cfg:RtsConfig, manifest:Manifest) -> Path:
     "Where the statistics of this config and data lie: beside the runs of its seeds, which share them"
     return run_folder(cfg, manifest.hash).parent/'normalization_stats.json'
 
-def statistics(cfg:Config, manifest:Manifest) -> Stats:
+def statistics(cfg:RtsConfig, manifest:Manifest) -> Stats:
     "Statistics of the training split, or RGB as the encoder was pretrained: read where they were saved for this very data, else computed and saved. Raises `DataError`, also for a tile of another size, of any split"
     path = stats_path(cfg, manifest)
     if path.exists() and (found := Stats.load(path)).manifest_hash == manifest.hash: return found

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .console import DataError, RtssegError
 from .files import FileError, SEAL, check_seal, inside, read_bytes, read_json, typed
-from .config import Config, load
+from .config import RtsConfig, load
 from .runs import Best, Environment, parse_event, read_ledger
 from .manifest import Manifest, read_manifest
 from .evidence import Evidence, evidence_path, run_evidence
@@ -35,7 +35,7 @@ class ReportError(RtssegError, RuntimeError):
 class Run:
     "A run folder, read"
     folder: Path
-    cfg: Config
+    cfg: RtsConfig
     environment: dict
     epochs: pd.DataFrame           # a row an epoch: losses, rates, and where it was validated the validation's numbers
     events: list[dict]             # the other lines of the log

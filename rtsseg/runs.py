@@ -27,18 +27,14 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from .console import DataError, RtssegError
 from .files import FileError, inside, parse_json, read_json, typed
-from .config import Config, Fraction, LoopConfig, NOT_HASHED, PositiveInt, Strict, settings
+from .config import RtsConfig, Fraction, LoopConfig, PositiveInt, Strict, hashed_settings, settings
 
 # %% ../nbs/00c_runs.ipynb #e8ccb77f1
 def config_hash(cfg:LoopConfig,        # the tree
                 manifest_hash:str=''   # hash of the manifest's content
                ) -> str:               # 12 hexadecimal digits
     "Hash of what decides a run's result: equal for equal settings however they were written"
-    tree = cfg.model_dump(mode='json')
-    for *parents, leaf in NOT_HASHED:
-        node = tree
-        for p in parents: node = node.get(p, {})
-        node.pop(leaf, None)
+    tree = hashed_settings(cfg)
     weights = Path(tree.get('model', {}).get('weights') or '')
     whole = weights.is_absolute() and (weights/'model.safetensors').is_file()        # a model directory brings its decoder, a file the encoder alone
     if whole: weights /= 'model.safetensors'
@@ -47,7 +43,7 @@ def config_hash(cfg:LoopConfig,        # the tree
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-def run_folder(cfg:Config,             # the tree
+def run_folder(cfg:RtsConfig,             # the tree
                manifest_hash:str       # hash of the manifest's content
               ) -> Path:               # runs/<name>/<hash>/seed<k>
     "Where the run of this config, this data and this seed lives"
@@ -212,6 +208,7 @@ class Busy(RunError):
 
 class Stopped(RunError):
     "A run that was asked to stop before its end; the same command goes on from there"
+    prefix = ''
 
 def check_inside(folder):
     "Raise `FileError` where something that a run writes would be written elsewhere, by a link that lies in its folder"

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .config import Config
+from .config import RtsConfig
 from .tiles import Loaders
 from .losses import IGNORE, make_loss
 from .evidence import Meter
@@ -27,7 +27,7 @@ def background_ratio(feed:Loaders   # of a run
 
 class SegmentMeter:
     "The loop's meter: evidence at the reference threshold, and the guide's numbers at each ratio"
-    def __init__(self, table, cfg:Config): self.meter, self.cfg = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths), cfg
+    def __init__(self, table, cfg:RtsConfig): self.meter, self.cfg = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths), cfg
     def update(self, out, batch): self.meter.update(out, batch['target'], batch['tile'])
     def state(self): return self.meter.state()
     def merge(self, states): self.meter.merge(*states)
@@ -38,7 +38,7 @@ class SegmentTask(Task):
     "Pixels of one class against the rest, on any model that gives one logit a pixel (guide 5, 6, 10.2)"
     mode = 'max'
     def __init__(self,
-                 cfg:Config,      # loss and metrics
+                 cfg:RtsConfig,      # loss and metrics
                  table,           # the validation split's table, whose rows the batches name
                  ratio:float=1.   # background pixels for each slump pixel of the training split, for losses that balance classes
                 ):
@@ -66,7 +66,7 @@ class SegmentTask(Task):
 HEADLINE_METRICS = ['pr_auc', 'iou', 'f1', 'object_precision_30', 'object_recall_30', 'object_f1_30']
 
 def headline(evidence,     # of one pass
-             cfg:Config    # ratios and the reference threshold
+             cfg:RtsConfig    # ratios and the reference threshold
             ) -> dict:     # {'pr_auc@200': …, 'pr_auc@1': …, 'pr_auc@native': …, 'object_f1_30@200': …, …}
     "The numbers of one validation, by name and ratio"
     monitored = cfg.metrics.monitor.removeprefix('pr_auc@')

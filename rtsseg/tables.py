@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit, logit
 
-from .config import NOT_HASHED
+from .config import deciding_settings
+from .runs import flatten
 from .evidence import clipped_scores, evidence_path, first_code
 from .metrics import ap_bounds, histogram, rates, negative_weight
 from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
@@ -235,10 +236,7 @@ def comparison(results:list[Results]) -> tuple[str, dict[str, list[Table]]]:    
 
 def settings_table(results:list[Results]) -> Table:
     "The settings in which configurations differ"
-    def flat(tree, at=()):
-        if not isinstance(tree, dict): return {'.'.join(at): tree}
-        return {k: v for name, x in tree.items() if (*at, name) not in NOT_HASHED for k, v in flat(x, (*at, name)).items()}
-    trees = [flat(x.first.cfg.model_dump(mode='json')) for x in results]
+    trees = [flatten(deciding_settings(x.first.cfg)) for x in results]
     names = [k for k in dict.fromkeys(k for t in trees for k in t) if len({json.dumps(t.get(k)) for t in trees}) > 1]
     return Table(['setting', *(x.label for x in results)], [[k, *(json.dumps(t[k]) if k in t else '–' for t in trees)] for k in names])
 

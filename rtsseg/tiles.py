@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .console import DataError
 from .files import FileError, read_json, typed, write_atomic
-from .config import Config, ConfigError
-from .raster import RawTile, read_row, shrink
-from .manifest import BOX, Manifest, tile_name
+from .config import RtsConfig, ConfigError
+from .ground import BOX
+from .rawtile import RawTile, read_row, shrink, tile_name
+from .manifest import Manifest
 from .stats import MAX_UNREADABLE, Stats
 from .prepare import prepare, statistics
 from .sampler import Batches
@@ -86,7 +87,7 @@ class TileDataset(Dataset):
     def __init__(self,
                  manifest:Manifest,         # one split
                  stats:Stats,               # of the training split
-                 cfg:Config                 # data, augment and loss
+                 cfg:RtsConfig                 # data, augment and loss
                 ):
         self.manifest, self.stats, self.cfg = manifest, stats, cfg
         self.augment, self.unread = Augmenter(cfg.augment, fill=list(stats.mean)), torch.zeros(len(manifest), dtype=torch.bool).share_memory_()      # tiles that could not be read, in any process
@@ -153,7 +154,7 @@ class Loaders:
 
 def eval_loader(manifest:Manifest,    # one split
                 stats:Stats,          # of the training split
-                cfg:Config            # batch size and workers
+                cfg:RtsConfig            # batch size and workers
                ) -> DataLoader:
     "Every tile of a split once, in order, as it is"
     return _loader(TileDataset(manifest, stats, cfg), cfg, batch_size=cfg.batch_size)
@@ -163,7 +164,7 @@ def _loader(tiles, cfg, **kw):
     return DataLoader(tiles, num_workers=n, timeout=l.timeout if n else 0, pin_memory=l.pin_memory and torch.cuda.is_available(), prefetch_factor=l.prefetch_factor if n else None,
                       persistent_workers=l.persistent_workers and n > 0, generator=torch.Generator(), **kw)
 
-def loaders(cfg:Config,                       # the config
+def loaders(cfg:RtsConfig,                       # the config
             manifest:Manifest|None=None,      # `prepare(cfg)` where it is not given
             stats:Stats|None=None             # `statistics(cfg, manifest)` where they are not given
            ) -> Loaders:

@@ -6,7 +6,7 @@
 __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdict', 'chance', 'Range', 'read_axes', 'put', 'lay',
            'check_variants', 'combinations', 'trained', 'nest', 'save_figure', 'Ablation', 'ablate', 'Pruning', 'again',
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
-           'rtsseg_search', 'rtsseg_ablate']
+           'show_search']
 
 # %% ../nbs/09_search.ipynb #ituning
 import hashlib
@@ -29,7 +29,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-from fastcore.script import call_parse
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -37,7 +36,7 @@ from scipy.stats import t as student
 
 from .console import DataError, nearest
 from .files import FileError, write_atomic
-from .config import Config, ConfigError, PATHS, Strict, load, merge_trees, read_yaml, settings
+from .config import ConfigError, RtsConfig, Strict, load, merge_trees, path_places, read_yaml, settings
 from .runs import Busy, RunError, Stopped, config_hash, flatten, run_folder
 from .prepare import prepare
 from .tiles import read_tile
@@ -97,7 +96,7 @@ def read_axes(path:str|Path          # a search space or a grid
     "Read what to try; raises `ConfigError` naming file and axis"
     path, axes = Path(path), {}
     def fields(tree):
-        return {k: os.path.abspath(path.parent/v) if tuple(k.split('.')) in PATHS and isinstance(v, str) and '/' in v and '://' not in v else v for k, v in flatten(tree).items()}
+        return {k: os.path.abspath(path.parent/v) if tuple(k.split('.')) in path_places(RtsConfig) and isinstance(v, str) and '/' in v and '://' not in v else v for k, v in flatten(tree).items()}
     for name, entry in read_yaml(path).items():
         def wrong(why): return ConfigError(f'{path}: {name}: {why}')
         if not isinstance(name, str): raise wrong('an axis is named by a field of the config or a word of your own')
@@ -126,11 +125,11 @@ def put(tree:dict,        # changed in place
         node[leaf] = value
     return tree
 
-def lay(cfg:Config, fields:dict) -> Config:
+def lay(cfg:RtsConfig, fields:dict) -> RtsConfig:
     "The config with some fields changed, checked as a whole; raises `ConfigError`"
     return load(**merge_trees(cfg.model_dump(), put({}, fields)))
 
-def check_variants(cfg:Config,       # the config that they are laid over
+def check_variants(cfg:RtsConfig,       # the config that they are laid over
                    variants:dict,    # name: {field: value}
                    source:str|Path   # the file, for messages
                   ) -> dict:         # name: `Config`
@@ -164,12 +163,12 @@ def combinations(axes:dict,          # of `read_axes`
 # %% ../nbs/09_search.ipynb #061f149b
 FAILURES = (ConfigError, DataError, CheckpointError, RunError, torch.OutOfMemoryError)      # what costs one run, and not the whole search
 
-def trained(cfg:Config, parent:str='', observers=()) -> float:
+def trained(cfg:RtsConfig, parent:str='', observers=()) -> float:
     "The best monitored value of a run, which is trained where it is not yet"
     return json.loads((train(cfg, observers, parent)/'model'/'metrics.json').read_text())['value']
 
 @contextmanager
-def nest(cfg:Config,       # with its tracker
+def nest(cfg:RtsConfig,       # with its tracker
          folder:Path,      # of the search; its name is the name of the parent
          files             # names of files in it that the tracker gets
         ):                 # the folder, '' where there is no tracker
@@ -239,7 +238,7 @@ class Ablation:
         write_atomic(folder/'table.md', f'{self}\n'); write_atomic(folder/'table.csv', self.table().to_csv(index=False)); save_figure(folder/'differences.png', self.figure())
 
 # %% ../nbs/09_search.ipynb #525516dd
-def ablate(cfg:Config,            # the config that the grid is laid over
+def ablate(cfg:RtsConfig,            # the config that the grid is laid over
            grid:str|Path,         # a file for `read_axes`
            seeds=(42, 43, 44)     # guide 9.1
           ) -> Ablation:          # also in runs/ablation/<name>-<grid>-<hash of its runs>
@@ -291,7 +290,7 @@ class Keyed(optuna.samplers.TPESampler):
         drawn = sum(t.number < trial.number and 'again' not in t.user_attrs for t in study.get_trials(deepcopy=False))
         super().__init__(seed=key_seed(self.key, drawn) % 2**32); super().before_trial(study, trial)
 
-def suggest(trial, cfg:Config, axes:dict) -> dict:
+def suggest(trial, cfg:RtsConfig, axes:dict) -> dict:
     "The fields of a trial"
     fields, own = {}, flatten(cfg.model_dump())
     for name, axis in axes.items():
@@ -312,7 +311,7 @@ def _open(url, name, sampler, pruner, patient=True):
             raise ConfigError(f'storage: the database cannot be opened ({type(e).__name__}); write it as sqlite:///study.db or postgresql://host/name, its driver being installed') from None
     return optuna.create_study(storage=storage, study_name=name, direction='maximize', load_if_exists=True, sampler=sampler, pruner=pruner)
 
-def search(cfg:Config,                   # the config that trials are laid over
+def search(cfg:RtsConfig,                   # the config that trials are laid over
            space:str|Path,               # a file for `read_axes`
            trials:int,                   # finished and pruned ones, those of earlier calls included
            name:str='',                  # of the study; '' makes it of the config's name and the file's
@@ -389,13 +388,13 @@ def importance_figure(study:optuna.Study) -> Figure|None:
     ax.barh(list(found), list(found.values())); ax.invert_yaxis(); ax.set_xlabel(f'importance, of {len(done)} finished trials', fontsize=8)
     return fig
 
-def best_fields(study:optuna.Study, cfg:Config, axes:dict) -> dict:
+def best_fields(study:optuna.Study, cfg:RtsConfig, axes:dict) -> dict:
     "What the best trial sets otherwise than the config does"
     own, best = flatten(cfg.model_dump(mode='json')), {}
     for name, value in study.best_params.items(): best |= {name: value} if isinstance(axes[name], Range) else axes[name][value]
     return {k: v for k, v in best.items() if k not in own or own[k] != v}
 
-def write_search(study:optuna.Study, cfg:Config, axes:dict, folder:Path):
+def write_search(study:optuna.Study, cfg:RtsConfig, axes:dict, folder:Path):
     "Write `FILES`: best.yaml and the importances as soon as there is something to write"
     rows = [dict(trial=t.number, state=t.state.name.lower(), value=t.value, **{k: t.params.get(k) for k in axes}, run=t.user_attrs.get('run'), note=t.user_attrs.get('note')) for t in study.trials]
     write_atomic(folder/'trials.csv', pd.DataFrame(rows).to_csv(index=False))
@@ -406,51 +405,14 @@ def write_search(study:optuna.Study, cfg:Config, axes:dict, folder:Path):
         write_atomic(folder/'best.yaml', f'# trial {study.best_trial.number} of study {study.study_name}: {cfg.metrics.monitor} {study.best_value:.4f}, by which it was chosen; to be laid over its config\n{out.getvalue()}')
 
 # %% ../nbs/09_search.ipynb #3e7aca4a
-def _call(work):
-    "Run a command, its errors as one line and an exit code"
-    warnings.formatwarning = lambda message, *_: f'note: {message}\n'
-    try: work()
-    except Stopped as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
-    except RunError as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(e.code)
-    except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
-    except (ConfigError, DataError, FileError, CheckpointError, ReportError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
-    except OSError as e: print(f'error: {e}. What was saved stands; when that is mended, the same command goes on from there', file=sys.stderr, flush=True); sys.exit(3)
-
-@call_parse
-def rtsseg_search(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
-                  space:str='configs/search/lr_loss.yaml',     # YAML file of what to try
-                  trials:int=20,                               # finished and pruned trials, earlier calls included
-                  study:str='',                                # name of the study; '' makes it of the config's name and the file's
-                  storage:str='',                              # URL of a database that several machines share; '' is an SQLite file in the study's folder
-                  manifest:str='',                             # another manifest than the config's
-                  name:str='',                                 # another name for the runs
-                  epochs:int=None,                             # another number of epochs
-                  seed:int=None,                               # another seed
-                  overrides:str='[]'                           # one section.field=value, or a JSON list of them
-                 ):
-    "Search for good settings; started again, the same command goes on. Several at a time on one database share the work"
-    def work():
-        cfg = settings(config, manifest, name, epochs, seed, overrides)
-        if 'deterministic' not in overrides:
-            cfg = cfg.model_copy(update=dict(deterministic=False))
-            print('deterministic kernels are off for a search (guide 2.2); --overrides deterministic=true turns them on', flush=True)
-        found = search(cfg, space, trials, study, storage); folder = os.path.relpath(cfg.runs/'search'/found.study_name)
-        best = [t for t in found.trials if t.state.name == 'COMPLETE']
-        print(f'\nbest of {len(best)} finished trials: {cfg.metrics.monitor} {found.best_value:.4f} with {_shown(found.best_params)}' if best else '\nno trial came to its end')
-        print(f'{folder}\nThe best of many is flattered by its luck: confirm it with --config {config},{folder}/best.yaml and other seeds' if best else folder)
-    _call(work)
-
-@call_parse
-def rtsseg_ablate(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
-                  grid:str='configs/search/ablation.yaml',     # YAML file of what to try; the first entry of each axis is the baseline
-                  seeds:str='42 43 44',                        # seeds, each for every combination
-                  manifest:str='',                             # another manifest than the config's
-                  name:str='',                                 # another name for the runs
-                  epochs:int=None,                             # another number of epochs
-                  overrides:str='[]'                           # one section.field=value, or a JSON list of them
-                 ):
-    "Train every combination of a grid with every seed, and say what is a gain and what is noise; started again, the same command goes on"
-    def work():
-        cfg = settings(config, manifest, name, epochs, None, overrides)
-        found = ablate(cfg, grid, seed_list(seeds) or [cfg.seed]); print(f'\n{found}\n\n{os.path.relpath(found.folder)}')
-    _call(work)
+def show_search(study:optuna.Study,   # of `search`
+                cfg:RtsConfig,        # what trials were laid over
+                config:str            # how the command names that
+               ) -> str:
+    "The best trial and how to confirm it"
+    folder = os.path.relpath(cfg.runs/'search'/study.study_name)
+    finished = [t for t in study.trials if t.state.name == 'COMPLETE']
+    if not finished:
+        return f'\nno trial came to its end\n{folder}'
+    return (f'\nbest of {len(finished)} finished trials: {cfg.metrics.monitor} {study.best_value:.4f} with {_shown(study.best_params)}\n'
+            f'{folder}\nThe best of many is flattered by its luck: confirm it with --config {config},{folder}/best.yaml and other seeds')

@@ -7,22 +7,23 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
 from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.calibration import (
     Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
-    prior_shift, recommend, rtsseg_calibrate, show_calibration, show_reliability, temperature_verdict,
-    views_gain
+    prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
 )
 from rtsseg.files import write_atomic
-from rtsseg.config import Calibrate, Config, ConfigError, Metrics, load, to_yaml
+from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
 from rtsseg.runs import config_hash, run_folder
 from rtsseg.console import DataError
 from rtsseg.manifest import read_manifest
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
-from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access, rtsseg_evaluate
+from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
 from rtsseg.files import seal_model
-from rtsseg.infer import ModelError, VIEWS, apply_view, predict_logits, save_model, undo_view
+from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
+from rtsseg.weights import ModelError
 from rtsseg.intervals import Estimate
 from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
 from rtsseg.metrics import ap_bounds, average_precision, histogram
@@ -194,7 +195,7 @@ def test_precision_that_falls_within_its_noise_is_not_told():
                                     'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
 def test_the_lock(tmp_path, change):
     "Three seeds are one look; another way to train or to choose is another configuration"
-    cfg = Config(runs=tmp_path)
+    cfg = RtsConfig(runs=tmp_path)
     for seed in (42, 43, 44, 42): record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
     ledger = json.loads((tmp_path/'test_ledger.json').read_text())['data']
     assert [l['seed'] for l in ledger['looks']] == [42, 43, 44, 42] and not any(l['forced'] for l in ledger['looks'])
@@ -203,10 +204,10 @@ def test_the_lock(tmp_path, change):
 
 def test_the_rule_names_what_decides(tmp_path):
     "A rule that changed under one config hash, as by other code, is refused too"
-    record_test_access(Config(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
+    record_test_access(RtsConfig(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(Config(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from rtsseg.config import Config, load, read_yaml
+from rtsseg.config import RtsConfig, load, read_yaml
 from rtsseg.runs import read_log
 from rtsseg.training import train
 
@@ -56,7 +56,7 @@ ROWS = [[c.strip() for c in l.strip('|\n').split(' | ')] for l in (ROOT/'nbs'/'g
 codes = re.compile(r'`([^`]+)`')
 PLACES = ('name', 'runs', 'tracker.', 'data.manifest', 'data.source')                   # where things lie
 
-def leaves(cls=Config, prefix=''):
+def leaves(cls=RtsConfig, prefix=''):
     "Every field of the config, and its default"
     for name, f in cls.model_fields.items():
         if hasattr(f.annotation, 'model_fields'): yield from leaves(f.annotation, f'{prefix}{name}.')

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rtsseg.check
-from rtsseg.config import Config, ConfigError, LoopConfig, Model
+from rtsseg.config import RtsConfig, ConfigError, LoopConfig, Model
 from rtsseg.stats import Stats
 from rtsseg.infer import load_model, predict_logits, save_model
 from rtsseg.schedule import WeightAverage
@@ -153,7 +153,7 @@ def digest(modules):
 
 def two_steps(model, tmp_path, size=64, channels=3):
     "One step with a frozen encoder, one with all of the model: [(rates, digests of the parts)] before, between and after"
-    cfg = Config(epochs=2, freeze_backbone_epochs=1, val_frequency=2, batch_size=2, ema=dict(enabled=False), device='cpu', data=dict(tile_size=size), lr=dict(warmup_epochs=0))
+    cfg = RtsConfig(epochs=2, freeze_backbone_epochs=1, val_frequency=2, batch_size=2, ema=dict(enabled=False), device='cpu', data=dict(tile_size=size), lr=dict(warmup_epochs=0))
     tile = dict(image=torch.randn(channels, size, size), target=(torch.rand(size, size) < .3).float(), tile=0)
     seen = [({}, {k: digest(ms) for k, ms in parts(model).items()})]
     def on_step(run):
@@ -268,7 +268,7 @@ def test_what_cannot_be_fused_late():
     with pytest.raises(ConfigError, match='model.extra_encoder'): build(Model(encoder='resnet18', extra_encoder='resnet19', **late))
 
 def test_a_model_directory_of_late_fusion_loads(tmp_path):
-    cfg = Config(data=dict(extra_bands=['ndvi']), model=dict(architecture='unet', encoder='resnet18', extra_encoder='mobilenet_v2', weights=None, fusion='late', in_channels=4, gradient_checkpointing=True))
+    cfg = RtsConfig(data=dict(extra_bands=['ndvi']), model=dict(architecture='unet', encoder='resnet18', extra_encoder='mobilenet_v2', weights=None, fusion='late', in_channels=4, gradient_checkpointing=True))
     stats = Stats(['R', 'G', 'B', 'ndvi'], 'uint8', 255., [.3]*4, [.1]*4, 100, 'abc')
     model = build(cfg.model).to(memory_format=torch.channels_last).eval(); x = torch.randn(1, 4, 64, 64)
     for j in model.joins.values(): nn.init.normal_(j.weight, std=.1)
@@ -342,7 +342,7 @@ def test_statistics_that_nobody_knows():
 
 def test_pretrained_statistics_reach_the_tiles(tiny_world, tmp_path):
     "R, G and B from the encoder, EXTRA bands from the training split; a model directory hands its own on"
-    def cfg(**kw): return Config(runs=tmp_path/'runs', data=dict(manifest=tiny_world, tile_size=64, extra_bands=['ndvi'], split_check='warn'), model=dict(architecture='unet', encoder='tu-resnet18', in_channels=4) | kw)
+    def cfg(**kw): return RtsConfig(runs=tmp_path/'runs', data=dict(manifest=tiny_world, tile_size=64, extra_bands=['ndvi'], split_check='warn'), model=dict(architecture='unet', encoder='tu-resnet18', in_channels=4) | kw)
     manifest = prepare(cfg()); own, pretrained = statistics(cfg(), manifest), statistics(cfg(normalisation='pretrained'), manifest)
     assert own.mean[:3] != pretrained.mean[:3] == [.485, .456, .406] and pretrained.std[:3] == [.229, .224, .225]
     assert (pretrained.mean[3:], pretrained.std[3:], pretrained.scale) == (own.mean[3:], own.std[3:], own.scale)
@@ -351,7 +351,7 @@ def test_pretrained_statistics_reach_the_tiles(tiny_world, tmp_path):
     assert statistics(cfg(normalisation='pretrained', weights=str(tmp_path/'model')), manifest) == own
 
 # ---------------------------------------------------------------- the batch that fits
-def small(**kw): return Config(batch_size=6, device='cpu', data=dict(tile_size=64), model=dict(architecture='unet', encoder='resnet18', weights=None), **kw)
+def small(**kw): return RtsConfig(batch_size=6, device='cpu', data=dict(tile_size=64), model=dict(architecture='unet', encoder='resnet18', weights=None), **kw)
 
 def test_the_probe_finds_the_largest_batch(monkeypatch):
     "Down by a tenth at a time from where it starts, past every size that runs out of memory"

@@ -1,13 +1,15 @@
 "Faults 19 to 25: settings that cannot be meant"
 import json, os, subprocess, sys, time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import create_model
 from helpers import runs as small_run
 from hypothesis import given, settings, strategies as st
 
-from rtsseg.config import Config, ConfigError, check_parameters, doubtful_settings, load, read_yaml, to_yaml
-from rtsseg.runs import run_folder
+from rtsseg.config import ConfigError, RtsConfig, Since, Stage, check_parameters, doubtful_settings, load, to_yaml
+from rtsseg.runs import config_hash, run_folder
 from rtsseg.console import DataError
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.evaluation import evaluate
@@ -85,7 +87,7 @@ def test_22_a_curriculum_with_a_hole(rows, word):
 
 def test_22_what_is_never_reached_is_said(tiny, capfd):
     "Rows past the last epoch, and a backbone that stays frozen to the end; the run goes on"
-    cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=tiny.sampler.model_copy(update=dict(curriculum=Config().sampler.curriculum))))
+    cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=tiny.sampler.model_copy(update=dict(curriculum=RtsConfig().sampler.curriculum))))
     told = doubtful_settings(cfg)
     assert any('rows from epoch 11 on begin after the last epoch, 1' in t for t in told) and any('the backbone never trains' in t for t in told)
     with pytest.warns(UserWarning) as seen: train(cfg)
@@ -158,7 +160,7 @@ ODD = ['1: 2', '? [a]\n: 1', 'name: 2001-99-99', '<<: 1', 'a: !!binary x', '? {a
 def test_24_any_text(tmp_path_factory, text):
     "Whatever stands in the file: a config, or an error that names it"
     path = tmp_path_factory.getbasetemp()/'any.yaml'; path.write_text(text, encoding='utf-8')
-    try: assert isinstance(load(path), Config)
+    try: assert isinstance(load(path), RtsConfig)
     except ConfigError as e: assert 'any.yaml' in str(e)
 
 def test_24_what_does_not_print(tmp_path):
@@ -169,6 +171,35 @@ def test_24_what_does_not_print(tmp_path):
 def test_24_through_a_command(tmp_path):
     for what in ('code', 'aliases'): refused('rtsseg-train', '--config', written(tmp_path, BOMBS[what]))
     assert os.listdir(tmp_path) == ['c.yaml']
+
+# ---------------------------------------------------------------- what a hash covers
+def with_a_field_more(name, where):
+    "A config tree of a later version: one more field at the top, in a section or in a stage"
+    later = (Annotated[int, Since('9.9')], 7)
+    if where == 'top':
+        return create_model('Later', __base__=RtsConfig, **{name: later})
+    section = create_model('LaterSection', __base__=RtsConfig.model_fields[where].annotation, **{name: later})
+    return create_model('Later', __base__=RtsConfig, **{where: (section, section())})
+
+@settings(max_examples=30, deadline=None)
+@given(st.from_regex('[a-z]{1,8}_later', fullmatch=True), st.sampled_from(['top', 'lr', 'loss', 'model', 'data']), st.integers(0, 99))
+def test_a_later_field_at_its_default_keeps_the_hash(name, where, value):
+    "The run folders of an older version are found again; another value is another run"
+    cls = with_a_field_more(name, where)
+    assert config_hash(cls()) == config_hash(RtsConfig())
+    given = {name: value} if where == 'top' else {where: {name: value}}
+    assert (config_hash(cls.model_validate(given)) == config_hash(RtsConfig())) == (value == 7)
+
+def test_a_later_field_of_a_stage_keeps_the_hash():
+    stage = dict(first=1, last=3, rates=dict(encoder=1e-3))
+    later = create_model('LaterStage', __base__=Stage, more=(Annotated[int, Since('9.9')], 7))
+    cls = create_model('Later', __base__=RtsConfig, stages=(list[later], []))
+    assert config_hash(cls.model_validate(dict(stages=[stage]))) == config_hash(RtsConfig(stages=[stage]))
+    assert config_hash(cls.model_validate(dict(stages=[stage | dict(more=8)]))) != config_hash(RtsConfig(stages=[stage]))
+
+def test_the_hash_of_the_baseline_is_that_of_the_first_version():
+    "A run folder that was made by version 0.1.0 is found again"
+    assert config_hash(RtsConfig()) == 'df5ce022de70'
 
 # ---------------------------------------------------------------- 25: parameters
 def test_25_all_unknown_parameters_at_once():

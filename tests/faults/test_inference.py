@@ -7,15 +7,15 @@ from rasterio.transform import from_origin
 from safetensors.torch import load_file, save
 
 import rtsseg.prediction
-from rtsseg.config import Config
+from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
+from rtsseg.config import RtsConfig
 from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.stats import Stats
-from rtsseg.evaluation import rtsseg_evaluate
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
-from rtsseg.prediction import NODATA, Stopped, predict, rtsseg_predict, starts
+from rtsseg.prediction import NODATA, Stopped, predict, starts
 from helpers.runs import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),
@@ -89,7 +89,7 @@ def one_thread():
 def model(tmp_path_factory):
     "A model directory of an untrained network whose scores spread"
     torch.manual_seed(0)
-    cfg = Config(batch_size=8, data=dict(tile_size=64), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+    cfg = RtsConfig(batch_size=8, data=dict(tile_size=64), model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
     net = build(cfg.model); stats = Stats(channels=['R', 'G', 'B'], dtype='uint8', scale=255., mean=[.4, .35, .3], std=[.2, .2, .2], pixels=1, manifest_hash='none')
     with torch.no_grad(): net.segmentation_head[0].weight *= 30
     return save_model(tmp_path_factory.mktemp('model')/'model', net, cfg, stats, dict(epoch=1, value=0., metrics={}), {})

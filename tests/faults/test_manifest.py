@@ -7,7 +7,7 @@ import pytest
 from rtsseg.console import DataError
 from rtsseg.manifest import add_hashes, read_manifest, write_manifest
 from rtsseg.audit import check_files, leaks, show_findings
-from rtsseg.config import Config
+from rtsseg.config import RtsConfig
 from rtsseg.prepare import prepare
 from rtsseg.training import train
 from helpers.tiles import CFG, change, nobody_calls, refused, rewrite, seen, settings, tile, world, wrong
@@ -62,7 +62,7 @@ def test_03_all_that_is_wrong_is_told_at_once(world, command):
         (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t4_m.tif', lambda a: a * 3); rewrite(world/'t5_m.tif', lambda a: a * 2)
         (world.parent/'strict.yaml').write_text(STRICT); said = refused(command, world, 'm.csv', 'strict.yaml')
     for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
-                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is no GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
+                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is not a GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
                  r"row 6 \(tile_id 't5'\), mask 't5_m.tif': values 0, 2", r"leak: footprints: t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels"):
         assert re.search(word, said), (word, said)
     assert len(said.splitlines()) == 9
@@ -103,7 +103,7 @@ def test_03_a_table_of_another_kind(world, content, word):
 def test_03_patterns_of_an_import(world, pattern):
     "A pattern names columns, and does nothing else with them; nothing is left of an import that is refused"
     source = dict(kind='table', path=str(world/'m.csv'), image='{tile_id}.tif', mask=pattern)
-    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(Config(data=dict(manifest=world/'new'/'m.csv', source=source)))
+    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(RtsConfig(data=dict(manifest=world/'new'/'m.csv', source=source)))
     assert not (world/'new').exists()
 
 def test_03_names_that_are_one(world):

@@ -8,7 +8,7 @@ import pytest
 import rasterio
 from rasterio.transform import Affine
 
-from rtsseg.config import Config, load, to_yaml
+from rtsseg.config import RtsConfig, load, to_yaml
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.audit import check_files, error_lines
@@ -16,7 +16,7 @@ from helpers.runs import MODEL
 from helpers.shell import shell
 
 PLACE = Affine.translation(500_000, -2_000_000) @ Affine.scale(3, -3)
-CFG = Config.model_validate({'data': {'tile_size': 32, 'split_check': 'warn'}})
+CFG = RtsConfig.model_validate({'data': {'tile_size': 32, 'split_check': 'warn'}})
 
 def tile(folder, name, x=0, y=0, crs='EPSG:3413', size=32, seed=0, positive=True, dtype='uint8', valid=None):
     "One tile with a mask; its row"
