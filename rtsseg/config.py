@@ -12,9 +12,10 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'Sour
            'doubtful_settings', 'system_names', 'find_system', 'short_visible', 'read_yaml', 'config_folder',
            'config_names', 'find_config', 'merge_trees', 'nodes_in', 'path_places', 'is_local_path', 'load',
            'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema', 'parse_overrides', 'settings',
-           'check_parameters']
+           'assigned_names', 'check_parameters', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
+import ast
 import copy
 import io
 import json
@@ -771,9 +772,29 @@ def settings(config:str|Path|list,       # a YAML file or a name, or several, wi
     given = {field: value for field, value in given.items() if value is not None}
     return load(*files, overrides=parse_overrides(overrides), **given)
 
-def check_parameters(namespace:dict,     # globals() of the notebook, below its parameters; `before` in it holds the names that were there above them
-                     known               # names of the parameters it has
+def assigned_names(source:str    # Python code
+                  ) -> list[str]:
+    "Names that the top level of a piece of code assigns"
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
+
+def check_parameters(known:list[str],   # parameters that a notebook has
+                     given:list[str]    # parameters that it was given
                     ):
-    "Raise `ConfigError` on a papermill parameter that the notebook does not have"
-    odd = set(namespace) - namespace.pop('before', set(namespace)) - {*known, 'before'}      # once: a cell that is run again sees what came after it
-    if odd := sorted(n for n in odd if not n.startswith('_')): raise ConfigError('\n'.join(f'no such parameter: {n!r}{nearest(n, known)}' for n in odd))
+    "Raise `ConfigError` on a parameter that a notebook does not have; papermill itself only warns"
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError('\n'.join(f'no such parameter: {name!r}{nearest(name, known)}' for name in unknown))
+
+def notebook_parameters(namespace:dict    # globals() of a notebook, called right below its parameters
+                       ) -> dict:         # those that all chapters share, as `settings` takes them
+    "The parameters that papermill gave to a chapter; raises `ConfigError` where one is unknown or a setting is wrong"
+    cells = namespace.get('In', [])
+    injected = [at for at, cell in enumerate(cells) if cell.startswith('# Parameters\n')]
+    if injected:
+        # papermill puts its cell right behind the chapter's own parameters
+        at = injected[-1]
+        check_parameters(assigned_names(cells[at - 1]), assigned_names(cells[at]))
+    given = {name: namespace[name] for name in ('config', 'manifest', 'name', 'epochs', 'seed', 'overrides')}
+    settings(**given)
+    return given
