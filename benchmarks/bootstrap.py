@@ -11,8 +11,9 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 
 from common import emit, timed
+from rtsseg.bootstrap import draw_groups
 from rtsseg.evidence import Evidence, tile_evidence
-from rtsseg.intervals import bootstrap, draw_groups, resample
+from rtsseg.intervals import bootstrap, resample
 from rtsseg.scores import CODES, decode
 from rtsseg.toy import scored_tile
 

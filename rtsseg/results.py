@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bootstrap import Estimate
 from .calibration import Calibration
 from .config import RtsConfig, load
 from .console import DataError, RtssegError
 from .evidence import Evidence, evidence_path, run_evidence
 from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
-from .intervals import MIN_SUPPORT, Estimate, bootstrap, summary
+from .intervals import MIN_SUPPORT, bootstrap, summary
 from .manifest import Manifest, read_manifest
 from .metrics import negative_weight
 from .objects import IOUS

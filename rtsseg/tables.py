@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit, logit
 
+from .bootstrap import MIN_GROUPS, Estimate
 from .calibration import VIEW_NAMES, recommend, views_gain
 from .config import deciding_settings
 from .evidence import evidence_path
-from .intervals import MIN_GROUPS, Estimate, bootstrap, compare, subsample
+from .intervals import bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
 from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
 from .operating import probability_text

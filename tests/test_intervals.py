@@ -7,9 +7,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
+from rtsseg.bootstrap import Estimate, draw_groups
 from rtsseg.config import ToySource
 from rtsseg.evidence import Evidence, tile_evidence
-from rtsseg.intervals import MAX_BINS, Difference, Estimate, bootstrap, compare, draw_groups, resample, subsample, summary
+from rtsseg.intervals import MAX_BINS, Difference, bootstrap, compare, resample, subsample, summary
 from rtsseg.metrics import boundary_metrics, pixel_metrics
 from rtsseg.objects import object_metrics
 from rtsseg.scores import CODES, decode

@@ -190,7 +190,7 @@ def test_file(tmp_path):
     for i in range(6):
         seen = row(i, i)
         for k, v in seen.items():
-            if k in evidence_room._NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, evidence_room._NESTED[k][f]).tolist() for f, c in v.items()))]
+            if k in evidence_room.NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, evidence_room.NESTED[k][f]).tolist() for f, c in v.items()))]
             elif k in ('exact', 'tile_id'): continue
             else: want = np.asarray(v).tolist()
             assert table[k][i].as_py() == want and (list(frame.loc[f't{i:03}', k]) if isinstance(want, list) else frame.loc[f't{i:03}', k]) == want
