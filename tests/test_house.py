@@ -7,7 +7,7 @@ import nbformat, pytest, yaml
 from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ('console files config runs ground raster rawtile manifest stats audit importers toy pretrained prepare sampler augment tiles losses evidence metrics objects bootstrap intervals models weights infer'
+ORDER = ('console files config runs ground raster rawtile columns manifest splits stats findings audit filecheck importers toy pretrained prepare sampler augment tiles losses evidence metrics objects bootstrap intervals models weights infer'
          ' checkpoint workers schedule loop segment track launch check training evaluation operating calibration page results tables figures reporting prediction tuning').split()
 CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
