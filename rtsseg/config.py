@@ -308,6 +308,8 @@ class Augment(Strict):
     gaussian_noise: Noise = Noise()
     clahe: Clahe = Clahe()
     random_scale: RandomScale = RandomScale()
+    pipeline: Annotated[Path | None, Since('0.2')] = Field(
+        None, description="an albumentations pipeline (YAML of A.save) in place of the transforms above")
 
 def _ratio(v):
     "'1:20' and 20 mean the same (YAML 1.2 reads 1:20 as text, never as 80)"
