@@ -26,26 +26,26 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .config import ConfigError, LoopConfig, RtsConfig, deciding_settings, doubtful_settings, load, settings, to_yaml
 from .console import DataError
-from .files import SEAL, SEALED, FileError, check_seal, read_json, write_atomic
+from .files import FileError, SEAL, SEALED, check_seal, read_json, write_atomic
+from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, doubtful_settings, load, settings, to_yaml
 from rtsseg.runs import (
     RunError, Stopped, append_line, config_hash, environment, flatten, read_lines, read_log, run_folder,
     run_lock
 )
-from .checkpoint import CheckpointError, UnsavedError, load_state
-from .evidence import Evidence
-from .infer import save_model
-from .intervals import resample, subsample
-from .loop import accelerator, fit, key_seed
-from .manifest import thin_splits
-from .metrics import average_precision, histogram, negative_weight
-from .models import build, check_size
+from .splits import thin_splits
 from .prepare import check_all_tiles, prepare, resolve_run, statistics
-from .segment import SegmentTask, background_ratio
 from .tiles import UnreadableTiles, loaders
-from .track import Tracker
+from .evidence import Evidence
+from .metrics import average_precision, histogram, negative_weight
+from .intervals import resample, subsample
+from .models import build, check_size
+from .infer import save_model
+from .checkpoint import CheckpointError, UnsavedError, load_state
 from .workers import WorkerError
+from .loop import accelerator, fit, key_seed
+from .segment import SegmentTask, background_ratio
+from .track import Tracker
 from rtsseg.launch import (
     GRACE_SECONDS, RelayedOutput, StopSignals, drop_rank_variables, obey_pipe, start_processes,
     wait_for_processes
