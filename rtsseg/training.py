@@ -33,7 +33,7 @@ from rtsseg.runs import (
     RunError, Stopped, append_line, config_hash, environment, flatten, read_lines, read_log, run_folder,
     run_lock
 )
-from .manifest import thin_splits
+from .splits import thin_splits
 from .prepare import check_all_tiles, prepare, resolve_run, statistics
 from .tiles import UnreadableTiles, loaders
 from .evidence import Evidence
