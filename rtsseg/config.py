@@ -376,7 +376,7 @@ class Augment(Strict):
     clahe: Clahe = Clahe()
     random_scale: RandomScale = RandomScale()
     pipeline: Annotated[Path | None, Since('0.2')] = Field(
-        None, description="an albumentations pipeline (YAML of A.save) in place of the transforms above")
+        None, description='an albumentations pipeline (YAML of A.save) in place of the transforms above')
 
 # %% ../nbs/00b_config.ipynb #0e120b8b
 def parse_ratio(value:int|str) -> int|str:
