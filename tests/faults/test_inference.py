@@ -235,7 +235,7 @@ def test_42_no_row_is_waited_for(ready, tmp_path, monkeypatch, name):
     path, _ = scene(tmp_path/'scene.tif', 200, 70); out = tmp_path/'map.tif'; part = cut_off(ready, path, out, monkeypatch, 3)/name; part.unlink(missing_ok=True); os.mkfifo(part)
     with in_time():
         if name == '000001':
-            with pytest.raises(FileError, match='000001 is no regular file'): predict(ready, path, out)
+            with pytest.raises(FileError, match='000001 is not a regular file'): predict(ready, path, out)
         else: predict(ready, path, tmp_path/'undisturbed.tif'); predict(ready, path, out); assert files(out) == files(tmp_path/'undisturbed.tif')
 
 @pytest.mark.parametrize('damage', ['cut off', 'flipped', 'its note is lost'])
