@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .files import inside
-from .raster import show_tile
+from .rawtile import show_tile
 from .tiles import read_tile
 from .evidence import evidence_path
 from .metrics import histogram, informative_tiles, pixel_metrics, pr_curve, tile_counts

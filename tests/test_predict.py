@@ -19,13 +19,14 @@ from rtsseg.calibration import calibrate_evidence
 from rtsseg.config import Calibrate, ConfigError, Metrics
 from rtsseg.console import DataError
 from rtsseg.evidence import Meter
-from rtsseg.infer import ModelError, load_model, predict_logits
+from rtsseg.infer import load_model, predict_logits
 from rtsseg.manifest import read_manifest
 from rtsseg.prediction import NODATA, STEPS, map_lock, predict, window_starts
 from rtsseg.raster import write_raster
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import TileDataset
 from rtsseg.toy import BANDS, scored_tiles
+from rtsseg.weights import ModelError
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):

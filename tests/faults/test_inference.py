@@ -21,11 +21,11 @@ from helpers.children import (
 from helpers.hostile import change_json
 from helpers.maps import CRS, GRID, map_bytes, noise, untrained_model, write_scene
 from helpers.runs import guard, in_time, run
+from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.console import DataError
-from rtsseg.evaluation import rtsseg_evaluate
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model
-from rtsseg.prediction import FinishedRows, NODATA, Scene, predict, rtsseg_predict, window_starts
+from rtsseg.prediction import FinishedRows, NODATA, Scene, predict, window_starts
 from rtsseg.runs import RunError
 
 FAULTS = {

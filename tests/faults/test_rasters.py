@@ -8,11 +8,13 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
+from rtsseg.cli import rtsseg_check
 from rtsseg.config import TableSource, to_yaml
 from rtsseg.console import DataError
-from rtsseg.manifest import Manifest, add_hashes, complete_table, read_manifest, write_manifest
+from rtsseg.columns import complete_table
+from rtsseg.manifest import Manifest, add_hashes, read_manifest, write_manifest
 from rtsseg.stats import compute_stats
-from rtsseg.audit import check_files
+from rtsseg.filecheck import check_files
 from rtsseg.importers import import_table
 from rtsseg.tiles import read_tile
 from rtsseg.loop import fit
@@ -20,7 +22,6 @@ from rtsseg.models import build
 from rtsseg.prepare import check_all_tiles, statistics
 from rtsseg.tiles import UnreadableTiles, loaders
 from rtsseg.segment import SegmentTask
-from rtsseg.check import rtsseg_check
 from helpers.tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -135,7 +136,7 @@ def test_09_a_flipped_byte(world, field):
 @pytest.mark.parametrize('field', ['sha256', 'mask_sha256', 'extra_sha256'])
 def test_09_no_hash_at_all(world, field, value):
     change(world, **{field: (1, value)})
-    with pytest.raises(DataError, match=rf"row 2 \(tile_id 't1'\), {field}: no SHA-256"): read_manifest(world/'m.csv')
+    with pytest.raises(DataError, match=rf"row 2 \(tile_id 't1'\), {field}: not a SHA-256"): read_manifest(world/'m.csv')
 
 def test_09_hashes_are_part_of_the_manifest_where_they_are(world):
     "Empty columns change no manifest; filled ones do, in every format"
@@ -196,8 +197,8 @@ def test_12_only_a_geotiff_is_opened(world, content):
         source = f'/vsicurl/http://127.0.0.1:{port}/x.tif'
         (world/'t1.tif').write_text(content.format(f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{source}</SourceFilename></SimpleSource></VRTRasterBand>' if 'VRT' in content else source))
         before = files(world)
-        with pytest.raises(DataError, match=r"row 2 .*t1.tif (is no GeoTIFF: it (begins with|is empty)|cannot be read)"): read_manifest(world/'m.csv')
-        assert any(re.search("tile 't1', image 't1.tif': t1.tif (is no GeoTIFF|cannot be read)", l) for l in wrong(world))
+        with pytest.raises(DataError, match=r"row 2 .*t1.tif (is not a GeoTIFF: it (begins with|is empty)|cannot be read)"): read_manifest(world/'m.csv')
+        assert any(re.search("tile 't1', image 't1.tif': t1.tif (is not a GeoTIFF|cannot be read)", l) for l in wrong(world))
         assert files(world) == before
 
 # ---------------------------------------------------------------- 13, 14: what does not fit
@@ -250,14 +251,14 @@ def test_13_through_the_check(world):
 def test_13_a_crs_of_no_map(world, crs, block):
     "Heights, space or a drawing in the manifest: the row is named"
     change(world, 'full.csv', crs=(0, crs), **({} if block else dict(block=(0, ''))))
-    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), crs: .* is no map's coordinate reference system"): read_manifest(world/'full.csv')
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), crs: .* is not a map's coordinate reference system"): read_manifest(world/'full.csv')
 
 @pytest.mark.parametrize('crs', NO_MAP)
 def test_13_a_raster_of_no_map(world, crs):
     "The same in a raster, whether the manifest knows its place or asks it"
     for f in ('t0.tif', 't0_m.tif'): rewrite(world/f, crs=crs)
-    assert any(re.match("grid: tile 't0', image 't0.tif': its footprint .*is no map's coordinate reference system", l) for l in wrong(world)), wrong(world)
-    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), image 't0.tif': .* is no map's coordinate reference system"): read_manifest(world/'m.csv')
+    assert any(re.match("grid: tile 't0', image 't0.tif': its footprint .*is not a map's coordinate reference system", l) for l in wrong(world)), wrong(world)
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), image 't0.tif': .* is not a map's coordinate reference system"): read_manifest(world/'m.csv')
 
 @pytest.mark.parametrize('crs', ['+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39 +lon_0=18', '+proj=ob_tran +o_proj=merc +o_lat_p=39 +o_lon_p=0', '+proj=gnom +lat_0=-90'])
 def test_13_a_crs_that_tears_the_ground(world, crs):
@@ -351,5 +352,5 @@ def test_08_any_damage_is_an_error_or_a_tile(tmp_path_factory, what, tiled, comp
     file.write_bytes(data); row = dict(tile_id='a', image='image.tif', mask='mask.tif', extra='extra.tif', region='r', split='train')
     cfg = CFG.model_copy(deep=True); cfg.data.extra_bands = ['ndvi']
     for more in ({}, dict(n_positive=5, xmin=5e5, ymin=-2000096., xmax=500096., ymax=-2e6, crs='EPSG:3413', pixel_size=3.)):
-        try: check_files(Manifest(complete_table(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg)
+        try: check_files(Manifest(complete_table(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg.data)
         except DataError as e: assert 'row 1' in str(e) and re.search('(image|mask).tif', str(e))      # a mask may be shifted against an image that lies
