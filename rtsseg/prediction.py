@@ -8,14 +8,13 @@ __all__ = ['HALF_PRECISION', 'STEPS', 'NODATA', 'HASH_BYTES', 'window_starts', '
            'stop_if_asked', 'probability_to_uint16', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings',
            'calibration_settings', 'read_map_settings', 'note_path', 'write_note', 'matches_note', 'write_geotiff',
            'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished',
-           'make_map', 'predict', 'rtsseg_predict']
+           'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
 import json
 import os
 import shutil
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import rasterio.shutil
 import torch
-from fastcore.script import call_parse, store_true
 from filelock import FileLock, Timeout
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
@@ -35,13 +33,16 @@ from scipy.special import logit
 
 from .calibration import Calibration
 from .config import ConfigError
-from .console import DataError, logger, nearest, progress, visible
+from .console import DataError, logger, nearest, progress
 from .files import FileError, digest, inside, read_json, write_atomic
-from .infer import ModelError, Predictor, VIEWS, load_model, predict_logits
+from .ground import crs_name
+from .infer import Predictor, VIEWS, load_model, predict_logits
 from .launch import StopSignals
-from .raster import GDAL_OPTIONS, RawTile, crs_name, open_raster, read_pixels, tile_offsets
+from .raster import GDAL_OPTIONS, open_raster
+from .rawtile import RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
 from .tiles import scale_tile
+from .weights import ModelError
 
 # %% ../nbs/08_predict.ipynb #108bdff0
 def window_starts(side:int,     # side of the scene, pixels
@@ -541,6 +542,9 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals):
             finished.write(rows.index, rows.counts, probability_to_uint16(probability, rows.valid))
         write_map(out, job.scene, finished)
         write_note(out)
+    except KeyboardInterrupt:
+        logger.info('finished rows are kept: the same command resumes from them')
+        raise
     except OSError as error:
         raise RunError(f'{error}. When that is mended, the same command resumes from the finished rows') from None
 
@@ -578,34 +582,3 @@ def predict(model_dir:str|Path,      # a model directory
             make_map(out, job, finished, signals)
         shutil.rmtree(folder)
     return json.loads(note_path(out).read_text())
-
-# %% ../nbs/08_predict.ipynb #f232d880
-@call_parse
-def rtsseg_predict(model:str='',              # model directory, as runs/…/model
-                   scene:str='',              # GeoTIFF of any size: R, G, B as in training
-                   out:str='',                # the map, a .tif; a .tif.json is written beside it
-                   extra:str='',              # GeoTIFF on the same grid with the model's EXTRA bands, by description
-                   views:str='',              # none, minimal, standard or full; '' takes the model's
-                   crs:str='',                # CRS of a scene that has none: EPSG:3413, for example, or none
-                   device:str='auto',         # auto, cpu or cuda
-                   batch:int=8,               # windows at once
-                   force:store_true=False     # replace a map, or finished rows, of other settings
-                  ):
-    "Make a map of calibrated probabilities from a scene; started again, the same command resumes"
-    try:
-        missing = [name for name, value in dict(model=model, scene=scene, out=out).items() if not value]
-        if missing:
-            raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
-        print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force), indent=1))
-    except Stopped as error:
-        print(visible(error), file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except RunError as error:
-        print(f'error: {visible(error)}', file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        print('stopped; the same command resumes from the finished rows', file=sys.stderr, flush=True)
-        sys.exit(130)
-    except (ValueError, ModelError, OSError) as error:
-        print(f'error: {visible(error)}', file=sys.stderr, flush=True)
-        sys.exit(2)
