@@ -167,8 +167,8 @@ def read_seal(folder:str|Path       # a model directory
         raise FileError('no such folder')
     if not os.path.lexists(path):
         code = f'from rtsseg.files import seal_model; seal_model({json.dumps(os.path.relpath(folder))})'
-        raise FileError(f'{SEAL} is missing: the directory is not whole; the command that made it, run again, mends '
-                        f'it. If it was made before there were such lists, and is unchanged: python -c {shlex.quote(code)}')
+        raise FileError(f'{SEAL} is missing: the directory is not whole; the command that made it, run again, '
+                        f'mends it. If it is older than such lists, and unchanged: python -c {shlex.quote(code)}')
     found, lines = {}, read_bytes(path, folder, 1 << 16).decode('ascii', 'replace').splitlines()
     for line in lines:
         match = re.fullmatch(r'([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)', line)
