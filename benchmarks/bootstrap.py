@@ -13,8 +13,10 @@ import numpy as np
 from sklearn.metrics import average_precision_score
 
 from common import emit, timed
-from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
-from rtsseg.intervals import bootstrap, draw_groups, resample
+from rtsseg.bootstrap import draw_groups
+from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.intervals import bootstrap, resample
+from rtsseg.scores import CODES, decode
 from rtsseg.toy import scored_tile
 
 RATIOS = [200, 500, 1000]

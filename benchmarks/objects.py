@@ -15,8 +15,10 @@ import numpy as np
 from skimage.measure import label, regionprops
 
 from common import emit, per_item, turns
-from rtsseg.evidence import Evidence, tile_bands, tile_histograms, tile_objects
+from rtsseg.evidence import Evidence
 from rtsseg.objects import match_objects
+from rtsseg.scores import tile_histograms
+from rtsseg.shapes import tile_bands, tile_objects
 
 IOU = 0.3
 LOGIT = 0.5             # exact in half precision

@@ -19,8 +19,9 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_average_precision
 
 from common import emit, emit_value, short, timed, turns
-from rtsseg.evidence import Evidence, tile_evidence, tile_histograms
+from rtsseg.evidence import Evidence, tile_evidence
 from rtsseg.metrics import average_precision, histogram, tile_weights
+from rtsseg.scores import tile_histograms
 
 RATIOS = (200, 500, 1000)
 THRESHOLDS = np.arange(1, 20)/20
