@@ -11,12 +11,11 @@ import fcntl
 import json
 import shutil
 import sys
-import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from .console import DataError
+from .console import DataError, logger
 from .files import FileError, read_json, write_atomic
 from .config import RtsConfig, ConfigError, settings
 from .runs import require_finished, run_folder
@@ -56,7 +55,7 @@ def prepare(cfg:RtsConfig          # data.manifest and data.source
     flatters, strict = 'splits share ground, so validation would flatter', cfg.data.split_check == 'error'
     if shared and strict: poor.append(f'{flatters}: make the splits anew, or set data.split_check to warn')
     if poor: raise all_problems(cfg, manifest, '\n'.join(f'{manifest.path.name}: {p}' for p in poor))
-    if shared: warnings.warn(f"{manifest.path.name}: {flatters}: {'; '.join(shared)}")
+    if shared: logger.warning(f"{manifest.path.name}: {flatters}: {'; '.join(shared)}")
     return manifest
 
 def tile_problems(cfg, manifest): return [f'{manifest.path.name}: {line}' for line in error_lines([f for f in check_files(manifest, cfg.data) if f.each])]      # not what a whole split lacks
