@@ -258,7 +258,7 @@ def test_05_shared_ground_that_was_allowed(world, caplog):
     share_ground(world)
     assert levels(check_files(read_manifest(world/'full.csv'), settings(world).data)) == ['warning']
     prepare(settings(world))
-    assert re.search(r'validation would flatter: .*t1 \(train\) and t2 \(val\)', caplog.text)
+    assert re.search(r'validation would be optimistic: .*t1 \(train\) and t2 \(val\)', caplog.text)
 
 def test_05_through_the_check(world):
     share_ground(world)

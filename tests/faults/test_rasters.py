@@ -27,7 +27,7 @@ from helpers.tiles import (
     write_extra,
     write_tile,
 )
-from rtsseg.check import rtsseg_check
+from rtsseg.cli import rtsseg_check
 from rtsseg.columns import complete_table
 from rtsseg.config import TableSource, to_yaml
 from rtsseg.console import DataError
