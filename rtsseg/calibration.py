@@ -6,7 +6,7 @@
 __all__ = ['OFF', 'KINDS', 'VIEW_NAMES', 'nll', 'fit_temperature', 'fit_slope_intercept', 'prior_shift', 'reliability', 'ece',
            'brier', 'Fit', 'fits', 'temperature_verdict', 'Region', 'Scores', 'Quality', 'Calibration',
            'calibrate_evidence', 'show_reliability', 'show_pr', 'fill', 'show_calibration', 'views_gain', 'recommend',
-           'calibrate', 'rtsseg_calibrate']
+           'calibrate']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -18,7 +18,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from pydantic import ValidationError, model_validator
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
@@ -423,21 +422,3 @@ def calibrate(folder:str|Path,      # a run folder with validation evidence
     except ValueError as e: raise DataError(f'{e}: rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views} makes it anew') from None
     found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics); found.save(target)
     return found
-
-@call_parse
-def rtsseg_calibrate(run:str='',                      # run folder; '' finds it from the config
-                     config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                     manifest:str='',                 # another manifest than the config's
-                     name:str='',                     # another name for the run
-                     epochs:int=None,                 # another number of epochs
-                     seed:int=None,                   # another seed
-                     overrides:str='[]',              # one section.field=value, or a JSON list of them
-                     views:str=''                     # none, minimal, standard or full; '' takes the config's
-                    ):
-    "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
-    try:
-        folder = resolve_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides)
-        print(visible(show_calibration(calibrate(folder, views))))
-        gains = views_gain(folder)
-        if len(gains) > 1: print('\nViews', gains.drop(columns='why', errors='ignore').to_string(float_format='{:.4f}'.format, na_rep=''), fill(recommend(gains)), sep='\n')
-    except (ValueError, OSError) as e: print(f'error: {visible(e)}', file=sys.stderr); sys.exit(2)

@@ -7,11 +7,11 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
 from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.calibration import (
     Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
-    prior_shift, recommend, rtsseg_calibrate, show_calibration, show_reliability, temperature_verdict,
-    views_gain
+    prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
 )
 from rtsseg.files import write_atomic
 from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
@@ -20,7 +20,7 @@ from rtsseg.console import DataError
 from rtsseg.manifest import read_manifest
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
-from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access, rtsseg_evaluate
+from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
 from rtsseg.files import seal_model
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
 from rtsseg.weights import ModelError

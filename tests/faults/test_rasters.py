@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
+from rtsseg.cli import rtsseg_check
 from rtsseg.config import TableSource, to_yaml
 from rtsseg.console import DataError
 from rtsseg.manifest import Manifest, add_hashes, complete_table, read_manifest, write_manifest
@@ -20,7 +21,6 @@ from rtsseg.models import build
 from rtsseg.prepare import check_all_tiles, statistics
 from rtsseg.tiles import UnreadableTiles, loaders
 from rtsseg.segment import SegmentTask
-from rtsseg.check import rtsseg_check
 from helpers.tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
