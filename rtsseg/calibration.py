@@ -26,7 +26,6 @@ from .console import DataError, nearest, visible
 from .files import FileError, SEAL, inside, read_json, seal_model, write_atomic
 from .config import Calibrate, ConfigError, Infer, Metrics, PositiveFloat, Strict, load
 from .runs import parse_event, require_finished
-from .prepare import resolve_run
 from .evidence import CODES, Evidence, clipped_scores, evidence_path, run_evidence
 from .metrics import average_precision, histogram, pr_curve
 from .intervals import Estimate, compare, why_unsupported

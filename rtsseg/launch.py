@@ -60,7 +60,7 @@ class StopSignals:
 
 # %% ../nbs/04h_launch.ipynb #claobey
 def obey_pipe() -> None:
-    "In a trainer: act as on SIGTERM when standard input closes, because whoever started this process is gone"
+    "In a trainer: act as on SIGTERM when standard input closes, because the process that started this one is gone"
     def watch():
         # unbuffered: a buffered reader could not be closed when the process exits
         while os.read(0, 1):
@@ -71,7 +71,7 @@ def obey_pipe() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/04h_launch.ipynb #92519d23
-# seconds that processes have to end by themselves after one has failed: the first may still talk to its tracker
+# seconds for processes to end by themselves after one failed: the first may still use its tracker
 GRACE_SECONDS = 10
 
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')

@@ -22,7 +22,7 @@ from scipy.special import logit
 from .console import DataError, visible
 from .files import FileError, inside, write_atomic
 from .config import RtsConfig, settings
-from .prepare import find_run, resolve_run
+from .system import find_run
 from .evidence import CODES
 from .intervals import MIN_GROUPS, MIN_SUPPORT
 from .page import Bullets, Code, Fold, ImageGrid, Part, Picture, Text, appendix, page
