@@ -72,7 +72,7 @@ class Log:
     def __init__(self,
                  folder:Path,               # a run folder
                  system:System,             # what the run is about
-                 differs:dict|None=None     # what differs on this machine from the run's first start: {name: [then, now]}
+                 differs:dict|None=None     # what differs from the first start: {name: [then, now]}
                 ):
         self.folder, self.path, self.system = folder, folder/'log.jsonl', system
         self.differs = differs or {}

@@ -19,12 +19,15 @@ from torch.utils.data import DataLoader
 
 from .config import RtsConfig
 from .console import DataError, progress
-from .evidence import Bins, Evidence, Meter
+from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
 from .infer import Predictor, predict_logits
 from .manifest import Manifest
-from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from rtsseg.metrics import (
+    ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+)
 from .runs import StoredThresholds
+from .scores import Bins
 from .stats import skip_unreadable
 from .system import Pass
 

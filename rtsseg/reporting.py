@@ -19,14 +19,15 @@ from fastcore.basics import listify
 from matplotlib.figure import Figure
 from scipy.special import logit
 
+from .bootstrap import MIN_GROUPS
+from .config import RtsConfig, settings
 from .console import DataError, visible
 from .files import FileError, inside, write_atomic
-from .config import RtsConfig, settings
-from .system import find_run
-from .evidence import CODES
-from .intervals import MIN_GROUPS, MIN_SUPPORT
+from .intervals import MIN_SUPPORT
 from .page import Bullets, Code, Fold, ImageGrid, Part, Picture, Text, appendix, page
+from .system import find_run
 from .results import ReportError, Results, Run, ratio_name, read_results, short_path
+from .scores import CODES
 from rtsseg.tables import (
     METRICS, calibration_tables, comparison, curves_table, data_tables, environment_table, estimators_table,
     false_alarms_table, misses_table, objects_by_threshold, operating_tables, pixels_by_threshold,

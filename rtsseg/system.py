@@ -117,8 +117,8 @@ class SampleMeter:
     "Collects a table of samples, batch by batch, and computes its metrics"
 
     def __init__(self,
-                 rows:Callable[[Any, dict], dict],                # (out, batch) → {column: values}, with sample and group
-                 metrics:Callable[[SampleTable], dict[str, float]] # what the table says
+                 rows:Callable[[Any, dict], dict],                   # (out, batch) → {column: values}
+                 metrics:Callable[[SampleTable], dict[str, float]]   # what the table says
                 ):
         self.rows, self.metrics, self.parts = rows, metrics, []
 
@@ -175,7 +175,10 @@ class System:
         "The numbers of a table, with the monitored value among them; NaN where undefined"
         raise NotImplementedError
 
-    def package(self, folder:Path, model:'nn.Module', cfg:RunConfig, feed:Feed, best:dict, environment:dict) -> None:
+    def package(self, folder:Path, model:'nn.Module', cfg:RunConfig, feed:Feed,
+                best:dict,           # epoch, step, value and metrics of the best validation
+                environment:dict     # of `environment()`
+               ) -> None:
         "Write the model directory: weights, config, metrics and what else travels with the model"
         raise NotImplementedError
 
@@ -208,7 +211,7 @@ class System:
         return self.views[0]
 
     def selection_rule(self, cfg:RunConfig, views:str) -> str:
-        "How this config chooses its checkpoint and whatever else validation decides, in one line for the test ledger"
+        "How this config chooses its checkpoint, and what else is chosen on validation: a line for the test ledger"
         return f'best {self.monitor(cfg)[0]}, views {views}'
 
     def missing_before_test(self, folder:Path, views:str) -> str:

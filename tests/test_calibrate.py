@@ -13,24 +13,24 @@ from rtsseg.calibration import (
     Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
     prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
 )
-from rtsseg.files import write_atomic
-from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
-from rtsseg.runs import config_hash, run_folder
+from rtsseg.bootstrap import Estimate
+from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.manifest import read_manifest
-from rtsseg.stats import compute_stats
-from rtsseg.tiles import read_tile
-from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
-from rtsseg.files import seal_model
+from rtsseg.evaluation import Locked, TestLedger, evaluate, test_look
+from rtsseg.observe import object_thresholds
+from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
+from rtsseg.files import seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
-from rtsseg.weights import ModelError
-from rtsseg.intervals import Estimate
-from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
+from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
-from rtsseg.tiles import eval_loader
+from rtsseg.runs import config_hash, run_folder
+from rtsseg.scores import decode
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import eval_loader, read_tile
 from rtsseg.toy import scored_tiles
+from rtsseg.weights import ModelError
 from helpers.runs import MODEL, toy_world
 
 THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]
@@ -134,14 +134,14 @@ def test_an_old_file_is_told(toy, tmp_path):
     path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
     for name in ('slope', 'objects'): del old['none'][name]
     path.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
+    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'): Calibration.load(path)
 
 @pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
 def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
     path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate_evidence(toy, CFG, METRICS)
-    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
-    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
-    c.save(path); assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it again'): Calibration.load(path)
+    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().err
+    c.save(path); assert not capsys.readouterr().err
 
 def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
@@ -191,6 +191,9 @@ def test_precision_that_falls_within_its_noise_is_not_told():
     alone = object_operating_points(e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300))[1][1]
     assert alone.reached and not alone.monotone_why
 
+def record_test_access(cfg, data, views='none'):
+    TestLedger(cfg.runs, data).record(test_look(cfg, data, views))
+
 @pytest.mark.parametrize('change', ['calibrate.method=slope_intercept', 'calibrate.min_areas=[0]', 'calibrate.ratio=500', 'calibrate.target_precision=0.7', 'calibrate.min_recall=0.1',
                                     'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
 def test_the_lock(tmp_path, change):
@@ -207,7 +210,7 @@ def test_the_rule_names_what_decides(tmp_path):
     record_test_access(RtsConfig(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; reading it again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
@@ -287,7 +290,7 @@ def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypa
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
     folder, *_ = untrained
     def far(net, image, views): z = 1e-3 * predict_logits(net, image, views); z[..., ::2] += 1000; return z
-    monkeypatch.setattr('rtsseg.evaluation.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().out
+    monkeypatch.setattr('rtsseg.observe.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().err
     low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
     assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
 
@@ -304,7 +307,7 @@ def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     try:
         calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
-        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate(folder, 'test')
+        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
         seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked

@@ -9,7 +9,7 @@ __all__ = ['IOU_GAP', 'BALANCED_GAP', 'RtsFeed', 'segmentation_signs', 'RTS', 'm
 import os
 from functools import cached_property
 
-from ..config import RtsConfig, doubtful_settings
+from ..config import RtsConfig
 from ..system import Feed, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
@@ -43,7 +43,7 @@ class RtsFeed(Feed):
         return len(self.manifest.of(split))
 
     def warnings(self):
-        from rtsseg.manifest import thin_splits
+        from rtsseg.splits import thin_splits
         return [f'{problem}: a number from few tiles says little' for problem in thin_splits(self.manifest.table)]
 
     def observers(self):
@@ -121,7 +121,7 @@ class RTS(System):
         return load_model(folder)
 
     def warnings(self, cfg):
-        return doubtful_settings(cfg)
+        return cfg.doubtful_settings()
 
     def overfitting(self, history, cfg):
         return segmentation_signs(history, cfg)

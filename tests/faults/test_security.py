@@ -611,7 +611,7 @@ EVIDENCE = {
     'exact in words': (described(exact='yes'), 'exact'),
     'another format': (described(format=1), 'format'),
     'a description that is a list': (text_description(b'[1]'), 'format'),
-    'a description cut off': (text_description(b'{"for'), 'no evidence file'),
+    'a description cut off': (text_description(b'{"for'), 'is not an evidence file'),
     'no rows': (without_rows, ''),
     'another split': (column('split', constant('train')), 'evidence of train'),
 }
