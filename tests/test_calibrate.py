@@ -16,7 +16,7 @@ from rtsseg.calibration import (
 from rtsseg.bootstrap import Estimate
 from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.evaluation import Locked, TestLedger, evaluate, test_look
+from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.observe import object_thresholds
 from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
 from rtsseg.files import seal_model, write_atomic
@@ -192,7 +192,7 @@ def test_precision_that_falls_within_its_noise_is_not_told():
     assert alone.reached and not alone.monotone_why
 
 def record_test_access(cfg, data, views='none'):
-    TestLedger(cfg.runs, data).record(test_look(cfg, data, views))
+    TestLedger(cfg.runs, data).record(look_of(cfg, data, views))
 
 @pytest.mark.parametrize('change', ['calibrate.method=slope_intercept', 'calibrate.min_areas=[0]', 'calibrate.ratio=500', 'calibrate.target_precision=0.7', 'calibrate.min_recall=0.1',
                                     'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
@@ -256,7 +256,7 @@ def test_a_log_that_was_cut_off(folder):
     assert views_gain(folder).equals(before)
 
 def test_advice_can_be_typed(folder):
-    with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
+    with pytest.raises(ConfigError, match="views: 'ful' is not one of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
     (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
     with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate(folder)
     assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
@@ -303,16 +303,16 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
 
 def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     folder, *_ = untrained; path = folder/'model'/'calibration.json'
-    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
+    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().err
     try:
-        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
+        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().err
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
         with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
         seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
     finally: path.unlink(); seal_model(folder/'model')
-    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().out
+    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().err
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained
@@ -320,4 +320,4 @@ def test_several_views_from_a_shell(untrained, capsys):
     assert 'val-minimal.parquet, views minimal' in said and 'val.parquet, views none' in said and '1:1 ' in said and 'PR-AUC' in said
     before = (folder/'log.jsonl').read_text()
     with pytest.raises(SystemExit): rtsseg_evaluate(run=str(folder), views='none,stanard')
-    assert "views: 'stanard' is none of none, minimal, standard, full" in (told := capsys.readouterr().err) and "did you mean 'standard'" in told and (folder/'log.jsonl').read_text() == before
+    assert "views: 'stanard' is not one of none, minimal, standard, full" in (told := capsys.readouterr().err) and "did you mean 'standard'" in told and (folder/'log.jsonl').read_text() == before
