@@ -1034,6 +1034,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.segment.SegmentMeter.update': ('segment.html#segmentmeter.update', 'rtsseg/segment.py'),
                                 'rtsseg.segment.SegmentTask': ('segment.html#segmenttask', 'rtsseg/segment.py'),
                                 'rtsseg.segment.SegmentTask.__init__': ('segment.html#segmenttask.__init__', 'rtsseg/segment.py'),
+                                'rtsseg.segment.SegmentTask._tile_loss': ('segment.html#segmenttask._tile_loss', 'rtsseg/segment.py'),
                                 'rtsseg.segment.SegmentTask.count': ('segment.html#segmenttask.count', 'rtsseg/segment.py'),
                                 'rtsseg.segment.SegmentTask.difficulty': ('segment.html#segmenttask.difficulty', 'rtsseg/segment.py'),
                                 'rtsseg.segment.SegmentTask.forward': ('segment.html#segmenttask.forward', 'rtsseg/segment.py'),
