@@ -1,53 +1,114 @@
-# make demo   the main job on the toy world, ending in a report        make test   everything that is checked
-# make seeds  the job for three seeds, and the report over them        make docs   the site (needs Quarto)
-# make soak   what a kill costs a run: nothing
-# make sync   all that is made from notebooks and tests anew         make clean  what the above made, but not .venv, data or runs
+# make demo     the whole job on the toy world, ending in a report
+# make seeds    the same for three seeds, and one report over them
+# make test     every check: style, generated files, notebooks, tests
+# make quick    under a minute: the house rules, and the chapters that differ from main
+# make soak     a training run that is killed 200 times and still ends in the same bytes
+# make bench    the benchmarks, and the table in benchmarks/README.md
+# make docs     the site (needs Quarto)
+# make sync     write everything that is generated from notebooks and tests
+# make lock     write requirements.txt from settings.ini; versions in it stay where they still fit
+# make clean    remove what the above made, except .venv, data and runs
+#
+# make install TORCH=cpu   a PyTorch without CUDA, from the package index that TORCH_INDEX names
 SHELL  := /bin/bash
 CONFIG ?= configs/toy.yaml
 SEEDS  ?= 42 43 44
+TORCH  ?=
+TORCH_INDEX ?=
+STYLE  ?= off
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 STAMP  := .venv/.installed
+PIP    := .venv/bin/pip
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_ALBUMENTATIONS_UPDATE := 1
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo seeds test soak docs sync readme clean
+.PHONY: install demo seeds test style synced notebooks pytest quick soak bench docs sync readme lock clean
 install: $(STAMP)
 
-$(STAMP): requirements.txt setup.py settings.ini
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-	  { echo "Python 3.11 is needed, and $(or $(PYTHON),no python3) is not it. Install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	test -x .venv/bin/pip || "$(PYTHON)" -m venv .venv
-	.venv/bin/pip install -r requirements.txt
-	.venv/bin/pip install --no-deps --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e .
+# The lock names the CUDA libraries that PyTorch's default wheel needs. A CPU wheel needs none of them.
+ifeq ($(TORCH),cpu)
+LOCK := .venv/requirements-cpu.txt
+else
+LOCK := requirements.txt
+endif
+
+$(STAMP): requirements.txt setup.py settings.ini pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed; found: $(or $(PYTHON),no python3)."; \
+	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(PIP) || "$(PYTHON)" -m venv .venv
+	$(if $(filter cpu,$(TORCH)),$(MAKE) --no-print-directory $(LOCK))
+	$(PIP) install --require-hashes -r $(LOCK)
+	$(PIP) install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
+
+.venv/requirements-cpu.txt: requirements.txt
+	awk '/^[a-z]/ {wanted = !/^(nvidia|cuda|triton)/} wanted' $< > $@
+	$(if $(TORCH_INDEX),PIP_INDEX_URL="$(TORCH_INDEX)") $(PIP) install --no-deps $$(grep -oE '^(torch|torchvision)==[^ ]+' $<)
 
 demo: $(STAMP)
 	@./demo.sh $(CONFIG)
 
 seeds: $(STAMP)
-	@for seed in $(SEEDS); do echo; echo "seed $$seed"; \
-	   rtsseg-train --config $(CONFIG) --seed $$seed && rtsseg-evaluate --config $(CONFIG) --seed $$seed --split val && \
-	   rtsseg-calibrate --config $(CONFIG) --seed $$seed && rtsseg-evaluate --config $(CONFIG) --seed $$seed --split test || exit 1; done
+	@set -e; for seed in $(SEEDS); do \
+	   echo; echo "seed $$seed"; \
+	   rtsseg-train --config $(CONFIG) --seed $$seed; \
+	   rtsseg-evaluate --config $(CONFIG) --seed $$seed --split val; \
+	   rtsseg-calibrate --config $(CONFIG) --seed $$seed; \
+	   rtsseg-evaluate --config $(CONFIG) --seed $$seed --split test; \
+	 done
 	@echo; rtsseg-report --config $(CONFIG) --seeds "$(SEEDS)"
 
 test: $(STAMP)
-	@echo "1/3 notebooks, modules and all that is made from them in step …"; TIMEFORMAT="    %0R s"; time python sync.py --check
-	@echo "2/3 the tests inside the notebooks …"; TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
-	@echo "3/3 pytest …"; OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_policy=failed   # else gigabytes stay
+	@$(MAKE) --no-print-directory $(if $(filter on,$(STYLE)),style) synced notebooks pytest
 
-soak: $(STAMP)   # a real run, killed 200 times
+style: $(STAMP)
+	@echo "style …"
+	@ruff check rtsseg tests benchmarks sync.py setup.py
+
+synced: $(STAMP)
+	@echo "notebooks, and all files that are generated from them …"
+	@TIMEFORMAT="    %0R s"; time python sync.py --check
+
+notebooks: $(STAMP)
+	@echo "the tests inside the notebooks …"
+	@TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
+
+pytest: $(STAMP)
+	@echo "pytest …"
+	@OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# On main itself: the chapters that differ from the last commit
+CHANGED = { git diff --name-only --diff-filter=d main -- 'nbs/*.ipynb' 2>/dev/null || git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; }
+quick: $(STAMP)
+	@OMP_NUM_THREADS=1 python -m pytest -q -x -n 2 -m "not slow" tests/test_house.py
+	@set -e; for chapter in $$($(CHANGED)); do \
+	   echo "$$chapter"; OMP_NUM_THREADS=1 nbdev_test --path $$chapter; \
+	 done
+
+soak: $(STAMP)
 	RTSSEG_KILLS=200 OMP_NUM_THREADS=1 python -m pytest -q -s tests/faults/test_run_time.py -k killed_at_random
 
+bench: $(STAMP)
+	python benchmarks/run.py $(SCRIPTS)
+
 docs: $(STAMP)
-	$(if $(shell command -v quarto),,$(error the site is rendered by Quarto 1.7 or later, which is not installed: https://quarto.org/docs/get-started))
+	$(if $(shell command -v quarto),,$(error the site needs Quarto 1.7 or later: https://quarto.org/docs/get-started))
 	@touch README.md   # else nbdev writes its own
-	nbdev_docs && echo "_docs/index.html"
+	nbdev_docs
+	@echo "_docs/index.html"
 
 sync readme: $(STAMP)
 	@.venv/bin/python sync.py
 
+lock:
+	uv pip compile setup.py --all-extras --universal --python-version 3.11 --generate-hashes \
+	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.txt
+
 clean:
 	rm -rf _proc _docs build dist nbs/nbdev.yml nbs/sidebar.yml nbs/mlruns nbs/mlflow.db
-	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache -o -name .hypothesis \) -type d -print0 | xargs -0 rm -rf
+	find . -path ./.venv -prune -o \
+	  \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache -o -name .hypothesis -o -name .ruff_cache \) \
+	  -type d -print0 | xargs -0 rm -rf

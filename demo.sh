@@ -1,22 +1,44 @@
 #!/usr/bin/env bash
-# The main job through the notebooks, one papermill call a stage: ./demo.sh [config]. Executed notebooks go to runs/notebooks/.
+# The whole job through its notebooks, one papermill call a stage: ./demo.sh [config]
+# The executed notebooks and their logs go to runs/notebooks/.
 set -euo pipefail
-config=$(realpath -s "${1:-$(dirname "$0")/configs/toy.yaml}"); cd "$(dirname "$0")/nbs"
-out=../runs/notebooks; n=0
-mkdir -p $out; export PATH=$(cd .. && pwd)/.venv/bin:$PATH NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+config=$(realpath -s "${1:-$(dirname "$0")/configs/toy.yaml}")
+cd "$(dirname "$0")"
+root=$PWD
+out=$root/runs/notebooks
+export PATH=$root/.venv/bin:$PATH
+export NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+mkdir -p "$out"
+number=0
 
-stage() {   # what it is, notebook, more parameters; the log is shown where something goes wrong
-  local start=$SECONDS name=$((++n))_$2
-  printf '\n%d/6 %s …\n' $n "$1"
-  papermill "$2.ipynb" $out/$name.ipynb -p config "$config" "${@:3}" --no-progress-bar --stdout-file - 2>$out/$name.log | sed -un '1,/^This run$/!p' || {   # what the chapter shows before is for its readers
-    tail -n 40 $out/$name.log; echo "stopped at $2.ipynb: see runs/notebooks/$name.ipynb"; exit 1; }
-  printf '%d/6 %s: %d s\n' $n "$1" $((SECONDS - start))
+# A chapter shows examples to its readers first; its own run starts below the line "This run".
+only_this_run() {
+  sed -un '1,/^This run$/!p'
 }
 
-stage 'data checks'             04i_check
-stage 'training'                05_train
-stage 'validation'              05a_evaluate -p split val
-stage 'calibration'             06_calibrate
-stage 'test'                    05a_evaluate -p split test
-stage 'report'                  07_report
-echo; cd .. && rtsseg-report --config "$config"
+# stage TITLE NOTEBOOK [more arguments of papermill]
+stage() {
+  local title=$1 notebook=$2 start=$SECONDS
+  number=$((number + 1))
+  local name=${number}_$notebook
+  printf '\n%d/6 %s …\n' "$number" "$title"
+  if ! papermill "$notebook.ipynb" "$out/$name.ipynb" -p config "$config" "${@:3}" \
+         --no-progress-bar --stdout-file - 2>"$out/$name.log" | only_this_run; then
+    tail -n 40 "$out/$name.log"
+    echo "stopped at $notebook.ipynb: see runs/notebooks/$name.ipynb"
+    exit 1
+  fi
+  printf '%d/6 %s: %d s\n' "$number" "$title" $((SECONDS - start))
+}
+
+cd "$root/nbs"
+stage 'data checks' 04i_check
+stage 'training'    05_train
+stage 'validation'  05a_evaluate -p split val
+stage 'calibration' 06_calibrate
+stage 'test'        05a_evaluate -p split test
+stage 'report'      07_report
+
+cd "$root"
+echo
+rtsseg-report --config "$config"

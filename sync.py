@@ -1,75 +1,166 @@
-"Modules, README, JSON schema and the page of faults are made from notebooks and tests: make them, or (--check) say what is out of step, in a copy that leaves this tree alone"
-import ast, os, re, shutil, subprocess, sys
+"""Write everything that is generated from notebooks and tests: modules, README, JSON schema, page of faults
+
+`python sync.py` writes it. `python sync.py --check` writes it into a copy of the tree, and lists what differs."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
-ENV = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}   # with it set, nbdev_export does nothing
-SCHEMA = "from rtsseg.config import write_schema; write_schema('configs/schema.json')"
-
-def readme(root):
-    "nbs/index.ipynb as Markdown; links that are right beside the notebook are made right for the top of the repository"
-    import nbformat
-    from nbconvert import MarkdownExporter
-    notebook = nbformat.read(root/'nbs/index.ipynb', 4); notebook.metadata.language_info = {'name': 'python'}
-    text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r'^#\| .*\n', '', text, flags=re.M)
-    text = re.sub(r'\]\((?!\w+:|#)([^)]+)\)', lambda m: f']({os.path.normpath(os.path.join("nbs", m[1]))})', text)
-    (root/'README.md').write_text(text.strip() + '\n')
+# With IN_TEST set, nbdev_export does nothing
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != 'IN_TEST'}
+WRITE_SCHEMA = "from rtsseg.config import write_schema; write_schema('configs/schema.json')"
 
 SURVIVES = """---
 title: What survives what
 ---
 
-Spot machines die, disks fill, trackers go down, rasters lie. Each line here is a promise, and a test that does it to the library and looks at what is left; this page is made from those tests.
+Spot machines stop, disks fill up, trackers fail, rasters are damaged. Each line below is a promise. A test
+causes the fault and looks at what is left. This page is generated from those tests.
 
 | exit code | meaning | what to do |
 |---|---|---|
 | 0 | done | |
-| 2 | *refused*: a message names file and field, all that could be seen to be wrong at once, and nothing was written | mend it, or do what the message offers |
-| 3 | *stopped* before its end: by a signal, a full disk, a lost worker, too little memory, too many unreadable tiles | the same command goes on, and ends in the same bits |
-| 130, 143 | interrupted from the keyboard, or asked to end while it was still starting or had nothing to save | the same |
+| 2 | *refused*: a message names file and field, with all problems that can be seen at once; nothing was written | \
+fix it, or follow the message |
+| 3 | *stopped* early: by a signal, a full disk, a lost worker, too little memory, too many unreadable tiles | \
+run the same command again: it resumes, and ends in the same bits |
+| 130, 143 | interrupted from the keyboard, or terminated while it was starting or had nothing to save | the same |
 
-Not promised: that a damaged disk or a network file system keeps what was written to it, and that results are the same bits on another kind of machine or another number of CPU threads.
-`pytest tests/faults` runs all of these tests, `make soak` kills a run 200 times instead of 50.
+Not promised: that a damaged disk or a network file system keeps what was written to it, and that results are
+the same bits on another kind of machine or with another number of CPU threads.
+
+`pytest tests/faults` runs all of these tests. `make soak` kills a run 200 times instead of 50.
 """
 
-def faults(root):
-    "Of each file of tests/faults, by number: its title, {number: (what happens, what then)}, and {number: [(test, its docstring)]}"
-    return sorted(map(_group, (root/'tests/faults').glob('test_*.py')), key=lambda group: f'{next(iter(group[1])):>2}')
 
-def _group(path):
-    tree, shown = ast.parse(path.read_text()), {}
-    table = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == 'FAULTS')
-    for n in tree.body:
-        if isinstance(n, ast.FunctionDef) and (m := re.match(r'test_(?:(\d+)|(S\d+))_', n.name)): shown.setdefault(int(m[1]) if m[1] else m[2], []).append((n.name, ast.get_docstring(n)))
-    return ast.get_docstring(tree), table, shown
+class FaultGroup(NamedTuple):
+    "The faults of one file of tests/faults, keyed by number (or 'S1' for a security fault)"
+    title: str
+    table: dict     # number: (what happens, what then)
+    tests: dict     # number: [(name of the test, its docstring or None)]
+
+
+def readme(root):
+    "Write nbs/index.ipynb as README.md, and the pictures among its outputs to nbs/images"
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+
+    notebook = nbformat.read(root/'nbs/index.ipynb', 4)
+    notebook.metadata.language_info = {'name': 'python'}
+    config = Config()
+    config.NbConvertBase.display_data_priority = ['text/markdown', 'image/png', 'text/plain']
+    names = {'output_files_dir': 'images', 'unique_key': 'index'}
+    text, resources = MarkdownExporter(config=config).from_notebook_node(notebook, resources=names)
+
+    for picture in (root/'nbs/images').glob('index_*.png'):
+        picture.unlink()
+    for name, content in resources['outputs'].items():
+        (root/'nbs'/name).write_bytes(content)
+
+    text = re.sub(r'^#\| .*\n', '', text, flags=re.M)
+    text = re.sub(r'\]\((?!\w+:|#)([^)]+)\)', _link_from_the_top, text)
+    (root/'README.md').write_text(text.strip() + '\n')
+
+
+def _link_from_the_top(link):
+    "A relative link of a notebook, as it reads at the top of the repository"
+    target = os.path.normpath(os.path.join('nbs', link[1]))
+    return f']({target})'
+
+
+def faults(root):
+    "The groups of faults of tests/faults, by number"
+    groups = [_fault_group(path) for path in (root/'tests/faults').glob('test_*.py')]
+    return sorted(groups, key=lambda group: f'{next(iter(group.table)):>2}')
+
+
+def _fault_group(path):
+    "What a file of tests says of its faults, read without running it"
+    tree = ast.parse(path.read_text())
+    table, tests = {}, {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'FAULTS':
+            table = ast.literal_eval(node.value)
+        if isinstance(node, ast.FunctionDef):
+            found = re.match(r'test_(\d+|S\d+)_', node.name)
+            if found:
+                number = int(found[1]) if found[1].isdigit() else found[1]
+                tests.setdefault(number, []).append((node.name, ast.get_docstring(node)))
+    return FaultGroup(ast.get_docstring(tree), table, tests)
+
+
+def _cell(text):
+    "Text that may stand in a cell of a Markdown table"
+    return text.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' ')
+
 
 def survives(root):
-    "nbs/survives.qmd, from the tables and docstrings of tests/faults"
-    cell, text = lambda s: s.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' '), [SURVIVES]
-    for title, table, shown in faults(root):
-        text += [f'## {cell(title)}', '', '| | what happens | what then |', '|---|---|---|', *(f'| {k} | {cell(what)} | {cell(then)} |' for k, (what, then) in table.items()), '']
-        text += [':::{.callout-note collapse="true"}', '## How it is shown', '', *(f'- **{k}** `{name}`' + (f': {cell(told)}' if told else '') for k in table for name, told in shown.get(k, [])), ':::', '']
-    (root/'nbs/survives.qmd').write_text('\n'.join(text))
+    "Write nbs/survives.qmd from the tables and docstrings of tests/faults"
+    lines = [SURVIVES]
+    for group in faults(root):
+        lines += [f'## {_cell(group.title)}', '', '| | what happens | what then |', '|---|---|---|']
+        for number, (event, outcome) in group.table.items():
+            lines.append(f'| {number} | {_cell(event)} | {_cell(outcome)} |')
+        lines += ['', ':::{.callout-note collapse="true"}', '## How it is shown', '']
+        for number in group.table:
+            for name, docstring in group.tests.get(number, []):
+                explanation = f': {_cell(docstring)}' if docstring else ''
+                lines.append(f'- **{number}** `{name}`{explanation}')
+        lines += [':::', '']
+    (root/'nbs/survives.qmd').write_text('\n'.join(lines))
+
 
 def sync(root):
-    for command in ([BIN/'nbdev_export'], [BIN/'nbdev_clean'], [sys.executable, '-c', SCHEMA]): subprocess.run(command, cwd=root, env=ENV, check=True)
-    readme(root); survives(root)
+    "Write all generated files of a tree"
+    for command in ([BIN/'nbdev_export'], [BIN/'nbdev_clean'], [sys.executable, '-c', WRITE_SCHEMA]):
+        subprocess.run(command, cwd=root, env=ENVIRONMENT, check=True)
+    readme(root)
+    survives(root)
+
+
+def git(folder, *arguments):
+    "Output of a git command in a folder"
+    done = subprocess.run(['git', *arguments], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def copy_tree(target):
+    "Copy the files that git knows, and those that it would add, to a folder"
+    for name in git(ROOT, 'ls-files', '-coz', '--exclude-standard').split('\0'):
+        if name and (ROOT/name).is_file():
+            (target/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT/name, target/name)
+
 
 def check():
-    "Everything that is made, made anew in a copy of the tree, must come out as it stands"
-    with TemporaryDirectory() as tmp:
-        tmp, git = Path(tmp), lambda *a: subprocess.run(['git', *a], cwd=tmp, env=ENV, check=True, capture_output=True, text=True).stdout
-        for name in subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split('\0'):
-            if name and (ROOT/name).is_file(): (tmp/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/name, tmp/name)
-        git('init', '-q'); git('add', '-A')
-        for f in (tmp/'rtsseg').rglob('*.py'):
-            if f.name != '__init__.py': f.unlink()
-        sync(tmp)
-        changes = [l for l in git('status', '--porcelain', '-uall').splitlines() if l[1] != ' ']
-        if changes: sys.exit('out of step with the notebooks (make sync mends it, git diff shows it):\n' + '\n'.join(changes))
-        print(f'    {len(list((tmp/"nbs").rglob("*.ipynb")))} notebooks and all that is made from them agree')
+    "Exit with a message unless all generated files, written into a copy of the tree, are equal to those here"
+    with TemporaryDirectory() as folder:
+        copy = Path(folder)
+        copy_tree(copy)
+        git(copy, 'init', '-q')
+        git(copy, 'add', '-A')
+        for module in (copy/'rtsseg').rglob('*.py'):
+            if module.name != '__init__.py':
+                module.unlink()
+        sync(copy)
+        changes = [line for line in git(copy, 'status', '--porcelain', '-uall').splitlines() if line[1] != ' ']
+        if changes:
+            listed = '\n'.join(changes)
+            sys.exit(f'generated files differ (`make sync` writes them, `git diff` shows the changes):\n{listed}')
+        count = len(list((copy/'nbs').rglob('*.ipynb')))
+        print(f'    {count} notebooks and all generated files agree')
 
-if __name__ == '__main__': check() if '--check' in sys.argv else sync(ROOT)
+
+if __name__ == '__main__':
+    if '--check' in sys.argv:
+        check()
+    else:
+        sync(ROOT)

@@ -9,11 +9,13 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'Sour
            'LoopConfig', 'ToySource', 'TableSource', 'FieldSource', 'MultiResolution', 'Data', 'Transform',
            'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'CurriculumRow',
            'Sampler', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'TrackerConfig', 'RunConfig', 'RtsConfig',
-           'doubtful_settings', 'system_names', 'find_system', 'read_yaml', 'merge_trees', 'short_visible', 'nodes_in',
-           'path_places', 'is_local_path', 'load', 'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema',
-           'settings', 'check_parameters']
+           'doubtful_settings', 'system_names', 'find_system', 'short_visible', 'read_yaml', 'config_folder',
+           'config_names', 'find_config', 'merge_trees', 'nodes_in', 'path_places', 'is_local_path', 'load',
+           'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema', 'parse_overrides', 'settings',
+           'assigned_names', 'check_parameters', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
+import ast
 import copy
 import io
 import json
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -80,9 +83,21 @@ class LearningRate(Strict):
     schedule: Literal['cosine', 'constant', 'plateau'] = Field('cosine', description='shape of phase 2 after the warm-up')
     min_lr: float = Field(1e-6, ge=0, description='where the cosine ends')
     warmup_epochs: float = Field(5, ge=0, description='length of the linear warm-up of phase 2, in epochs')
+    warmup_steps: Annotated[PositiveInt | None, Since('0.2')] = Field(
+        None, description='its length in optimizer steps instead; warmup_epochs must then be 0')
     warmup_start_lr: float = Field(1e-6, ge=0, description='where the warm-up begins')
     plateau_factor: float = Field(0.5, gt=0, lt=1, description='schedule plateau: the rate is multiplied by this when the monitored value stalls')
-    plateau_patience: PositiveInt = Field(5, description='schedule plateau: epochs without improvement before that')
+    plateau_patience: PositiveInt = Field(
+        5, description='schedule plateau: validations without improvement that are tolerated before that')
+    layer_decay: Annotated[float | None, Since('0.2')] = Field(
+        None, gt=0, le=1, description='rate of a layer = rate of its part × this^(layers above it); '
+                                      'backbone_lr_multiplier must then be 1')
+
+    @model_validator(mode='after')
+    def _one_warmup(self):
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError('warmup_steps takes the place of warmup_epochs: set warmup_epochs to 0')
+        return self
 
 class Optimizer(Strict):
     "Guide 9.1, optimizer"
@@ -124,13 +139,27 @@ class Stage(Strict):
     rates: dict[str, PositiveFloat] = Field(..., description='peak rate of each trained part')
     schedule: Literal['cosine', 'constant', 'plateau'] = Field('constant', description='shape after the warm-up')
     warmup_epochs: float = Field(0, ge=0, description='linear warm-up, in epochs')
+    warmup_steps: Annotated[PositiveInt | None, Since('0.2')] = Field(
+        None, description='linear warm-up in optimizer steps instead')
     warmup_start_lr: float = Field(1e-6, ge=0, description='where the warm-up begins')
     min_lr: float = Field(1e-6, ge=0, description='where the cosine ends')
     loss_weights: dict[str, NonNegativeFloat] = Field({}, description='weights of loss parts in this stage; others keep loop-wide values')
+    continues: Annotated[bool, Since('0.2')] = Field(
+        False, description='the schedule of the stage before it continues: no new warm-up, no new cosine')
 
     @model_validator(mode='after')
     def _ordered(self):
         if self.last < self.first: raise ValueError(f'last {self.last} lies before first {self.first}')
+        return self
+
+    @model_validator(mode='after')
+    def _one_schedule(self):
+        own = [name for name in ('schedule', 'warmup_epochs', 'warmup_steps', 'warmup_start_lr', 'min_lr')
+               if getattr(self, name) != type(self).model_fields[name].default]
+        if self.continues and own:
+            raise ValueError(f'a stage that continues has the schedule of the stage before it: leave out {", ".join(own)}')
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError('warmup_steps takes the place of warmup_epochs: leave out one of them')
         return self
 
 # %% ../nbs/00b_config.ipynb #e0f26dbf
@@ -143,6 +172,12 @@ def _gapless(spans):
     due = [1, *(s.last + 1 for s in spans)]
     _together(f'a row starts at epoch {s.first} where {d} was due ({"gap" if s.first > d else "overlap"})' for s, d in zip(spans, due) if s.first != d)
     return spans
+
+def _first_begins(stages):
+    "The first stage has no schedule to continue"
+    if stages and stages[0].continues:
+        raise ValueError('the first stage has no stage before it whose schedule it could continue')
+    return stages
 
 class LoopConfig(Strict):
     "What the training loop reads, whatever the task"
@@ -162,7 +197,14 @@ class LoopConfig(Strict):
     checkpoint: Annotated[Checkpoints, Undeciding()] = Checkpoints()
     loader: Annotated[Loader, Undeciding()] = Loader()
     loss_weights: dict[str, NonNegativeFloat] = Field({}, description='weight of each loss part; 1 where it is not named')
-    stages: Annotated[list[Stage], AfterValidator(_gapless)] = Field([], description='a schedule of its own; empty means the two phases of the guide')
+    stages: Annotated[list[Stage], AfterValidator(_gapless), AfterValidator(_first_begins)] = Field(
+        [], description='a schedule of its own; empty means the two phases of the guide')
+
+    @model_validator(mode='after')
+    def _one_way_to_slow_layers(self):
+        if self.lr.layer_decay is not None and not self.stages and self.lr.backbone_lr_multiplier != 1:
+            raise ValueError('lr.layer_decay takes the place of lr.backbone_lr_multiplier: set lr.backbone_lr_multiplier to 1')
+        return self
 
 # %% ../nbs/00b_config.ipynb #9acca8c0
 class ToySource(Strict):
@@ -462,6 +504,10 @@ def _yaml(text, source):
     except ConfigError: raise
     except Exception as e: raise ConfigError(f'{source}: {" ".join(str(e).split())}') from None      # the parser is not always kind to what is no YAML
 
+def short_visible(text) -> str:
+    "The first characters of a text; it is cut after passwords are hidden"
+    return visible(text)[:80]
+
 def read_yaml(path:str|Path,   # the file
              ) -> dict:        # its mapping; {} for an empty file
     "Read one YAML 1.2 mapping; raises `ConfigError` on duplicate keys, tags, aliases and anything that is no mapping"
@@ -474,6 +520,34 @@ def read_yaml(path:str|Path,   # the file
     if not isinstance(tree, dict): raise ConfigError(f'{path}: a mapping was expected, not a {type(tree).__name__}')
     return tree
 
+# %% ../nbs/00b_config.ipynb #2db20766
+def config_folder() -> Path:
+    "The configs that come with the library: inside the installed package, or beside it in a checkout"
+    package = Path(str(package_files('rtsseg')))
+    installed = package/'configs'
+    return installed if installed.is_dir() else package.parent/'configs'
+
+def config_names() -> list[str]:
+    "Names of configs in the working folder and in the library"
+    folders = [Path('configs'), config_folder()]
+    return sorted({path.relative_to(folder).with_suffix('').as_posix() for folder in folders for path in folder.rglob('*.yaml')})
+
+def find_config(file:str|Path             # a path, or a name as 'toy' or 'experiments/dice'
+               ) -> tuple[Path, Path]:    # the file, and the folder that its relative paths start from
+    "Find a config; raises `ConfigError` with the nearest name"
+    path = Path(file)
+    if path.suffix in ('.yaml', '.yml') or path.exists():
+        return path, path.parent
+    own = Path('configs', f'{file}.yaml')
+    if own.exists():
+        return own, own.parent
+    library = config_folder()
+    found = library/f'{file}.yaml'
+    if not found.exists():
+        raise ConfigError(f'{short_visible(file)}: no such file, and no config of this name{nearest(str(file), config_names())}')
+    is_installed = library.parent == Path(str(package_files('rtsseg')))
+    return found, own.parent if is_installed else found.parent
+
 # %% ../nbs/00b_config.ipynb #dd1a4cb6
 def merge_trees(low,    # a tree of mappings
           high    # what is laid over it
@@ -482,8 +556,6 @@ def merge_trees(low,    # a tree of mappings
     if not (isinstance(low, dict) and isinstance(high, dict)) or low.get('kind') != high.get('kind', low.get('kind')): return high
     if low.get('architecture') != high.get('architecture', low.get('architecture')): low = {k: v for k, v in low.items() if k != 'options'}
     return low | {k: merge_trees(low[k], v) if k in low else v for k, v in high.items()}
-
-def short_visible(text): return visible(text)[:80]       # cut only once there is no password in it
 
 def _override(text):
     "'a.b=1' → {'a': {'b': 1}}"
@@ -578,11 +650,15 @@ def _hidden(tree, where=''):
 def _read_layers(files, overrides):
     "Raw trees of files and overrides, each with the folder that its paths are relative to; and what cannot be read"
     layers, problems = [], []
-    readings = [(read_yaml, file, Path(file).parent) for file in files]
-    readings += [(_override, text, Path()) for text in overrides]
-    for read, source, folder in readings:
+    for file in files:
         try:
-            layers.append((read(source), folder))
+            path, folder = find_config(file)
+            layers.append((read_yaml(path), folder))
+        except ConfigError as e:
+            problems.append(str(e))
+    for text in overrides:
+        try:
+            layers.append((_override(text), Path()))
         except ConfigError as e:
             problems.append(str(e))
     return layers, problems
@@ -619,7 +695,7 @@ def load(*files:str|Path,                    # YAML files; a later one is laid o
     if problems:
         raise ConfigError('\n'.join(problems))
     # a path that is still relative is a default: it is relative to the first file
-    folder = Path(files[0]).parent if files else Path()
+    folder = find_config(files[0])[1] if files else Path()
     return cls.model_validate(_anchor(cls.model_validate(tree).model_dump(), folder, cls))
 
 # %% ../nbs/00b_config.ipynb #e8ccb77f
@@ -667,25 +743,58 @@ def write_schema(path:str|Path,              # where the JSON schema goes
     return write_atomic(path, json.dumps(cls.model_json_schema(), indent=1) + '\n')
 
 # %% ../nbs/00b_config.ipynb #491d8f37
-def settings(config:str|Path|list,       # a YAML file, or several, with commas between them, that are laid over each other
+def parse_overrides(given:str|list    # one 'section.field=value', a JSON list of them, or a list
+                   ) -> list[str]:
+    "Overrides as a list; raises `ConfigError`"
+    wanted = """overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not """
+    if isinstance(given, str):
+        is_one = '=' in given and given.lstrip()[0] not in '[{"'
+        try:
+            given = [given] if is_one else json.loads(given or '[]')
+        except ValueError:
+            raise ConfigError(f'{wanted}{short_visible(given)!r}') from None
+    if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) for text in given):
+        raise ConfigError(f'overrides: a list of texts was expected, not {short_visible(given)}')
+    return list(given)
+
+def settings(config:str|Path|list,       # a YAML file or a name, or several, with commas between them, that are laid over each other
              manifest:str='',            # another manifest than the config's
              name:str='',                # another name for the run
              epochs:int|None=None,       # another number of epochs
              seed:int|None=None,         # another seed
              overrides:str|list=()       # a 'section.field=value' text, or a JSON list of them
-            ) -> RtsConfig:                 # the checked tree
+            ) -> RunConfig:              # the checked tree
     "The config of a stage of the main job, from the parameters that all stages share; raises `ConfigError`"
-    if isinstance(overrides, str):
-        try: overrides = json.loads(overrides or '[]') if not overrides or overrides.lstrip()[0] in '[{"' or '=' not in overrides else [overrides]
-        except ValueError: raise ConfigError(f"""overrides: one section.field=value was expected, or a JSON list of them, as '["lr.base_lr=3e-4"]', not {short_visible(overrides)!r}""") from None
-    if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, str) for o in overrides): raise ConfigError(f'overrides: a list of texts was expected, not {short_visible(overrides)}')
+    if isinstance(config, str):
+        config = [file.strip() for file in config.split(',') if file.strip()]
+    files = [config] if isinstance(config, Path) else config
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
-    files = [f.strip() for f in config.split(',') if f.strip()] if isinstance(config, str) else [config] if isinstance(config, Path) else config
-    return load(*files, overrides=list(overrides), **{k: v for k, v in given.items() if v is not None})
+    given = {field: value for field, value in given.items() if value is not None}
+    return load(*files, overrides=parse_overrides(overrides), **given)
 
-def check_parameters(namespace:dict,     # globals() of the notebook, below its parameters; `before` in it holds the names that were there above them
-                     known               # names of the parameters it has
+def assigned_names(source:str    # Python code
+                  ) -> list[str]:
+    "Names that the top level of a piece of code assigns"
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
+
+def check_parameters(known:list[str],   # parameters that a notebook has
+                     given:list[str]    # parameters that it was given
                     ):
-    "Raise `ConfigError` on a papermill parameter that the notebook does not have"
-    odd = set(namespace) - namespace.pop('before', set(namespace)) - {*known, 'before'}      # once: a cell that is run again sees what came after it
-    if odd := sorted(n for n in odd if not n.startswith('_')): raise ConfigError('\n'.join(f'no such parameter: {n!r}{nearest(n, known)}' for n in odd))
+    "Raise `ConfigError` on a parameter that a notebook does not have; papermill itself only warns"
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError('\n'.join(f'no such parameter: {name!r}{nearest(name, known)}' for name in unknown))
+
+def notebook_parameters(namespace:dict    # globals() of a notebook, called right below its parameters
+                       ) -> dict:         # those that all chapters share, as `settings` takes them
+    "The parameters that papermill gave to a chapter; raises `ConfigError` where one is unknown or a setting is wrong"
+    cells = namespace.get('In', [])
+    injected = [at for at, cell in enumerate(cells) if cell.startswith('# Parameters\n')]
+    if injected:
+        # papermill puts its cell right behind the chapter's own parameters
+        at = injected[-1]
+        check_parameters(assigned_names(cells[at - 1]), assigned_names(cells[at]))
+    given = {name: namespace[name] for name in ('config', 'manifest', 'name', 'epochs', 'seed', 'overrides')}
+    settings(**given)
+    return given

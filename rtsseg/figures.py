@@ -23,7 +23,7 @@ from .files import inside
 from .intervals import Estimate
 from .metrics import histogram, informative_tiles, pixel_metrics, pr_curve, tile_counts
 from .pixel_results import RECALLS, PixelResults, PixelRun, ratio_thresholds
-from .raster import show_tile
+from .rawtile import show_tile
 from .results import ReportError, ratio_name, short_path
 from .tables import match_settings, threshold_score
 from .tiles import read_tile

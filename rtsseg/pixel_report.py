@@ -34,8 +34,8 @@ from rtsseg.tables import (
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep1
 FOUND = 'At {ratio}, of 100 predicted objects {precision} are slumps, and of 100 slumps {recall} are found.'
 
-NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation (seed {seeds}): the tables use 0.5 '
-               'instead, which nobody chose. The slider shows what other thresholds give.')
+NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation (seed {seeds}): the tables use '
+               '0.5 instead, which nobody chose. The slider shows what other thresholds give.')
 
 NO_PROBABILITY = 'What this page calls a probability only ranks pixels: {why}.'
 
@@ -196,8 +196,8 @@ def shown_seed(results:PixelResults) -> list:
         return []
     return [Text(f'Of {len(results.runs)} seeds, {results.first.seed} is shown.', 'soft')]
 
-RELIABILITY_CAPTION = ('Reliability on validation, seed {seed}: of the pixels that are given a probability, the share that '
-                       'is positive. Nearly all pixels lie in the lowest bin.')
+RELIABILITY_CAPTION = ('Reliability on validation, seed {seed}: of the pixels that are given a probability, the share '
+                       'that is positive. Nearly all pixels lie in the lowest bin.')
 
 def calibration_section(results:PixelResults) -> list:
     "Both fits, their errors, and reliability"
@@ -206,11 +206,11 @@ def calibration_section(results:PixelResults) -> list:
     figure = Deferred(lambda: [Picture(reliability_figure(run), caption)])
     return [*seed_blocks(results, calibration_tables), figure]
 
-VALIDATION_TEXT = ('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at 1:1 '
-                   'only has learnt the balanced sample, not the landscape (guide 10.5).')
+VALIDATION_TEXT = ('Val-Balanced (1:1), Val-Realistic at each ratio, and the split as it is. A model that is good at '
+                   '1:1 only has learnt the balanced sample, not the landscape (guide 10.5).')
 
-ESTIMATORS_TEXT = ('A ratio is reached by counting each tile without a slump w times, as above, or by drawing that many '
-                   'of them at random. Where the split has enough to draw from, both should agree.')
+ESTIMATORS_TEXT = ('A ratio is reached by counting each tile without a slump w times, as above, or by drawing that '
+                   'many of them at random. Where the split has enough to draw from, both should agree.')
 
 def validation_section(results:PixelResults) -> list:
     "Every ratio on validation, both estimators, and test-time augmentation"
@@ -252,8 +252,8 @@ def regions_section(results:PixelResults) -> list:
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep6
 GALLERY_TEXT = ('Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in '
-                'yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted: pixels of '
-                'at least {cut}, the threshold of 1:{ratio}, marked on the scale.')
+                'yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted: pixels '
+                'of at least {cut}, the threshold of 1:{ratio}, marked on the scale.')
 
 NO_GALLERY = 'The tiles, or the scores that rtsseg-evaluate keeps for their pictures, do not exist any more.'
 
@@ -277,16 +277,16 @@ def gallery_blocks(results:PixelResults) -> list:
     return blocks
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep7
-DATA_TEXT = ('Manifest {manifest}. Most of a tile with a slump is background, so the share of slump pixels is far below '
-             'that of tiles.')
+DATA_TEXT = ('Manifest {manifest}. Most of a tile with a slump is background, so the share of slump pixels is far '
+             'below that of tiles.')
 
 def data_section(results:PixelResults) -> list:
     "The data card"
     manifest = results.first.environment.get('manifest_hash', 'unknown')
     return [Text(DATA_TEXT.format(manifest=manifest)), *data_tables(results.first)]
 
-OLD_CALIBRATION = ('Seed {seed}: the validation evidence was written again after the calibration; if the model changed, '
-                   'run rtsseg-calibrate --run {folder} again.')
+OLD_CALIBRATION = ('Seed {seed}: the validation evidence was written again after the calibration; if the model '
+                   'changed, run rtsseg-calibrate --run {folder} again.')
 
 NO_MANIFEST_NOTE = ('The manifest does not exist any more, or is not what this run was trained on: '
                     'no data card and no pictures of tiles.')

@@ -346,7 +346,7 @@ def configuration_label(run:Run,            # of the configuration
 
 def read_results(folders:str|Path|Iterable[str|Path]   # a run folder, or several
                 ) -> list[Results]:                    # one for each configuration
-    "Read runs; raises `ReportError` where a run cannot be read, a seed occurs twice, or test was evaluated for some only"
+    "Read runs. Raises `ReportError` where one cannot be read, a seed occurs twice, or test was evaluated for some only"
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     groups = group_runs([read_run(folder) for folder in folders])
     if not groups:

@@ -208,6 +208,7 @@ class Busy(RunError):
 
 class Stopped(RunError):
     "A run that was asked to stop before its end; the same command goes on from there"
+    prefix = ''
 
 def check_inside(folder):
     "Raise `FileError` where something that a run writes would be written elsewhere, by a link that lies in its folder"

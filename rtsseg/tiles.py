@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from .console import DataError
 from .files import FileError, read_json, typed, write_atomic
 from .config import RtsConfig, ConfigError
-from .raster import RawTile, read_row, shrink
-from .manifest import BOX, Manifest, tile_name
+from .ground import BOX
+from .rawtile import RawTile, read_row, shrink, tile_name
+from .manifest import Manifest
 from .stats import MAX_UNREADABLE, Stats
 from .prepare import prepare, statistics
 from .sampler import Batches

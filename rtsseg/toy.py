@@ -24,7 +24,8 @@ from scipy.special import ndtr, ndtri
 from .console import DataError
 from .files import write_atomic
 from .config import ToySource
-from .raster import ground_size, write_raster
+from .ground import ground_size
+from .raster import write_raster
 from .manifest import complete_table, make_splits, write_manifest
 
 # %% ../nbs/01k_toy.ipynb #ff78246c

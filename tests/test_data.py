@@ -11,9 +11,11 @@ from rasterio.transform import Affine
 
 from rtsseg.config import TableSource
 from rtsseg.console import DataError
-from rtsseg.raster import shrink, write_raster
+from rtsseg.ground import BOX, grid_blocks, overlaps
+from rtsseg.raster import write_raster
+from rtsseg.rawtile import shrink
 from rtsseg.manifest import (
-    BOX, COLUMNS, Manifest, complete_table, grid_blocks, make_splits, overlaps, read_manifest, write_manifest
+    COLUMNS, Manifest, complete_table, make_splits, read_manifest, write_manifest
 )
 from rtsseg.stats import Stats, compute_stats, merge_moments, moments
 from rtsseg.audit import audit, balanced_correlation, has_errors
@@ -58,7 +60,7 @@ def test_manifest_is_computed_not_written(world):
     shutil.copytree(world, world/'moved'); assert read_manifest(world/'moved'/'m.csv').hash == m.hash
 
 @pytest.mark.parametrize('box,crs,word', [((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'), ((0, 0, 0, 1), 'EPSG:3413', 'no footprint'), ((0, 0, 1, 'inf'), 'EPSG:3413', 'no footprint'),
-                                          ((0, 0, 1, 'a'), 'EPSG:3413', "'a' is no number"), ((0, 0, 1, 1), 'EPSG:99999', 'no coordinate reference system')])
+                                          ((0, 0, 1, 'a'), 'EPSG:3413', "'a' is no number"), ((0, 0, 1, 1), 'EPSG:99999', 'not a coordinate reference system')])
 def test_impossible_footprints(world, box, crs, word):
     pd.read_csv(world/'m.csv').assign(**dict(zip(BOX, box)), crs=crs, pixel_size=3).to_csv(world/'m.csv', index=False)
     with pytest.raises(DataError, match=word): read_manifest(world/'m.csv')

@@ -8,7 +8,8 @@ import pytest
 import rasterio
 
 from rtsseg.config import load
-from rtsseg.manifest import overlaps, thin_splits
+from rtsseg.ground import overlaps
+from rtsseg.manifest import thin_splits
 from rtsseg.stats import compute_stats
 from rtsseg.audit import check_files, has_errors
 from rtsseg.importers import import_table

@@ -16,7 +16,8 @@ from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest
 from rtsseg.stats import Stats, compute_stats
-from rtsseg.infer import ModelError, load_model, predict_logits, save_model
+from rtsseg.infer import load_model, predict_logits, save_model
+from rtsseg.weights import ModelError
 from rtsseg.evidence import Meter
 from rtsseg.models import build
 from rtsseg.prediction import NODATA, STEPS, _alone, predict, starts
@@ -180,9 +181,9 @@ def good(d): write(d/'scene.tif', pixels(64, 64))
 
 @pytest.mark.parametrize('scene, more, error, text', [
     (rotated, {}, DataError, 'rotated grid'), (four, {}, DataError, 'has 3 bands, this one has 4'), (sixteen, {}, DataError, 'is uint16, but the model was trained on uint8'),
-    (nowhere, {}, DataError, 'names no CRS: say --crs'), (vrt, {}, DataError, 'is no GeoTIFF'), (missing, {}, DataError, 'no such file'),
+    (nowhere, {}, DataError, 'names no CRS: say --crs'), (vrt, {}, DataError, 'is not a GeoTIFF'), (missing, {}, DataError, 'no such file'),
     (wide, {}, DataError, 'claims 3000000 × 64 .*64 rows of it are more than'), (one_block, {}, DataError, 'blocks of 20480 × 20480 pixels in 3 bands: more than'), (specks, {}, DataError, 'claims 75000 blocks in 64 rows: more than'),
-    (good, dict(crs='EPSG:3413'), ConfigError, 'names its CRS, EPSG:3413: leave --crs out'), (nowhere, dict(crs='EPSG:nonsense'), DataError, 'no coordinate reference system'),
+    (good, dict(crs='EPSG:3413'), ConfigError, 'names its CRS, EPSG:3413: leave --crs out'), (nowhere, dict(crs='EPSG:nonsense'), DataError, 'not a coordinate reference system'),
     (good, dict(extra='extra.tif'), ConfigError, 'the model sees RGB only'), (good, dict(views='ful'), ConfigError, "'ful' is none of .*did you mean 'full'"),
     (good, dict(device='tpu', batch=0), ConfigError, "device: 'tpu' .*\nbatch: 0")], ids=lambda v: getattr(v, '__name__', None))
 def test_what_cannot_be_meant_is_refused(model, tmp_path, scene, more, error, text):

@@ -10,6 +10,7 @@ from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, jaccard_score, log_loss, precision_recall_curve, precision_score, recall_score
 
+from rtsseg.cli import rtsseg_report
 from rtsseg.calibration import calibrate_evidence
 from rtsseg.files import write_atomic
 from rtsseg.config import CurriculumRow, load, to_yaml
@@ -23,7 +24,7 @@ from rtsseg.page import Bullets, Reasons, Table, Text
 from rtsseg.results import ReportError, read_results, read_run
 from rtsseg.tables import METRICS, Several, region_table, threshold
 from rtsseg.figures import gallery, training_figure
-from rtsseg.reporting import plain, report, rtsseg_report, tables
+from rtsseg.reporting import plain, report, tables
 from rtsseg.toy import tiny_toy
 from helpers.runs import toy_world
 from helpers.shell import shell

@@ -203,7 +203,7 @@ def test_the_hash_of_the_baseline_is_that_of_the_first_version():
 
 # ---------------------------------------------------------------- 25: parameters
 def test_25_all_unknown_parameters_at_once():
-    with pytest.raises(ConfigError) as e: check_parameters(dict(before=set(), seed=1, sed=2, epoch=3, _=4), ['seed', 'epochs', 'config'])
+    with pytest.raises(ConfigError) as e: check_parameters(['seed', 'epochs', 'config'], ['seed', 'sed', 'epoch'])
     assert str(e.value).splitlines() == ["no such parameter: 'epoch' (did you mean 'epochs'?)", "no such parameter: 'sed' (did you mean 'seed'?)"]
 
 @pytest.mark.parametrize('parameter,hint', [(('sed', '43'), "'seed'"), (('overrides', '["lr.bas_lr=1"]'), "'base_lr'")])

@@ -62,7 +62,7 @@ def test_03_all_that_is_wrong_is_told_at_once(world, command):
         (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t4_m.tif', lambda a: a * 3); rewrite(world/'t5_m.tif', lambda a: a * 2)
         (world.parent/'strict.yaml').write_text(STRICT); said = refused(command, world, 'm.csv', 'strict.yaml')
     for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
-                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is no GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
+                 r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is not a GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
                  r"row 6 \(tile_id 't5'\), mask 't5_m.tif': values 0, 2", r"leak: footprints: t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels"):
         assert re.search(word, said), (word, said)
     assert len(said.splitlines()) == 9

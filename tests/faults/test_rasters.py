@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
+from rtsseg.cli import rtsseg_check
 from rtsseg.config import TableSource, to_yaml
 from rtsseg.console import DataError
 from rtsseg.manifest import Manifest, add_hashes, complete_table, read_manifest, write_manifest
@@ -20,7 +21,6 @@ from rtsseg.models import build
 from rtsseg.prepare import check_all_tiles, statistics
 from rtsseg.tiles import UnreadableTiles, loaders
 from rtsseg.segment import SegmentTask
-from rtsseg.check import rtsseg_check
 from helpers.tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -196,8 +196,8 @@ def test_12_only_a_geotiff_is_opened(world, content):
         source = f'/vsicurl/http://127.0.0.1:{port}/x.tif'
         (world/'t1.tif').write_text(content.format(f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{source}</SourceFilename></SimpleSource></VRTRasterBand>' if 'VRT' in content else source))
         before = files(world)
-        with pytest.raises(DataError, match=r"row 2 .*t1.tif (is no GeoTIFF: it (begins with|is empty)|cannot be read)"): read_manifest(world/'m.csv')
-        assert any(re.search("tile 't1', image 't1.tif': t1.tif (is no GeoTIFF|cannot be read)", l) for l in wrong(world))
+        with pytest.raises(DataError, match=r"row 2 .*t1.tif (is not a GeoTIFF: it (begins with|is empty)|cannot be read)"): read_manifest(world/'m.csv')
+        assert any(re.search("tile 't1', image 't1.tif': t1.tif (is not a GeoTIFF|cannot be read)", l) for l in wrong(world))
         assert files(world) == before
 
 # ---------------------------------------------------------------- 13, 14: what does not fit
@@ -250,14 +250,14 @@ def test_13_through_the_check(world):
 def test_13_a_crs_of_no_map(world, crs, block):
     "Heights, space or a drawing in the manifest: the row is named"
     change(world, 'full.csv', crs=(0, crs), **({} if block else dict(block=(0, ''))))
-    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), crs: .* is no map's coordinate reference system"): read_manifest(world/'full.csv')
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), crs: .* is not a map's coordinate reference system"): read_manifest(world/'full.csv')
 
 @pytest.mark.parametrize('crs', NO_MAP)
 def test_13_a_raster_of_no_map(world, crs):
     "The same in a raster, whether the manifest knows its place or asks it"
     for f in ('t0.tif', 't0_m.tif'): rewrite(world/f, crs=crs)
-    assert any(re.match("grid: tile 't0', image 't0.tif': its footprint .*is no map's coordinate reference system", l) for l in wrong(world)), wrong(world)
-    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), image 't0.tif': .* is no map's coordinate reference system"): read_manifest(world/'m.csv')
+    assert any(re.match("grid: tile 't0', image 't0.tif': its footprint .*is not a map's coordinate reference system", l) for l in wrong(world)), wrong(world)
+    with pytest.raises(DataError, match=r"row 1 \(tile_id 't0'\), image 't0.tif': .* is not a map's coordinate reference system"): read_manifest(world/'m.csv')
 
 @pytest.mark.parametrize('crs', ['+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39 +lon_0=18', '+proj=ob_tran +o_proj=merc +o_lat_p=39 +o_lon_p=0', '+proj=gnom +lat_0=-90'])
 def test_13_a_crs_that_tears_the_ground(world, crs):

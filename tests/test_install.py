@@ -1,0 +1,176 @@
+"The library as it is installed: declared dependencies, the lock, sdist and wheel, a new environment"
+import ast
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ['search', 'track', 'notebooks', 'dev']
+IMPORTED_AS = {'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}    # where the two names differ
+OPTIONAL = {'mlflow': 'track', 'optuna': 'search'}    # package: the only extra that declares it
+
+settings = configparser.ConfigParser(delimiters=['='])
+settings.read(ROOT/'settings.ini')
+settings = settings['DEFAULT']
+
+
+def requirements(key):
+    "The entries of a list of dependencies in settings.ini"
+    return [Requirement(line) for line in settings[key].splitlines() if line.strip()]
+
+
+def names(key):
+    "Normalised names of a list of dependencies"
+    return {canonicalize_name(requirement.name) for requirement in requirements(key)}
+
+
+def run(*command, **options):
+    "Run a command without this checkout on the path; its output"
+    environment = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'IN_TEST')}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}'
+    return done.stdout
+
+
+def third_party_imports(path):
+    "Distributions that a module imports, anywhere in it"
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.append(node.module)
+    packages = {module.split('.')[0] for module in modules} - {'rtsseg'}
+    return {canonicalize_name(IMPORTED_AS.get(name, name)) for name in packages - sys.stdlib_module_names}
+
+
+def test_the_library_declares_what_it_imports():
+    declared = names('requirements') | set(OPTIONAL)
+    for path in (ROOT/'rtsseg').rglob('*.py'):
+        missing = third_party_imports(path) - declared
+        assert not missing, f'{path.name} imports {missing}, which settings.ini does not declare'
+
+
+@pytest.mark.parametrize('package', OPTIONAL)
+def test_an_optional_package_is_declared_by_its_extra_alone(package):
+    assert package in names(f'{OPTIONAL[package]}_requirements')
+    assert package not in names('requirements')
+
+
+def test_the_library_imports_without_its_optional_packages():
+    "All but rtsseg.tuning, which is about nothing but searches"
+    modules = {path.stem for path in (ROOT/'rtsseg').glob('*.py')} - {'__init__', '_modidx', 'tuning'}
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({list(OPTIONAL)}))    # None: an import raises ImportError
+for module in {sorted(modules)}:
+    importlib.import_module(f'rtsseg.{{module}}')
+"""
+    run(sys.executable, '-c', code, cwd=ROOT)
+
+
+def read_lock():
+    "{name: (version, hashes)} of requirements.txt"
+    found = {}
+    for line in (ROOT/'requirements.txt').read_text().splitlines():
+        if pin := re.match(r'([\w.-]+)==(\S+)', line):
+            hashes = []
+            found[canonicalize_name(pin[1])] = (pin[2], hashes)
+        elif line.startswith('    --hash=sha256:'):
+            hashes.append(line.strip(' \\'))
+        else:
+            assert line.startswith('#'), line
+    return found
+
+
+@pytest.mark.parametrize('key', ['requirements', *(f'{extra}_requirements' for extra in EXTRAS)])
+def test_the_lock_has_each_dependency_in_its_range(key):
+    lock = read_lock()
+    for requirement in requirements(key):
+        version, _ = lock[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f'{requirement}: the lock has {version}'
+
+
+def test_each_line_of_the_lock_has_a_hash():
+    assert all(hashes for _, hashes in read_lock().values())
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "(sdist, the wheel built from it), from a copy of the files that git knows"
+    source = tmp_path_factory.mktemp('source')
+    dist = tmp_path_factory.mktemp('dist')
+    for name in run('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).splitlines():
+        if (ROOT/name).is_file():
+            (source/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT/name, source/name)
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', dist, source)
+    return next(dist.glob('*.tar.gz')), next(dist.glob('*.whl'))
+
+
+def files_below(folder, patterns=('*',)):
+    "Files of a folder of the checkout, as paths relative to it"
+    found = {path.relative_to(ROOT/folder).as_posix() for pattern in patterns for path in (ROOT/folder).rglob(pattern)}
+    return {name for name in found if '__pycache__' not in name and (ROOT/folder/name).is_file()}
+
+
+def test_the_sdist_holds_what_a_build_needs(built):
+    with tarfile.open(built[0]) as archive:
+        held = {name.split('/', 1)[1] for name in archive.getnames() if '/' in name}
+    needed = {'setup.py', 'pyproject.toml', 'settings.ini', 'requirements.txt', 'README.md', 'CHANGELOG.md', 'LICENSE'}
+    needed |= {f'configs/{name}' for name in files_below('configs')}
+    needed |= {f'rtsseg/{name}' for name in files_below('rtsseg')}
+    assert needed <= held
+    assert not [name for name in held if name.startswith(('tests/', 'benchmarks/', 'nbs/'))]
+
+
+def test_the_wheel_holds_the_library_and_its_configs(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        held = set(archive.namelist())
+        name = next(name for name in held if name.endswith('.dist-info/METADATA'))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    library = {f'rtsseg/{name}' for name in files_below('rtsseg')}
+    configs = {f'rtsseg/configs/{name}' for name in files_below('configs')}
+    assert 'rtsseg/py.typed' in library
+    assert {name for name in held if '.dist-info/' not in name} == library | configs
+    assert metadata.get_all('Provides-Extra') == EXTRAS
+    needed = [Requirement(line) for line in metadata.get_all('Requires-Dist')]
+    core = {canonicalize_name(requirement.name) for requirement in needed if not requirement.marker}
+    assert core == names('requirements')
+    pythons = SpecifierSet(metadata['Requires-Python'])
+    assert [minor for minor in range(9, 16) if f'3.{minor}' in pythons] == [11, 12, 13]
+
+
+@pytest.fixture(scope='module')
+def environment(built, tmp_path_factory):
+    "Folder of the commands of a new environment that holds the wheel, and borrows the dependencies installed here"
+    folder = tmp_path_factory.mktemp('environment')
+    run(sys.executable, '-m', 'venv', '--without-pip', folder)
+    python = folder/'bin'/'python'
+    run(sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', '--no-index', built[1])
+    own = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
+    borrowed = {path for path in sys.path if path.endswith('site-packages')}
+    # A .pth file of a folder that is named in a .pth file is not read: an editable rtsseg stays out
+    Path(own, 'borrowed.pth').write_text('\n'.join(sorted(borrowed)))
+    return folder/'bin'
+
+
+def test_the_installed_library_is_the_wheel(environment, tmp_path):
+    code = 'import rtsseg.config; print(rtsseg.config.__file__)'
+    assert Path(run(environment/'python', '-c', code, cwd=tmp_path).strip()).is_relative_to(environment.parent)
+
+
+def test_a_command_of_the_wheel_shows_its_help(environment, tmp_path):
+    assert 'usage: rtsseg-check' in run(environment/'rtsseg-check', '--help', cwd=tmp_path)
