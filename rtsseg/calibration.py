@@ -26,13 +26,15 @@ from pydantic import ValidationError, model_validator
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
 
-from .console import DataError, logger, nearest, visible
-from .files import FileError, SEAL, inside, read_json, seal_model, write_atomic
+from .bootstrap import Estimate
 from .config import Calibrate, ConfigError, Infer, Metrics, PositiveFloat, Strict, load
-from .runs import parse_event, require_finished
-from .evidence import CODES, Evidence, clipped_scores, evidence_path, run_evidence
+from .console import DataError, logger, nearest, visible
+from .evidence import Evidence, evidence_path, run_evidence
+from .files import SEAL, FileError, inside, read_json, seal_model, write_atomic
+from .intervals import compare, why_unsupported
 from .metrics import average_precision, histogram, pr_curve
-from .intervals import Estimate, compare, why_unsupported
+from .runs import parse_event, require_finished
+from .scores import CODES, clipped_scores
 from rtsseg.operating import (
     OBJECT_IOU, ObjectOperatingPoint, OperatingPoint, Replicates, object_operating_points,
     pixel_operating_points, probability_text, score_masses

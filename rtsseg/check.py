@@ -28,11 +28,12 @@ from accelerate.utils import find_executable_batch_size
 from torch.utils.data import DataLoader
 
 from .console import DataError, some_names
-from .config import RtsConfig, ConfigError, EarlyStopping, doubtful_settings, settings
+from .config import RtsConfig, ConfigError, EarlyStopping, settings
 from .runs import git_state
 from .rawtile import show_tile
 from .stats import Moments, Stats, merge_moments, moments
-from .audit import Finding, LEVELS, check_files, error_lines, has_errors, readiness, show_findings
+from .findings import Finding, LEVELS, error_lines, has_errors, readiness, show_findings
+from .filecheck import check_files
 from .prepare import find_manifest, stats_path
 from .tiles import loaders
 from .models import build, check_size
@@ -159,7 +160,7 @@ def check(cfg:RtsConfig,             # the config
     "Look at files and loaders, then go through guide 10.1; prints one table and a verdict. Raises one `DataError` with all that is wrong"
     if batches < 1: raise ConfigError(f'batches: {batches} show nothing; 1 or more')
     manifest = find_manifest(cfg)
-    files, seen, around = [*check_files(manifest, cfg), *(Finding('warning', 'doubtful setting', d) for d in doubtful_settings(cfg))], [], environment_findings(cfg)
+    files, seen, around = [*check_files(manifest, cfg.data), *(Finding('warning', 'doubtful setting', d) for d in cfg.doubtful_settings())], [], environment_findings(cfg)
     if not has_errors([*files, *around.values()]):
         feed = loaders(cfg, manifest)
         for name, loader in (('training', feed.train), ('validation', feed.val)):

@@ -24,11 +24,11 @@ from fastcore.docments import docments
 import rtsseg
 from .console import RtssegError, nearest, visible
 
-# %% ../nbs/10_cli.ipynb #c5b2b67a
+# %% ../nbs/10_cli.ipynb #0dc88d9b
 @dataclass
 class RunArguments:
     "Which run is meant: a config, and what is laid over it"
-    config: str = 'toy'         # YAML file, or a name in configs/; several with commas between them: a later one is laid over the earlier
+    config: str = 'toy'         # YAML file, or a name in configs/; of several with commas a later one overrides
     manifest: str = ''          # another manifest than the config's
     name: str = ''              # another name for the run
     epochs: int | None = None   # another number of epochs
@@ -105,7 +105,7 @@ def argument_parser(command:str,                  # how the command is called
             parser.add_argument(flag, type=argument.kind, default=argument.default, help=text + shown)
     return parser
 
-# %% ../nbs/10_cli.ipynb #42d8a93c
+# %% ../nbs/10_cli.ipynb #17d37232
 RESUMES = 'What was saved is kept; once this is mended, the same command resumes'
 
 def print_error(text:str):
@@ -130,7 +130,7 @@ def call(work:Callable,         # a function without arguments
         print_error(f'error: {e}. {RESUMES}' if resumes else f'error: {e}')
         return 3 if resumes else 2
     except ValueError as e:
-        # a command that resumes runs code of the user (a model, a system): its bugs need a traceback
+        # where a model or a system of the user runs, a bug needs its traceback
         if resumes:
             raise
         print_error(f'error: {e}')
@@ -189,13 +189,13 @@ def command(resumes:bool=False,             # whether the same command resumes a
         return entry
     return decorate
 
-# %% ../nbs/10_cli.ipynb #4cde6522
+# %% ../nbs/10_cli.ipynb #3ced1ac2
 @command()
 def rtsseg_check(shared:RunArguments=RunArguments(),
                  batches:int=20,    # batches of each loader to iterate
-                 picture:str=''     # where the picture of one augmented batch goes; '' puts check.png beside the runs of this config
+                 picture:str=''     # where one augmented batch is drawn; '': check.png beside the runs of this config
                 ):
-    "Check the data as a training run would see them; exit code 2 where something is wrong, and then every case of it on stderr"
+    "Check the data as a training run would see them; exit code 2 and every mistake on stderr where there is one"
     from rtsseg.check import check, show_batch
     from rtsseg.config import ConfigError
     from rtsseg.prepare import stats_path
@@ -214,18 +214,18 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
 
 @command()
 def rtsseg_probe(shared:RunArguments=RunArguments()):
-    "Find the largest batch that fits into this machine's memory, and say what memory is used for; changes nothing, reads no data"
+    "Find the largest batch that fits into memory, and print what memory is used for; changes nothing, reads no data"
     from rtsseg.check import probe, show_probe
     cfg = shared.settings()
     print(show_probe(probe(cfg), cfg))
 
-# %% ../nbs/10_cli.ipynb #b632e7f7
+# %% ../nbs/10_cli.ipynb #7a0d0088
 @command(resumes=True)
 def rtsseg_train(shared:RunArguments=RunArguments(),
                  processes:int=1,      # GPUs, or CPU processes, to train on
                  fresh:bool=False,     # move the run that stands there aside, and start over
-                 force:bool=False,     # continue in a run folder whose config.yaml was changed, with the config of this command; the log keeps what differed
-                 detach:bool=False,    # return at once, and let the run outlive this shell; its output goes to train.out in the run folder
+                 force:bool=False,     # continue a run folder whose config.yaml was changed, with this config
+                 detach:bool=False,    # return at once and let the run outlive this shell; it writes to train.out
                  inline:bool=False     # train in this very process
                 ):
     "Train a model; started again, the same command resumes the run"
@@ -244,25 +244,25 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
                  replicates:int=200,    # block-bootstrap replicates
                  out:str=''             # where the overlay goes; '' puts noise.yaml into the run folder
                 ):
-    "Measure the noise floor of a run's validation, and write min_delta = 2σ to a file that the next run lays over its config"
+    "Measure the noise floor of a run's validation, and write min_delta = 2σ to a config overlay for the next run"
     from rtsseg.training import measure_noise
     print('\n'.join(measure_noise(shared.run_folder(run), replicates, out)))
 
 @command()
 def rtsseg_track(run:str='',    # run folder, or the folder of a search
-                 uri:str=''     # the tracker; '' is RTSSEG_TRACKER_URI, which may hold a password, or else the SQLite file in the runs folder
+                 uri:str=''     # the tracker; '': RTSSEG_TRACKER_URI, which may hold a password, or a file
                 ):
     "Deliver what a run's tracker has not got. The address comes from the caller, never from the folder"
     from rtsseg.track import deliver_missed
     print(deliver_missed(run, uri))
 
-# %% ../nbs/10_cli.ipynb #c8cfa9cb
+# %% ../nbs/10_cli.ipynb #74326001
 @command()
 def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the config
                     shared:RunArguments=RunArguments(),
                     split:str='val',      # train, val or test
-                    views:str='',         # none, minimal, standard or full, or several with commas between them; '' takes the config's
-                    force:bool=False      # look at the test split although another configuration did, or with a config or data that were changed since training
+                    views:str='',         # none, minimal, standard, full, or several with commas; '': the config's
+                    force:bool=False      # although another config used the test split, or config or data changed
                    ):
     "Run a trained model over a split and write down what it saw"
     from rtsseg.config import load
@@ -294,10 +294,10 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
         print('\nViews', table, fill(recommend(gains)), sep='\n')
 
 @command()
-def rtsseg_report(run:list[str]=(),     # run folder, or several: seeds of one configuration, or configurations to be compared; none: found from the config
+def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or configurations; none: found from the config
                   shared:RunArguments=RunArguments(),
                   seeds:str='',         # several seeds, as '42 43 44'
-                  out:str=''            # where the page goes, a file that ends in .html or a folder; '' puts report.html into the run folder, or above several
+                  out:str=''            # an .html file or a folder; '': the run folder, or the one above several
                  ):
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
     from rtsseg.config import ConfigError
@@ -311,7 +311,7 @@ def rtsseg_report(run:list[str]=(),     # run folder, or several: seeds of one c
         folders = find_runs(shared.settings(), seed_list(seeds))
     print(visible(report(folders, out or None)))
 
-@command(resumes=False)
+@command()
 def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    scene:str='',          # GeoTIFF of any size: R, G, B as in training
                    out:str='',            # the map, a .tif; beside it comes a .tif.json
@@ -331,29 +331,30 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
     print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force), indent=1))
 
-# %% ../nbs/10_cli.ipynb #610f0108
+# %% ../nbs/10_cli.ipynb #b5336c47
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
-                  space:str='search/lr_loss',     # YAML file of what to try, or a name in configs/
+                  space:str='search/lr_loss', # YAML file of what to try, or a name in configs/
                   trials:int=20,              # finished and pruned trials, earlier calls included
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
-                  storage:str=''              # URL of a database that several machines share; '' is an SQLite file in the study's folder
+                  storage:str=''              # URL of a database that machines share; '': a file in its folder
                  ):
-    "Search for good settings; started again, the same command resumes. Several at a time on one database share the work"
+    "Search for good settings; started again, it resumes. Several at a time on one database share the work"
     from rtsseg.config import find_config
     from rtsseg.tuning import search, show_search
     cfg = shared.settings()
     if not any('deterministic' in text for text in shared.all_overrides()):
         cfg = cfg.model_copy(update=dict(deterministic=False))
-        print('deterministic kernels are off for a search (guide 2.2); --overrides deterministic=true turns them on', flush=True)
+        print('deterministic kernels are off for a search (guide 2.2); --override deterministic=true turns them on',
+              flush=True)
     print(show_search(search(cfg, find_config(space)[0], trials, study, storage), cfg, shared.config))
 
 @command(resumes=True, without=('seed',))
 def rtsseg_ablate(shared:RunArguments=RunArguments(),
-                  grid:str='search/ablation',     # YAML file of what to try, or a name in configs/; the first entry of each axis is the baseline
+                  grid:str='search/ablation',     # YAML file, or a name in configs/; first entries are the baseline
                   seeds:str='42 43 44'            # seeds, each for every combination
                  ):
-    "Train every combination of a grid with every seed, and say what is a gain and what is noise; started again, the same command resumes"
+    "Train every combination of a grid with every seed, and tell gains from noise; started again, it resumes"
     from rtsseg.config import find_config
     from rtsseg.reporting import seed_list
     from rtsseg.tuning import ablate

@@ -21,19 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .config import ConfigError, RtsConfig, load
 from .console import DataError, RtssegError, nearest
-from .files import FileError, inside, read_json, read_seal, typed, write_atomic
-from .config import RtsConfig, ConfigError, load
-from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
-from .manifest import read_manifest
-from .stats import skip_unreadable
-from .prepare import resolve_run
-from .tiles import eval_loader
 from .evidence import Evidence, Meter, evidence_path
-from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .files import FileError, inside, read_json, read_seal, typed, write_atomic
 from .infer import VIEWS, load_model, predict_logits
-from .weights import ModelError
 from .loop import accelerator, make_deterministic
+from .manifest import read_manifest
+from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .prepare import resolve_run
+from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
+from .stats import skip_unreadable
+from .tiles import eval_loader
+from .weights import ModelError
 
 # %% ../nbs/05a_evaluate.ipynb #e702db81
 class Locked(RtssegError, RuntimeError):

@@ -17,10 +17,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .bootstrap import Estimate
 from .calibration import show_reliability
 from .evidence import evidence_path
 from .files import inside
-from .intervals import Estimate
 from .metrics import histogram, informative_tiles, pixel_metrics, pr_curve, tile_counts
 from .pixel_results import RECALLS, PixelResults, PixelRun, ratio_thresholds
 from .rawtile import show_tile

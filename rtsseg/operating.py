@@ -17,13 +17,13 @@ import pandas as pd
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
+from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
 from .config import Calibrate, Fraction, Metrics, Strict
-from .evidence import CODES, Evidence, clipped_scores, first_code
-from .metrics import histogram, pr_curve, rates, negative_weight
+from .evidence import Evidence
+from .intervals import bootstrap, drawn_weight, summary, why_unsupported
+from .metrics import histogram, negative_weight, pr_curve, rates
 from .objects import grid_counts
-from rtsseg.intervals import (
-    MIN_GROUPS, Estimate, bootstrap, draw_groups, drawn_weight, expanded_interval, summary, why_unsupported
-)
+from .scores import CODES, clipped_scores, first_code
 
 # %% ../nbs/05b_operating.ipynb #31f2bb031
 def score_masses(evidence:Evidence,      # of some tiles

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import logit
 
-from .evidence import CODES, Evidence
+from .bootstrap import MIN_GROUPS, Estimate
+from .evidence import Evidence
 from .figures import GALLERY_KINDS, comparison_figure, gallery, pr_figure, reliability_figure
-from .intervals import MIN_GROUPS, MIN_SUPPORT, Estimate
+from .intervals import MIN_SUPPORT
 from .page import Bullets, Cards, Deferred, Fold, ImageGrid, Link, Picture, Slider, Table, Text
 from .pixel_results import PixelResults, PixelRun, check_same_tiles, confirm, pixel_results, ratio_thresholds
 from .results import ReportError, Results, listed, ratio_name, short_path
+from .scores import CODES
 from rtsseg.tables import (
     METRICS, calibration_tables, comparison_table, curves_table, data_tables, differences_table, estimators_table,
     false_alarms_table, match_settings, misses_table, objects_by_threshold, operating_tables, pixels_by_threshold,

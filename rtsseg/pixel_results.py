@@ -15,16 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
+from .bootstrap import Estimate
 from .calibration import Calibration
 from .config import Metrics
 from .console import DataError
-from .evidence import CODES, Evidence, evidence_path, run_evidence
-from .intervals import Estimate, MIN_SUPPORT, bootstrap, summary
+from .evidence import Evidence, evidence_path, run_evidence
+from .intervals import MIN_SUPPORT, bootstrap, summary
 from .manifest import Manifest, read_manifest
 from .metrics import negative_weight
 from .objects import IOUS
 from .operating import Replicates
 from .results import ReportError, Results, Run, read_checked, require_file, shell_path, short_path
+from .scores import CODES
 
 # %% ../nbs/06e_pixel_results.ipynb #cpixelr1
 @dataclass(repr=False)

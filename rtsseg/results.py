@@ -21,10 +21,10 @@ from typing import Any
 
 import pandas as pd
 
-from .console import RtssegError
 from .config import RunConfig, load
+from .console import RtssegError
 from .evidence import evidence_path
-from .files import FileError, SEAL, check_seal, inside, read_bytes, read_json, typed
+from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
 from .page import Table
 from .runs import Best, Environment, parse_event, read_ledger
 

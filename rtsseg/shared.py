@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .bootstrap import Estimate
 from .config import RunConfig, deciding_settings
-from .intervals import Estimate
 from .page import Bullets, Code, Deferred, Number, Picture, Table, Text
 from .results import Results, Run, listed, short_path
 from .runs import flatten

@@ -26,10 +26,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
+from .bootstrap import MIN_GROUPS, Estimate
 from .calibration import VIEW_NAMES, recommend, views_gain
 from .config import Metrics
-from .evidence import Evidence, clipped_scores, evidence_path, first_code
-from .intervals import MIN_GROUPS, Difference, Estimate, bootstrap, compare, subsample
+from .evidence import Evidence, evidence_path
+from .intervals import Difference, bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
 from rtsseg.objects import (
     IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
@@ -38,6 +39,7 @@ from .operating import probability_text
 from .page import Number, Table
 from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported
 from .results import listed, ratio_name
+from .scores import clipped_scores, first_code
 
 # %% ../nbs/06f_tables.ipynb #ctables1
 REFERENCE = 'the fixed reference threshold: none is calibrated for this ratio'

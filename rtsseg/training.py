@@ -28,12 +28,12 @@ from accelerate.utils import broadcast_object_list
 
 from .console import DataError
 from .files import FileError, SEAL, SEALED, check_seal, read_json, write_atomic
-from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, doubtful_settings, load, settings, to_yaml
+from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, load, settings, to_yaml
 from rtsseg.runs import (
     RunError, Stopped, append_line, config_hash, environment, flatten, read_lines, read_log, run_folder,
     run_lock
 )
-from .manifest import thin_splits
+from .splits import thin_splits
 from .prepare import check_all_tiles, prepare, resolve_run, statistics
 from .tiles import UnreadableTiles, loaders
 from .evidence import Evidence
@@ -248,7 +248,7 @@ def train(cfg:RtsConfig,        # the whole tree
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder, model = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
-    for doubt in [*doubtful_settings(cfg), *(f'{p}: a number from few tiles says little' for p in thin_splits(manifest.table))] if main else (): warnings.warn(doubt)
+    for doubt in [*cfg.doubtful_settings(), *(f'{p}: a number from few tiles says little' for p in thin_splits(manifest.table))] if main else (): warnings.warn(doubt)
     env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
     with _in_hand(cfg, folder, manifest, env, main) as differs, StopSignals() as terminated:
         tracker = [Tracker(cfg, folder, {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}, parent)] if cfg.tracker.kind == 'mlflow' and main else []

@@ -13,24 +13,23 @@ from rtsseg.calibration import (
     Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
     prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
 )
-from rtsseg.files import write_atomic
-from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
-from rtsseg.runs import config_hash, run_folder
+from rtsseg.bootstrap import Estimate
+from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.manifest import read_manifest
-from rtsseg.stats import compute_stats
-from rtsseg.tiles import read_tile
 from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
-from rtsseg.files import seal_model
+from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
+from rtsseg.files import seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
-from rtsseg.weights import ModelError
-from rtsseg.intervals import Estimate
-from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
+from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
-from rtsseg.tiles import eval_loader
+from rtsseg.runs import config_hash, run_folder
+from rtsseg.scores import decode
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import eval_loader, read_tile
 from rtsseg.toy import scored_tiles
+from rtsseg.weights import ModelError
 from helpers.runs import MODEL, toy_world
 
 THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]

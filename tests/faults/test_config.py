@@ -8,7 +8,7 @@ from pydantic import create_model
 from helpers import runs as small_run
 from hypothesis import given, settings, strategies as st
 
-from rtsseg.config import ConfigError, RtsConfig, Since, Stage, check_parameters, doubtful_settings, load, to_yaml
+from rtsseg.config import ConfigError, RtsConfig, Since, Stage, check_parameters, load, to_yaml
 from rtsseg.runs import config_hash, run_folder
 from rtsseg.console import DataError
 from rtsseg.manifest import read_manifest, write_manifest
@@ -88,7 +88,7 @@ def test_22_a_curriculum_with_a_hole(rows, word):
 def test_22_what_is_never_reached_is_said(tiny, capfd):
     "Rows past the last epoch, and a backbone that stays frozen to the end; the run goes on"
     cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=tiny.sampler.model_copy(update=dict(curriculum=RtsConfig().sampler.curriculum))))
-    told = doubtful_settings(cfg)
+    told = cfg.doubtful_settings()
     assert any('rows from epoch 11 on begin after the last epoch, 1' in t for t in told) and any('the backbone never trains' in t for t in told)
     with pytest.warns(UserWarning) as seen: train(cfg)
     assert set(told) <= {str(w.message) for w in seen}

@@ -477,7 +477,7 @@ def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):
         done = subprocess.run([*command, '--config', tmp_path/'tiny.yaml', *more], capture_output=True, text=True, timeout=100)
         assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
     assert done.returncode == 2 and done.stderr.splitlines()[-1:] == [f'error: {folder.parent.name}/seed42: another process (pid {os.getpid()}) trains in this run folder; wait for it or stop it']
-    assert all(l.startswith('note: ') for l in [*done.stderr.splitlines()[:-1], *done.stdout.splitlines()]) and ('waiting for it, 1 s at most' in done.stdout) == (not more)
+    assert all(l.startswith('note: ') for l in [*done.stderr.splitlines()[:-1], *done.stdout.splitlines()]) and ('waiting for it, 1 s at most' in done.stderr) == (not more)
 
 def test_38_another_process_ends_this_run_while_two_begin(tmp_path):
     "The first of the two finds under the lock that nothing is left to do, and says so to the second, which had looked before"
@@ -486,7 +486,7 @@ def test_38_another_process_ends_this_run_while_two_begin(tmp_path):
         @contextmanager
         def late(folder):
             with run_lock(folder): time.sleep(3); aside.rename(model); yield          # meanwhile the second comes as far as it comes alone
-        rtsseg.runs.run_lock = late; rtsseg.training.train(cfg)
+        rtsseg.training.run_lock = late; rtsseg.training.train(cfg)
     assert two(begin, tmp_path/'said') == [0, 0]
     assert [Path(f'{tmp_path}/said-{r}.txt').read_text().count('trained already') for r in (0, 1)] == [1, 0]
 
@@ -499,7 +499,7 @@ def test_38_what_refuses_the_first_of_two_refuses_both(tmp_path, what):
     if what == 'damaged': rtsseg.training.train(cfg); (folder/'model'/'model.safetensors').write_bytes(b''); shutil.rmtree(folder/'checkpoints')
     def begin(rank):
         def taken(folder): raise Busy('another process', 2)
-        if what == 'busy': rtsseg.runs.run_lock = taken
+        if what == 'busy': rtsseg.training.run_lock = taken
         with pytest.raises(error, match=words): rtsseg.training.train(cfg)
     assert two(begin, tmp_path/'said') == [0, 0]
 

@@ -253,7 +253,7 @@ WEIGHT_TABLES = {
     'an unknown type': (bias(dtype='PICKLE'), 'another type or shape'),
     'a shape of texts': (bias(shape=['1']), f'{BIAS}.shape.0'),
     'a further field': (bias(code='x'), f'{BIAS}.code'),
-    'a name twice': (bias_twice, 'stands twice'),
+    'a name twice': (bias_twice, 'occurs twice'),
     'NaN in a shape': (nan_shape, 'NaN is'),
 }
 
@@ -611,7 +611,7 @@ EVIDENCE = {
     'exact in words': (described(exact='yes'), 'exact'),
     'another format': (described(format=1), 'format'),
     'a description that is a list': (text_description(b'[1]'), 'format'),
-    'a description cut off': (text_description(b'{"for'), 'no evidence file'),
+    'a description cut off': (text_description(b'{"for'), 'is not an evidence file'),
     'no rows': (without_rows, ''),
     'another split': (column('split', constant('train')), 'evidence of train'),
 }
