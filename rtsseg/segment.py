@@ -31,8 +31,8 @@ class SegmentMeter:
     def update(self, out, batch): self.meter.update(out, batch['target'], batch['tile'])
     def state(self): return self.meter.state()
     def merge(self, states): self.meter.merge(*states)
-    def evidence(self): return self.meter.evidence()
-    def compute(self): return headline(self.evidence(), self.cfg)
+    def table(self): return self.meter.evidence()
+    def compute(self): return headline(self.table(), self.cfg)
 
 class SegmentTask(Task):
     "Pixels of one class against the rest, on any model that gives one logit a pixel (guide 5, 6, 10.2)"
