@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
-           'ONE_LOOK', 'section_source', 'measured_on', 'warnings_for', 'configuration_sections', 'tables_in',
-           'figures_in', 'compared_split', 'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content',
-           'collect', 'tables', 'write', 'named_path', 'default_path', 'Report', 'report', 'seed_list', 'find_runs']
+           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'tables_in', 'figures_in',
+           'compared_split', 'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect',
+           'tables', 'write', 'named_path', 'default_path', 'Report', 'report', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -18,23 +18,15 @@ from pathlib import Path
 from fastcore.basics import listify
 from matplotlib.figure import Figure
 
-from .config import RunConfig, find_system
+from .config import RunConfig
 from .console import DataError, logger
 from .files import FileError, inside, write_atomic
 from .page import Deferred, Fold, Part, Picture, Table, Text, appendix, page
 from .results import ReportError, Results, listed, read_results
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
+from .system import find_run
 
 # %% ../nbs/07_report.ipynb #creport1
-def section_source(cfg:RunConfig):
-    "What supplies `sections` and `comparison` for the runs of a config"
-    # SEAM: `find_system(cfg.system)` alone, once every system has both
-    system = find_system(cfg.system)
-    if hasattr(system, 'sections'):
-        return system
-    from rtsseg import pixel_report
-    return pixel_report
-
 ON_TEST = 'Measured on the test split, on which nothing was chosen.'
 
 ON_DOUBTFUL_TEST = 'Measured on the test split.'
@@ -54,7 +46,7 @@ def warnings_for(results:Results) -> list[str]:
 
 def configuration_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
     "The sections of one configuration: those of its system, then those that every report has"
-    own = dict(section_source(results.first.cfg).sections(results))
+    own = dict(results.system.sections(results))
     shared = shared_sections(results)
     headline = next(iter(own))
     warnings = [Text(text, 'hint') for text in warnings_for(results)]
@@ -99,11 +91,7 @@ def comparison_sections(results:list[Results], split:str) -> dict[str, list]:   
     if len(systems) > 1:
         raise ReportError(f'configurations of different systems ({listed(sorted(systems))}) cannot be compared: '
                           'make a report of each')
-    source = section_source(results[0].first.cfg)
-    if hasattr(source, 'comparison'):
-        sections = source.comparison(results, split)
-    else:
-        sections = {'Comparison': [monitor_table(results)]}
+    sections = results[0].system.comparison(results, split) or {'Comparison': [monitor_table(results)]}
     return sections | {'Settings that differ': [settings_table(results)], 'How to repeat it': numbers_blocks(results)}
 
 # %% ../nbs/07_report.ipynb #creport4
@@ -316,8 +304,6 @@ def find_runs(cfg:RunConfig,              # of the runs
               seeds:Iterable[int]=()      # empty: the seed of the config
              ) -> list[Path]:             # the run folders that exist
     "The run folders of a config; raises `ReportError` where there is none"
-    # SEAM: this import moves up once it is that of rtsseg.system
-    from rtsseg.prepare import find_run
     found, missing = [], []
     for seed in seeds or [cfg.seed]:
         try:

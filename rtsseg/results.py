@@ -21,12 +21,12 @@ from typing import Any
 
 import pandas as pd
 
-from .config import RunConfig, load
+from .config import RunConfig, find_system, load
 from .console import RtssegError
-from .evidence import evidence_path
 from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
 from .page import Table
 from .runs import Best, Environment, parse_event, read_ledger
+from .system import System, table_path
 
 # %% ../nbs/06c_results.ipynb #cresults0
 def ratio_name(ratio:int|str   # r of 1:r, or 'native'
@@ -133,9 +133,14 @@ class Run:
         return self.folder.parent.name
 
     @property
+    def system(self) -> System:
+        "What the run is about"
+        return find_system(self.cfg.system)
+
+    @property
     def monitor(self) -> str:
         "Name of the metric that chose the best epoch"
-        return self.cfg.metrics.monitor
+        return self.system.monitor(self.cfg)[0]
 
     @property
     def monitor_label(self) -> str:
@@ -149,8 +154,7 @@ class Run:
 
     def evaluation(self, split:str) -> Path:
         "Where the evaluation of a split is, if there was one"
-        infer = getattr(self.cfg, 'infer', None)
-        return evidence_path(self.folder, split, infer.views if infer else 'none')
+        return table_path(self.folder, split, self.system.default_views(self.cfg))
 
     @property
     def summary(self) -> Table:
@@ -265,6 +269,10 @@ class Results:
     @property
     def first(self) -> Run:
         return self.runs[0]
+
+    @property
+    def system(self) -> System:
+        return self.first.system
 
     @property
     def seeds(self) -> list[int]:
