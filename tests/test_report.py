@@ -121,9 +121,9 @@ def object_metrics(split, iou):
     return {f'object {name} (IoU {iou:g})': value for name, value in values.items()}
 
 @pytest.mark.parametrize('ratio', RATIOS)
-def test_headline_by_other_libraries(runs, ratio):
+def test_headline_by_other_libraries(runs, single, ratio):
     split = Split(runs[0], ratio)
-    head, loose = tables(runs[0].folder)['Headline']
+    head, loose = single.tables['Headline']
     frame, w = head.frame[RATIOS[ratio]], split.w
     want = {'PR-AUC': split.average_precision(), **split.pixels(split.cut), **object_metrics(split, .3)}
     want |= {f'boundary IoU, {width} px': band_iou(split, width) for width in (2, 3)}
@@ -163,10 +163,10 @@ def object_lengths(split):
             lengths.append(metres * max(sides))
     return lengths
 
-def test_regions_by_other_libraries(runs):
+def test_regions_by_other_libraries(runs, single):
     "At the threshold of the fit, from the pixels"
     split = Split(runs[0], 1)
-    region, = tables(runs[0].folder)['Regions']
+    region, = single.tables['Regions']
     counts = split.objects(split.grid)
     assert set(region.frame.index) == set(split.region)
     for name, row in region.frame.iterrows():
@@ -181,10 +181,10 @@ def test_regions_by_other_libraries(runs):
         assert [row[key] for key in ('slumps found', 'false objects', 'missed')] == list(counts[here].sum(0))
         assert (row['tiles with'], row['without']) == (n_pos, n_neg)
 
-def test_objects_by_other_libraries(runs):
+def test_objects_by_other_libraries(runs, single):
     "Sizes, misses and false alarms at the threshold of the fit"
     split = Split(runs[0], 1)
-    sizes, missed, false = tables(runs[0].folder)['Objects']
+    sizes, missed, false = single.tables['Objects']
     counts = split.objects(split.grid)
     by_length = np.histogram(object_lengths(split), [0, 50, 200, 1000, np.inf])[0]
     assert list(sizes.frame.slumps) == list(by_length)
@@ -217,10 +217,10 @@ def test_regions_are_at_the_ratio_too(runs):
             assert cell.high >= value - 1e-12
 
 @pytest.mark.parametrize('ratio', RATIOS)
-def test_operating_points_of_objects_by_hand(runs, ratio):
+def test_operating_points_of_objects_by_hand(runs, single, ratio):
     "On validation and on test: precision, and the share that is found of all slumps, small ones too"
     run, calibration = read_pixel_run(runs[0].folder), runs[0].calibration
-    frame = tables(runs[0].folder)['Operating point'][1].frame
+    frame = single.tables['Operating point'][1].frame
     points = {'best floor': calibration.objects[ratio], 'floor of the tables': calibration.object_thresholds[ratio]}
     columns = dict(val=('of all', 'object precision'), test=('of all on test', 'precision on test'))
     for label, point in points.items():
@@ -261,7 +261,7 @@ def test_regions_have_their_thresholds_or_a_reason(folder):
     assert columns == want != []
     assert {row[0]: row[2].why for row in own.rows if row[2].value is None} == missing
 
-def test_calibration_by_other_libraries(runs):
+def test_calibration_by_other_libraries(runs, single):
     made, c = runs[0], runs[0].calibration
     both_fits = c.fits['slope_intercept']
     ways = {'scores as they are': (1, 0, 0), 'temperature': (1 / c.temperature, 0, 0),
@@ -270,7 +270,7 @@ def test_calibration_by_other_libraries(runs):
     fitted = Split(made, c.ratio, 'val')
     there = logit(np.average(fitted.y, weights=fitted.each))
     split, seen = None, 0
-    for row in tables(made.folder)['Calibration'][1].rows:
+    for row in single.tables['Calibration'][1].rows:
         if len(row) == 1:
             split = Split(made, int(row[0].split()[0].removeprefix('1:')), 'val')
             continue
@@ -286,9 +286,9 @@ def test_calibration_by_other_libraries(runs):
     assert seen == len(ways) * len(RATIOS)
 
 @pytest.mark.parametrize('ratio', RATIOS)
-def test_every_stop_of_the_slider(runs, ratio):
+def test_every_stop_of_the_slider(runs, single, ratio):
     run, split = read_pixel_run(runs[0].folder), Split(runs[0], ratio)
-    _, pixels, objects = tables(runs[0].folder)['Threshold']
+    _, pixels, objects = single.tables['Threshold']
     rows = [row for row in pixels.rows if row[0] == RATIOS[ratio]]
     assert len(rows) > 100
     for _, score, p, near, precision, recall in rows[::20] + [row for row in rows if row[1].value == split.cut]:
@@ -305,10 +305,10 @@ def test_every_stop_of_the_slider(runs, ratio):
         assert precision.value is None or precision.value == pytest.approx(tp / (tp + fp))
 
 @pytest.mark.parametrize('ratio', RATIOS)
-def test_the_curve_by_another_library(runs, ratio):
+def test_the_curve_by_another_library(runs, single, ratio):
     "It is read where another half per cent of the slump pixels is found"
     split = Split(runs[0], ratio)
-    curve, = tables(runs[0].folder)['Precision and recall']
+    curve, = single.tables['Precision and recall']
     column = curve.head.index(RATIOS[ratio])
     positive = -np.sort(-split.s[split.y])
     steps = np.unique(positive[np.ceil(np.arange(1, 201) / 200 * len(positive) - 1e-6).astype(int) - 1])
@@ -427,7 +427,7 @@ def evidence_of(split, table, scores, bins='float16', views='none', thresholds=(
     return meter.evidence()
 
 @pytest.mark.parametrize('bins', ['float16', (-400, 400)])
-def test_rounded_scores_have_bounds(runs, folder, bins):
+def test_rounded_scores_have_bounds(runs, single, folder, bins):
     "Scores off the grid: the report gives bounds, which hold scikit-learn's value, and names the grid"
     run, split = read_pixel_run(folder), Split(runs[0], 1)
     z = split.z / 40 + 100
@@ -441,7 +441,7 @@ def test_rounded_scores_have_bounds(runs, folder, bins):
     page = report(folder).path.read_text()
     assert ('rounded to half precision' in page) == (bins == 'float16')
     assert ('65535 values from -400 to 400' in page) == (bins != 'float16')
-    assert 'bounds by rounding' not in str(tables(runs[0].folder)['Headline'][0])
+    assert 'bounds by rounding' not in str(single.tables['Headline'][0])
 
 def test_augmented_views_have_a_table(runs, folder):
     "Gain and cost of test-time augmentation where validation was evaluated in two ways, and no table where not"
