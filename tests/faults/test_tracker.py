@@ -84,7 +84,7 @@ def test_39_a_tracker_of_no_use(undisturbed, tmp_path, monkeypatch, capsys, how)
     monkeypatch.setitem(rtsseg.track.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')      # so that it is known soon that nobody answers
     with broken(how) as p:
         folder, tracker = world(tmp_path, f'http://127.0.0.1:{p}'); t = tracker()
-        done = train(folder, t, [At(20, lambda run: wait_for(lambda: t.told))])      # it was tried, and given up, while training went on
+        done = train(folder, t, [At(20, lambda run: wait_for(lambda: t.warned))])      # it was tried, and given up, while training went on
     equal(undisturbed, done); said = capsys.readouterr().out
     assert connects and threading.main_thread() not in connects
     assert [timeout for thread, timeout in joins if thread is t.thread] == [3]
@@ -148,7 +148,7 @@ def test_39_a_spool_that_a_kill_cut_off(tmp_path):
 def test_39_a_folder_that_cannot_be_written(undisturbed, tmp_path, monkeypatch, capsys):
     "A full disk costs the tracker its events, and the run nothing"
     def full(path, row): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(rtsseg.runs, 'append_line', full); folder, tracker = world(tmp_path)
+    monkeypatch.setattr(rtsseg.track, 'append_line', full); folder, tracker = world(tmp_path)
     equal(undisturbed, train(folder, tracker())); assert 'tracker.jsonl was not written (No space left on device)' in capsys.readouterr().out
 
 @pytest.fixture(scope='module')
@@ -204,8 +204,8 @@ def called(*at):
 real = socket.socket.connect
 def connect(s, at): return real(s, at) if s.family == socket.AF_UNIX or at[0] in ('127.0.0.1', '::1') else called(at)
 socket.socket.connect = connect; socket.socket.connect_ex = connect; socket.getaddrinfo = called
-from rtsseg.config import load; from rtsseg.training import run
-print(run(load({str(tmp_path/'tiny.yaml')!r})))
+from rtsseg.config import load; from rtsseg.training import train
+print(train(load({str(tmp_path/'tiny.yaml')!r})))
 import time; time.sleep(3)
 """
     done = subprocess.run([sys.executable, '-c', guard], env=CLEAN, capture_output=True, text=True, timeout=200)
