@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
-import rtsseg.config, rtsseg.loop, rtsseg.runs, rtsseg.segment, rtsseg.training
+import rtsseg.checkpoint, rtsseg.config, rtsseg.loop, rtsseg.runs, rtsseg.segment, rtsseg.training
 from rtsseg.config import ConfigError, Loader, to_yaml
 from rtsseg.runs import run_folder
 from rtsseg.checkpoint import CheckpointWriter, UnsavedError, load_state, newest_state
@@ -171,11 +171,11 @@ def test_32_sigterm_in_training(undisturbed, tmp_path, times):
 
 def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
     "The file is written to its end, by a thread; the step that is under way is the last"
-    write, asked = rtsseg.loop.write_atomic, threading.Event()
+    write, asked = rtsseg.checkpoint.write_atomic, threading.Event()
     def slow(path, data):
         if not asked.is_set(): os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); asked.set()
         return write(path, data)
-    monkeypatch.setattr(rtsseg.loop, 'write_atomic', slow)
+    monkeypatch.setattr(rtsseg.checkpoint, 'write_atomic', slow)
     with StopSignals() as t: half = again(tmp_path, 0, observers=[At(2, lambda run: asked.wait(60)), t], checkpoint=dict(every=2, resume_minutes=1e-9))
     monkeypatch.undo()
     assert half.step == 2 and {f.stem: load_state(f)['step'] for f in (tmp_path/'checkpoints').iterdir()} == dict(resume=2, before=1)
