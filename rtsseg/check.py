@@ -38,7 +38,8 @@ from .audit import Finding, LEVELS, check_files, error_lines, has_errors, readin
 from .prepare import find_manifest, stats_path
 from .tiles import loaders
 from .models import build, check_size
-from .loop import accelerator, fit
+from .processes import make_accelerator
+from .loop import fit
 from .segment import SegmentTask
 
 # %% ../nbs/04i_check.ipynb #b18c20da
@@ -143,7 +144,7 @@ def environment_findings(cfg:RtsConfig     # tracker, model
         reach = Finding('ok', '', 'none is kept' if cfg.tracker.kind == 'none' else parts.scheme or 'an SQLite file in the runs folder')
     except (OSError, ValueError) as e: reach = Finding('warning', '', 'no answer', f'{type(e).__name__}: the run would go on without it')
     try:
-        if cfg.device == 'cuda': accelerator(cfg)
+        if cfg.device == 'cuda': make_accelerator(cfg)
         if os.path.isabs(w := cfg.model.weights or '') and not os.path.exists(w): raise ConfigError(f'model.weights: there is no file {w}')
         check_size(build(cfg.model.model_copy(update=dict(weights=None))), cfg.data.tile_size); fits = Finding('ok', '', f'{cfg.model.architecture} with {cfg.model.encoder} takes {cfg.data.tile_size} px')
     except ConfigError as e: fits = Finding('error', '', 'the model does not fit', str(e))
@@ -221,7 +222,7 @@ def _steps(cfg, batch):
 def probe(cfg:RtsConfig      # model, loss, precision, data.tile_size, accumulate; batch_size bounds the search on a CPU
          ) -> dict:       # bytes by what they are for ('activations': of one tile), 'batch_size', 'limit' and where they were measured
     "The largest batch that fits, found by training steps, and what memory goes to (guide 10.1). Raises `ConfigError` where no tile fits"
-    acc = accelerator(cfg); gpu = acc.device.type == 'cuda'
+    acc = make_accelerator(cfg); gpu = acc.device.type == 'cuda'
     limit = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available // 2
     def largest(cfg, most):
         try: return find_executable_batch_size(lambda batch: (batch, _steps(cfg, batch)), starting_batch_size=most)()

@@ -34,7 +34,7 @@ from .evidence import Evidence, Meter, evidence_path
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
 from .infer import VIEWS, load_model, predict_logits
 from .weights import ModelError
-from .loop import accelerator, make_deterministic
+from .processes import make_accelerator, make_deterministic
 
 # %% ../nbs/05a_evaluate.ipynb #e702db81
 class Locked(RtssegError, RuntimeError):
@@ -129,7 +129,7 @@ def evaluate(folder:str|Path,       # a run folder with a model
             print(f'note: views {views} are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run {os.path.relpath(folder)} --views {views}', flush=True)
         asks = cfg.model_copy(update=dict(runs=folder.resolve().parents[2])), manifest.hash, views, force      # the ledger that lies above this folder, wherever its config says that runs are
         check_test_access(*asks)
-    acc = accelerator(cfg); net = model.model.to(acc.device); loader = eval_loader(part, model.stats, cfg)
+    acc = make_accelerator(cfg); net = model.model.to(acc.device); loader = eval_loader(part, model.stats, cfg)
     def logits(image):
         with torch.inference_mode(), acc.autocast(): return predict_logits(net, image.to(acc.device), views)
     def one_pass(bins='float16'):

@@ -44,7 +44,8 @@ from .models import build, check_size
 from .infer import save_model
 from .checkpoint import CheckpointError, UnsavedError, load_state
 from .workers import WorkerError
-from .loop import accelerator, fit, key_seed
+from .processes import key_seed, make_accelerator
+from .loop import fit
 from .segment import SegmentTask, background_ratio
 from .track import Tracker
 from rtsseg.launch import (
@@ -225,14 +226,14 @@ def set_aside(folder:Path    # a run folder
 
 def _ready(cfg):
     "The model of a config; raises `ConfigError`, also where its device is not there, before anything is written"
-    if cfg.device == 'cuda': accelerator(cfg)
+    if cfg.device == 'cuda': make_accelerator(cfg)
     torch.manual_seed(key_seed(cfg.seed, 'model')); model = build(cfg.model); check_size(model, cfg.data.tile_size)
     return model
 
 @contextmanager
 def _in_hand(cfg, folder, manifest, env, main):
     "Hold the run's lock in the first process. What that finds holds for all: None where nothing is left to do, else what is otherwise on this machine; an error of it is an error of all, for none goes on alone"
-    accelerator(cfg)                   # from here on processes can talk
+    make_accelerator(cfg)                   # from here on processes can talk
     with ExitStack() as held:
         found = [None]
         if main:

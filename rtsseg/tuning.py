@@ -43,7 +43,7 @@ from .prepare import prepare
 from .tiles import read_tile
 from .models import build, check_size
 from .checkpoint import CheckpointError
-from .loop import key_seed
+from .processes import key_seed
 from .track import Tracker
 from .training import train
 from .results import ReportError

@@ -8,7 +8,7 @@ from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ('console files config runs ground raster rawtile manifest stats audit importers toy pretrained prepare sampler augment tiles losses evidence metrics objects intervals models weights infer'
-         ' checkpoint workers schedule loop segment track launch check training evaluation operating calibration page results tables figures reporting prediction tuning').split()
+         ' checkpoint processes workers schedule loop segment track launch check training evaluation operating calibration page results tables figures reporting prediction tuning').split()
 CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
 settings = configparser.ConfigParser(delimiters=['=']); settings.read(ROOT/'settings.ini'); settings = settings['DEFAULT']
