@@ -10,16 +10,13 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini')
 settings = config['DEFAULT']
 
-
 def lines(key):
     "The entries of a list in settings.ini that has one entry a line"
     return [line.replace(' ', '') for line in settings[key].splitlines() if line.strip()]
 
-
 def minor(key):
     "11 for Python 3.11"
     return int(settings[key].split('.')[1])
-
 
 python_versions = range(minor('min_python'), minor('max_python') + 1)
 

@@ -39,13 +39,11 @@ the same bits on another kind of machine or with another number of CPU threads.
 `pytest tests/faults` runs all of these tests. `make soak` kills a run 200 times instead of 50.
 """
 
-
 class FaultGroup(NamedTuple):
     "The faults of one file of tests/faults, keyed by number (or 'S1' for a security fault)"
     title: str
     table: dict     # number: (what happens, what then)
     tests: dict     # number: [(name of the test, its docstring or None)]
-
 
 def readme(root):
     "Write nbs/index.ipynb as README.md, and the pictures among its outputs to nbs/images"
@@ -69,18 +67,15 @@ def readme(root):
     text = re.sub(r'\]\((?!\w+:|#)([^)]+)\)', _link_from_the_top, text)
     (root/'README.md').write_text(text.strip() + '\n')
 
-
 def _link_from_the_top(link):
     "A relative link of a notebook, as it reads at the top of the repository"
     target = os.path.normpath(os.path.join('nbs', link[1]))
     return f']({target})'
 
-
 def faults(root):
     "The groups of faults of tests/faults, by number"
     groups = [_fault_group(path) for path in (root/'tests/faults').glob('test_*.py')]
     return sorted(groups, key=lambda group: f'{next(iter(group.table)):>2}')
-
 
 def _fault_group(path):
     "What a file of tests says of its faults, read without running it"
@@ -96,11 +91,9 @@ def _fault_group(path):
                 tests.setdefault(number, []).append((node.name, ast.get_docstring(node)))
     return FaultGroup(ast.get_docstring(tree), table, tests)
 
-
 def _cell(text):
     "Text that may stand in a cell of a Markdown table"
     return text.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' ')
-
 
 def survives(root):
     "Write nbs/survives.qmd from the tables and docstrings of tests/faults"
@@ -117,7 +110,6 @@ def survives(root):
         lines += [':::', '']
     (root/'nbs/survives.qmd').write_text('\n'.join(lines))
 
-
 def sync(root):
     "Write all generated files of a tree"
     for command in ([BIN/'nbdev_export'], [BIN/'nbdev_clean'], [sys.executable, '-c', WRITE_SCHEMA]):
@@ -125,12 +117,10 @@ def sync(root):
     readme(root)
     survives(root)
 
-
 def git(folder, *arguments):
     "Output of a git command in a folder"
     done = subprocess.run(['git', *arguments], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     return done.stdout
-
 
 def copy_tree(target):
     "Copy the files that git knows, and those that it would add, to a folder"
@@ -138,7 +128,6 @@ def copy_tree(target):
         if name and (ROOT/name).is_file():
             (target/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT/name, target/name)
-
 
 def check():
     "Exit with a message unless all generated files, written into a copy of the tree, are equal to those here"
@@ -157,7 +146,6 @@ def check():
             sys.exit(f'generated files differ (`make sync` writes them, `git diff` shows the changes):\n{listed}')
         count = len(list((copy/'nbs').rglob('*.ipynb')))
         print(f'    {count} notebooks and all generated files agree')
-
 
 if __name__ == '__main__':
     if '--check' in sys.argv:

@@ -1,57 +1,79 @@
-"""Intervals for a split of the field's size: 1000 block-bootstrap replicates of every headline number at three ratios, 20,000 tiles in 2,000 blocks, two labels of some thousand scores a tile.
+"""Intervals for a split of the field's size: 1000 block-bootstrap replicates of every headline number at three ratios
 
-python benchmarks/bootstrap.py [tiles] [replicates]     wall clock; the peer does one replicate a round, and its time is scaled to all of them
+python benchmarks/bootstrap.py [tiles] [replicates]     wall clock
 
-The peer is the plain loop: for each replicate the drawn tiles' histograms are added up with their weights, and the whole curve is computed anew by scikit-learn, with the number of pixels as
-sample weights. It knows PR-AUC and the pixel metrics only, at one ratio: objects and boundaries are left to us.
+20,000 tiles in 2,000 blocks, two labels of some thousand scores a tile. The peer is a plain loop: for each replicate it
+adds the histograms of the drawn tiles with their weights, and scikit-learn computes the whole curve, with the number of
+pixels as sample weights. It gives PR-AUC at one ratio only. It does one replicate a round; its time is scaled to all.
 """
-import resource, sys
+import resource
+import sys
 
 import numpy as np
 from sklearn.metrics import average_precision_score
 
 from common import emit, timed
-from rtsseg.intervals import draw_groups, bootstrap, resample
-from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
+from rtsseg.bootstrap import draw_groups
+from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.intervals import bootstrap, resample
+from rtsseg.scores import CODES, decode
 from rtsseg.toy import scored_tile
 
-RATIOS, GOAL = [200, 500, 1000], 20
+RATIOS = [200, 500, 1000]
+GOAL_SECONDS = 20
 
-def split(tiles, n_blocks=2000, share=.05, kinds=200):
-    "Evidence of a split: a few hundred kinds of 512² tiles, each taken many times with other counts"
-    rng, rows, thresholds = np.random.default_rng(0), [], np.arange(1, 20) / 20
-    shape = dict(split='test', pixel_size=3.)
-    parts = [(p, tile_evidence(*scored_tile(rng, p, 512, .3), thresholds)) for p in [True] * int(kinds * share) + [False] * (kinds - int(kinds * share))]
+def shifted(codes, shift):
+    "Codes of other scores, in range"
+    return np.clip(codes.astype(int) + shift, 1, CODES - 1).astype(np.uint16)
+
+def split(tiles, blocks=2000, positive_share=.05, kinds=200):
+    "Evidence of a split: some hundred kinds of 512² tiles, each taken many times with other scores"
+    rng = np.random.default_rng(0)
+    thresholds = np.arange(1, 20)/20
+    parts = []
+    for kind in range(kinds):
+        positive = kind < int(kinds*positive_share)
+        parts.append((positive, tile_evidence(*scored_tile(rng, positive, 512, .3), thresholds)))
+    rows = []
     for i in range(tiles):
-        positive, part = parts[i * 7919 % kinds]
-        shift = int(rng.integers(-400, 400))                        # no two tiles have the same scores
-        moved = {k: np.clip(v.astype(int) + shift, 1, CODES - 1).astype(np.uint16) for k, v in part.items() if k.endswith('codes')}
-        rows.append(shape | dict(tile_id=f't{i:06}', region='ABCD'[i % 4], block=f'b{i % n_blocks:05}', positive=positive) | part | moved)
+        positive, part = parts[i*7919 % kinds]
+        shift = int(rng.integers(-400, 400))
+        moved = {name: shifted(codes, shift) for name, codes in part.items() if name.endswith('codes')}
+        row = {'tile_id': f't{i:06}', 'split': 'test', 'region': 'ABCD'[i % 4], 'block': f'b{i % blocks:05}'}
+        rows.append(row | {'positive': positive, 'pixel_size': 3.} | part | moved)
     return Evidence.from_rows(rows, thresholds=thresholds)
 
 def plain(evidence, ratio, draw, block):
     "PR-AUC of one replicate by scikit-learn"
-    times = draw[block]; positive = evidence['positive']
-    w = times * np.where(positive, 1., ratio * times[positive].sum() / times[~positive].sum())
-    hist = np.zeros((2, CODES))
-    for sign, name in enumerate(('neg', 'pos')):
-        for i in np.flatnonzero(w):
-            np.add.at(hist[sign], evidence.table[f'{name}_codes'][i].values.to_numpy(), w[i] * evidence.table[f'{name}_counts'][i].values.to_numpy())
-    code = np.flatnonzero(hist.sum(0)); scores = decode(evidence.bins)[code]
-    return average_precision_score(np.repeat([0, 1], len(code)), np.tile(scores, 2), sample_weight=hist[:, code].ravel())
+    times = draw[block]
+    positive = evidence['positive']
+    weights = times*np.where(positive, 1., ratio*times[positive].sum()/times[~positive].sum())
+    counts = np.zeros((2, CODES))
+    for label, name in enumerate(('neg', 'pos')):
+        for i in np.flatnonzero(weights):
+            codes = evidence.table[f'{name}_codes'][i].values.to_numpy()
+            np.add.at(counts[label], codes, weights[i]*evidence.table[f'{name}_counts'][i].values.to_numpy())
+    used = np.flatnonzero(counts.sum(0))
+    scores = np.tile(decode(evidence.bins)[used], 2)
+    return average_precision_score(np.repeat([0, 1], len(used)), scores, sample_weight=counts[:, used].ravel())
 
 def main(tiles=20_000, replicates=1000, rounds=3):
     evidence = split(tiles)
-    counts = sum(len(evidence.table[f'{k}_codes'].combine_chunks().values) for k in ('pos', 'neg'))
+    scores = sum(len(evidence.table[f'{name}_codes'].combine_chunks().values) for name in ('pos', 'neg'))
     draws, block = draw_groups(evidence['block'], replicates)
-    test, value = plain(evidence, 200, draws[0], block), resample(evidence, [200], ious=(), replicates=replicates)[200]['pr_auc'][0]
-    assert abs(value - test) < 1e-4, (value, test)
+    value = resample(evidence, [200], ious=(), replicates=replicates)[200]['pr_auc'][0]
+    error = abs(value - plain(evidence, 200, draws[0], block))
+    assert error < 1e-4, error
+
     ours, peer = [], []
     for i in range(rounds):
-        fresh = Evidence(evidence.table, **evidence.meta)           # nothing counted before
-        ours.append(timed(lambda: bootstrap(fresh, RATIOS, replicates=replicates)))
-        peer.append(timed(plain, fresh, 200, draws[i], block) * replicates)
-    emit(f'{replicates} replicates of all headline numbers at {len(RATIOS)} ratios; the peer: of PR-AUC at one ratio, scaled from one', ours, peer, goal_ms=1e3 * GOAL, goal_met=max(ours) < GOAL,
-         tiles=tiles, blocks=draws.shape[1], scores_a_tile=round(counts / tiles), off=float(f'{value - test:.1e}'), peak_GB=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        fresh = Evidence(evidence.table, **evidence.meta)     # its caches are empty
+        ours.append(timed(lambda evidence: bootstrap(evidence, RATIOS, replicates=replicates), fresh))
+        peer.append(timed(plain, fresh, 200, draws[i], block)*replicates)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    emit(f'{replicates} replicates of all headline numbers at three ratios; peer: of PR-AUC at one ratio', ours, peer,
+         limit_ms=1000*GOAL_SECONDS, limit_met=max(ours) < GOAL_SECONDS, tiles=tiles, blocks=draws.shape[1],
+         scores_a_tile=round(scores/tiles), error=float(f'{error:.1e}'), peak_gb=round(memory, 2))
 
-if __name__ == '__main__': main(*map(int, sys.argv[1:]))
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))

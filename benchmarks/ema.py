@@ -1,30 +1,45 @@
-"The averaged weights of UNet++ with EfficientNet-B5: their update against one fused lerp, and the switch to them against swapping states"
-import copy, sys
+"The averaged weights of UNet++ with EfficientNet-B5: their update, and the switch to them for a validation"
+import copy
+import sys
 
-import segmentation_models_pytorch as smp, torch
+import segmentation_models_pytorch as smp
+import torch
 
 from common import emit, turns
 from rtsseg.schedule import WeightAverage
 
+def float_tensors(model):
+    "Parameters and buffers that are averaged"
+    return [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+
 def main(rounds=100):
-    torch.manual_seed(0); torch.set_num_threads(1)     # two would wait for each other on a busy machine
+    torch.manual_seed(0)
+    torch.set_num_threads(1)     # two threads would wait for each other on a busy machine
     model = smp.UnetPlusPlus('efficientnet-b5', encoder_weights=None).train()
     average, mirror = WeightAverage(model, .999), copy.deepcopy(model)
-    floats = lambda m: [t for t in [*m.parameters(), *m.buffers()] if t.is_floating_point()]
-    to, of, size = floats(mirror), floats(model), sum(p.numel() for p in model.parameters())
+    averaged, live = float_tensors(mirror), float_tensors(model)
+    size = sum(parameter.numel() for parameter in model.parameters())
 
     @torch.no_grad()
-    def lerp(): torch._foreach_lerp_(to, of, 1e-3)
-    emit('EMA update, UNet++ B5: Average.update / one foreach lerp', *turns(average.update, lerp, rounds), goal=1.1, parameters=size, tensors=len(of), threads=1)
+    def lerp():
+        torch._foreach_lerp_(averaged, live, 1e-3)
 
-    class Run:                                     # as the loop has it: validation takes the other module
-        judged = property(lambda self: average.module if average else model)
-    run = Run()
-    def switch(): run.judged
+    times = turns(average.update, lerp, rounds)
+    emit('EMA update, UNet++ B5: WeightAverage.update / one foreach lerp', *times, goal=1.1, parameters=size,
+         tensors=len(live), threads=1)
+
+    # Validation takes the module of averaged weights, and copies nothing
+    def switch():
+        return average.module
+
     def swap():
-        live = {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(average.module.state_dict()); model.load_state_dict(live)
-    copied = 3 * sum(v.nbytes for v in model.state_dict().values())
-    emit('EMA weights in for a validation, and out: no copy / state_dict swap', *turns(switch, swap, rounds // 10), parameters=size, bytes_of_the_swap=copied)
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(average.module.state_dict())
+        model.load_state_dict(saved)
 
-if __name__ == '__main__': main(*map(int, sys.argv[1:]))
+    copied = 3 * sum(tensor.nbytes for tensor in model.state_dict().values())
+    times = turns(switch, swap, rounds // 10)
+    emit('EMA weights in for a validation, and out: no copy / state_dict swap', *times, bytes_of_the_swap=copied)
+
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))

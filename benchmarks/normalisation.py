@@ -1,37 +1,53 @@
-"""Channel statistics of 512² tiles: one streaming pass with merged moments, beside a float64 numpy pass per tile.
+"""Channel statistics of 512² tiles: one pass with merged moments, beside a float64 NumPy pass per tile
 
-python benchmarks/normalisation.py [tiles]      prints one JSON line for each case; goal: ratio of at least 15
+python benchmarks/normalisation.py [tiles]
 """
-import json, sys, time
+import sys
 
 import cv2
 import numpy as np
 
+from common import emit, per_item, turns
 from rtsseg.stats import Moments, merge_moments, moments
 
-def ours(tiles):
+def by_moments(tiles):
     total = Moments()
-    for planes, valid in tiles: total = merge_moments(total, moments(planes, valid))
+    for planes, valid in tiles:
+        total = merge_moments(total, moments(planes, valid))
     return total.mean, total.std
 
-def peer(tiles):
-    n = total = squares = 0
+def by_numpy(tiles):
+    count = total = squares = 0
     for planes, valid in tiles:
-        x = planes.astype(np.float64)[:, valid]
-        n, total, squares = n + x.shape[1], total + x.sum(1), squares + (x**2).sum(1)
-    return total / n, np.sqrt(squares / n - (total / n)**2)
+        values = planes.astype(np.float64)[:, valid]
+        count += values.shape[1]
+        total += values.sum(1)
+        squares += (values**2).sum(1)
+    return total / count, np.sqrt(squares / count - (total / count)**2)
 
-def seconds(f, tiles, repeats=5):
-    f(tiles[:2]); times = []
-    for _ in range(repeats): start = time.perf_counter(); f(tiles); times.append(time.perf_counter() - start)
-    return min(times)
+def random_tiles(rng, count, dtype, valid_share):
+    "Three channels and a mask of valid pixels each"
+    high = {'uint8': 256, 'uint16': 6000}[dtype]
+    tiles = []
+    for _ in range(count):
+        planes = rng.integers(0, high, (3, 512, 512)).astype(dtype)
+        tiles.append((planes, rng.random((512, 512)) < valid_share))
+    return tiles
+
+def case(tiles, what):
+    "Compare results and times on some tiles"
+    for ours, peer in zip(by_moments(tiles), by_numpy(tiles), strict=True):
+        np.testing.assert_allclose(ours, peer, rtol=1e-9)
+    times = turns(lambda: by_moments(tiles), lambda: by_numpy(tiles), 5, warm=1)
+    emit(what, *per_item(times, len(tiles)), goal=1/15)
+
+def main(count=32):
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(0)
+    for dtype in ('uint8', 'uint16'):
+        for share in (1., .9):
+            tiles = random_tiles(rng, count, dtype, share)
+            case(tiles, f'statistics of a 512² × 3 tile, {dtype}, {share:.0%} of the pixels valid')
 
 if __name__ == '__main__':
-    count, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 32, np.random.default_rng(0)
-    cv2.setNumThreads(1)
-    for dtype, high in (('uint8', 256), ('uint16', 6000)):
-        for share in (1., .9):
-            tiles = [(rng.integers(0, high, (3, 512, 512)).astype(dtype), rng.random((512, 512)) < share) for _ in range(count)]
-            for a, b in zip(ours(tiles), peer(tiles)): np.testing.assert_allclose(a, b, rtol=1e-9)
-            a, b = seconds(ours, tiles), seconds(peer, tiles)
-            print(json.dumps(dict(benchmark='statistics', dtype=dtype, valid=share, tiles=count, ours_ms=round(a / count * 1e3, 3), numpy_ms=round(b / count * 1e3, 3), ratio=round(b / a, 1))))
+    main(*map(int, sys.argv[1:]))

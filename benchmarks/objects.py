@@ -1,80 +1,137 @@
-"""Objects of guide 6.2: components, overlaps and the greedy matching, and a scene beside the thresholding of it.
+"""Objects of guide 6.2: components, overlaps and the greedy matching; and a scene beside the thresholding of it
 
-python benchmarks/objects.py [rounds]     CPU time of one thread; before it, tp, fp and fn of each tile are asserted to be the same
+python benchmarks/objects.py [rounds]     CPU time of one thread
 
-Tiles of 512² pixels with 0 to 30 true blobs and about as many predicted ones. Two peers: scikit-image (`label`, `regionprops`, and the IoU of every pair of
-objects whose boxes meet), and the double loop over all pairs of labels. Neither takes the size of the smallest rotated rectangle, which ours does. The scene has
-4096² pixels and 3000 blobs; its peer is `scores >= t` alone, in the scores' own precision.
+Tiles of 512² pixels with 0 to 30 true blobs and about as many predicted ones. Two peers: scikit-image (`label`,
+`regionprops`, and the IoU of every pair of objects whose boxes meet), and a double loop over all pairs of labels. All
+find the same tp, fp and fn in each tile. Neither peer measures the smallest rotated rectangle, which ours does.
+The scene has 4096² pixels and 3000 blobs. Its peer is `scores >= t` alone, in the precision of the scores.
 """
-import sys, time
+import sys
+import time
 
-import cv2, numpy as np
+import cv2
+import numpy as np
 from skimage.measure import label, regionprops
 
-from common import emit, turns
-from rtsseg.evidence import Evidence, tile_bands, tile_histograms, tile_objects
+from common import emit, per_item, turns
+from rtsseg.evidence import Evidence
 from rtsseg.objects import match_objects
+from rtsseg.scores import tile_histograms
+from rtsseg.shapes import tile_bands, tile_objects
 
-IOU, LOGIT = 0.3, 0.5                                                   # a logit of 0.5 is a half-precision number
-THRESHOLD = 1 / (1 + np.exp(-LOGIT))
-EIGHT = 2                                                               # scikit-image's name for it
+IOU = 0.3
+LOGIT = 0.5             # exact in half precision
+THRESHOLD = 1/(1 + np.exp(-LOGIT))
+EIGHT = 2               # scikit-image's name for 8-connectivity
 
-def blobs(rng, side, n):
-    "Logits and mask of a square with n true blobs; some are predicted elsewhere, some not at all, and some predictions are false"
+def draw(image, centre, axes, angle):
+    "Fill an ellipse with ones"
+    cv2.ellipse(image, [int(v) for v in centre], [int(v) for v in axes], angle, 0, 360, 1, -1)
+
+def blobs(rng, side, count):
+    "Logits and mask of a square with so many true blobs; some are predicted elsewhere, some missed, some found falsely"
     mask, predicted = np.zeros((2, side, side), np.uint8)
-    def draw(image, at, axes, angle): cv2.ellipse(image, tuple(map(int, at)), tuple(map(int, axes)), angle, 0, 360, 1, -1)
-    for _ in range(n):
-        at, axes, angle = rng.integers(0, side, 2), rng.integers(3, 14, 2), int(rng.integers(180))
-        draw(mask, at, axes, angle)
-        if rng.random() < 0.9: draw(predicted, at + rng.integers(-5, 6, 2) if rng.random() < 0.9 else rng.integers(0, side, 2), axes, angle)
-    logits = 8 * cv2.GaussianBlur(predicted.astype(np.float32), (0, 0), 1) - 4 + 0.5 * rng.normal(size=mask.shape)
+    for _ in range(count):
+        centre, axes, angle = rng.integers(0, side, 2), rng.integers(3, 14, 2), int(rng.integers(180))
+        draw(mask, centre, axes, angle)
+        if rng.random() < 0.9:
+            if rng.random() < 0.9:
+                centre = centre + rng.integers(-5, 6, 2)
+            else:
+                centre = rng.integers(0, side, 2)
+            draw(predicted, centre, axes, angle)
+    smooth = cv2.GaussianBlur(predicted.astype(np.float32), (0, 0), 1)
+    logits = 8*smooth - 4 + 0.5*rng.normal(size=mask.shape)
     return logits.astype(np.float16), mask
 
 def greedy(scores, iou):
-    "Steps 3 to 5: (tp, fp, fn) of one tile from the scores of predictions and the IoU of each pair"
+    "(tp, fp, fn) of one tile, from the scores of predictions and the IoU of each pair"
     taken = set()
     for i in np.argsort(-np.asarray(scores), kind='stable'):
-        if iou.shape[1] and iou[i].max() >= IOU and (best := int(iou[i].argmax())) not in taken: taken.add(best)
+        if iou.shape[1] and iou[i].max() >= IOU:
+            taken.add(int(iou[i].argmax()))
     return len(taken), len(scores) - len(taken), iou.shape[1] - len(taken)
 
+def probability(logits):
+    return 1/(1 + np.exp(-logits.astype(np.float32)))
+
+def pair_iou(first, second):
+    "IoU of two regions, 0 where their boxes do not meet"
+    top, left = np.maximum(first.bbox[:2], second.bbox[:2])
+    bottom, right = np.minimum(first.bbox[2:], second.bbox[2:])
+    if top >= bottom or left >= right:
+        return 0.
+    parts = []
+    for region in (first, second):
+        y, x = region.bbox[:2]
+        parts.append(region.image[top - y:bottom - y, left - x:right - x])
+    common = (parts[0] & parts[1]).sum()
+    return common/(first.area + second.area - common)
+
 def by_regionprops(logits, mask):
-    probability = 1 / (1 + np.exp(-logits.astype(np.float32)))
-    predicted, true = regionprops(label(logits >= LOGIT, connectivity=EIGHT), probability), regionprops(label(mask == 1, connectivity=EIGHT))
-    iou = np.zeros((len(predicted), len(true)))
-    for i, p in enumerate(predicted):
-        for j, t in enumerate(true):
-            top, left, bottom, right = *np.maximum(p.bbox[:2], t.bbox[:2]), *np.minimum(p.bbox[2:], t.bbox[2:])
-            if top >= bottom or left >= right: continue
-            cut = lambda x: x.image[top - x.bbox[0]:bottom - x.bbox[0], left - x.bbox[1]:right - x.bbox[1]]
-            common = (cut(p) & cut(t)).sum(); iou[i, j] = common / (p.area + t.area - common)
-    return greedy([p.intensity_mean for p in predicted], iou)
+    predicted = regionprops(label(logits >= LOGIT, connectivity=EIGHT), probability(logits))
+    true = regionprops(label(mask == 1, connectivity=EIGHT))
+    iou = np.array([[pair_iou(p, t) for t in true] for p in predicted]).reshape(len(predicted), len(true))
+    return greedy([region.intensity_mean for region in predicted], iou)
 
 def by_double_loop(logits, mask):
-    probability = 1 / (1 + np.exp(-logits.astype(np.float32)))
-    (p, n), (t, k) = (label(x, connectivity=EIGHT, return_num=True) for x in (logits >= LOGIT, mask == 1))
-    iou = np.zeros((n, k)); scores = [probability[p == i + 1].mean() for i in range(n)]
-    for i in range(n):
-        for j in range(k): a, b = p == i + 1, t == j + 1; iou[i, j] = (a & b).sum() / (a | b).sum()
-    return greedy(scores, iou)
+    scores = probability(logits)
+    predicted, n_predicted = label(logits >= LOGIT, connectivity=EIGHT, return_num=True)
+    true, n_true = label(mask == 1, connectivity=EIGHT, return_num=True)
+    iou = np.zeros((n_predicted, n_true))
+    for i in range(n_predicted):
+        for j in range(n_true):
+            a, b = predicted == i + 1, true == j + 1
+            iou[i, j] = (a & b).sum()/(a | b).sum()
+    return greedy([scores[predicted == i + 1].mean() for i in range(n_predicted)], iou)
+
+def tiles_beside(rng, rounds):
+    "512² tiles beside both peers"
+    tiles = [blobs(rng, 512, count) for count in range(31)]
+    known = []
+    for i, tile in enumerate(tiles):
+        row = {'tile_id': f'{i:02}', 'split': 'val', 'region': '', 'block': '', 'positive': i > 0, 'pixel_size': 3.}
+        known.append(row | tile_histograms(*tile) | tile_bands(*tile, ()))
+
+    def ours():
+        rows = [row | tile_objects(*tile, (THRESHOLD,)) for row, tile in zip(known, tiles, strict=True)]
+        found = match_objects(Evidence.from_rows(rows, thresholds=(THRESHOLD,)), THRESHOLD, IOU)
+        return list(zip(found.tp, found.fp, found.fn, strict=True))
+
+    def regionprops_peer():
+        return [by_regionprops(*tile) for tile in tiles]
+
+    def double_loop_peer():
+        return [by_double_loop(*tile) for tile in tiles]
+
+    peers = [('scikit-image', regionprops_peer, 1/5, rounds),
+             ('a double loop', double_loop_peer, 1/30, max(2, rounds//2))]
+    for name, peer, goal, peer_rounds in peers:
+        assert ours() == peer()
+        times = per_item(turns(ours, peer, peer_rounds, warm=1, clock=time.process_time), len(tiles))
+        emit(f'objects and matching of a 512² tile, beside {name}', *times, goal=goal, tiles=len(tiles))
+
+def scene_beside(scores, mask, rounds):
+    "One scene beside its thresholding"
+    def ours():
+        return tile_objects(scores, mask, (THRESHOLD,))
+
+    found = ours()
+    assert found['predicted']['area'].sum() == (scores >= LOGIT).sum()
+    assert len(found['truth']['id']) == label(mask, connectivity=EIGHT).max()
+    threshold = scores.dtype.type(LOGIT)
+    times = turns(ours, lambda: scores >= threshold, rounds, clock=time.process_time)
+    emit(f'objects of a 4096² scene, {scores.dtype}, beside its thresholding', *times, goal=10,
+         predicted=len(found['predicted']['id']), true=len(found['truth']['id']))
 
 def main(rounds=5):
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
-    tiles = [blobs(rng, 512, n) for n in range(31)]
-    known = [dict(tile_id=f'{i:02}', split='val', region='', block='', positive=i > 0, pixel_size=3.) | tile_histograms(*t) | tile_bands(*t, ()) for i, t in enumerate(tiles)]
-    def ours():
-        m = match_objects(Evidence.from_rows([k | tile_objects(*t, (THRESHOLD,)) for k, t in zip(known, tiles)], thresholds=(THRESHOLD,)), THRESHOLD, IOU)
-        return list(zip(m.tp, m.fp, m.fn))
-    for name, peer, goal, n in (('scikit-image regionprops', by_regionprops, 1/5, rounds), ('a double loop', by_double_loop, 1/30, max(2, rounds // 2))):
-        theirs = lambda: [peer(*t) for t in tiles]
-        assert ours() == theirs()
-        a, b = ([s / len(tiles) for s in x] for x in turns(ours, theirs, n, warm=1, clock=time.process_time))
-        emit(f'objects and matching of a 512² tile, beside {name}', a, b, goal=goal, tiles=len(tiles))
+    tiles_beside(rng, rounds)
     logits, mask = blobs(rng, 4096, 3000)
     for dtype in (np.float32, np.float16):
-        scores = logits.astype(dtype); found = tile_objects(scores, mask, (THRESHOLD,))
-        assert found['predicted']['area'].sum() == (scores >= LOGIT).sum() and len(found['truth']['id']) == label(mask, connectivity=EIGHT).max()
-        a, b = turns(lambda: tile_objects(scores, mask, (THRESHOLD,)), lambda: scores >= dtype(LOGIT), 4 * rounds, clock=time.process_time)
-        emit(f'a scene of 4096² and 3000 blobs, {np.dtype(dtype)}, beside its thresholding', a, b, goal=10, predicted=len(found['predicted']['id']), true=len(found['truth']['id']))
+        scene_beside(logits.astype(dtype), mask, 4*rounds)
 
-if __name__ == '__main__': main(*map(int, sys.argv[1:]))
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))

@@ -1,1 +1,36 @@
 __version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rtsseg.calibration import calibrate
+    from rtsseg.config import load
+    from rtsseg.evaluation import evaluate
+    from rtsseg.prediction import predict
+    from rtsseg.reporting import report
+    from rtsseg.training import train
+    from rtsseg.tuning import search
+
+__all__ = ['calibrate', 'evaluate', 'load', 'predict', 'report', 'search', 'train']
+
+# where each name is; nothing is imported before it is used
+_ROOMS = {
+    'load': 'config',
+    'train': 'training',
+    'evaluate': 'evaluation',
+    'calibrate': 'calibration',
+    'report': 'reporting',
+    'predict': 'prediction',
+    'search': 'tuning',
+}
+
+
+def __getattr__(name):
+    if name in _ROOMS:
+        return getattr(import_module(f'rtsseg.{_ROOMS[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

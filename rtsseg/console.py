@@ -40,6 +40,8 @@ def nearest(name:str,             # what was written
 class RtssegError(Exception):
     "An error that a user can understand and mend: the message says what was wrong, where, and what to do"
     code = 2
+    # what a command prints before the message
+    prefix = 'error: '
 
     def __init__(self, message):
         super().__init__(visible(message))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Locked', 'selection_rule', 'check_test_access', 'record_test_access', 'object_thresholds', 'split_views',
-           'write_maps', 'evaluate', 'show_evidence', 'rtsseg_evaluate']
+           'write_maps', 'evaluate', 'show_evidence']
 
 # %% ../nbs/05a_evaluate.ipynb #ievaluat
 import fcntl
@@ -20,21 +20,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.script import call_parse, store_true
 
+from .config import ConfigError, RtsConfig, load
 from .console import DataError, RtssegError, nearest
-from .files import FileError, inside, read_json, read_seal, typed, write_atomic
-from .config import RtsConfig, ConfigError, load
-from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
-from .manifest import read_manifest
-from .stats import skip_unreadable
-from .prepare import resolve_run
-from .tiles import eval_loader
 from .evidence import Evidence, Meter, evidence_path
-from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .files import FileError, inside, read_json, read_seal, typed, write_atomic
 from .infer import VIEWS, load_model, predict_logits
-from .weights import ModelError
 from .processes import make_accelerator, make_deterministic
+from .manifest import read_manifest
+from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .prepare import resolve_run
+from .runs import StoredThresholds, append_line, config_hash, read_ledger, require_finished
+from .stats import skip_unreadable
+from .tiles import eval_loader
+from .weights import ModelError
 
 # %% ../nbs/05a_evaluate.ipynb #e702db81
 class Locked(RtssegError, RuntimeError):
@@ -164,24 +163,3 @@ def show_evidence(e:Evidence,    # of a pass
     n_pos = int(e['positive'].sum())
     return '\n'.join([f'views {e.views}: {n_pos} tiles with a slump, {len(e) - n_pos} without',
                       *(f'  {f"1:{r}":<6} PR-AUC {average_precision(histogram(e, r), e.exact):.4f}, a negative tile counts {negative_weight(e, r):.3g} times' for r in ratios)])
-
-# %% ../nbs/05a_evaluate.ipynb #38e868f1
-@call_parse
-def rtsseg_evaluate(run:str='',                      # run folder; '' finds it from the config
-                    config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                    manifest:str='',                 # another manifest than the config's
-                    name:str='',                     # another name for the run
-                    epochs:int=None,                 # another number of epochs
-                    seed:int=None,                   # another seed
-                    overrides:str='[]',              # one section.field=value, or a JSON list of them
-                    split:str='val',                 # train, val or test
-                    views:str='',                    # none, minimal, standard or full, or several with commas between them; '' takes the config's
-                    force:store_true=False           # look at the test split although another configuration did, or with a config or data that were changed since training
-                   ):
-    "Run a trained model over a split and write down what it saw"
-    try:
-        folder = resolve_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(inside(folder/'config.yaml', folder))
-        for v in split_views(views, cfg):
-            path = evaluate(folder, split, v, force)
-            print(f'{os.path.relpath(path)}, {show_evidence(Evidence.read(path), cfg.metrics.ratios)}' if path else f'no tile has split {split!r}: nothing to evaluate')
-    except (ValueError, OSError, ModelError, Locked) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)

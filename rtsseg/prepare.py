@@ -21,8 +21,10 @@ from .files import FileError, read_json, write_atomic
 from .config import RtsConfig, ConfigError, settings
 from .runs import require_finished, run_folder
 from .manifest import FORMATS, Manifest, read_manifest
-from .stats import Stats, check_tile_sizes, compute_stats
-from .audit import check_files, error_lines, leaks
+from .stats import Stats, compute_stats
+from .findings import error_lines
+from .audit import leaks
+from .filecheck import check_files, check_tile_sizes
 from .importers import import_field, import_table
 from .toy import make_toy
 from .pretrained import pretrained_stats
@@ -57,7 +59,7 @@ def prepare(cfg:RtsConfig          # data.manifest and data.source
     if shared: warnings.warn(f"{manifest.path.name}: {flatters}: {'; '.join(shared)}")
     return manifest
 
-def tile_problems(cfg, manifest): return [f'{manifest.path.name}: {line}' for line in error_lines([f for f in check_files(manifest, cfg) if f.each])]      # not what a whole split lacks
+def tile_problems(cfg, manifest): return [f'{manifest.path.name}: {line}' for line in error_lines([f for f in check_files(manifest, cfg.data) if f.each])]      # not what a whole split lacks
 
 def all_problems(cfg, manifest, told):
     "All that is wrong, once something is: what is told, and what the check says of each tile"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPLIT_TEXTS', 'commands', 'recompute', 'notes', 'tables', 'figures', 'plain', 'Report', 'title_of', 'report',
-           'write', 'seed_list', 'find_runs', 'rtsseg_report']
+           'write', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import listify
-from fastcore.script import Param, call_parse
 from matplotlib.figure import Figure
 from scipy.special import logit
 
+from .bootstrap import MIN_GROUPS
+from .config import RtsConfig, settings
 from .console import DataError, visible
 from .files import FileError, inside, write_atomic
-from .config import RtsConfig, settings
-from .prepare import find_run, resolve_run
-from .evidence import CODES
-from .intervals import MIN_GROUPS, MIN_SUPPORT
+from .intervals import MIN_SUPPORT
 from .page import Bullets, Code, Fold, ImageGrid, Part, Picture, Text, appendix, page
+from .prepare import find_run, resolve_run
 from .results import ReportError, Results, Run, ratio_name, read_results, short_path
+from .scores import CODES
 from rtsseg.tables import (
     METRICS, calibration_tables, comparison, curves_table, data_tables, environment_table, estimators_table,
     false_alarms_table, misses_table, objects_by_threshold, operating_tables, pixels_by_threshold,
@@ -231,20 +231,3 @@ def find_runs(cfg:RtsConfig,         # of the runs
     if not there: raise ReportError(f'no run yet: {missing[0]}')
     for m in missing: print(f'left out: {m}', file=sys.stderr)
     return there
-
-@call_parse
-def rtsseg_report(run:Param('run folder, or several: seeds of one configuration, or configurations to be compared; none: found from the config', nargs='*')=None,
-                  config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                  manifest:str='',                 # another manifest than the config's
-                  name:str='',                     # another name for the run
-                  epochs:int=None,                 # another number of epochs
-                  seed:int=None,                   # another seed
-                  seeds:str='',                    # several seeds, as '42 43 44'
-                  overrides:str='[]',              # one section.field=value, or a JSON list of them
-                  out:str=''                       # where the page goes, a file that ends in .html or a folder; '' puts report.html into the run folder, or above several
-                 ):
-    "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
-    try:
-        named = [resolve_run(x, config, manifest=manifest, name=name, epochs=epochs, seed=seed, seeds=seeds, overrides=overrides) for x in listify(run)]
-        print(visible(report(named or find_runs(settings(config, manifest, name, epochs, seed, overrides), seed_list(seeds)), out or None)))
-    except (ReportError, ValueError, OSError) as e: print(f'error: {visible(e)}', file=sys.stderr); sys.exit(2)

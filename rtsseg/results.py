@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .console import DataError, RtssegError
-from .files import FileError, SEAL, check_seal, inside, read_bytes, read_json, typed
+from .bootstrap import Estimate
+from .calibration import Calibration
 from .config import RtsConfig, load
-from .runs import Best, Environment, parse_event, read_ledger
-from .manifest import Manifest, read_manifest
+from .console import DataError, RtssegError
 from .evidence import Evidence, evidence_path, run_evidence
+from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
+from .intervals import MIN_SUPPORT, bootstrap, summary
+from .manifest import Manifest, read_manifest
 from .metrics import negative_weight
 from .objects import IOUS
-from .intervals import Estimate, MIN_SUPPORT, bootstrap, summary
 from .operating import Replicates
-from .calibration import Calibration
+from .runs import Best, Environment, parse_event, read_ledger
 
 # %% ../nbs/06b_results.ipynb #0a264869
 class ReportError(RtssegError, RuntimeError):

@@ -40,6 +40,10 @@ def config_hash(cfg:LoopConfig,        # the tree
     if whole: weights /= 'model.safetensors'
     if weights.is_absolute() and weights.is_file():        # local weights count by what they hold, not by where they lie
         with open(weights, 'rb') as f: tree['model']['weights'] = 'model '*whole + hashlib.file_digest(f, 'sha256').hexdigest()
+    # a pipeline file counts by its content
+    pipeline = tree.get('augment', {}).get('pipeline')
+    if pipeline and Path(pipeline).is_file():
+        tree['augment']['pipeline'] = hashlib.sha256(Path(pipeline).read_bytes()).hexdigest()
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -208,6 +212,7 @@ class Busy(RunError):
 
 class Stopped(RunError):
     "A run that was asked to stop before its end; the same command goes on from there"
+    prefix = ''
 
 def check_inside(folder):
     "Raise `FileError` where something that a run writes would be written elsewhere, by a link that lies in its folder"

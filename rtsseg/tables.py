@@ -17,16 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit, logit
 
-from .config import deciding_settings
-from .runs import flatten
-from .evidence import clipped_scores, evidence_path, first_code
-from .metrics import ap_bounds, histogram, rates, negative_weight
-from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
-from .intervals import MIN_GROUPS, Estimate, bootstrap, compare, subsample
-from .operating import probability_text
+from .bootstrap import MIN_GROUPS, Estimate
 from .calibration import VIEW_NAMES, recommend, views_gain
+from .config import deciding_settings
+from .evidence import evidence_path
+from .intervals import bootstrap, compare, subsample
+from .metrics import ap_bounds, histogram, negative_weight, rates
+from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
+from .operating import probability_text
 from .page import Number, Slider, Table
 from .results import RECALLS, Results, Run, estimates, evidence_cuts, monitor_label, ratio_name, supported
+from .runs import flatten
+from .scores import clipped_scores, first_code
 
 # %% ../nbs/06c_tables.ipynb #d9a048b7
 METRICS = dict(pr_auc='PR-AUC', iou='IoU_RTS', f1='F1_RTS', precision='precision', recall='recall')

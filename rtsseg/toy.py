@@ -10,7 +10,6 @@ __all__ = ['METRES', 'SMALLEST', 'LARGEST', 'MEDIAN', 'SPREAD', 'COVER', 'BARE',
 
 # %% ../nbs/01k_toy.ipynb #itoy
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,9 @@ from .files import write_atomic
 from .config import ToySource
 from .ground import ground_size
 from .raster import write_raster
-from .manifest import complete_table, make_splits, write_manifest
+from .columns import complete_table
+from .manifest import write_manifest
+from .splits import deal_splits
 
 # %% ../nbs/01k_toy.ipynb #ff78246c
 METRES = 3.0   # side of a pixel
@@ -357,8 +358,8 @@ def make_toy(source:ToySource,      # the world
         parts.append(rows := _tiles(source, region, root))
         show(f'toy: {rows.region[0]}: {len(rows)} tiles, {(rows.n_positive > 0).sum()} with slumps on {rows.n_positive.sum()/len(rows)/source.tile_size**2:.2%} of the pixels')
     table = complete_table(pd.concat(parts), root, source.block_size, 'toy')
-    with warnings.catch_warnings():   # a toy is thin, and may be
-        warnings.simplefilter('ignore'); table = make_splits(table, {'train': 0.64, 'val': 0.18, 'test': 0.18}, source.seed, check='warn')
+    # not make_splits: a toy may have thin splits
+    table = deal_splits(table, {'train': 0.64, 'val': 0.18, 'test': 0.18}, source.seed)
     write_atomic(card, json.dumps(world, indent=1) + '\n')
     return write_manifest(table, path)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_WAIT_SHARE', 'OVERFITTING_SIGNS', 'Log', 'overfitting', 'KeepEvidence', 'noise_floor', 'force_config',
-           'set_aside', 'train', 'launch', 'rtsseg_train', 'rtsseg_noise', 'show_training']
+           'set_aside', 'train', 'launch', 'start_training', 'measure_noise', 'show_training']
 
 # %% ../nbs/05_train.ipynb #itrainin
 import gc
@@ -25,16 +25,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from fastcore.script import call_parse, store_true
 
 from .console import DataError
 from .files import FileError, SEAL, SEALED, check_seal, read_json, write_atomic
-from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, doubtful_settings, load, settings, to_yaml
+from .config import RtsConfig, ConfigError, LoopConfig, deciding_settings, load, settings, to_yaml
 from rtsseg.runs import (
     RunError, Stopped, append_line, config_hash, environment, flatten, read_lines, read_log, run_folder,
     run_lock
 )
-from .manifest import thin_splits
+from .splits import thin_splits
 from .prepare import check_all_tiles, prepare, resolve_run, statistics
 from .tiles import UnreadableTiles, loaders
 from .evidence import Evidence
@@ -250,7 +249,7 @@ def train(cfg:RtsConfig,        # the whole tree
     "Train in this process, or go on where this run stands. Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
     manifest, folder, model = _prepare(cfg)
     main = os.environ.get('RANK', '0') == '0'
-    for doubt in [*doubtful_settings(cfg), *(f'{p}: a number from few tiles says little' for p in thin_splits(manifest.table))] if main else (): warnings.warn(doubt)
+    for doubt in [*cfg.doubtful_settings(), *(f'{p}: a number from few tiles says little' for p in thin_splits(manifest.table))] if main else (): warnings.warn(doubt)
     env = environment() | dict(manifest_hash=manifest.hash, config_hash=folder.parent.name)
     with _in_hand(cfg, folder, manifest, env, main) as differs, StopSignals() as terminated:
         tracker = [Tracker(cfg, folder, {k: str(env.get(k)) for k in ('git_commit', 'manifest_hash', 'config_hash')}, parent)] if cfg.tracker.kind == 'mlflow' and main else []
@@ -320,71 +319,64 @@ def launch(cfg:RtsConfig,             # the whole tree
     return folder
 
 # %% ../nbs/05_train.ipynb #155d1ee3
-@call_parse
-def rtsseg_train(config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                 manifest:str='',                 # another manifest than the config's
-                 name:str='',                     # another name for the run
-                 epochs:int=None,                 # another number of epochs
-                 seed:int=None,                   # another seed
-                 overrides:str='[]',              # one section.field=value, or a JSON list of them
-                 processes:int=1,                 # GPUs, or CPU processes, to train on
-                 fresh:store_true=False,          # put the run that stands there aside, and begin anew
-                 force:store_true=False,          # go on in a run folder whose config.yaml was changed, with the config of this command; the log keeps what differed
-                 detach:store_true=False,         # return at once, and let the run outlive this shell; what it says goes to train.out in the run folder
-                 inline:store_true=False          # train in this very process
-                ):
-    "Train a model; started again, the same command goes on where the run stands"
-    if os.environ.get('RTSSEG_PIPE') and inline: obey_pipe()
-    warnings.formatwarning = lambda message, *_: f'note: {message}\n'
-    try:
-        if inline and (detach or processes != 1): raise ConfigError('--inline trains in this very process: leave out --processes and --detach')
-        cfg = settings(config, manifest, name, epochs, seed, overrides)
-        if not inline: drop_rank_variables()
-        if fresh or force: folder = _prepare(cfg, processes, fresh)[1]      # who is refused finds all as it was
-        if fresh and (aside := set_aside(folder)): print(f'put aside: {os.path.relpath(aside)}')
-        if force and (differs := force_config(cfg)): print(f'forced, config.yaml is the command\'s again: {_in_words(differs, 99)}', flush=True)
-        folder = train(cfg) if inline else launch(cfg, processes, detach)
-        if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0': print(os.path.relpath(folder))     # once, by whoever was called
-    except Stopped as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
-    except RunError as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(e.code)
-    except (ConfigError, DataError, FileError, CheckpointError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
-    except OSError as e: print(f'error: {e}. What was saved stands; when that is mended, the same command goes on from there', file=sys.stderr, flush=True); sys.exit(3)
-    except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
+def start_training(cfg:RtsConfig,          # the whole tree
+                   processes:int=1,        # GPUs, or CPU processes, to train on
+                   fresh:bool=False,       # move the run that stands there aside first
+                   force:bool=False,       # continue a run folder whose config.yaml was changed, with this config
+                   detach:bool=False,      # return at once, and let the run outlive this process
+                   inline:bool=False       # train in this process
+                  ) -> Path:               # the run folder
+    "Train as the command `rtsseg-train` does; raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end"
+    if inline and (detach or processes != 1):
+        raise ConfigError('--inline trains in this very process: leave out --processes and --detach')
+    if not inline:
+        drop_rank_variables()
+    if fresh or force:
+        # what is refused here leaves everything as it was
+        folder = _prepare(cfg, processes, fresh)[1]
+    if fresh and (aside := set_aside(folder)):
+        print(f'put aside: {os.path.relpath(aside)}')
+    if force and (differs := force_config(cfg)):
+        print(f"forced, config.yaml is the command's again: {_in_words(differs, 99)}", flush=True)
+    return train(cfg) if inline else launch(cfg, processes, detach)
 
 # %% ../nbs/05_train.ipynb #30f56524
-@call_parse
-def rtsseg_noise(run:str='',                      # run folder; '' finds it from the config
-                 config:str='configs/toy.yaml',   # YAML file, or several with commas between them: a later one is laid over the earlier
-                 manifest:str='',                 # another manifest than the config's
-                 name:str='',                     # another name for the run
-                 epochs:int=None,                 # another number of epochs
-                 seed:int=None,                   # another seed
-                 overrides:str='[]',              # one section.field=value, or a JSON list of them
-                 replicates:int=200,              # block-bootstrap replicates
-                 out:str=''                       # where the overlay goes; '' puts noise.yaml into the run folder
-                ):
-    "Measure the noise floor of a run's validation, and write min_delta = 2σ to a file that the next run lays over its config"
+def measure_noise(folder:Path,           # a run folder
+                  replicates:int=200,    # block-bootstrap replicates
+                  out:str=''             # where the overlay goes; '' puts noise.yaml into the run folder
+                 ) -> list[str]:         # what was found, a line each
+    "Measure the noise floor of a run's validation, and write min_delta = 2σ to a config overlay; raises `ConfigError` and `DataError`"
+    cfg = load(folder/'config.yaml')
+    files = _validations(folder)[-2:]
+    if replicates < 2:
+        raise ConfigError(f'replicates: {replicates} have no spread; 2 are needed, 200 are usual')
+    if len(files) < 2:
+        raise DataError(f'{os.path.relpath(folder)}: {len(files)} of the two validations that are needed: train for more epochs, or lower val_frequency')
+    pair, which = [Evidence.read(f) for f in files], cfg.metrics.monitor.removeprefix('pr_auc@')
+    ratio = which if which == 'native' else int(which)
+    sigma, blocks = noise_floor(*pair, ratio, replicates), len(set(pair[1]['block'][pair[1]['positive']]))
+    if not sigma > 0:
+        raise DataError(f'the two validations do not differ in any replicate (σ = {sigma}): nothing to measure yet, train for longer')
+    epochs = ' and '.join(str(int(f.stem[6:])) for f in files)
+    text = f'{cfg.metrics.monitor}: σ = {sigma:.4f}, over {replicates} paired block-bootstrap replicates of validations {epochs}, {blocks} blocks with positives'
+    path = Path(out) if out else folder/'noise.yaml'
     try:
-        folder = resolve_run(run, config, manifest=manifest, name=name, epochs=epochs, seed=seed, overrides=overrides); cfg = load(folder/'config.yaml')
-        files = _validations(folder)[-2:]
-        if replicates < 2: raise ConfigError(f'replicates: {replicates} have no spread; 2 are needed, 200 are usual')
-        if len(files) < 2: raise DataError(f'{os.path.relpath(folder)}: {len(files)} of the two validations that are needed: train for more epochs, or lower val_frequency')
-        pair, which = [Evidence.read(f) for f in files], cfg.metrics.monitor.removeprefix('pr_auc@')
-        ratio = which if which == 'native' else int(which)
-        sigma, blocks, drawn = noise_floor(*pair, ratio, replicates), len(set(pair[1]['block'][pair[1]['positive']])), None
-        if not sigma > 0: raise DataError(f'the two validations do not differ in any replicate (σ = {sigma}): nothing to measure yet, train for longer')
-        if ratio != 'native' and negative_weight(pair[1], ratio) < 1: drawn = subsample(pair[1], ratio, draws=5)
-        text = f"{cfg.metrics.monitor}: σ = {sigma:.4f}, over {replicates} paired block-bootstrap replicates of validations {' and '.join(str(int(f.stem[6:])) for f in files)}, {blocks} blocks with positives"
-        path = Path(out) if out else folder/'noise.yaml'
-        try: write_atomic(path, f'# {text}\nearly_stopping: {{min_delta: {2 * sigma:.6f}}}\n')
-        except OSError as e: raise ConfigError(f'out: {path} cannot be written: {e.strerror}') from None
-    except (ConfigError, DataError, ValueError, OSError) as e: print(f'error: {e}', file=sys.stderr); sys.exit(2)
-    print(text)
-    print(f"standard deviation over five draws of negatives, as the guide has it: {drawn['pr_auc'][1]:.4f}" if drawn else 'five draws of negatives (the guide\'s own measure) need w < 1: n/a')
-    if blocks < 10: print(f'note: {blocks} blocks with positives are few; σ itself is uncertain')
+        write_atomic(path, f'# {text}\nearly_stopping: {{min_delta: {2 * sigma:.6f}}}\n')
+    except OSError as e:
+        raise ConfigError(f'out: {path} cannot be written: {e.strerror}') from None
+    lines = [text]
+    if ratio != 'native' and negative_weight(pair[1], ratio) < 1:
+        drawn = subsample(pair[1], ratio, draws=5)
+        lines.append(f"standard deviation over five draws of negatives, as the guide has it: {drawn['pr_auc'][1]:.4f}")
+    else:
+        lines.append("five draws of negatives (the guide's own measure) need w < 1: n/a")
+    if blocks < 10:
+        lines.append(f'note: {blocks} blocks with positives are few; σ itself is uncertain')
     value = float(average_precision(histogram(pair[1], ratio)))
-    if 2 * sigma > value / 2: print(f'note: the value itself is {value:.4f}: with such a min_delta early stopping would stop any run; measure on one that was trained for longer')
-    print(f'min_delta = 2σ = {2 * sigma:.4f} is in {os.path.relpath(path)}: the next run takes it with --config CONFIG,{os.path.relpath(path)}')
+    if 2 * sigma > value / 2:
+        lines.append(f'note: the value itself is {value:.4f}: with such a min_delta early stopping would stop any run; measure on one that was trained for longer')
+    lines.append(f'min_delta = 2σ = {2 * sigma:.4f} is in {os.path.relpath(path)}: the next run takes it with --config CONFIG,{os.path.relpath(path)}')
+    return lines
 
 # %% ../nbs/05_train.ipynb #cb8b6137
 def show_training(folder:str|Path,     # a run folder

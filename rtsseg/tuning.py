@@ -6,7 +6,7 @@
 __all__ = ['FLOOR', 'RULE', 'FAILURES', 'HEARTBEAT', 'FILES', 'Verdict', 'verdict', 'chance', 'Range', 'read_axes', 'put', 'lay',
            'check_variants', 'combinations', 'trained', 'nest', 'save_figure', 'Ablation', 'ablate', 'Pruning', 'again',
            'Keyed', 'suggest', 'search', 'history_figure', 'importance_figure', 'best_fields', 'write_search',
-           'rtsseg_search', 'rtsseg_ablate']
+           'show_search']
 
 # %% ../nbs/09_search.ipynb #ituning
 import hashlib
@@ -29,7 +29,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-from fastcore.script import call_parse
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -406,51 +405,14 @@ def write_search(study:optuna.Study, cfg:RtsConfig, axes:dict, folder:Path):
         write_atomic(folder/'best.yaml', f'# trial {study.best_trial.number} of study {study.study_name}: {cfg.metrics.monitor} {study.best_value:.4f}, by which it was chosen; to be laid over its config\n{out.getvalue()}')
 
 # %% ../nbs/09_search.ipynb #3e7aca4a
-def _call(work):
-    "Run a command, its errors as one line and an exit code"
-    warnings.formatwarning = lambda message, *_: f'note: {message}\n'
-    try: work()
-    except Stopped as e: print(e, file=sys.stderr, flush=True); sys.exit(e.code)
-    except RunError as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(e.code)
-    except KeyboardInterrupt: print('stopped; the same command goes on from there', file=sys.stderr, flush=True); sys.exit(130)
-    except (ConfigError, DataError, FileError, CheckpointError, ReportError) as e: print(f'error: {e}', file=sys.stderr, flush=True); sys.exit(2)
-    except OSError as e: print(f'error: {e}. What was saved stands; when that is mended, the same command goes on from there', file=sys.stderr, flush=True); sys.exit(3)
-
-@call_parse
-def rtsseg_search(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
-                  space:str='configs/search/lr_loss.yaml',     # YAML file of what to try
-                  trials:int=20,                               # finished and pruned trials, earlier calls included
-                  study:str='',                                # name of the study; '' makes it of the config's name and the file's
-                  storage:str='',                              # URL of a database that several machines share; '' is an SQLite file in the study's folder
-                  manifest:str='',                             # another manifest than the config's
-                  name:str='',                                 # another name for the runs
-                  epochs:int=None,                             # another number of epochs
-                  seed:int=None,                               # another seed
-                  overrides:str='[]'                           # one section.field=value, or a JSON list of them
-                 ):
-    "Search for good settings; started again, the same command goes on. Several at a time on one database share the work"
-    def work():
-        cfg = settings(config, manifest, name, epochs, seed, overrides)
-        if 'deterministic' not in overrides:
-            cfg = cfg.model_copy(update=dict(deterministic=False))
-            print('deterministic kernels are off for a search (guide 2.2); --overrides deterministic=true turns them on', flush=True)
-        found = search(cfg, space, trials, study, storage); folder = os.path.relpath(cfg.runs/'search'/found.study_name)
-        best = [t for t in found.trials if t.state.name == 'COMPLETE']
-        print(f'\nbest of {len(best)} finished trials: {cfg.metrics.monitor} {found.best_value:.4f} with {_shown(found.best_params)}' if best else '\nno trial came to its end')
-        print(f'{folder}\nThe best of many is flattered by its luck: confirm it with --config {config},{folder}/best.yaml and other seeds' if best else folder)
-    _call(work)
-
-@call_parse
-def rtsseg_ablate(config:str='configs/toy.yaml',               # YAML file, or several with commas between them: a later one is laid over the earlier
-                  grid:str='configs/search/ablation.yaml',     # YAML file of what to try; the first entry of each axis is the baseline
-                  seeds:str='42 43 44',                        # seeds, each for every combination
-                  manifest:str='',                             # another manifest than the config's
-                  name:str='',                                 # another name for the runs
-                  epochs:int=None,                             # another number of epochs
-                  overrides:str='[]'                           # one section.field=value, or a JSON list of them
-                 ):
-    "Train every combination of a grid with every seed, and say what is a gain and what is noise; started again, the same command goes on"
-    def work():
-        cfg = settings(config, manifest, name, epochs, None, overrides)
-        found = ablate(cfg, grid, seed_list(seeds) or [cfg.seed]); print(f'\n{found}\n\n{os.path.relpath(found.folder)}')
-    _call(work)
+def show_search(study:optuna.Study,   # of `search`
+                cfg:RtsConfig,        # what trials were laid over
+                config:str            # how the command names that
+               ) -> str:
+    "The best trial and how to confirm it"
+    folder = os.path.relpath(cfg.runs/'search'/study.study_name)
+    finished = [t for t in study.trials if t.state.name == 'COMPLETE']
+    if not finished:
+        return f'\nno trial came to its end\n{folder}'
+    return (f'\nbest of {len(finished)} finished trials: {cfg.metrics.monitor} {study.best_value:.4f} with {_shown(study.best_params)}\n'
+            f'{folder}\nThe best of many is flattered by its luck: confirm it with --config {config},{folder}/best.yaml and other seeds')

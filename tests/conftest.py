@@ -24,10 +24,8 @@ LONG = [
 settings.register_profile('same', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('same')
 
-
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
 
 @pytest.fixture(scope='session')
 def data_dir():
@@ -36,7 +34,6 @@ def data_dir():
     if not path.is_dir():
         pytest.skip('the real data sets are not on this machine')
     return path
-
 
 @pytest.fixture(scope='session')
 def tiny_world(tmp_path_factory):

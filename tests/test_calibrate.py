@@ -7,30 +7,29 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
 from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.calibration import (
     Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
-    prior_shift, recommend, rtsseg_calibrate, show_calibration, show_reliability, temperature_verdict,
-    views_gain
+    prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
 )
-from rtsseg.files import write_atomic
-from rtsseg.config import Calibrate, RtsConfig, ConfigError, Metrics, load, to_yaml
-from rtsseg.runs import config_hash, run_folder
+from rtsseg.bootstrap import Estimate
+from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.manifest import read_manifest
-from rtsseg.stats import compute_stats
-from rtsseg.tiles import read_tile
-from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access, rtsseg_evaluate
-from rtsseg.files import seal_model
+from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
+from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
+from rtsseg.files import seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
-from rtsseg.weights import ModelError
-from rtsseg.intervals import Estimate
-from rtsseg.evidence import Evidence, Meter, decode, evidence_path, tile_evidence
+from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
-from rtsseg.tiles import eval_loader
+from rtsseg.runs import config_hash, run_folder
+from rtsseg.scores import decode
+from rtsseg.stats import compute_stats
+from rtsseg.tiles import eval_loader, read_tile
 from rtsseg.toy import scored_tiles
+from rtsseg.weights import ModelError
 from helpers.runs import MODEL, toy_world
 
 THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]
@@ -134,14 +133,14 @@ def test_an_old_file_is_told(toy, tmp_path):
     path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
     for name in ('slope', 'objects'): del old['none'][name]
     path.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it anew'): Calibration.load(path)
+    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'): Calibration.load(path)
 
 @pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
 def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
     path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate_evidence(toy, CFG, METRICS)
-    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it anew'): Calibration.load(path)
-    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().out
-    c.save(path); assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it again'): Calibration.load(path)
+    assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().err
+    c.save(path); assert not capsys.readouterr().err
 
 def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
@@ -304,7 +303,7 @@ def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     try:
         calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
-        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it anew'): evaluate(folder, 'test')
+        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
         seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked

@@ -6,8 +6,9 @@ from scipy.special import expit
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from rtsseg.evidence import Evidence, tile_bands, tile_evidence
-from rtsseg.metrics import boundary_counts, boundary_iou, boundary_metrics, class_iou, confusion, mean_iou
+from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.metrics import boundary_counts, boundary_metrics, class_iou, confusion, mean_iou
+from rtsseg.shapes import boundary_iou, tile_bands
 
 quick = settings(max_examples=40, deadline=None)
 

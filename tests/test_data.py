@@ -15,10 +15,14 @@ from rtsseg.ground import BOX, grid_blocks, overlaps
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import shrink
 from rtsseg.manifest import (
-    COLUMNS, Manifest, complete_table, make_splits, read_manifest, write_manifest
+    Manifest, read_manifest, write_manifest
 )
+from rtsseg.columns import COLUMNS, complete_table
+from rtsseg.splits import make_splits
 from rtsseg.stats import Stats, compute_stats, merge_moments, moments
-from rtsseg.audit import audit, balanced_correlation, has_errors
+from rtsseg.audit import audit
+from rtsseg.filecheck import balanced_correlation
+from rtsseg.findings import has_errors
 from rtsseg.importers import import_table
 from rtsseg.tiles import neighbours, read_coarse, read_tile
 from helpers.tiles import extra, rewrite, seen, tile, world
@@ -59,8 +63,8 @@ def test_manifest_is_computed_not_written(world):
     assert (m.table.n_positive == 36).all() and m.of('val').table.tile_id.tolist() == ['t2', 't3']
     shutil.copytree(world, world/'moved'); assert read_manifest(world/'moved'/'m.csv').hash == m.hash
 
-@pytest.mark.parametrize('box,crs,word', [((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'), ((0, 0, 0, 1), 'EPSG:3413', 'no footprint'), ((0, 0, 1, 'inf'), 'EPSG:3413', 'no footprint'),
-                                          ((0, 0, 1, 'a'), 'EPSG:3413', "'a' is no number"), ((0, 0, 1, 1), 'EPSG:99999', 'not a coordinate reference system')])
+@pytest.mark.parametrize('box,crs,word', [((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'), ((0, 0, 0, 1), 'EPSG:3413', 'not a footprint'), ((0, 0, 1, 'inf'), 'EPSG:3413', 'not a footprint'),
+                                          ((0, 0, 1, 'a'), 'EPSG:3413', "'a' is not a number"), ((0, 0, 1, 1), 'EPSG:99999', 'not a coordinate reference system')])
 def test_impossible_footprints(world, box, crs, word):
     pd.read_csv(world/'m.csv').assign(**dict(zip(BOX, box)), crs=crs, pixel_size=3).to_csv(world/'m.csv', index=False)
     with pytest.raises(DataError, match=word): read_manifest(world/'m.csv')

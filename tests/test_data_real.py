@@ -9,9 +9,10 @@ import rasterio
 
 from rtsseg.config import load
 from rtsseg.ground import overlaps
-from rtsseg.manifest import thin_splits
+from rtsseg.splits import thin_splits
 from rtsseg.stats import compute_stats
-from rtsseg.audit import check_files, has_errors
+from rtsseg.filecheck import check_files
+from rtsseg.findings import has_errors
 from rtsseg.importers import import_table
 from rtsseg.tiles import read_tile
 
@@ -28,7 +29,7 @@ def test_s2_landslide(tmp_path):
     left, bottom, right, top = (theirs[c].to_numpy() for c in ('left', 'bottom', 'right', 'top'))
     wide, high = np.minimum.outer(right, right) - np.maximum.outer(left, left), np.minimum.outer(top, top) - np.maximum.outer(bottom, bottom)
     assert len(overlaps(m.table)) == (np.triu((wide > 1e-6) & (high > 1e-6), 1)).sum()       # in degrees, by brute force
-    found = {f.what: f for f in check_files(m, cfg)}
+    found = {f.what: f for f in check_files(m, cfg.data)}
     assert not has_errors(found.values()) and found['leak: footprints'].level == 'ok'
     assert 'sparse points' in found['label shape'].note and found['nodata test'].level == 'note' and found['overlap inside splits'].level == 'note'
     assert len(thin_splits(m.table)) == 3
@@ -47,5 +48,5 @@ def test_dubai(tmp_path):
     assert set(m.table.crs) == {'none'} and set(m.table.block) == set(val.tile_id)
     by = m.table.groupby('block').n_positive.sum(); size = (theirs.width // 2) * (theirs.height // 2)
     np.testing.assert_allclose(by / size.loc[by.index] * 100, theirs.building_pct.loc[by.index], atol=.6)     # their share of buildings, at half resolution
-    found = check_files(m, cfg); assert not has_errors(found)
+    found = check_files(m, cfg.data); assert not has_errors(found)
     pixels = next(f.value for f in found if f.what == 'split val'); assert '1.8' in pixels

@@ -1,14 +1,13 @@
 "The house rules that a machine can check: imports point backwards, notebooks are clean and buildable, commands explain themselves"
-import ast, configparser, importlib, inspect, os, re, shutil, subprocess, sys
-from importlib.metadata import entry_points
+import ast, configparser, importlib, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, yaml
-from fastcore.script import anno_parser
+
+import rtsseg
+from rtsseg.cli import COMMANDS, arguments_of, main
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ('console files config runs ground raster rawtile manifest stats audit importers toy pretrained prepare sampler augment tiles losses evidence metrics objects intervals models weights infer'
-         ' checkpoint processes workers schedule loop segment track launch check training evaluation operating calibration page results tables figures reporting prediction tuning').split()
 CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report']   # what make demo runs
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
 settings = configparser.ConfigParser(delimiters=['=']); settings.read(ROOT/'settings.ini'); settings = settings['DEFAULT']
@@ -28,18 +27,20 @@ def directives(cell): return {m[1] for m in re.finditer(r'^#\| *(\S+)', cell.sou
 
 def module(path): return next((m[1] for c in code(path) if (m := re.search(r'^#\| *default_exp +(\S+)', c.source, re.M))), None)
 
+# the numbers of the chapters are the import order
+ORDER = [module(p) for p in chapters if p.parent.name == 'nbs']
+
 def siblings(name):
     "Modules of the house that an exported module imports, anywhere in it"
     tree, found = ast.parse((ROOT/'rtsseg'/f'{name}.py').read_text()), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.split('.')[0] == 'rtsseg'}
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.startswith('rtsseg.')}
         if isinstance(node, ast.ImportFrom) and node.level: found |= {f'rtsseg.{node.module}'} if node.module else {f'rtsseg.{a.name}' for a in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or '').split('.')[0] == 'rtsseg':
             found |= {node.module} if node.module != 'rtsseg' else {f'rtsseg.{a.name}' for a in node.names}
     return {f.split('.')[1] for f in found}
 
 def test_every_room_stands():
-    assert [module(p) for p in chapters if '/systems/' not in p.as_posix()] == ORDER
     assert sorted(p.stem for p in (ROOT/'rtsseg').glob('*.py') if not p.stem.startswith('_')) == sorted(ORDER)
 
 @pytest.mark.parametrize('name', ORDER)
@@ -87,17 +88,61 @@ def test_no_trace_of_a_machine():
         if f.startswith('requirements') or f in ('Makefile', 'Dockerfile', 'setup.py', 'settings.ini'): found += [f'{f}: {m[0]}' for m in hosts.finditer(text)]
     assert not found, '\n'.join(found)
 
-@pytest.mark.parametrize('command, target', scripts, ids=[c for c, _ in scripts])
-def test_a_command_explains_its_arguments(command, target):
-    name, function = target.split(':'); function = getattr(importlib.import_module(name), function)
-    for a in anno_parser(inspect.unwrap(function), prog=command)._actions:
-        assert re.sub(r'\(default: .*\)', '', a.help or '').strip(), f'{command}: {a.option_strings or a.dest} has no line of help'
+@pytest.mark.parametrize('name', COMMANDS)
+def test_a_command_explains_its_arguments(name):
+    for argument in arguments_of(COMMANDS[name].__wrapped__):
+        assert argument.help, f'rtsseg-{name}: --{argument.name} has no line of help'
 
 def test_commands_are_installed():
-    installed = {e.name: e.value for e in entry_points(group='console_scripts') if e.name.startswith('rtsseg-')}
-    assert installed == {c.strip(): t.strip() for c, t in scripts}
-    done = subprocess.run([Path(sys.executable).parent/'rtsseg-report', '--help'], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and 'usage: rtsseg-report' in done.stdout, done.stderr
+    assert dict(scripts) == {'rtsseg': 'rtsseg.cli:main'} | {f'rtsseg-{name}': f'rtsseg.cli:rtsseg_{name}' for name in COMMANDS}
+    for command in ('rtsseg', 'rtsseg-report'):
+        done = subprocess.run([Path(sys.executable).parent/command, '--help'], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and f'usage: {command}' in done.stdout, done.stderr
+
+def test_what_commands_import_is_there():
+    "Their imports stand inside the functions, where only a call would find a mistake"
+    tree = ast.parse((ROOT/'rtsseg/cli.py').read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or '', 'rtsseg') if not node.level else importlib.import_module(f'rtsseg.{node.module}')
+            for name in node.names:
+                assert hasattr(module, name.name), f'{node.module}.{name.name}'
+
+def imported_by(code):
+    "Names of the modules that a piece of code imports, in a Python of its own"
+    program = f'import sys\n{code}\nprint(*sys.modules, file=sys.stderr)'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+@pytest.mark.parametrize('line', [[], ['--version'], *([name, '--help'] for name in COMMANDS)], ids=' '.join)
+def test_arguments_are_parsed_without_heavy_imports(line):
+    "So that --help answers at once"
+    code = f'import rtsseg.cli\ntry: rtsseg.cli.main({line})\nexcept SystemExit: pass'
+    assert not {'torch', 'pandas', 'numpy', 'pydantic', 'rtsseg.config'} & imported_by(code)
+
+def test_the_library_is_imported_when_it_is_used():
+    "`import rtsseg` is instant, offers seven names, and knows no others"
+    assert not {'torch', 'pandas', 'numpy', 'rtsseg.config'} & imported_by('import rtsseg; dir(rtsseg)')
+    assert rtsseg.__all__ == sorted(rtsseg.__all__) and set(rtsseg.__all__) <= set(dir(rtsseg))
+    for name in rtsseg.__all__:
+        assert getattr(rtsseg, name).__name__ == name
+    with pytest.raises(AttributeError, match='nothing'):
+        rtsseg.nothing
+
+def test_a_config_is_read_without_torch():
+    assert 'torch' not in imported_by('import rtsseg; rtsseg.load("configs/toy.yaml")')
+
+@pytest.mark.parametrize('line, code, words', [
+    (['--version'], 0, f'rtsseg {rtsseg.__version__}'),
+    ([], 0, 'usage: rtsseg COMMAND'),
+    (['trian'], 2, "error: no such command: 'trian' (did you mean 'train'?)"),
+    (['check', '--config', 'tooy'], 2, "did you mean 'toy'?"),
+    (['check', '--override', 'epochs=many', '--override', 'lr.bse_lr=1'], 2, "'base_lr'"),
+])
+def test_the_umbrella(capsys, line, code, words):
+    assert main(line) == code
+    said = capsys.readouterr()
+    assert words in said.out + said.err
 
 def test_readme_opens_with_the_two_commands():
     text = (ROOT/'README.md').read_text(); top = text[:1500]

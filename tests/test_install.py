@@ -25,16 +25,13 @@ settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
 settings = settings['DEFAULT']
 
-
 def requirements(key):
     "The entries of a list of dependencies in settings.ini"
     return [Requirement(line) for line in settings[key].splitlines() if line.strip()]
 
-
 def names(key):
     "Normalised names of a list of dependencies"
     return {canonicalize_name(requirement.name) for requirement in requirements(key)}
-
 
 def run(*command, **options):
     "Run a command without this checkout on the path; its output"
@@ -42,7 +39,6 @@ def run(*command, **options):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
     assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}'
     return done.stdout
-
 
 def third_party_imports(path):
     "Distributions that a module imports, anywhere in it"
@@ -55,19 +51,16 @@ def third_party_imports(path):
     packages = {module.split('.')[0] for module in modules} - {'rtsseg'}
     return {canonicalize_name(IMPORTED_AS.get(name, name)) for name in packages - sys.stdlib_module_names}
 
-
 def test_the_library_declares_what_it_imports():
     declared = names('requirements') | set(OPTIONAL)
     for path in (ROOT/'rtsseg').rglob('*.py'):
         missing = third_party_imports(path) - declared
         assert not missing, f'{path.name} imports {missing}, which settings.ini does not declare'
 
-
 @pytest.mark.parametrize('package', OPTIONAL)
 def test_an_optional_package_is_declared_by_its_extra_alone(package):
     assert package in names(f'{OPTIONAL[package]}_requirements')
     assert package not in names('requirements')
-
 
 def test_the_library_imports_without_its_optional_packages():
     "All but rtsseg.tuning, which is about nothing but searches"
@@ -79,7 +72,6 @@ for module in {sorted(modules)}:
     importlib.import_module(f'rtsseg.{{module}}')
 """
     run(sys.executable, '-c', code, cwd=ROOT)
-
 
 def read_lock():
     "{name: (version, hashes)} of requirements.txt"
@@ -94,7 +86,6 @@ def read_lock():
             assert line.startswith('#'), line
     return found
 
-
 @pytest.mark.parametrize('key', ['requirements', *(f'{extra}_requirements' for extra in EXTRAS)])
 def test_the_lock_has_each_dependency_in_its_range(key):
     lock = read_lock()
@@ -102,10 +93,8 @@ def test_the_lock_has_each_dependency_in_its_range(key):
         version, _ = lock[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f'{requirement}: the lock has {version}'
 
-
 def test_each_line_of_the_lock_has_a_hash():
     assert all(hashes for _, hashes in read_lock().values())
-
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
@@ -119,12 +108,10 @@ def built(tmp_path_factory):
     run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', dist, source)
     return next(dist.glob('*.tar.gz')), next(dist.glob('*.whl'))
 
-
 def files_below(folder, patterns=('*',)):
     "Files of a folder of the checkout, as paths relative to it"
     found = {path.relative_to(ROOT/folder).as_posix() for pattern in patterns for path in (ROOT/folder).rglob(pattern)}
     return {name for name in found if '__pycache__' not in name and (ROOT/folder/name).is_file()}
-
 
 def test_the_sdist_holds_what_a_build_needs(built):
     with tarfile.open(built[0]) as archive:
@@ -134,7 +121,6 @@ def test_the_sdist_holds_what_a_build_needs(built):
     needed |= {f'rtsseg/{name}' for name in files_below('rtsseg')}
     assert needed <= held
     assert not [name for name in held if name.startswith(('tests/', 'benchmarks/', 'nbs/'))]
-
 
 def test_the_wheel_holds_the_library_and_its_configs(built):
     with zipfile.ZipFile(built[1]) as archive:
@@ -152,7 +138,6 @@ def test_the_wheel_holds_the_library_and_its_configs(built):
     pythons = SpecifierSet(metadata['Requires-Python'])
     assert [minor for minor in range(9, 16) if f'3.{minor}' in pythons] == [11, 12, 13]
 
-
 @pytest.fixture(scope='module')
 def environment(built, tmp_path_factory):
     "Folder of the commands of a new environment that holds the wheel, and borrows the dependencies installed here"
@@ -166,11 +151,9 @@ def environment(built, tmp_path_factory):
     Path(own, 'borrowed.pth').write_text('\n'.join(sorted(borrowed)))
     return folder/'bin'
 
-
 def test_the_installed_library_is_the_wheel(environment, tmp_path):
     code = 'import rtsseg.config; print(rtsseg.config.__file__)'
     assert Path(run(environment/'python', '-c', code, cwd=tmp_path).strip()).is_relative_to(environment.parent)
-
 
 def test_a_command_of_the_wheel_shows_its_help(environment, tmp_path):
     assert 'usage: rtsseg-check' in run(environment/'rtsseg-check', '--help', cwd=tmp_path)

@@ -7,11 +7,13 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
+from rtsseg.bootstrap import Estimate, draw_groups
 from rtsseg.config import ToySource
-from rtsseg.intervals import MAX_BINS, Difference, Estimate, draw_groups, bootstrap, compare, resample, subsample, summary
-from rtsseg.evidence import CODES, Evidence, decode, tile_evidence
+from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.intervals import MAX_BINS, Difference, bootstrap, compare, resample, subsample, summary
 from rtsseg.metrics import boundary_metrics, pixel_metrics
 from rtsseg.objects import object_metrics
+from rtsseg.scores import CODES, decode
 from rtsseg.toy import scene
 
 THRESHOLDS = (0.25, 0.5, 0.8)

@@ -7,8 +7,9 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
 from rtsseg import evidence as evidence_room
+from rtsseg.evidence import Evidence, Meter, tile_evidence
 from rtsseg.intervals import bootstrap, resample, summary
-from rtsseg.evidence import CODES, Evidence, Meter, decode, encode, first_code, tile_evidence, tile_histograms
+from rtsseg.scores import CODES, decode, encode, first_code, tile_histograms
 from rtsseg.metrics import (
     ap_bounds, average_precision, histogram, informative_tiles, is_resolved, pixel_metrics, negative_weight, tile_weights
 )
@@ -189,7 +190,7 @@ def test_file(tmp_path):
     for i in range(6):
         seen = row(i, i)
         for k, v in seen.items():
-            if k in evidence_room._NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, evidence_room._NESTED[k][f]).tolist() for f, c in v.items()))]
+            if k in evidence_room.NESTED: want = [dict(zip(v, x)) for x in zip(*(np.asarray(c, evidence_room.NESTED[k][f]).tolist() for f, c in v.items()))]
             elif k in ('exact', 'tile_id'): continue
             else: want = np.asarray(v).tolist()
             assert table[k][i].as_py() == want and (list(frame.loc[f't{i:03}', k]) if isinstance(want, list) else frame.loc[f't{i:03}', k]) == want

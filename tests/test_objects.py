@@ -6,8 +6,9 @@ from scipy import ndimage
 from scipy.special import expit
 from skimage.measure import label, regionprops
 
-from rtsseg.evidence import Evidence, label_objects, tile_evidence, tile_objects
+from rtsseg.evidence import Evidence, tile_evidence
 from rtsseg.metrics import rates, tile_weights
+from rtsseg.shapes import label_objects, tile_objects
 from rtsseg.objects import (
     MISS_KINDS, SIZE_CLASSES, false_alarms, grid_counts, match_objects, misses, object_grid, object_metrics, recall_by_size
 )

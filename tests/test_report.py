@@ -10,20 +10,22 @@ from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, jaccard_score, log_loss, precision_recall_curve, precision_score, recall_score
 
+from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import calibrate_evidence
-from rtsseg.files import write_atomic
+from rtsseg.cli import rtsseg_report
 from rtsseg.config import CurriculumRow, load, to_yaml
-from rtsseg.runs import run_folder
-from rtsseg.manifest import read_manifest, write_manifest
-from rtsseg.tiles import read_tile
-from rtsseg.intervals import Estimate, summary
 from rtsseg.evidence import Meter, evidence_path
+from rtsseg.figures import gallery, training_figure
+from rtsseg.files import write_atomic
+from rtsseg.intervals import summary
+from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.metrics import informative_tiles
 from rtsseg.page import Bullets, Reasons, Table, Text
+from rtsseg.reporting import plain, report, tables
 from rtsseg.results import ReportError, read_results, read_run
+from rtsseg.runs import run_folder
 from rtsseg.tables import METRICS, Several, region_table, threshold
-from rtsseg.figures import gallery, training_figure
-from rtsseg.reporting import plain, report, rtsseg_report, tables
+from rtsseg.tiles import read_tile
 from rtsseg.toy import tiny_toy
 from helpers.runs import toy_world
 from helpers.shell import shell

@@ -8,11 +8,11 @@ from hypothesis import given, strategies as st
 from scipy.stats import ttest_rel
 
 import rtsseg.tuning as module
+from rtsseg.cli import rtsseg_ablate, rtsseg_search
 from rtsseg.config import ConfigError, load, to_yaml
 from rtsseg.runs import config_hash
 from rtsseg.tuning import (
-    Ablation, FLOOR, Range, ablate, check_variants, combinations, lay, put, read_axes, rtsseg_ablate,
-    rtsseg_search, search, verdict
+    Ablation, FLOOR, Range, ablate, check_variants, combinations, lay, put, read_axes, search, verdict
 )
 from rtsseg.prepare import prepare
 from rtsseg.runs import Busy, RunError, Stopped, read_log

@@ -8,11 +8,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from rtsseg.cli import rtsseg_evaluate, rtsseg_noise, rtsseg_train
 from rtsseg.config import load, to_yaml
 from rtsseg.runs import run_folder
 import rtsseg.evaluation, rtsseg.launch, rtsseg.segment, rtsseg.training
 from rtsseg.console import DataError
-from rtsseg.evaluation import Locked, evaluate, record_test_access, rtsseg_evaluate
+from rtsseg.evaluation import Locked, evaluate, record_test_access
 from rtsseg.checkpoint import load_state
 from rtsseg.loop import TrainingState
 from rtsseg.evidence import Evidence, evidence_path
@@ -21,9 +22,7 @@ from rtsseg.segment import headline
 from rtsseg.toy import tiny_toy
 from rtsseg.runs import read_lines
 from rtsseg.runs import RunError, Stopped, read_log, run_lock
-from rtsseg.training import (
-    KeepEvidence, Log, OVERFITTING_SIGNS, force_config, launch, rtsseg_noise, rtsseg_train, show_training, train
-)
+from rtsseg.training import KeepEvidence, Log, OVERFITTING_SIGNS, force_config, launch, show_training, train
 from helpers.runs import in_time
 from helpers.shell import shell
 

@@ -4,7 +4,7 @@ import contextlib, io, os, pickle, shutil, signal, warnings
 import pytest, torch
 from hypothesis import example, given, settings, strategies as st
 
-import rtsseg.loop, rtsseg.training
+import rtsseg.cli, rtsseg.loop, rtsseg.training
 from rtsseg.config import load, to_yaml
 from rtsseg.checkpoint import CheckpointError, MAGIC, load_state, newest_state, save_state
 from rtsseg.toy import tiny_toy
@@ -133,7 +133,7 @@ def test_28_the_command_refuses(real, tmp_path, monkeypatch, capsys, names):
         for n in ('epoch-0001', 'epoch-0002'): (folder/'checkpoints'/f'{n}.ckpt').unlink()      # no state is from before the best weights
     damage(folder, *names); before = contents(folder); (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning)      # which the command changes
-    with pytest.raises(SystemExit) as left: rtsseg.training.rtsseg_train(config=str(tmp_path/'cfg.yaml'), inline=True)
+    with pytest.raises(SystemExit) as left: rtsseg.cli.rtsseg_train(config=str(tmp_path/'cfg.yaml'), inline=True)
     assert left.value.code == 2 and contents(folder) == before
     line, = [l for l in capsys.readouterr().err.splitlines() if l.startswith('error: ')]; assert all(f'{n}.ckpt is damaged' in line for n in names) and '--fresh' in line
 

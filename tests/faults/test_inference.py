@@ -7,15 +7,15 @@ from rasterio.transform import from_origin
 from safetensors.torch import load_file, save
 
 import rtsseg.prediction
+from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.config import RtsConfig
 from rtsseg.console import DataError
 from rtsseg.raster import write_raster
 from rtsseg.stats import Stats
-from rtsseg.evaluation import rtsseg_evaluate
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.models import build
-from rtsseg.prediction import NODATA, Stopped, predict, rtsseg_predict, starts
+from rtsseg.prediction import NODATA, Stopped, predict, starts
 from helpers.runs import guard, in_time, run
 
 FAULTS = {40: ('a model directory with a missing or an extra weight, without normalization_stats.json, with a standard deviation of 0, weights that are no numbers, or bands in another order', 'refused'),

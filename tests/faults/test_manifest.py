@@ -6,7 +6,9 @@ import pytest
 
 from rtsseg.console import DataError
 from rtsseg.manifest import add_hashes, read_manifest, write_manifest
-from rtsseg.audit import check_files, leaks, show_findings
+from rtsseg.audit import leaks
+from rtsseg.filecheck import check_files
+from rtsseg.findings import show_findings
 from rtsseg.config import RtsConfig
 from rtsseg.prepare import prepare
 from rtsseg.training import train
@@ -36,7 +38,7 @@ def test_01_a_path_that_leaves_the_folder(world, path, word, field):
 def test_01_a_link_that_was_put_there_later(world):
     "The path is followed anew each time that a tile is read"
     m = read_manifest(world/'full.csv'); shutil.move(world/'t0.tif', world.parent/'t0.tif'); os.symlink(world.parent/'t0.tif', world/'t0.tif')
-    assert "tile 't0', image 't0.tif': 't0.tif' leaves the manifest's folder" in next(f.note for f in check_files(m, CFG) if f.what == 'files')
+    assert "tile 't0', image 't0.tif': 't0.tif' leaves the manifest's folder" in next(f.note for f in check_files(m, CFG.data) if f.what == 'files')
 
 @pytest.mark.parametrize('path', ['/vsicurl/http://127.0.0.1:{}/x.tif', 'http://127.0.0.1:{}/x.tif', 's3://127.0.0.1:{}/x.tif', '/vsizip//vsicurl/http://127.0.0.1:{}/x.zip/x.tif'])
 def test_02_a_network_path(world, path):
@@ -61,7 +63,7 @@ def test_03_all_that_is_wrong_is_told_at_once(world, command):
         (world/'t3.tif').write_text(f'<VRTDataset rasterXSize="32" rasterYSize="32"><VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>/vsicurl/http://127.0.0.1:{port}/x.tif</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>')
         (world/'t4.tif').write_bytes((world/'t4.tif').read_bytes()[:1500]); rewrite(world/'t4_m.tif', lambda a: a * 3); rewrite(world/'t5_m.tif', lambda a: a * 2)
         (world.parent/'strict.yaml').write_text(STRICT); said = refused(command, world, 'm.csv', 'strict.yaml')
-    for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is none \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
+    for word in (r"row 1 \(tile_id 't0'\), image: '../x.tif' leaves", r"row 2 \(tile_id 't1'\), split: 'vall' is not a split \(did you mean 'val'", r"row 3 \(tile_id 't2'\), image: '/vsicurl.* is a network path",
                  r"row 4 \(tile_id 't3'\), image 't3.tif': t3.tif is not a GeoTIFF: it begins with b'<VRTData", r"row 5 \(tile_id 't4'\), image 't4.tif': t4.tif cannot be read", r"row 5 \(tile_id 't4'\), mask 't4_m.tif': values 0, 3",
                  r"row 6 \(tile_id 't5'\), mask 't5_m.tif': values 0, 2", r"leak: footprints: t6 \(val\) and t7 \(train\)", r"tile size: tile 't8', image 't8.tif': 16 × 16 pixels"):
         assert re.search(word, said), (word, said)
@@ -91,9 +93,9 @@ def test_03_a_table_out_of_a_spreadsheet(world):
 
 def test_03_one_column_twice(world):
     text = (world/'m.csv').read_text().splitlines(); (world/'m2.csv').write_text('\n'.join(f'{l},{l.split(",")[4]}' for l in text))
-    with pytest.raises(DataError, match="m2.csv: column 'split' stands more than once"): read_manifest(world/'m2.csv')
+    with pytest.raises(DataError, match="m2.csv: column 'split' appears more than once"): read_manifest(world/'m2.csv')
 
-@pytest.mark.parametrize('content,word', [('tile_id;image;mask\n1;2;3\n', "a comma was expected between cells, not ';'"), ('tile_id,image\n'.encode('utf-16'), 'is no UTF-8 text')])
+@pytest.mark.parametrize('content,word', [('tile_id;image;mask\n1;2;3\n', "a comma was expected between cells, not ';'"), ('tile_id,image\n'.encode('utf-16'), 'is not UTF-8 text')])
 def test_03_a_table_of_another_kind(world, content, word):
     "What a spreadsheet makes of it in some countries: said as that"
     (world/'m2.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -103,13 +105,13 @@ def test_03_a_table_of_another_kind(world, content, word):
 def test_03_patterns_of_an_import(world, pattern):
     "A pattern names columns, and does nothing else with them; nothing is left of an import that is refused"
     source = dict(kind='table', path=str(world/'m.csv'), image='{tile_id}.tif', mask=pattern)
-    with pytest.raises(DataError, match="mask: '.*(is no pattern|asks for a column)"): prepare(RtsConfig(data=dict(manifest=world/'new'/'m.csv', source=source)))
+    with pytest.raises(DataError, match="mask: '.*(is not a pattern|asks for a column)"): prepare(RtsConfig(data=dict(manifest=world/'new'/'m.csv', source=source)))
     assert not (world/'new').exists()
 
 def test_03_names_that_are_one(world):
     "Column names that differ by a space only"
     (world/'m.csv').write_text((world/'m.csv').read_text().replace('split', 'split,split ', 1).replace(',train', ',train,train').replace(',val', ',val,val').replace(',test', ',test,test'))
-    with pytest.raises(DataError, match="m.csv: column 'split' stands more than once"): read_manifest(world/'m.csv')
+    with pytest.raises(DataError, match="m.csv: column 'split' appears more than once"): read_manifest(world/'m.csv')
 
 def test_03_lists_and_gaps_in_a_parquet(world):
     "A list is no text; what is missing is empty, however the table writes it"
@@ -121,25 +123,25 @@ def test_03_lists_and_gaps_in_a_parquet(world):
 @pytest.mark.parametrize('count', ['1e30', 'inf', '-1', '1.5'])
 def test_03_no_count(world, count):
     at(world, 'n_positive', count, 'full.csv')
-    with pytest.raises(DataError, match=r"row 3 \(tile_id 't2'\), n_positive: no count"): read_manifest(world/'full.csv')
+    with pytest.raises(DataError, match=r"row 3 \(tile_id 't2'\), n_positive: not a count"): read_manifest(world/'full.csv')
 
 def test_04_one_tile_in_two_splits(world):
     at(world, 'tile_id', 't0', row=5)
-    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0'\), tile_id: stands 2 times, in test, train"): read_manifest(world/'m.csv')
+    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0'\), tile_id: appears 2 times, in test, train"): read_manifest(world/'m.csv')
 
 @pytest.mark.parametrize('path', ['t0.tif', './t0.tif', 'sub/../t0.tif', 'link.tif'])
 def test_04_one_file_in_two_splits(world, path):
     "However its path is written"
     (world/'sub').mkdir(); os.symlink('t0.tif', world/'link.tif'); at(world, 'image', path, 'full.csv', row=5)
     for use in (lambda: read_manifest(world/'full.csv'), lambda: train(settings(world))):
-        with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), image: one file, 't0.tif', stands in test, train"): use()
+        with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), image: one file, 't0.tif', is in test, train"): use()
 
 def test_04_one_content_in_two_splits(world):
     "Copies are found by the check, and at once where the manifest holds hashes"
     shutil.copy(world/'t0.tif', world/'t5.tif')
     assert "leak: equal files: t0 (train, t0.tif) = t5 (test, t5.tif)" in wrong(world)
     write_manifest(add_hashes(read_manifest(world/'full.csv')), world/'sealed.csv')
-    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), sha256: one file, 't0.tif', stands in test, train"): read_manifest(world/'sealed.csv')
+    with pytest.raises(DataError, match=r"rows 1, 6 \(tile_id 't0', 't5'\), sha256: one file, 't0.tif', is in test, train"): read_manifest(world/'sealed.csv')
 
 def test_04_copies_inside_a_split_are_a_warning(world):
     shutil.copy(world/'t0.tif', world/'t1.tif'); found = seen(world)['duplicates']
@@ -158,7 +160,7 @@ def test_05_splits_that_share_ground(world):
 
 def test_05_shared_ground_that_was_allowed(world):
     "With data.split_check: warn the check warns of it, as training does"
-    shared_ground(world); assert [f.level for f in check_files(read_manifest(world/'full.csv'), settings(world)) if f.what == 'leak: footprints'] == ['warning']
+    shared_ground(world); assert [f.level for f in check_files(read_manifest(world/'full.csv'), settings(world).data) if f.what == 'leak: footprints'] == ['warning']
     with pytest.warns(UserWarning, match=r'validation would flatter: .*t1 \(train\) and t2 \(val\)'): prepare(settings(world))
 
 def test_05_through_the_check(world):
@@ -187,7 +189,7 @@ def test_07_html_in_names(world):
     for f in ('t0.tif', 't0_m.tif'): (world/f).rename(world/f.replace('t0', '<b>t0'))
     t = pd.read_csv(world/'m.csv'); t['region'] = [EVIL, 'a'] * 3; t.loc[0, ['tile_id', 'image', 'mask']] = ['<img src=x>', '<b>t0.tif', '<b>t0_m.tif']
     t.to_csv(world/'m.csv', index=False); rewrite(world/'<b>t0_m.tif', lambda a: a * 0 + 255)
-    found = check_files(read_manifest(world/'m.csv'), CFG); page = show_findings(found)._repr_html_()
+    found = check_files(read_manifest(world/'m.csv'), CFG.data); page = show_findings(found)._repr_html_()
     assert '&lt;script&gt;' in page and '&lt;img' in page and not re.search('<(script|img|b)\\b', page)
     assert EVIL in repr(show_findings(found))                     # a terminal shows it as it is
 

@@ -8,11 +8,13 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 
+from rtsseg.cli import rtsseg_check
 from rtsseg.config import TableSource, to_yaml
 from rtsseg.console import DataError
-from rtsseg.manifest import Manifest, add_hashes, complete_table, read_manifest, write_manifest
+from rtsseg.columns import complete_table
+from rtsseg.manifest import Manifest, add_hashes, read_manifest, write_manifest
 from rtsseg.stats import compute_stats
-from rtsseg.audit import check_files
+from rtsseg.filecheck import check_files
 from rtsseg.importers import import_table
 from rtsseg.tiles import read_tile
 from rtsseg.loop import fit
@@ -20,7 +22,6 @@ from rtsseg.models import build
 from rtsseg.prepare import check_all_tiles, statistics
 from rtsseg.tiles import UnreadableTiles, loaders
 from rtsseg.segment import SegmentTask
-from rtsseg.check import rtsseg_check
 from helpers.tiles import CFG, PLACE, change, extra, files, nobody_calls, refused, rewrite, settings, tile, world, wrong
 
 FAULTS = {8: ('a truncated or otherwise unreadable tile', 'refused by the check; a run that meets one leaves it out and counts it, up to 0.1% of the tiles of a split, then stops, to be resumed'),
@@ -135,7 +136,7 @@ def test_09_a_flipped_byte(world, field):
 @pytest.mark.parametrize('field', ['sha256', 'mask_sha256', 'extra_sha256'])
 def test_09_no_hash_at_all(world, field, value):
     change(world, **{field: (1, value)})
-    with pytest.raises(DataError, match=rf"row 2 \(tile_id 't1'\), {field}: no SHA-256"): read_manifest(world/'m.csv')
+    with pytest.raises(DataError, match=rf"row 2 \(tile_id 't1'\), {field}: not a SHA-256"): read_manifest(world/'m.csv')
 
 def test_09_hashes_are_part_of_the_manifest_where_they_are(world):
     "Empty columns change no manifest; filled ones do, in every format"
@@ -351,5 +352,5 @@ def test_08_any_damage_is_an_error_or_a_tile(tmp_path_factory, what, tiled, comp
     file.write_bytes(data); row = dict(tile_id='a', image='image.tif', mask='mask.tif', extra='extra.tif', region='r', split='train')
     cfg = CFG.model_copy(deep=True); cfg.data.extra_bands = ['ndvi']
     for more in ({}, dict(n_positive=5, xmin=5e5, ymin=-2000096., xmax=500096., ymax=-2e6, crs='EPSG:3413', pixel_size=3.)):
-        try: check_files(Manifest(complete_table(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg)
+        try: check_files(Manifest(complete_table(pd.DataFrame([row | more]), folder), folder, folder/'m.csv'), cfg.data)
         except DataError as e: assert 'row 1' in str(e) and re.search('(image|mask).tif', str(e))      # a mask may be shifted against an image that lies

@@ -443,8 +443,9 @@ def test_37_real_loaders_have_the_time_limit(tmp_path):
 
 FROZEN = """
 import subprocess, rtsseg.training as t
+from rtsseg.cli import rtsseg_train
 def start(program, n, env, **streams): return [subprocess.Popen(['sh', '-c', 'echo $$; sleep 500 & kill -9 $$'], start_new_session=True, **streams)], None
-t._start, t.PATIENCE = start, 1; t.rtsseg_train()
+t.start_processes, t.GRACE_SECONDS = start, 1; rtsseg_train()
 """
 
 def test_37_a_frozen_worker_outlives_its_trainer(tmp_path):
@@ -463,7 +464,7 @@ def test_38_two_runs_in_one_folder(tmp_path):
     assert e.value.code == 2
     with run_lock(tmp_path, wait=0): pass
 
-PROGRAM = 'import rtsseg.training as t; t.locked.__wrapped__.__defaults__ = (1,); t.rtsseg_train()'      # the command, but that it waits a second, and not a minute
+PROGRAM = 'import rtsseg.training as t; from rtsseg.cli import rtsseg_train; t.run_lock.__wrapped__.__defaults__ = (1,); rtsseg_train()'      # the command, but that it waits a second, and not a minute
 
 @pytest.mark.parametrize('more', [[], ['--fresh'], ['--force']])
 def test_38_the_command_in_a_folder_that_is_taken(tmp_path, more):

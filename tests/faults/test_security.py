@@ -30,19 +30,19 @@ from helpers.hostile import (
     Payload, as_bytes, change_evidence, change_json, change_weight_table, column, constant, described, first_item,
     lists, prefixed, replace_by_no_file, replace_sealed, weight_file
 )
-from rtsseg.calibration import Calibration, calibrate, rtsseg_calibrate
+from rtsseg.calibration import Calibration, calibrate
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
 from rtsseg.config import ConfigError, Model, load
 from rtsseg.console import DataError
-from rtsseg.evaluation import evaluate, rtsseg_evaluate
+from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence, evidence_path
 from rtsseg.files import FileError, SEAL, SEALED, seal_model
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.models import build
-from rtsseg.prediction import rtsseg_predict
 from rtsseg.raster import write_raster
-from rtsseg.reporting import report, rtsseg_report, tables
+from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError
-from rtsseg.track import deliver, left, rtsseg_track
+from rtsseg.track import deliver, left
 from rtsseg.training import force_config, launch, train
 from rtsseg.weights import ModelError
 
@@ -611,7 +611,7 @@ EVIDENCE = {
     'exact in words': (described(exact='yes'), 'exact'),
     'another format': (described(format=1), 'format'),
     'a description that is a list': (text_description(b'[1]'), 'format'),
-    'a description cut off': (text_description(b'{"for'), 'no evidence file'),
+    'a description cut off': (text_description(b'{"for'), 'is not an evidence file'),
     'no rows': (without_rows, ''),
     'another split': (column('split', constant('train')), 'evidence of train'),
 }

@@ -8,12 +8,13 @@ import pytest
 from mlflow import MlflowClient
 
 import rtsseg.runs, rtsseg.track
+from rtsseg.cli import rtsseg_track
 from rtsseg.config import RtsConfig, load, to_yaml
 from rtsseg.runs import run_folder
 from rtsseg.prepare import prepare
 from rtsseg.toy import tiny_toy
 from rtsseg.runs import append_line, read_lines
-from rtsseg.track import Tracker, deliver, left, rtsseg_track
+from rtsseg.track import Tracker, deliver, left
 from helpers.loop import At, equal, net, run, stop
 from test_train import server, start_server, port, wait_for      # noqa: the fixture of a real MLflow server
 
@@ -179,7 +180,7 @@ def test_39_a_password_stays_where_it_was_given(tiny, server, tmp_path, health):
     stopped, seen = threading.Event(), set(); watch = threading.Thread(target=commands, args=(stopped, seen)); watch.start()
     folder = run_folder(cfg, prepare(cfg).hash)
     done = [subprocess.run(c, env=env | more, capture_output=True, text=True, timeout=200) for c, more in (([BIN/'rtsseg-train', '--config', given], {}),
-            ([sys.executable, '-c', f'from rtsseg.track import rtsseg_track; rtsseg_track({str(folder)!r})'], dict(RTSSEG_TRACKER_URI=uri)))]
+            ([sys.executable, '-c', f'from rtsseg.cli import rtsseg_track; rtsseg_track({str(folder)!r})'], dict(RTSSEG_TRACKER_URI=uri)))]
     stopped.set(); watch.join()
     assert [d.returncode for d in done] == [0, 0 if health == 'healthy' else 3], done
     assert ('does not take what it is sent (ConnectionRefusedError)' in done[0].stdout) == (health == 'down')

@@ -11,7 +11,8 @@ from rasterio.transform import Affine
 from rtsseg.config import RtsConfig, load, to_yaml
 from rtsseg.raster import write_raster
 from rtsseg.manifest import read_manifest, write_manifest
-from rtsseg.audit import check_files, error_lines
+from rtsseg.filecheck import check_files
+from rtsseg.findings import error_lines
 from helpers.runs import MODEL
 from helpers.shell import shell
 
@@ -52,8 +53,8 @@ def extra(world, i, planes, **kw):
     write_raster(world/f't{i}_e.tif', planes.astype('float32'), Affine.translation(96 * i, 0) @ PLACE, 'EPSG:3413', **kw)
     for name in ('m.csv', 'full.csv'): change(world, name, extra=(i, f't{i}_e.tif'))
 
-def seen(world, name='full.csv', cfg=CFG): return {f.what: f for f in check_files(read_manifest(world/name), cfg)}
-def wrong(world, name='full.csv', cfg=CFG): return error_lines(check_files(read_manifest(world/name), cfg))
+def seen(world, name='full.csv', cfg=CFG): return {f.what: f for f in check_files(read_manifest(world/name), cfg.data)}
+def wrong(world, name='full.csv', cfg=CFG): return error_lines(check_files(read_manifest(world/name), cfg.data))
 
 def settings(world, name='full.csv', **more):
     "A run of a second on these tiles"
