@@ -48,7 +48,7 @@ class RunArguments:
 
     def run_folder(self, run:str=''):
         "The run folder that is named, or the one of the config; raises `ConfigError` where both are given"
-        from rtsseg.prepare import resolve_run
+        from rtsseg.system import resolve_run
         given = dict(manifest=self.manifest, name=self.name, epochs=self.epochs, seed=self.seed)
         return resolve_run(run, self.config, **given, overrides=self.all_overrides() or '')
 
@@ -245,7 +245,7 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
                  out:str=''             # where the overlay goes; '' puts noise.yaml into the run folder
                 ):
     "Measure the noise floor of a run's validation, and write min_delta = 2σ to a config overlay for the next run"
-    from rtsseg.training import measure_noise
+    from rtsseg.noise import measure_noise
     print('\n'.join(measure_noise(shared.run_folder(run), replicates, out)))
 
 @command()
@@ -265,18 +265,18 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
                     force:bool=False      # although another config used the test split, or config or data changed
                    ):
     "Run a trained model over a split and write down what it saw"
-    from rtsseg.config import load
-    from rtsseg.evaluation import evaluate, show_evidence, split_views
-    from rtsseg.evidence import Evidence
+    from rtsseg.config import find_system, load
+    from rtsseg.evaluation import evaluate, split_views
     from rtsseg.files import inside
     folder = shared.run_folder(run)
     cfg = load(inside(folder/'config.yaml', folder))
+    system = find_system(cfg.system)
     for name in split_views(views, cfg):
         path = evaluate(folder, split, name, force)
         if path:
-            print(f'{os.path.relpath(path)}, {show_evidence(Evidence.read(path), cfg.metrics.ratios)}')
+            print(f'{os.path.relpath(path)}, {system.describe(system.read_table(path), cfg)}')
         else:
-            print(f'no tile has split {split!r}: nothing to evaluate')
+            print(f'split {split!r} is empty: nothing to evaluate')
 
 @command()
 def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import shapely
 
 from .columns import COLUMNS, SPLITS, check_columns, complete_table
 from .console import DataError, raise_problems

@@ -21,7 +21,13 @@ from rasterio.windows import Window
 
 from .console import DataError, nearest
 from rtsseg.raster import (
-    Grid, check_same_grid, open_raster, resolve_inside, unwritten_pixels, valid_pixels, write_raster
+    Grid,
+    check_same_grid,
+    open_raster,
+    resolve_inside,
+    unwritten_pixels,
+    valid_pixels,
+    write_raster,
 )
 
 # %% ../nbs/01b_rawtile.ipynb #3a43b61c

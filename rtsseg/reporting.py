@@ -25,7 +25,7 @@ from .console import DataError, visible
 from .files import FileError, inside, write_atomic
 from .intervals import MIN_SUPPORT
 from .page import Bullets, Code, Fold, ImageGrid, Part, Picture, Text, appendix, page
-from .prepare import find_run, resolve_run
+from .system import find_run
 from .results import ReportError, Results, Run, ratio_name, read_results, short_path
 from .scores import CODES
 from rtsseg.tables import (

@@ -8,12 +8,14 @@ __all__ = ['HEADLINE_METRICS', 'background_ratio', 'SegmentMeter', 'SegmentTask'
 # %% ../nbs/04f_segment.ipynb #isegment
 import math
 
+import pandas as pd
 import torch
+from torch import nn
 
 from .config import RtsConfig
 from .tiles import Loaders
 from .losses import IGNORE, make_loss
-from .evidence import Meter
+from .evidence import Evidence, Meter
 from .metrics import rates
 from .intervals import summary
 from .models import parts
@@ -22,54 +24,93 @@ from .loop import Task
 # %% ../nbs/04f_segment.ipynb #ef067ed6
 def background_ratio(feed:Loaders   # of a run
                     ) -> float:     # background pixels for each slump pixel
-    "Counted over the labelled pixels of the training split (guide 5.4); `loss.class_ratio` goes before it"
+    "Counted over the labelled pixels of the training split (guide 5.4); `loss.class_ratio` takes precedence"
     return feed.stats.background / max(feed.stats.positive, 1)
 
 class SegmentMeter:
     "The loop's meter: evidence at the reference threshold, and the guide's numbers at each ratio"
-    def __init__(self, table, cfg:RtsConfig): self.meter, self.cfg = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths), cfg
-    def update(self, out, batch): self.meter.update(out, batch['target'], batch['tile'])
-    def state(self): return self.meter.state()
-    def merge(self, states): self.meter.merge(*states)
-    def evidence(self): return self.meter.evidence()
-    def compute(self): return headline(self.evidence(), self.cfg)
+
+    def __init__(self,
+                 table:pd.DataFrame,    # of the validation split
+                 cfg:RtsConfig          # metrics
+                ):
+        self.cfg = cfg
+        self.meter = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths)
+
+    def update(self, out:torch.Tensor, batch:dict) -> None:
+        self.meter.update(out, batch['target'], batch['tile'])
+
+    def state(self):
+        return self.meter.state()
+
+    def merge(self, states:list) -> None:
+        self.meter.merge(*states)
+
+    def table(self) -> Evidence:
+        return self.meter.evidence()
+
+    def compute(self) -> dict[str, float]:
+        return headline(self.table(), self.cfg)
 
 class SegmentTask(Task):
     "Pixels of one class against the rest, on any model that gives one logit a pixel (guide 5, 6, 10.2)"
     mode = 'max'
+
     def __init__(self,
-                 cfg:RtsConfig,      # loss and metrics
-                 table,           # the validation split's table, whose rows the batches name
-                 ratio:float=1.   # background pixels for each slump pixel of the training split, for losses that balance classes
+                 cfg:RtsConfig,              # loss and metrics
+                 table:pd.DataFrame|None,    # of the validation split: batches name its rows
+                 ratio:float=1.              # background pixels per slump pixel, for losses that balance classes
                 ):
-        self.cfg, self.table, self.losses, self.monitor = cfg, table, make_loss(cfg.loss, ratio), cfg.metrics.monitor
+        self.cfg, self.table = cfg, table
+        self.losses = make_loss(cfg.loss, ratio)
+        self.monitor = cfg.metrics.monitor
 
-    def parts(self, model): return parts(model)
-    def forward(self, model, batch): return model(batch['image'])[:, 0]
-    def count(self, batch): return {name: count(batch['target']) for name, (_, count) in self.losses.items()}
-    def loss(self, out, batch): return {name: f(out, batch['target']) for name, (f, _) in self.losses.items()}
-    def meter(self): return SegmentMeter(self.table, self.cfg)
+    def parts(self, model:nn.Module) -> dict[str, list]:
+        return parts(model)
 
-    def tally(self, out, batch):
+    def forward(self, model:nn.Module, batch:dict) -> torch.Tensor:    # (B, H, W) logits
+        return model(batch['image'])[:, 0]
+
+    def count(self, batch:dict) -> dict[str, float]:
+        return {name: count(batch['target']) for name, (_, count) in self.losses.items()}
+
+    def loss(self, out:torch.Tensor, batch:dict) -> dict[str, torch.Tensor]:
+        return {name: loss(out, batch['target']) for name, (loss, _) in self.losses.items()}
+
+    def meter(self) -> SegmentMeter:
+        return SegmentMeter(self.table, self.cfg)
+
+    def tally(self, out:torch.Tensor, batch:dict) -> dict[str, torch.Tensor]:
+        "Pixels found and missed, for the training IoU"
         valid = batch['target'] != IGNORE
-        found, true = (out.sigmoid() >= self.cfg.metrics.reference_threshold) & valid, (batch['target'] > .5) & valid
+        found = (out.sigmoid() >= self.cfg.metrics.reference_threshold) & valid
+        true = (batch['target'] > .5) & valid
         return dict(tp=(found & true).sum(), fp=(found & ~true).sum(), fn=(true & ~found).sum())
 
-    def summary(self, sums): return dict(iou=float(rates(**sums)['iou']))
+    def summary(self, sums:dict[str, float]) -> dict[str, float]:
+        return dict(iou=float(rates(**sums)['iou']))
 
-    def difficulty(self, out, batch):
-        weight = self.cfg.loss_weights
-        each = [sum(weight.get(p, 1.)*f(z[None], y[None]) for p, (f, _) in self.losses.items()) for z, y in zip(out, batch['target'])]
-        return batch['tile'], torch.stack(each).masked_fill((batch['target'] == IGNORE).flatten(1).all(1), math.nan)      # nothing was seen: not an easy tile
+    def difficulty(self, out:torch.Tensor, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:
+        "Each tile's own weighted loss; NaN where all of its pixels are ignored"
+        each = [self._tile_loss(z, y) for z, y in zip(out, batch['target'], strict=True)]
+        ignored = (batch['target'] == IGNORE).flatten(1).all(1)
+        return batch['tile'], torch.stack(each).masked_fill(ignored, math.nan)
+
+    def _tile_loss(self, logits, target):
+        weights = self.cfg.loss_weights
+        return sum(weights.get(name, 1.)*loss(logits[None], target[None]) for name, (loss, _) in self.losses.items())
 
 # %% ../nbs/04f_segment.ipynb #7d0a573f
 HEADLINE_METRICS = ['pr_auc', 'iou', 'f1', 'object_precision_30', 'object_recall_30', 'object_f1_30']
 
-def headline(evidence,     # of one pass
-             cfg:RtsConfig    # ratios and the reference threshold
-            ) -> dict:     # {'pr_auc@200': …, 'pr_auc@1': …, 'pr_auc@native': …, 'object_f1_30@200': …, …}
+def headline(evidence:Evidence,     # of one pass
+             cfg:RtsConfig          # ratios and the reference threshold
+            ) -> dict[str, float]:  # as 'pr_auc@200', 'pr_auc@native', 'object_f1_30@200'
     "The numbers of one validation, by name and ratio"
     monitored = cfg.metrics.monitor.removeprefix('pr_auc@')
-    ratios = dict.fromkeys([*cfg.metrics.ratios, 1, 'native', monitored if monitored == 'native' else int(monitored)])
-    found = summary(evidence, ratios, cfg.metrics.reference_threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
-    return {f'{k}@{r}': found[r][k] for r in ratios for k in HEADLINE_METRICS}
+    if monitored != 'native':
+        monitored = int(monitored)
+    ratios = dict.fromkeys([*cfg.metrics.ratios, 1, 'native', monitored])
+    threshold = cfg.metrics.reference_threshold
+    found = summary(evidence, ratios, threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
+    return {f'{name}@{ratio}': found[ratio][name] for ratio in ratios for name in HEADLINE_METRICS}

@@ -40,3 +40,9 @@ def tiny_world(tmp_path_factory):
     "Manifest of a small toy world, made once. Tests read it and write elsewhere"
     from rtsseg.toy import tiny_toy
     return Path(tiny_toy(tmp_path_factory.mktemp('toy')))
+
+@pytest.fixture
+def world(tmp_path):
+    "Six tiles of 32 pixels with two manifests, for a test to damage (helpers/tiles.py)"
+    from helpers.tiles import make_world
+    return make_world(tmp_path/'world')

@@ -16,7 +16,8 @@ from rtsseg.calibration import (
 from rtsseg.bootstrap import Estimate
 from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.evaluation import Locked, evaluate, object_thresholds, record_test_access
+from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
+from rtsseg.observe import object_thresholds
 from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
 from rtsseg.files import seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
@@ -190,6 +191,9 @@ def test_precision_that_falls_within_its_noise_is_not_told():
     alone = object_operating_points(e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300))[1][1]
     assert alone.reached and not alone.monotone_why
 
+def record_test_access(cfg, data, views='none'):
+    TestLedger(cfg.runs, data).record(look_of(cfg, data, views))
+
 @pytest.mark.parametrize('change', ['calibrate.method=slope_intercept', 'calibrate.min_areas=[0]', 'calibrate.ratio=500', 'calibrate.target_precision=0.7', 'calibrate.min_recall=0.1',
                                     'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
 def test_the_lock(tmp_path, change):
@@ -206,7 +210,7 @@ def test_the_rule_names_what_decides(tmp_path):
     record_test_access(RtsConfig(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
     for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
     ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; looking again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
+    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; reading it again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
@@ -252,7 +256,7 @@ def test_a_log_that_was_cut_off(folder):
     assert views_gain(folder).equals(before)
 
 def test_advice_can_be_typed(folder):
-    with pytest.raises(ConfigError, match="views: 'ful' is none of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
+    with pytest.raises(ConfigError, match="views: 'ful' is not one of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
     (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
     with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate(folder)
     assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
@@ -286,7 +290,7 @@ def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypa
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
     folder, *_ = untrained
     def far(net, image, views): z = 1e-3 * predict_logits(net, image, views); z[..., ::2] += 1000; return z
-    monkeypatch.setattr('rtsseg.evaluation.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().out
+    monkeypatch.setattr('rtsseg.observe.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().err
     low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
     assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
 
@@ -299,16 +303,16 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
 
 def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
     folder, *_ = untrained; path = folder/'model'/'calibration.json'
-    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().out
+    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().err
     try:
-        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().out
+        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().err
         path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
         with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
         seal_model(folder/'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
         assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
     finally: path.unlink(); seal_model(folder/'model')
-    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().out
+    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().err
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained
@@ -316,4 +320,4 @@ def test_several_views_from_a_shell(untrained, capsys):
     assert 'val-minimal.parquet, views minimal' in said and 'val.parquet, views none' in said and '1:1 ' in said and 'PR-AUC' in said
     before = (folder/'log.jsonl').read_text()
     with pytest.raises(SystemExit): rtsseg_evaluate(run=str(folder), views='none,stanard')
-    assert "views: 'stanard' is none of none, minimal, standard, full" in (told := capsys.readouterr().err) and "did you mean 'standard'" in told and (folder/'log.jsonl').read_text() == before
+    assert "views: 'stanard' is not one of none, minimal, standard, full" in (told := capsys.readouterr().err) and "did you mean 'standard'" in told and (folder/'log.jsonl').read_text() == before

@@ -1,12 +1,17 @@
-"Each experiment file trains, through everything that the guide's run has, on a world of a second; and the guide's table leaves nothing out"
-import functools, json, math, re, warnings
+"""Each experiment file trains, through everything that the guide's run has, on a world of a second; and the guide's
+table leaves nothing out"""
+import functools
+import json
+import math
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from ruamel.yaml import YAML
 
-from rtsseg.config import RtsConfig, load, read_yaml
-from rtsseg.runs import read_log
+from rtsseg.config import find_system, load, read_yaml
+from rtsseg.runs import flatten, read_log
 from rtsseg.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -14,84 +19,165 @@ CONFIGS = ROOT/'configs'
 EXPERIMENTS = sorted((CONFIGS/'experiments').glob('*.yaml'))
 BASES = [CONFIGS/'rts_baseline.yaml', CONFIGS/'rts_field.yaml']
 
-@pytest.fixture(scope='module')
-def world(tmp_path_factory): return tmp_path_factory.mktemp('experiments')
+# ---------------------------------------------------------------- the experiment files
 
-def paths(tree, prefix=''):
-    "{'a': {'b': 1}} → {'a.b'}"
-    return {p for k, v in tree.items() for p in (paths(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}'})}
+# written although they are the default, where an experiment is about them
+MAY_EQUAL_THE_BASE = {
+    'loss.boundary_ignore_width',
+    'loss.boundary_soft_width',
+    'loss.soft_label_value',
+    'loss.tversky_alpha',
+    'loss.tversky_beta',
+    'loss.balance',
+    'data.extra_bands',
+    'data.multi_resolution.factor',
+    'model.fusion',
+    'model.extra_encoder',
+    'model.in_channels',
+}
 
-@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda p: p.stem)
+def value_at(cfg, path):
+    "The value of a dotted field"
+    for part in path.split('.'):
+        cfg = cfg[part] if isinstance(cfg, dict) else getattr(cfg, part)
+    return cfg
+
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_names_only_what_differs(file):
-    tree = read_yaml(file); assert tree.pop('name') == file.stem
-    def value(cfg, path):
-        for part in path.split('.'): cfg = cfg[part] if isinstance(cfg, dict) else getattr(cfg, part)
-        return cfg
+    tree = read_yaml(file)
+    assert tree.pop('name') == file.stem
     base, cfg = load(BASES[0]), load(BASES[0], file)
-    same = {p for p in paths(tree) if not p.startswith('loss_weights.') and value(cfg, p) == value(base, p)}
-    whole = {'loss.boundary_ignore_width', 'loss.boundary_soft_width', 'loss.soft_label_value', 'loss.tversky_alpha', 'loss.tversky_beta', 'loss.balance', 'data.extra_bands',
-             'data.multi_resolution.factor', 'model.fusion', 'model.extra_encoder', 'model.in_channels'}      # said although it is the default, where the experiment is about it
-    assert same <= whole, same - whole
+    named = [path for path in flatten(tree) if not path.startswith('loss_weights.')]
+    same = {path for path in named if value_at(cfg, path) == value_at(base, path)}
+    assert same <= MAY_EQUAL_THE_BASE, same - MAY_EQUAL_THE_BASE
 
-@pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda p: p.stem)
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "A folder that all experiments share"
+    return tmp_path_factory.mktemp('experiments')
+
+def base_of(file):
+    "An experiment that names no model takes the small one of the toy config"
+    return BASES[0] if file in BASES or 'model' in read_yaml(file) else CONFIGS/'toy.yaml'
+
+def must_be_finite(name, monitor):
+    "Whether a number of an epoch is a loss or the monitored value"
+    return name.startswith(('train/loss', 'val/loss')) or name == f'val/{monitor}'
+
+@pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda path: path.stem)
 def test_it_trains(file, world):
-    "Two epochs, the first with a frozen backbone; experiments that name no model take the toy's small one"
-    base = BASES[0] if file in BASES or 'model' in read_yaml(file) else CONFIGS/'toy.yaml'
-    cfg = load(base, file, CONFIGS/'test.yaml', batch_size=6, runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv'))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        folder = train(cfg)
-    rows = read_log(folder)
-    assert [r['epoch'] for r in rows] == [1, 2] and rows[-1]['skipped'] == 0
-    assert all(math.isfinite(v) for r in rows for k, v in r.items() if k.startswith(('train/loss', 'val/loss')) or k == f'val/{cfg.metrics.monitor}')
-    assert {k.removeprefix('train/loss/') for k in rows[0] if k.startswith('train/loss/')} == set(cfg.loss.parts)
-    stages = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines() if '"stage"' in l]
-    assert [s['frozen'] for s in stages] == [['encoder'], []]
-    assert rows[0]['lr/encoder'] == 0 < rows[1]['lr/encoder']
-    for f in (folder/'checkpoints').iterdir(): f.unlink()      # a ViT-L leaves gigabytes
+    "Two epochs, the first with a frozen backbone"
+    manifest = world/'world'/'manifest.csv'
+    settings = dict(batch_size=6, runs=world/'runs', data=dict(manifest=manifest))
+    cfg = load(base_of(file), file, CONFIGS/'test.yaml', **settings)
+    folder = train(cfg)
+    first, last = read_log(folder)
+    assert (first['epoch'], last['epoch']) == (1, 2)
+    assert last['skipped'] == 0
+    for row in (first, last):
+        for name, value in row.items():
+            assert not must_be_finite(name, cfg.metrics.monitor) or math.isfinite(value), name
+    parts = {name.removeprefix('train/loss/') for name in first if name.startswith('train/loss/')}
+    assert parts == set(cfg.loss.parts)
+    lines = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+    assert [line['frozen'] for line in lines if line['event'] == 'stage'] == [['encoder'], []]
+    assert first['lr/encoder'] == 0 < last['lr/encoder']
+    # a ViT-L leaves gigabytes
+    for checkpoint in (folder/'checkpoints').iterdir():
+        checkpoint.unlink()
 
-# --- the table of the guide, nbs/guide.qmd: section → setting → experiment → test → chapter ---
+# ---------------------------------------------------------------- the table of the guide
 
-ROWS = [[c.strip() for c in l.strip('|\n').split(' | ')] for l in (ROOT/'nbs'/'guide.qmd').read_text().splitlines() if re.match(r'\| [\d–]', l)]
-codes = re.compile(r'`([^`]+)`')
-PLACES = ('name', 'runs', 'tracker.', 'data.manifest', 'data.source')                   # where things lie
+def table_rows(path):
+    "The rows of the tables of a page: section, what is asked, settings, experiments, tests, chapter"
+    lines = [line for line in path.read_text().splitlines() if re.match(r'\| [\d–]', line)]
+    return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
 
-def leaves(cls=RtsConfig, prefix=''):
-    "Every field of the config, and its default"
-    for name, f in cls.model_fields.items():
-        if hasattr(f.annotation, 'model_fields'): yield from leaves(f.annotation, f'{prefix}{name}.')
-        else: yield f'{prefix}{name}', f.get_default(call_default_factory=True)
+def code_words(text):
+    "What stands between backticks"
+    return re.findall(r'`([^`]+)`', text)
 
-@functools.cache
-def drawn(chapter):
-    "The headings of a chapter, as a site names them, below which there is a picture"
-    heading, found = '', set()
-    for cell in nbformat.read(ROOT/'nbs'/chapter, 4).cells:
-        for line in re.findall(r'^#+ (.*)$', cell.source, re.M) if cell.cell_type == 'markdown' else []: heading = re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', line)).lower()
-        if cell.cell_type == 'code' and any('image/png' in o.get('data', {}) for o in cell.outputs): found.add(heading)
+ROWS = table_rows(ROOT/'nbs'/'guide.qmd')
+
+# sections of the guide that ask for something
+SECTIONS = set(
+    '3.1 3.2 3.3 5.1 5.2 5.3 5.4 5.5 6.1 6.2 6.3 6.4 7.2 7.3 8.3 9.1 9.2 10.1 10.2 10.3 10.4 10.5 11.1 12.1 12.2 13'
+    .split()
+)
+
+# settings that say where things are, and not what a run is
+PLACES = 'name', 'runs', 'system', 'tracker.', 'data.manifest', 'data.source'
+
+def defaults(cls, prefix=''):
+    "Every field of a config tree, and its default"
+    found = {}
+    for name, field in cls.model_fields.items():
+        if hasattr(field.annotation, 'model_fields'):
+            found |= defaults(field.annotation, f'{prefix}{name}.')
+        else:
+            found[f'{prefix}{name}'] = field.get_default(call_default_factory=True)
     return found
 
 def test_the_guides_table_names_every_setting_with_its_default():
-    from ruamel.yaml import YAML
-    default, named = dict(leaves()), set()
-    for _, _, settings, *_ in ROWS:
-        for text in codes.findall(settings):
-            field, eq, value = text.partition(' = '); named.add(field)
-            assert field in default, f'{field} is no setting'
-            if eq: assert YAML(typ='safe', pure=True).load(value) == (list(v) if isinstance(v := default[field], tuple) else v), f'{text}: the default is {v}'
-    left = {f for f in default if f not in named and not f.startswith(PLACES)}
-    assert not left, f'the guide table lacks {sorted(left)}'
-
-def test_the_guides_table_names_what_exists():
-    sections = {s for s, *_ in ROWS}
-    assert sections >= {'3.1', '3.2', '3.3', '5.1', '5.2', '5.3', '5.4', '5.5', '6.1', '6.2', '6.3', '6.4', '7.2', '7.3', '8.3', '9.1', '9.2', '10.1', '10.2', '10.3', '10.4', '10.5', '11.1', '12.1', '12.2', '13'}
+    default = defaults(find_system('rts').Config)
     named = set()
-    for _, asked, _, experiments, tests, chapter in ROWS:
-        assert asked and tests, f'{asked}: a row wants a test'
-        for name in codes.findall(experiments):
-            named.add(name); assert (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file(), name
-        for name in codes.findall(tests):
-            file, _, function = name.partition('::'); assert re.search(rf'^def {function}\(', (ROOT/'tests'/f'{file}.py').read_text(), re.M), name
-        target, _, anchor = re.search(r'\]\(([^)]+)\)', chapter)[1].partition('#')
-        assert anchor in drawn(target), f'{asked}: {target} has no figure under #{anchor}, but under {sorted(drawn(target))}'
-    assert {p.stem for p in EXPERIMENTS} <= named, {p.stem for p in EXPERIMENTS} - named
+    for _, _, settings, *_ in ROWS:
+        for text in code_words(settings):
+            field, equals, value = text.partition(' = ')
+            named.add(field)
+            assert field in default, f'{field} is not a setting'
+            expected = default[field]
+            if isinstance(expected, tuple):
+                expected = list(expected)
+            if equals:
+                assert YAML(typ='safe', pure=True).load(value) == expected, f'{text}: the default is {expected}'
+    missing = {field for field in default if field not in named and not field.startswith(PLACES)}
+    assert not missing, f'the guide table lacks {sorted(missing)}'
+
+def anchor_of(heading):
+    "How a site names a heading"
+    return re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', heading)).lower()
+
+def has_picture(cell):
+    "Whether a cell shows an image"
+    return cell.cell_type == 'code' and any('image/png' in output.get('data', {}) for output in cell.outputs)
+
+@functools.cache
+def headings_with_pictures(chapter):
+    "The anchors of the headings of a chapter below which there is a picture"
+    anchor, found = '', set()
+    for cell in nbformat.read(ROOT/'nbs'/chapter, 4).cells:
+        if cell.cell_type == 'markdown':
+            for heading in re.findall(r'^#+ (.*)$', cell.source, re.M):
+                anchor = anchor_of(heading)
+        elif has_picture(cell):
+            found.add(anchor)
+    return found
+
+def config_exists(name):
+    "Whether there is a config, an experiment or a search of this name"
+    return (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file()
+
+def has_test(name):
+    "Whether there is a test, named as file::function"
+    file, _, function = name.partition('::')
+    return re.search(rf'^def {function}\(', (ROOT/'tests'/f'{file}.py').read_text(), re.M)
+
+def test_the_guides_table_has_every_section():
+    assert {section for section, *_ in ROWS} >= SECTIONS
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: f'{row[0]} {row[1]}'[:60])
+def test_the_guides_table_names_what_exists(row):
+    _, asked, _, experiments, tests, chapter = row
+    assert asked
+    assert tests, 'a row needs a test'
+    for name in code_words(experiments):
+        assert config_exists(name), name
+    for name in code_words(tests):
+        assert has_test(name), name
+    target, _, anchor = re.search(r'\]\(([^)]+)\)', chapter)[1].partition('#')
+    assert anchor in headings_with_pictures(target), sorted(headings_with_pictures(target))
+
+def test_the_guides_table_names_every_experiment():
+    named = {name for row in ROWS for name in code_words(row[3])}
+    assert {path.stem for path in EXPERIMENTS} <= named

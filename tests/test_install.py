@@ -64,12 +64,13 @@ def test_an_optional_package_is_declared_by_its_extra_alone(package):
 
 def test_the_library_imports_without_its_optional_packages():
     "All but rtsseg.tuning, which is about nothing but searches"
-    modules = {path.stem for path in (ROOT/'rtsseg').glob('*.py')} - {'__init__', '_modidx', 'tuning'}
+    paths = [path.relative_to(ROOT) for path in (ROOT/'rtsseg').rglob('*.py')]
+    modules = sorted('.'.join(path.with_suffix('').parts) for path in paths if path.stem not in ('_modidx', 'tuning'))
     code = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({list(OPTIONAL)}))    # None: an import raises ImportError
-for module in {sorted(modules)}:
-    importlib.import_module(f'rtsseg.{{module}}')
+for module in {modules}:
+    importlib.import_module(module)
 """
     run(sys.executable, '-c', code, cwd=ROOT)
 
@@ -155,5 +156,16 @@ def test_the_installed_library_is_the_wheel(environment, tmp_path):
     code = 'import rtsseg.config; print(rtsseg.config.__file__)'
     assert Path(run(environment/'python', '-c', code, cwd=tmp_path).strip()).is_relative_to(environment.parent)
 
-def test_a_command_of_the_wheel_shows_its_help(environment, tmp_path):
-    assert 'usage: rtsseg-check' in run(environment/'rtsseg-check', '--help', cwd=tmp_path)
+@pytest.mark.parametrize('command', [line.split('=')[0].strip() for line in settings['console_scripts'].split()])
+def test_a_command_of_the_wheel_shows_its_help(environment, tmp_path, command):
+    assert f'usage: {command}' in run(environment/command, '--help', cwd=tmp_path)
+
+def test_the_umbrella_command_of_the_wheel(environment, tmp_path):
+    assert settings['version'] in run(environment/'rtsseg', '--version', cwd=tmp_path)
+    assert 'usage: rtsseg train' in run(environment/'rtsseg', 'train', '--help', cwd=tmp_path)
+
+@pytest.mark.parametrize('names', [['toy'], ['toy', 'experiments/dice']], ids=' '.join)
+def test_a_config_of_the_wheel_is_found_by_its_name(environment, tmp_path, names):
+    "Its relative paths lead to the folder of the call, not into the installed library"
+    code = f'from rtsseg.config import load; cfg = load(*{names}); print(cfg.model.encoder, cfg.runs.resolve())'
+    assert run(environment/'python', '-c', code, cwd=tmp_path).split() == ['resnet18', str(tmp_path/'runs')]

@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 
 from rtsseg.config import load, to_yaml
 from rtsseg.manifest import read_manifest
-from rtsseg.prepare import find_run
+from rtsseg.system import find_run
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.intervals import summary
 from rtsseg.evidence import Evidence

@@ -18,7 +18,7 @@ from rtsseg.pretrained import ARCHITECTURES, find_weights, pretrained_stats
 from rtsseg.models import LateFusion, build, check_size, parts
 from rtsseg.prepare import prepare, statistics
 from rtsseg.segment import SegmentTask
-from rtsseg.check import _steps, probe, show_probe
+from rtsseg.check import measure_steps, probe, show_probe
 
 ENCODER = {'segformer': 'mit_b0', 'dpt': 'tu-vit_tiny_patch16_224'}
 
@@ -360,19 +360,19 @@ def test_the_probe_finds_the_largest_batch(monkeypatch):
         tried.append(batch)
         if batch > 41: raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return dict(parameters=0, gradients=0, optimizer=0, average=0, activations=10 * batch)
-    monkeypatch.setattr(rtsseg.check, '_steps', steps)
+    monkeypatch.setattr(rtsseg.check, 'measure_steps', steps)
     cfg = small().model_copy(update=dict(batch_size=64)); found = probe(cfg)
     assert tried == [2, 64, 57, 51, 45, 40] and found['batch_size'] == 40 and found['activations'] == 10
     assert 'batch_size: 40 ' in show_probe(found, cfg)
-    monkeypatch.setattr(rtsseg.check, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    monkeypatch.setattr(rtsseg.check, 'measure_steps', lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     with pytest.raises(ConfigError, match='not even one tile of 64 pixels'): probe(cfg)
-    monkeypatch.setattr(rtsseg.check, '_steps', lambda *_: (_ for _ in ()).throw(RuntimeError('something else')))
+    monkeypatch.setattr(rtsseg.check, 'measure_steps', lambda *_: (_ for _ in ()).throw(RuntimeError('something else')))
     with pytest.raises(RuntimeError, match='something else'): probe(cfg)
 
 def test_the_probe_takes_steps_of_the_run():
     "All parts train, the average is kept, micro-batches are those of the config; without EMA there is none"
-    first = _steps(small(), 2); second = _steps(small(ema=dict(enabled=False), accumulate=2), 2)
+    first = measure_steps(small(), 2); second = measure_steps(small(ema=dict(enabled=False), accumulate=2), 2)
     n = sum(p.numel() for p in build(small().model).parameters())
     assert first['parameters'] == first['gradients'] == second['parameters'] == 4 * n and 2 * 4 * n < first['optimizer'] < 2.001 * 4 * n
     assert first['average'] >= 4 * n and second['average'] == 0
-    assert _steps(small(), 4)['activations'] == pytest.approx(2 * first['activations'], rel=.01)
+    assert measure_steps(small(), 4)['activations'] == pytest.approx(2 * first['activations'], rel=.01)

@@ -11,9 +11,9 @@ from sklearn.metrics import average_precision_score
 from rtsseg.cli import rtsseg_evaluate, rtsseg_noise, rtsseg_train
 from rtsseg.config import load, to_yaml
 from rtsseg.runs import run_folder
-import rtsseg.evaluation, rtsseg.launch, rtsseg.segment, rtsseg.training
+import rtsseg.evaluation, rtsseg.launch, rtsseg.observe, rtsseg.prepare, rtsseg.training
 from rtsseg.console import DataError
-from rtsseg.evaluation import Locked, evaluate, record_test_access
+from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.checkpoint import load_state
 from rtsseg.loop import TrainingState
 from rtsseg.evidence import Evidence, evidence_path
@@ -22,7 +22,9 @@ from rtsseg.segment import headline
 from rtsseg.toy import tiny_toy
 from rtsseg.runs import read_lines
 from rtsseg.runs import RunError, Stopped, read_log, run_lock
-from rtsseg.training import KeepEvidence, Log, OVERFITTING_SIGNS, force_config, launch, show_training, train
+from rtsseg.log import KeepTables, Log, show_training
+from rtsseg.systems.rts import RTS
+from rtsseg.training import force_config, launch, prepare_run, train
 from helpers.runs import in_time
 from helpers.shell import shell
 
@@ -95,7 +97,7 @@ def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how)
     first = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=SHELL['env'], preexec_fn=default_hangup)
     wait_for(lambda: events(folder, 'epoch'))
     first.send_signal(how); said = first.communicate(timeout=300)[0]
-    assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command goes on from there' in said and 'Traceback' not in said), said
+    assert first.returncode == (3 if how != signal.SIGKILL else -signal.SIGKILL) and (how == signal.SIGKILL or 'the same command resumes' in said and 'Traceback' not in said), said
     if death == 'the command': assert f'stopped ({how.name})' in said and events(folder, 'end')[-1]['reason'] == 'SIGTERM'       # it has saved by the time the command ends
     saved = train(cfg)                                            # waits for the lock of a trainer that still saves
     assert saved == folder and len(read_log(folder)) == cfg.epochs
@@ -164,10 +166,10 @@ def test_tiles_are_looked_at_once_before_anything_is_written(tiny, tmp_path, mon
     "After the model, whose refusal is quicker, and before statistics; where these lie there they were looked at"
     cfg, folder = elsewhere(tiny, tmp_path)
     def bad(cfg, manifest): raise DataError('all that is wrong')
-    monkeypatch.setattr(rtsseg.training, 'check_all_tiles', bad)
+    monkeypatch.setattr(rtsseg.prepare, 'check_all_tiles', bad)
     with pytest.raises(DataError, match='all that is wrong'): train(cfg)
     assert not cfg.runs.exists()
-    monkeypatch.undo(); statistics(cfg, prepare(cfg)); monkeypatch.setattr(rtsseg.segment, 'check_files', bad); assert rtsseg.training._prepare(cfg)[1] == folder
+    monkeypatch.undo(); statistics(cfg, prepare(cfg)); monkeypatch.setattr(rtsseg.prepare, 'tile_problems', bad); assert prepare_run(cfg).folder == folder
 
 @pytest.mark.parametrize('where', ['runs', 'name', 'manifest'])
 def test_paths_that_no_file_can_have_end_with_two(tiny, tmp_path, capsys, monkeypatch, where):
@@ -193,7 +195,7 @@ def test_another_machine_is_told(tiny, undisturbed, tmp_path, capsys):
         def on_epoch(self, run): run.stop('as asked')
     with pytest.raises(Stopped): train(cfg, [Stop()])
     first = json.loads((folder/'environment.json').read_text()); first['versions']['torch'] = '1.0'; (folder/'environment.json').write_text(json.dumps(first)); capsys.readouterr()
-    train(cfg); said = capsys.readouterr().out
+    train(cfg); said = capsys.readouterr().err
     assert said.count('results repeat to the bit only where all is the same: versions.torch 1.0 → ') == 1 and json.loads((folder/'environment.json').read_text()) == first
     a, b = events(folder, 'start'); assert 'differs' not in a and list(b['differs']) == ['versions.torch']
 
@@ -237,7 +239,7 @@ def test_a_damaged_model_is_exported_anew(tiny, undisturbed, tmp_path, capfd):
     "From the checkpoint, by the same command; where no checkpoint is left that is an error, and no training from the start"
     cfg = tiny[0].model_copy(update=dict(runs=tmp_path/'runs')); folder = run_folder(cfg, prepare(cfg).hash); shutil.copytree(undisturbed, folder)
     path = folder/'model'/'model.safetensors'; good = path.read_bytes(); path.write_bytes(good[:-1] + bytes([good[-1] ^ 1])); (folder/'model'/'README.md').unlink()
-    capfd.readouterr(); train(cfg); said = capfd.readouterr().out
+    capfd.readouterr(); train(cfg); said = capfd.readouterr().err
     assert 'model.safetensors is not the file' in said and 'README.md is missing' in said and path.read_bytes() == good and (folder/'model'/'README.md').exists()
     path.write_bytes(b''); shutil.rmtree(folder/'checkpoints')
     with pytest.raises(RunError, match='No checkpoint is left') as e: train(cfg)
@@ -293,20 +295,20 @@ def test_a_detached_run(tiny, tmp_path):
     cfg, folder = elsewhere(tiny, tmp_path)
     done = subprocess.run([BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--epochs', '1', '--detach'], cwd=tmp_path, **SHELL)
     where, path = done.stdout.splitlines(); out = tmp_path/path/'train.out'
-    assert done.returncode == 0 and where == f'the run goes on by itself; what it says goes to {path}/train.out' and not (tmp_path/path/'model').exists()
+    assert done.returncode == 0 and where == f'the run continues by itself; its output goes to {path}/train.out' and not (tmp_path/path/'model').exists()
     wait_for(lambda: out.read_text().endswith(f'{path}\n')); assert 'epoch   1/1' in out.read_text() and (tmp_path/path/'model'/'model.safetensors').exists()
 
 def test_validations_are_kept_in_the_order_of_epochs(tmp_path):
     "Beyond epoch 9999 names have another order"
-    meter = SimpleNamespace(evidence=lambda: SimpleNamespace(write=lambda path: (path.parent.mkdir(exist_ok=True), path.touch())))
-    for epoch in (9998, 9999, 10000, 10001): KeepEvidence(tmp_path).on_validation(SimpleNamespace(epoch=epoch, accelerator=SimpleNamespace(is_main_process=True)), {}, meter)
+    meter = SimpleNamespace(table=lambda: SimpleNamespace(write=lambda path: (path.parent.mkdir(exist_ok=True), path.touch())))
+    for epoch in (9998, 9999, 10000, 10001): KeepTables(tmp_path).on_validation(SimpleNamespace(epoch=epoch, accelerator=SimpleNamespace(is_main_process=True)), {}, meter)
     assert sorted(f.name for f in (tmp_path/'evidence').iterdir()) == ['epoch-10000.parquet', 'epoch-10001.parquet']
 
 def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny, undisturbed, tmp_path):
     "Paired draws of blocks, by hand and with scikit-learn's average precision; and the file is a config for the next run"
     out = tmp_path/'noise.yaml'
     done = subprocess.run([BIN/'rtsseg-noise', '--run', undisturbed, '--replicates', '25', '--out', out], **SHELL)
-    assert done.returncode == 0 and '25 paired block-bootstrap replicates of validations 3 and 4' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and '25 paired bootstrap replicates of validations 3 and 4' in done.stdout, done.stdout + done.stderr
     pair = [Evidence.read(undisturbed/'evidence'/f'epoch-000{i}.parquet') for i in (3, 4)]
     names, block = np.unique(pair[0]['block'], return_inverse=True); positive = pair[0]['positive']
     draws = np.random.default_rng(0).multinomial(len(names), [1/len(names)]*len(names), 25)
@@ -337,30 +339,30 @@ def test_a_pass_that_fails_is_no_look(world, monkeypatch):
     cfg, folder, evidence, ledger = world; log = (folder/'log.jsonl').read_bytes(); row = prepare(cfg).of('test').table.iloc[0]; path = cfg.data.manifest.parent/row.image
     whole = path.read_bytes(); path.write_bytes(whole[:len(whole) // 2])
     with pytest.raises(DataError, match='cannot be read, which is more than'): evaluate(folder, 'test')
-    path.write_bytes(whole); real = rtsseg.evaluation.predict_logits
+    path.write_bytes(whole); real = rtsseg.observe.predict_logits
     def breaks(*a): raise RuntimeError('out of memory')
-    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', breaks)
+    monkeypatch.setattr(rtsseg.observe, 'predict_logits', breaks)
     with pytest.raises(RuntimeError, match='out of memory'): evaluate(folder, 'test')
     assert not ledger.exists() and not evidence.exists() and (folder/'log.jsonl').read_bytes() == log
-    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', real); evaluate(folder, 'test')
+    monkeypatch.setattr(rtsseg.observe, 'predict_logits', real); evaluate(folder, 'test')
     looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and evidence.exists()
 
-@pytest.mark.parametrize('at', ['resolved', 'Evidence.write'])
+@pytest.mark.parametrize('at', ['observe.is_resolved', 'evidence.Evidence.write'])
 def test_a_look_that_is_killed_stands(world, monkeypatch, at):
     "From the moment on at which numbers are said or written"
     cfg, folder, evidence, ledger = world
     def dies(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(f'rtsseg.evaluate.{at}', dies)
+    monkeypatch.setattr(f'rtsseg.{at}', dies)
     with pytest.raises(KeyboardInterrupt): evaluate(folder, 'test')
     looks, = json.loads(ledger.read_text()).values(); assert len(looks['looks']) == 1 and not evidence.exists()
 
 def test_a_look_that_somebody_else_was_quicker_with(world, monkeypatch):
     "Two configurations may both begin; the second to end is refused, and nothing of it is kept. One that comes later is refused before its pass"
-    cfg, folder, evidence, ledger = world; real, passes = rtsseg.evaluation.predict_logits, []
+    cfg, folder, evidence, ledger = world; real, passes = rtsseg.observe.predict_logits, []
     def slow(*a):
-        if not passes: record_test_access(load(folder/'config.yaml', overrides=['loss.gamma=1']), prepare(cfg).hash)
+        if not passes: data = prepare(cfg).hash; TestLedger(folder.parents[2], data).record(look_of(load(folder/'config.yaml', overrides=['loss.gamma=1']), data))
         passes.append(1); return real(*a)
-    monkeypatch.setattr(rtsseg.evaluation, 'predict_logits', slow)
+    monkeypatch.setattr(rtsseg.observe, 'predict_logits', slow)
     with pytest.raises(Locked): evaluate(folder, 'test')
     assert passes and not evidence.exists(); passes[:] = ['again']
     with pytest.raises(Locked): evaluate(folder, 'test')
@@ -377,14 +379,14 @@ def test_one_validation_has_no_noise_floor(tiny, tmp_path):
     assert done.returncode == 2 and '1 of the two validations' in done.stderr and 'Traceback' not in done.stderr
 
 def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys):
-    log, rows = Log(tmp_path), []
+    log, rows = Log(tmp_path, RTS()), []; (tmp_path/'config.yaml').write_text('name: signs')
     told = SimpleNamespace(history=rows, cfg=load(overrides=['loader.num_workers=0']), task=SimpleNamespace(monitor='pr_auc@200'), best={}, accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')))
     for i in range(1, 6):
         rows.append({'epoch': i, 'seconds': 1., 'batches': 20, 'images_per_second': 7., 'wait': .6, 'train/loss/focal': 1/i, 'val/loss': float(i), 'train/iou': .95, 'val/iou@1': .3, 'val/pr_auc@1': .1*i, 'val/pr_auc@200': -.1*i})
         log.on_epoch(told)
-    said = capsys.readouterr().out
-    assert all(said.count(f'sign of overfitting, {sign}: {remedy}') == 1 for sign, remedy in OVERFITTING_SIGNS.items())
-    assert said.count('raise loader.num_workers (now 0') == 1 and '7 images/s, 60% waiting for data' in said
+    said = capsys.readouterr(); SIGNS = ['train-val divergence', 'large IoU gap', 'balanced vs realistic gap']
+    assert all(said.err.count(f'sign of overfitting, {sign}: ') == 1 for sign in SIGNS) and said.err.count('(guide 10.5)') == 3
+    assert said.err.count('raise loader.num_workers (now 0') == 1 and '7 images/s, 60% waiting for data' in said.out
     events = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
-    assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in OVERFITTING_SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
-    show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(OVERFITTING_SIGNS)
+    assert {(e['epoch'], e['sign']) for e in events if e['event'] == 'overfitting'} == {(i, sign) for sign in SIGNS for i in range(1 if sign == 'large IoU gap' else 3, 6)}
+    show = show_training(tmp_path); assert len(show.axes) == 4 and {l for a in show.axes for l in a.get_legend_handles_labels()[1]} >= set(SIGNS)

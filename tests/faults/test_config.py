@@ -16,7 +16,8 @@ from rtsseg.evaluation import evaluate
 from rtsseg.prepare import prepare
 from rtsseg.check import check
 from rtsseg.runs import Busy, run_lock
-from rtsseg.training import set_aside, train
+from rtsseg.resume import move_aside
+from rtsseg.training import train
 from helpers.shell import CLEAN, shell
 
 FAULTS = {
@@ -109,14 +110,14 @@ def test_23_fresh_puts_the_old_folder_aside(tiny, tmp_path):
     folder = train(tiny); model = (folder/'model'/'model.safetensors').read_bytes(); held = {f.relative_to(folder) for f in folder.rglob('*')}
     (tmp_path/'tiny.yaml').write_text(to_yaml(tiny))
     done = shell('rtsseg-train', '--config', tmp_path/'tiny.yaml', '--inline', '--fresh')
-    assert done.returncode == 0 and 'put aside: ' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'moved to: ' in done.stdout, done.stderr
     aside, = folder.parent.glob('old-seed42-*')
     assert {f.relative_to(aside) for f in aside.rglob('*')} == held and (aside/'model'/'model.safetensors').read_bytes() == model == (folder/'model'/'model.safetensors').read_bytes()
     assert len([l for l in (folder/'log.jsonl').read_text().splitlines() if json.loads(l)['event'] == 'start']) == 1
 
 def test_23_a_run_under_way_is_not_put_aside(tiny):
-    folder = run_folder(tiny, prepare(tiny).hash); assert set_aside(folder) is None
-    with run_lock(folder), pytest.raises(Busy): set_aside(folder)
+    folder = run_folder(tiny, prepare(tiny).hash); assert move_aside(folder) is None
+    with run_lock(folder), pytest.raises(Busy): move_aside(folder)
     assert folder.is_dir()
 
 def test_23_force_goes_on_and_is_recorded(tiny, tmp_path):

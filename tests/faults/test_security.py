@@ -253,7 +253,7 @@ WEIGHT_TABLES = {
     'an unknown type': (bias(dtype='PICKLE'), 'another type or shape'),
     'a shape of texts': (bias(shape=['1']), f'{BIAS}.shape.0'),
     'a further field': (bias(code='x'), f'{BIAS}.code'),
-    'a name twice': (bias_twice, 'stands twice'),
+    'a name twice': (bias_twice, 'occurs twice'),
     'NaN in a shape': (nan_shape, 'NaN is'),
 }
 

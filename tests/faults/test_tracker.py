@@ -148,7 +148,7 @@ def test_39_a_spool_that_a_kill_cut_off(tmp_path):
 def test_39_a_folder_that_cannot_be_written(undisturbed, tmp_path, monkeypatch, capsys):
     "A full disk costs the tracker its events, and the run nothing"
     def full(path, row): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(rtsseg.runs, 'append_line', full); folder, tracker = world(tmp_path)
+    monkeypatch.setattr(rtsseg.track, 'append_line', full); folder, tracker = world(tmp_path)
     equal(undisturbed, train(folder, tracker())); assert 'tracker.jsonl was not written (No space left on device)' in capsys.readouterr().out
 
 @pytest.fixture(scope='module')
@@ -204,8 +204,8 @@ def called(*at):
 real = socket.socket.connect
 def connect(s, at): return real(s, at) if s.family == socket.AF_UNIX or at[0] in ('127.0.0.1', '::1') else called(at)
 socket.socket.connect = connect; socket.socket.connect_ex = connect; socket.getaddrinfo = called
-from rtsseg.config import load; from rtsseg.training import run
-print(run(load({str(tmp_path/'tiny.yaml')!r})))
+from rtsseg.config import load; from rtsseg.training import train
+print(train(load({str(tmp_path/'tiny.yaml')!r})))
 import time; time.sleep(3)
 """
     done = subprocess.run([sys.executable, '-c', guard], env=CLEAN, capture_output=True, text=True, timeout=200)

@@ -1,0 +1,223 @@
+"A second system trains, resumes, evaluates and is measured on the shared rooms; a third comes from outside the project"
+import ast
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from helpers.shell import CLEAN, shell
+from rtsseg.config import find_system, load, to_yaml
+from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
+from rtsseg.log import kept_validations
+from rtsseg.noise import measure_noise
+from rtsseg.runs import read_lines, read_log
+from rtsseg.system import find_run
+from rtsseg.training import train
+
+ROOT = Path(__file__).parents[1]
+SYSTEMS = sorted(path.stem for path in (ROOT/'rtsseg'/'systems').glob('*.py') if path.stem != '__init__')
+# rooms that only a segmentation of tiles needs
+RTS_ROOMS = {'audit', 'augment', 'check', 'columns', 'evidence', 'filecheck', 'findings', 'importers', 'infer', 'losses',
+             'manifest', 'metrics', 'models', 'objects', 'observe', 'prepare', 'raster', 'rawtile', 'sampler',
+             'scores', 'segment', 'shapes', 'splits', 'stats', 'tiles', 'toy'}
+
+def imported_rooms(module):
+    "Rooms that a module of the library imports, anywhere in it"
+    tree = ast.parse((ROOT/'rtsseg'/f'{module}.py').read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            name = (node.module or '').removeprefix('rtsseg.')
+            found.add(name.split('.')[0])
+    return found
+
+@pytest.mark.parametrize('module', ['training', 'evaluation', 'system', 'log', 'noise', 'resume', 'launch'])
+def test_shared_rooms_know_no_system(module):
+    assert not imported_rooms(module) & (RTS_ROOMS | {'systems'})
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_systems_never_import_each_other(name):
+    others = {f'rtsseg.systems.{other}' for other in SYSTEMS if other != name}
+    tree = ast.parse((ROOT/'rtsseg'/'systems'/f'{name}.py').read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert not {f'rtsseg.systems.{module}' if '.' not in module else module for module in modules} & others
+
+def test_a_config_is_read_without_torch():
+    code = "import sys; from rtsseg.config import load; load(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+def shape(kind, rng):
+    "A bright square or a bright disc on noise"
+    image = rng.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+    x, y = (int(v) for v in rng.integers(11, 21, 2))
+    if kind == 'disc':
+        cv2.circle(image, (x, y), 9, (230, 230, 230), -1)
+    else:
+        cv2.rectangle(image, (x - 9, y - 9), (x + 9, y + 9), (60, 220, 60), -1)
+    return image
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    "A folder of images in three splits"
+    root = tmp_path_factory.mktemp('images')/'images'
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 24), ('val', 12), ('test', 12)):
+        for kind in ('disc', 'square'):
+            folder = root/split/kind
+            folder.mkdir(parents=True)
+            for i in range(n):
+                cv2.imwrite(str(folder/f'{i:02}.png'), shape(kind, rng))
+    return root
+
+def config(images, runs, **more):
+    "configs/classify.yaml on these images"
+    small = dict(runs=runs, device='cpu', epochs=4, batch_size=8, data=dict(source=images),
+                 tracker=dict(kind='none'))
+    return load(ROOT/'configs'/'classify.yaml', **small | more)
+
+@pytest.fixture(scope='module')
+def undisturbed(images, tmp_path_factory):
+    return train(config(images, tmp_path_factory.mktemp('runs')))
+
+def test_it_trains_and_learns(undisturbed):
+    rows = read_log(undisturbed)
+    assert len(rows) == 4 and rows[-1]['train/loss/cross_entropy'] < rows[0]['train/loss/cross_entropy']
+    names = {path.name for path in (undisturbed/'model').iterdir()}
+    assert names == {'README.md', 'SHA256SUMS', 'classes.json', 'config.yaml', 'metrics.json', 'model.safetensors'}
+    assert len(kept_validations(undisturbed)) == 2
+
+def test_killed_and_started_again_it_ends_in_the_same_bytes(images, undisturbed, tmp_path):
+    "kill -9 of the command and its trainer, after the first epoch"
+    cfg = config(images, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6))
+    (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
+    program = [Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'cfg.yaml', '--inline']
+    process = subprocess.Popen(program, env=CLEAN, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('epoch   1/4'):
+            process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    folder = train(cfg)
+    starts = [event for event, _ in read_lines(folder/'log.jsonl') if event['event'] == 'start']
+    assert len(starts) == 2 and starts[1]['step'] > 0
+    assert folder.parent.name == undisturbed.parent.name
+    weights = [(f/'model'/'model.safetensors').read_bytes() for f in (folder, undisturbed)]
+    assert weights[0] == weights[1]
+
+def test_results_do_not_depend_on_workers(images, undisturbed, tmp_path):
+    folder = train(config(images, tmp_path, loader=dict(num_workers=2)))
+    assert (folder/'model'/'model.safetensors').read_bytes() == (undisturbed/'model'/'model.safetensors').read_bytes()
+
+def test_it_is_evaluated_under_the_ledger(images, undisturbed):
+    cfg = load(undisturbed/'config.yaml')
+    system = find_system('classify')
+    found = system.metrics(system.read_table(evaluate(undisturbed, 'val')), cfg)
+    best = json.loads((undisturbed/'model'/'metrics.json').read_text())
+    assert found == pytest.approx({name: best['metrics'][name] for name in found}, abs=1e-9)
+    evaluate(undisturbed, 'test')
+    data = system.feed(cfg).hash
+    ledger = TestLedger(cfg.runs, data)
+    ledger.check(look_of(cfg, data))
+    with pytest.raises(Locked):
+        ledger.check(look_of(cfg.model_copy(update=dict(epochs=9)), data))
+    assert find_run(cfg) == undisturbed
+
+def test_its_noise_floor_is_measured(undisturbed, tmp_path):
+    "From the spread of the difference over drawn groups, by hand"
+    cfg, system = load(undisturbed/'config.yaml'), find_system('classify')
+    before, after = (system.read_table(path) for path in kept_validations(undisturbed))
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(24, [1 / 24] * 24, 50)
+    changes = [system.metrics(after, cfg, draw)['macro_f1'] - system.metrics(before, cfg, draw)['macro_f1']
+               for draw in draws]
+    sigma = np.std(changes, ddof=1)
+    if sigma == 0:
+        pytest.skip('both validations are alike')
+    lines = measure_noise(undisturbed, 50, str(tmp_path/'noise.yaml'))
+    assert lines[0].startswith(f'macro_f1: σ = {sigma:.4f}, over 50 paired bootstrap replicates')
+
+def test_commands_serve_it(images, tmp_path):
+    (tmp_path/'cfg.yaml').write_text(to_yaml(config(images, tmp_path/'runs', epochs=1)))
+    for command in ('rtsseg-train', 'rtsseg-evaluate'):
+        done = shell(command, '--config', tmp_path/'cfg.yaml')
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert 'val.parquet' in done.stdout and 'accuracy' in done.stdout and 'macro_f1' in done.stdout
+
+OUTSIDE = '''
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from rtsseg.loop import Task
+from rtsseg.system import Feed, SampleMeter, System
+from rtsseg.config import RunConfig
+from rtsseg.weights import save_weights
+
+class OutsideConfig(RunConfig):
+    system: str = 'outside'
+
+class Numbers(Feed):
+    source, hash = 'numbers', 'f' * 16
+    def loaders(self):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(40, 2, generator=g)
+        data = [dict(x=a, y=a.sum()[None], sample=str(i), group=str(i)) for i, a in enumerate(x)]
+        return DataLoader(data, batch_size=8, shuffle=True), DataLoader(data, batch_size=8)
+    def size(self, split):
+        return 40
+
+class Sum(Task):
+    monitor, mode = 'error', 'min'
+    def forward(self, model, batch):
+        return model(batch['x'])
+    def count(self, batch):
+        return dict(square=len(batch['y']))
+    def loss(self, out, batch):
+        return dict(square=F.mse_loss(out, batch['y']))
+    def meter(self):
+        def rows(out, batch):
+            return dict(sample=batch['sample'], group=batch['group'], error=(out - batch['y']).abs()[:, 0].cpu())
+        return SampleMeter(rows, lambda table: dict(error=float(table['error'].mean())))
+
+class Outside(System):
+    name, Config = 'outside', OutsideConfig
+    def feed(self, cfg, prepare=False):
+        return Numbers()
+    def model(self, cfg, feed):
+        return torch.nn.Linear(2, 1)
+    def task(self, cfg, feed):
+        return Sum()
+    def monitor(self, cfg):
+        return 'error', 'min'
+    def package(self, folder, model, cfg, feed, best, environment):
+        save_weights(folder, model, cfg, best)
+'''
+
+def test_a_system_from_outside_the_project(tmp_path):
+    "A package that registers itself by an entry point trains with the command"
+    package = tmp_path/'site'
+    (package/'outside-1.0.dist-info').mkdir(parents=True)
+    (package/'outside.py').write_text(OUTSIDE)
+    (package/'outside-1.0.dist-info'/'METADATA').write_text('Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n')
+    (package/'outside-1.0.dist-info'/'entry_points.txt').write_text('[rtsseg.systems]\noutside = outside:Outside\n')
+    (tmp_path/'cfg.yaml').write_text(
+        'system: outside\nname: outside\nruns: runs\ndevice: cpu\nepochs: 2\nbatch_size: 8\nval_frequency: 1\n'
+        'freeze_backbone_epochs: 0\ntracker: {kind: none}\n')
+    env = CLEAN | dict(PYTHONPATH=f'{package}:{ROOT}')
+    program = [Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'cfg.yaml', '--inline']
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.glob('runs/outside/*/seed42/model/model.safetensors'))
+    (tmp_path/'cfg.yaml').write_text('system: outsied\n')
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "did you mean 'outside'" in done.stderr, done.stderr
+
+def test_the_rts_system_has_no_door_of_its_own():
+    "Its model and task come through the protocol alone"
+    cfg = load(name='x', model=dict(architecture='unet', encoder='resnet18', weights=None), data=dict(tile_size=64))
+    model = find_system('rts').model(cfg, None)
+    assert isinstance(model, torch.nn.Module)
