@@ -101,7 +101,7 @@ def open_folder(run:PreparedRun, held:ExitStack) -> Opened:
 def opened(run:PreparedRun) -> Iterator[Opened]:
     "Hold the run folder, and tell every process what the first one found in it"
     # from here on processes can talk to each other
-    accelerator(run.cfg)
+    make_accelerator(run.cfg)
     with ExitStack() as held:
         found = [None]
         if is_first_process():
