@@ -357,7 +357,7 @@ def rtsseg_ablate(shared:RunArguments=RunArguments(),
     "Train every combination of a grid with every seed, and tell gains from noise; started again, it resumes"
     from rtsseg.config import find_config
     from rtsseg.reporting import seed_list
-    from rtsseg.tuning import ablate
+    from rtsseg.ablation import ablate
     cfg = shared.settings()
     found = ablate(cfg, find_config(grid)[0], seed_list(seeds) or [cfg.seed])
     print(f'\n{found}\n\n{os.path.relpath(found.folder)}')

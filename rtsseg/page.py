@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBER', 'Link', 'SCRIPT', 'STYLE', 'escape', 'markdown_text', 'Number', 'footnote_letter', 'number_range', 'Reasons',
            'Text', 'Bullets', 'Code', 'Fold', 'Table', 'html_cells', 'html_table', 'markdown_table', 'Picture',
-           'ImageGrid', 'safe_json', 'html_choice', 'Slider', 'Part', 'anchor', 'html_part', 'html_card', 'page',
-           'appendix']
+           'ImageGrid', 'Cards', 'html_card', 'Deferred', 'safe_json', 'html_choice', 'Slider', 'Part', 'anchor',
+           'html_part', 'page', 'appendix']
 
 # %% ../nbs/06a_page.ipynb #ipage
 import base64
@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
@@ -284,6 +285,46 @@ class ImageGrid:
     def markdown(self, link:Link) -> str:
         return '\n\n'.join(p.markdown(link) for p in self.pictures)
 
+# %% ../nbs/06a_page.ipynb #ccards
+@dataclass
+class Cards:
+    "Headline numbers side by side"
+    # (label, number, remark), plain texts
+    cards: list[tuple[str, str, str]]
+
+    def html(self) -> str:
+        return '<div class="cards">' + ''.join(map(html_card, self.cards)) + '</div>'
+
+    def markdown(self, link:Link) -> str:
+        lines = []
+        for card in self.cards:
+            label, number, remark = map(markdown_text, card)
+            lines.append(f'- {label}: **{number}** ({remark})')
+        return '\n'.join(lines)
+
+def html_card(card:tuple[str, str, str]) -> str:
+    "A headline number with its label and a remark"
+    label, number, remark = map(escape, card)
+    return f'<div class=card><span>{label}</span><b>{number}</b><span>{remark}</span></div>'
+
+class Deferred:
+    "Blocks that are made when they are first shown"
+
+    def __init__(self,
+                 make:Callable[[], list]    # returns the blocks
+                ):
+        self.make = make
+
+    @cached_property
+    def blocks(self) -> list:
+        return self.make()
+
+    def html(self) -> str:
+        return ''.join(b.html() for b in self.blocks)
+
+    def markdown(self, link:Link) -> str:
+        return '\n\n'.join(b.markdown(link) for b in self.blocks)
+
 # %% ../nbs/06a_page.ipynb #6d008037
 def safe_json(data:Any) -> str:
     "JSON for a script element: no text inside can end the element"
@@ -457,19 +498,15 @@ class Part:
     title: str
     # {heading: blocks}
     sections: dict[str, list]
-    # (label, number, remark), plain texts
-    cards: list[tuple[str, str, str]] = field(default_factory=list)
 
 def anchor(index:int, heading:str) -> str:
     "The id of a section: unique on the page"
     return re.sub(r'\W+', '-', f'{heading} {index or ""}'.lower()).strip('-')
 
 def html_part(index:int, part:Part) -> str:
-    "Links to the sections, cards, and the sections"
+    "Links to the sections, and the sections"
     links = ''.join(f'<a href=#{anchor(index, h)}>{escape(h)}</a>' for h in part.sections)
     pieces = [f'<nav>{links}</nav>']
-    if part.cards:
-        pieces.append('<div class="cards">' + ''.join(map(html_card, part.cards)) + '</div>')
     for heading, blocks in part.sections.items():
         inner = ''.join(b.html() for b in blocks)
         pieces.append(f'<section id="{anchor(index, heading)}"><h2>{escape(heading)}</h2>{inner}</section>\n')
@@ -477,11 +514,6 @@ def html_part(index:int, part:Part) -> str:
     if part.title:
         return f'<details class="part"><summary>{escape(part.title)}</summary>{inner}</details>'
     return inner
-
-def html_card(card:tuple[str, str, str]) -> str:
-    "A headline number with its label and a remark"
-    label, number, remark = map(escape, card)
-    return f'<div class=card><span>{label}</span><b>{number}</b><span>{remark}</span></div>'
 
 def page(title:str,              # plain text
          lead:str,               # plain text, below the title

@@ -260,6 +260,19 @@ class System:
         "What else belongs below the noise floor of a validation"
         return []
 
+    def sections(self,
+                 results:Any    # `Results`: the finished runs of one configuration, one a seed
+                ) -> dict[str, list]:
+        "What its report shows, the headline first: {heading: blocks of a page}. `table_sections` serves tables of samples"
+        raise NotImplementedError
+
+    def comparison(self,
+                   results:list[Any],    # `Results`, one for each configuration
+                   split:str             # the split that may be compared: test or val
+                  ) -> dict[str, list]:
+        "What a report of several configurations shows; {} for a table of their monitored values"
+        return {}
+
 # %% ../nbs/04j_system.ipynb #cobserve
 def divergence(history:list[dict],    # epochs, as in `TrainingState.history`
                cfg:RunConfig          # loss_weights

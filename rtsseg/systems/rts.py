@@ -192,6 +192,14 @@ class RTS(System):
         spread = subsample(table, ratio, draws=5)['pr_auc'][1]
         return [f'standard deviation over five draws of negatives, as the guide has it: {spread:.4f}']
 
+    def sections(self, results):
+        from rtsseg.pixel_report import sections
+        return sections(results)
+
+    def comparison(self, results, split):
+        from rtsseg.pixel_report import comparison
+        return comparison(results, split)
+
 def monitored_ratio(cfg:RtsConfig) -> int|str:
     "r of 1:r at which PR-AUC is monitored, or 'native'"
     ratio = cfg.metrics.monitor.removeprefix('pr_auc@')
