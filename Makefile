@@ -97,7 +97,7 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(if $(shell command -v quarto),,$(error the site needs Quarto 1.7 or later: https://quarto.org/docs/get-started))
 	@touch README.md   # else nbdev writes its own
-	nbdev_docs
+	PYTHONPATH=. nbdev_docs
 	@echo "_docs/index.html"
 
 sync readme: $(STAMP)

@@ -1,4 +1,5 @@
 "Calibration: its fits by other libraries, its points by hand, what it refuses, and what averaging over views is worth"
+
 import hashlib, json
 
 import numpy as np, pytest, torch
@@ -10,8 +11,20 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
 from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.calibration import (
-    Calibration, Fit, calibrate, calibrate_evidence, fit_slope_intercept, fit_temperature, fits, nll,
-    prior_shift, recommend, show_calibration, show_reliability, temperature_verdict, views_gain
+    Calibration,
+    Fit,
+    calibrate,
+    calibrate_evidence,
+    fit_slope_intercept,
+    fit_temperature,
+    fits,
+    nll,
+    prior_shift,
+    recommend,
+    show_calibration,
+    show_reliability,
+    temperature_verdict,
+    views_gain,
 )
 from rtsseg.bootstrap import Estimate
 from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
@@ -33,291 +46,642 @@ from rtsseg.toy import scored_tiles
 from rtsseg.weights import ModelError
 from helpers.runs import MODEL, toy_world
 
-THRESHOLDS = [round(.1 * i, 1) for i in range(1, 10)]
-CFG, METRICS = Calibrate(ratio=20, target_precision=.5, min_areas=[0, 10, 40], min_region_positives=20), Metrics(ratios=[5, 20], replicates=200)
+THRESHOLDS = [round(0.1 * i, 1) for i in range(1, 10)]
+CFG, METRICS = Calibrate(ratio=20, target_precision=0.5, min_areas=[0, 10, 40], min_region_positives=20), Metrics(
+    ratios=[5, 20], replicates=200
+)
+
 
 def tiles(logits, masks, blocks=20, thresholds=(), region='A'):
     "Evidence of tiles that lie in blocks in turn"
-    rows = [dict(tile_id=f't{i:04}', split='val', region=region, block=f'b{i % blocks}', positive=bool((m == 1).any()), pixel_size=3.) | tile_evidence(np.asarray(z, np.float16), m.astype(np.uint8), thresholds)
-            for i, (z, m) in enumerate(zip(logits, masks))]
+    rows = [
+        dict(
+            tile_id=f't{i:04}',
+            split='val',
+            region=region,
+            block=f'b{i % blocks}',
+            positive=bool((m == 1).any()),
+            pixel_size=3.0,
+        )
+        | tile_evidence(np.asarray(z, np.float16), m.astype(np.uint8), thresholds)
+        for i, (z, m) in enumerate(zip(logits, masks))
+    ]
     return Evidence.from_rows(rows, thresholds=thresholds)
 
-def drawn(seed, scale=1., offset=0., n=200, side=24):
+
+def drawn(seed, scale=1.0, offset=0.0, n=200, side=24):
     "Labels drawn from the probabilities of true scores; the scores are then spoilt"
-    rng = np.random.default_rng(seed); z = rng.normal(rng.normal(-4, 1.5, (n, 1, 1)), 1.5, (n, side, side)).astype(np.float16).astype(float)
+    rng = np.random.default_rng(seed)
+    z = rng.normal(rng.normal(-4, 1.5, (n, 1, 1)), 1.5, (n, side, side)).astype(np.float16).astype(float)
     return tiles(z * scale + offset, rng.random(z.shape) < expit(z))
+
 
 @pytest.fixture(scope='module')
 def toy():
     logits, masks, table = scored_tiles(40, 400)
-    meter = Meter(table, THRESHOLDS); meter.update(logits, masks, np.arange(len(table)))
+    meter = Meter(table, THRESHOLDS)
+    meter.update(logits, masks, np.arange(len(table)))
     return meter.evidence()
 
+
 def pixels(evidence, ratio):
-    neg, pos = histogram(evidence, ratio); seen = neg + pos > 0; z = decode(evidence.bins)[seen]
+    neg, pos = histogram(evidence, ratio)
+    seen = neg + pos > 0
+    z = decode(evidence.bins)[seen]
     return np.append(z, z), np.repeat([0, 1], len(z)), np.append(neg[seen], pos[seen])
 
+
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(.3, 3), st.floats(-4, 4), st.sampled_from(['native', 1, 50]))
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 3), st.floats(-4, 4), st.sampled_from(['native', 1, 50]))
 def test_slope_and_intercept_as_scikit_learn(seed, scale, offset, ratio):
-    e = drawn(seed, scale, offset, n=40); a, b, why = fit_slope_intercept(e, ratio)
+    e = drawn(seed, scale, offset, n=40)
+    a, b, why = fit_slope_intercept(e, ratio)
     z, y, w = pixels(e, ratio)
-    theirs = LogisticRegression(C=np.inf, tol=1e-12, max_iter=100_000).fit(z[:, None], y, sample_weight=w / w[y == 1].sum())
+    theirs = LogisticRegression(C=np.inf, tol=1e-12, max_iter=100_000).fit(
+        z[:, None], y, sample_weight=w / w[y == 1].sum()
+    )
     assert not why and nll(e, a, b, ratio) <= log_loss(y, theirs.predict_proba(z[:, None]), sample_weight=w) + 1e-9
     assert (a, b) == pytest.approx((theirs.coef_[0, 0], theirs.intercept_[0]), rel=5e-3, abs=5e-3)
-    mean = np.average(expit(a * z + b), weights=w); assert mean == pytest.approx(np.average(y, weights=w), rel=1e-6)      # an intercept makes probabilities add up
+    mean = np.average(expit(a * z + b), weights=w)
+    assert mean == pytest.approx(np.average(y, weights=w), rel=1e-6)  # an intercept makes probabilities add up
 
-@pytest.mark.parametrize('scale, offset, word', [(1, 0, 'is enough'), (.4, 0, 'is enough'), (3, 0, 'is enough'), (1, 2, 'is not enough'), (.4, -1.5, 'is not enough')])
+
+@pytest.mark.parametrize(
+    'scale, offset, word',
+    [
+        (1, 0, 'is enough'),
+        (0.4, 0, 'is enough'),
+        (3, 0, 'is enough'),
+        (1, 2, 'is not enough'),
+        (0.4, -1.5, 'is not enough'),
+    ],
+)
 def test_when_a_temperature_is_enough(scale, offset, word):
     "Scores that were scaled need no intercept, whatever the draw; scores that were moved do"
-    said = [temperature_verdict(fits(e, Replicates(e, 200))) for e in (drawn(seed, scale, offset) for seed in range(12))]
+    said = [
+        temperature_verdict(fits(e, Replicates(e, 200))) for e in (drawn(seed, scale, offset) for seed in range(12))
+    ]
     assert all(f'temperature alone {word}' in s for s in said)
 
-@pytest.mark.parametrize('excess, word', [((1.3, .9, 1.8), 'is enough'), ((1.05, 1.02, 1.08), 'is enough'), ((1.3, 1.1, 1.5), 'is not enough'), ((.6, .5, .7), 'is not enough')])
+
+@pytest.mark.parametrize(
+    'excess, word',
+    [
+        ((1.3, 0.9, 1.8), 'is enough'),
+        ((1.05, 1.02, 1.08), 'is enough'),
+        ((1.3, 1.1, 1.5), 'is not enough'),
+        ((0.6, 0.5, 0.7), 'is not enough'),
+    ],
+)
 def test_enough_is_within_noise_or_a_tenth(excess, word):
-    one = Estimate(1., .9, 1.1); t, both = (Fit(slope=one, intercept=one, excess=Estimate(*x), why='') for x in (excess, (1., 1., 1.)))
-    assert f'temperature alone {word}: its probabilities add up to {Estimate(*excess)} times' in temperature_verdict(dict(temperature=t, slope_intercept=both))
+    one = Estimate(1.0, 0.9, 1.1)
+    t, both = (Fit(slope=one, intercept=one, excess=Estimate(*x), why='') for x in (excess, (1.0, 1.0, 1.0)))
+    assert f'temperature alone {word}: its probabilities add up to {Estimate(*excess)} times' in temperature_verdict(
+        dict(temperature=t, slope_intercept=both)
+    )
+
 
 def test_the_excess_is_what_probabilities_add_up_to():
-    e = drawn(1, 1, 2); found = fits(e, Replicates(e, 100)); z, y, w = pixels(e, 'native'); T, _ = fit_temperature(e)
+    e = drawn(1, 1, 2)
+    found = fits(e, Replicates(e, 100))
+    z, y, w = pixels(e, 'native')
+    T, _ = fit_temperature(e)
     assert found['temperature'].excess.value == pytest.approx((w * expit(z / T)).sum() / (w * y).sum(), rel=1e-6)
     assert found['slope_intercept'].excess.value == pytest.approx(1, abs=1e-6)
-    for f in found.values(): assert f.slope.low < f.slope.value < f.slope.high
+    for f in found.values():
+        assert f.slope.low < f.slope.value < f.slope.high
     few = drawn(1, 1, 2).select(np.isin(np.arange(200) % 20, range(5)))
-    assert 'cannot be told' in temperature_verdict(fits(few, Replicates(few, 100))) and '5 blocks hold positives, 10 are needed' in temperature_verdict(fits(few, Replicates(few, 100)))
+    assert 'cannot be told' in temperature_verdict(
+        fits(few, Replicates(few, 100))
+    ) and '5 blocks hold positives, 10 are needed' in temperature_verdict(fits(few, Replicates(few, 100)))
+
 
 def test_what_has_no_fit():
-    z = np.zeros((12, 4, 4)); y = np.zeros_like(z); y[:, 0] = 1
-    assert fit_temperature(tiles(z, y)) == (1, 'every pixel has the score 0, so no temperature makes probabilities of them; T is left at 1')
-    e = tiles(z + 8 * y - 2, y); T, _ = fit_temperature(e)
-    assert fit_slope_intercept(e)[:2] == (1 / T, 0) and 'a single score divides the pixels' in fit_slope_intercept(e)[2]
-    c = calibrate_evidence(e, Calibrate(method='slope_intercept'), Metrics(ratios=[1], replicates=50)); assert (c.slope, c.intercept) == (1 / T, 0) and 'a single score' in show_calibration(c).replace('\n', ' ')
-    with pytest.raises(ValueError, match='no positive pixel'): fit_slope_intercept(tiles(z, z))
+    z = np.zeros((12, 4, 4))
+    y = np.zeros_like(z)
+    y[:, 0] = 1
+    assert fit_temperature(tiles(z, y)) == (
+        1,
+        'every pixel has the score 0, so no temperature makes probabilities of them; T is left at 1',
+    )
+    e = tiles(z + 8 * y - 2, y)
+    T, _ = fit_temperature(e)
+    assert (
+        fit_slope_intercept(e)[:2] == (1 / T, 0) and 'a single score divides the pixels' in fit_slope_intercept(e)[2]
+    )
+    c = calibrate_evidence(e, Calibrate(method='slope_intercept'), Metrics(ratios=[1], replicates=50))
+    assert (c.slope, c.intercept) == (1 / T, 0) and 'a single score' in show_calibration(c).replace('\n', ' ')
+    with pytest.raises(ValueError, match='no positive pixel'):
+        fit_slope_intercept(tiles(z, z))
+
 
 def test_the_prior_shift_is_bayes(toy):
     "Twice the odds of a slump are twice the odds of every pixel: what is added is the change of the prior's log-odds"
-    pos, n_pos = toy.pooled[:, 1].sum(), int(toy['positive'].sum()); own, other = toy.pooled[1, 0].sum(), toy.pooled[0, 0].sum()
+    pos, n_pos = toy.pooled[:, 1].sum(), int(toy['positive'].sum())
+    own, other = toy.pooled[1, 0].sum(), toy.pooled[0, 0].sum()
     prior = lambda r: pos / (pos + own + r * n_pos / (len(toy) - n_pos) * other)
-    assert prior_shift(toy, 20, 5) == pytest.approx(logit(prior(5)) - logit(prior(20))) == pytest.approx(-prior_shift(toy, 5, 20))
+    assert (
+        prior_shift(toy, 20, 5)
+        == pytest.approx(logit(prior(5)) - logit(prior(20)))
+        == pytest.approx(-prior_shift(toy, 5, 20))
+    )
+
 
 @pytest.mark.parametrize('method', ['temperature', 'slope_intercept'])
 def test_a_calibration(toy, method, tmp_path):
-    c = calibrate_evidence(toy, CFG.model_copy(update=dict(method=method)), METRICS); plain = calibrate_evidence(toy, CFG, METRICS)
+    c = calibrate_evidence(toy, CFG.model_copy(update=dict(method=method)), METRICS)
+    plain = calibrate_evidence(toy, CFG, METRICS)
     want = (1 / fit_temperature(toy, 20)[0], 0) if method == 'temperature' else fit_slope_intercept(toy, 20)[:2]
     z = np.linspace(-9, 9, 7)
-    np.testing.assert_allclose(c.probability(z), expit(want[0] * z + want[1])); np.testing.assert_allclose(c.score(z, 5), want[0] * z + want[1] + prior_shift(toy, 20, 5))
-    np.testing.assert_allclose(c.probability(logit(c.raw(np.array([.1, .5, .9])))), [.1, .5, .9])
+    np.testing.assert_allclose(c.probability(z), expit(want[0] * z + want[1]))
+    np.testing.assert_allclose(c.score(z, 5), want[0] * z + want[1] + prior_shift(toy, 20, 5))
+    np.testing.assert_allclose(c.probability(logit(c.raw(np.array([0.1, 0.5, 0.9])))), [0.1, 0.5, 0.9])
     for r in (5, 20):
         p, q = c.thresholds[r], plain.thresholds[r]
-        assert (p.logit, p.raw_threshold, p.precision, p.recall) == (q.logit, q.raw_threshold, q.precision, q.recall) and p.threshold == pytest.approx(c.probability(p.logit))
+        assert (p.logit, p.raw_threshold, p.precision, p.recall) == (
+            q.logit,
+            q.raw_threshold,
+            q.precision,
+            q.recall,
+        ) and p.threshold == pytest.approx(c.probability(p.logit))
         for points, others in ((c.objects, plain.objects), (c.object_thresholds, plain.object_thresholds)):
-            assert (points[r].raw_threshold, points[r].min_area) == (others[r].raw_threshold, others[r].min_area) and points[r].threshold == pytest.approx(c.probability(logit(points[r].raw_threshold)))
+            assert (points[r].raw_threshold, points[r].min_area) == (
+                others[r].raw_threshold,
+                others[r].min_area,
+            ) and points[r].threshold == pytest.approx(c.probability(logit(points[r].raw_threshold)))
         s, y, w = pixels(toy, r)
         for name, (a, b) in dict(before=(1, 0), shifted=(want[0], want[1] + c.shifts[r])).items():
-            q = getattr(c.quality[r], name); prob = expit(a * s + b)
-            assert (q.nll.value, q.brier.value) == pytest.approx((log_loss(y, prob, sample_weight=w), brier_score_loss(y, prob, sample_weight=w))) and q.brier.low <= q.brier.value <= q.brier.high
+            q = getattr(c.quality[r], name)
+            prob = expit(a * s + b)
+            assert (q.nll.value, q.brier.value) == pytest.approx(
+                (log_loss(y, prob, sample_weight=w), brier_score_loss(y, prob, sample_weight=w))
+            ) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
-    assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path/'calibration.json')) == c
-    for region in c.regions.values():                                                                           # 20 positive tiles each: own points, but where too few tiles stand behind one
-        assert region.thresholds and region.objects and all(p.support >= 30 or p.w <= 1 or not p.reached for p in [*region.thresholds.values(), *region.objects.values()])
+    assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path / 'calibration.json')) == c
+    for region in c.regions.values():  # 20 positive tiles each: own points, but where too few tiles stand behind one
+        assert (
+            region.thresholds
+            and region.objects
+            and all(
+                p.support >= 30 or p.w <= 1 or not p.reached
+                for p in [*region.thresholds.values(), *region.objects.values()]
+            )
+        )
     assert max(map(len, show_calibration(c).splitlines())) <= 100
 
-def test_a_threshold_on_few_tiles_is_told(toy):
-    "At 1:200 eleven negative tiles decide: globally that is said, and a region, which has fewer still, takes the global point of that ratio"
-    c = calibrate_evidence(toy, CFG, Metrics(ratios=[5, 200], replicates=50)); thin = c.thresholds[200]
-    assert thin.reached and thin.support < 30 and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times' and not c.thresholds[5].why
-    for name, region in c.regions.items():
-        assert set(region.thresholds) == {5} and c.point(200, name) == thin and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
-        assert 'global threshold of pixels at 1:200, since its own rests on' in region.why and f'Region {name}: global' in (said := show_calibration(c)) and f'Region {name}: pixels' in said
 
-def test_an_old_file_is_told(toy, tmp_path):
-    path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path/'calibration.json'); old = json.loads(path.read_text())
-    for name in ('slope', 'objects'): del old['none'][name]
+def test_a_threshold_on_few_tiles_is_reported(toy):
+    "At 1:200 eleven negative tiles decide: the global point says so, and a region uses the global point of that ratio"
+    c = calibrate_evidence(toy, CFG, Metrics(ratios=[5, 200], replicates=50))
+    thin = c.thresholds[200]
+    assert (
+        thin.reached
+        and thin.support < 30
+        and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times'
+        and not c.thresholds[5].why
+    )
+    for name, region in c.regions.items():
+        assert (
+            set(region.thresholds) == {5}
+            and c.point(200, name) == thin
+            and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
+        )
+        assert (
+            'global threshold of pixels at 1:200, since its own rests on' in region.why
+            and f'Region {name}: global' in (said := show_calibration(c))
+            and f'Region {name}: pixels' in said
+        )
+
+
+def test_an_old_file_is_refused(toy, tmp_path):
+    path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path / 'calibration.json')
+    old = json.loads(path.read_text())
+    for name in ('slope', 'objects'):
+        del old['none'][name]
     path.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'): Calibration.load(path)
+    with pytest.raises(
+        ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'
+    ):
+        Calibration.load(path)
+
 
 @pytest.mark.parametrize('broken', ['{"none": {', '', '[]', '\x80'])
-def test_a_broken_file_is_told_and_written_anew(toy, tmp_path, capsys, broken):
-    path = tmp_path/'calibration.json'; path.write_bytes(broken.encode('latin1')); c = calibrate_evidence(toy, CFG, METRICS)
-    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it again'): Calibration.load(path)
+def test_a_broken_file_is_reported_and_replaced(toy, tmp_path, capsys, broken):
+    path = tmp_path / 'calibration.json'
+    path.write_bytes(broken.encode('latin1'))
+    c = calibrate_evidence(toy, CFG, METRICS)
+    with pytest.raises(ValueError, match=r'calibration.json cannot be read .*rtsseg-calibrate makes it again'):
+        Calibration.load(path)
     assert Calibration.load(c.save(path)) == c and 'calibration.json cannot be read' in capsys.readouterr().err
-    c.save(path); assert not capsys.readouterr().err
+    c.save(path)
+    assert not capsys.readouterr().err
 
-def cells(evidence, ratio, areas): return {(t, a): object_metrics(evidence, ratio, t, .3, a) for t in evidence.thresholds for a in areas}
 
-@pytest.mark.parametrize('target', [.3, .5, .7, .99])
+def cells(evidence, ratio, areas):
+    return {(t, a): object_metrics(evidence, ratio, t, 0.3, a) for t in evidence.thresholds for a in areas}
+
+
+@pytest.mark.parametrize('target', [0.3, 0.5, 0.7, 0.99])
 def test_object_points_by_hand(toy, target):
-    operating, alone = object_operating_points(toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS)
+    operating, alone = object_operating_points(
+        toy, Replicates(toy, 200), float, CFG.model_copy(update=dict(target_precision=target)), METRICS
+    )
     for r in METRICS.ratios:
-        every = cells(toy, r, CFG.min_areas); n = len(toy.nested('truth')); good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= .05 * n]
-        p = operating[r]; m = every[p.raw_threshold, p.min_area]
-        assert p.reached == bool(good) and (p.precision.value, p.recall.value, p.share.value, p.f1.value) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
-        assert p.share.value * n == pytest.approx(max(good)) if good else (p.raw_threshold, p.min_area) == (.5, 0) and f'object precision {target} is not reached on validation at 1:{r}' in p.why and p.why.endswith('; the uncalibrated 0.5 is used')
-        assert p.best_precision == pytest.approx(max(m['precision'] for m in every.values() if m['tp'] >= .05 * n))
+        every = cells(toy, r, CFG.min_areas)
+        n = len(toy.nested('truth'))
+        good = [m['tp'] for m in every.values() if m['precision'] >= target and m['tp'] >= 0.05 * n]
+        p = operating[r]
+        m = every[p.raw_threshold, p.min_area]
+        assert p.reached == bool(good) and (
+            p.precision.value,
+            p.recall.value,
+            p.share.value,
+            p.f1.value,
+        ) == pytest.approx((m['precision'], m['recall'], m['tp'] / n, m['f1']))
+        assert (
+            p.share.value * n == pytest.approx(max(good))
+            if good
+            else (p.raw_threshold, p.min_area) == (0.5, 0)
+            and f'object precision {target} is not reached on validation at 1:{r}' in p.why
+            and p.why.endswith('; the uncalibrated 0.5 is used')
+        )
+        assert p.best_precision == pytest.approx(max(m['precision'] for m in every.values() if m['tp'] >= 0.05 * n))
         assert p.recall.low <= p.recall.value <= p.recall.high
-        if p.w > 1 and p.support < 30: assert p.precision.low is None and 'of the 30 negative tiles' in p.precision.why
-        p, down = alone[r], [t for t in THRESHOLDS[::-1] if every[t, 0]['recall'] >= .05]; held = []
+        if p.w > 1 and p.support < 30:
+            assert p.precision.low is None and 'of the 30 negative tiles' in p.precision.why
+        p, down = alone[r], [t for t in THRESHOLDS[::-1] if every[t, 0]['recall'] >= 0.05]
+        held = []
         for t in down:
-            if not every[t, 0]['precision'] >= target: break
+            if not every[t, 0]['precision'] >= target:
+                break
             held.append(t)
-        assert (p.reached, p.raw_threshold) == ((True, held[-1]) if held else (False, .5))
+        assert (p.reached, p.raw_threshold) == ((True, held[-1]) if held else (False, 0.5))
+
 
 def test_a_floor_is_not_chosen_for_what_it_hides():
     "Recall of the one large slump is 1 at any floor; without a floor more slumps are found at the same precision"
-    z, y = np.full((24, 24), -6.), np.zeros((24, 24))
-    for at in (1, 9, 17): y[1:5, at:at + 4] = 1
-    y[10:22, 2:14] = 1; z[y == 1] = 3; z[1:5, 1:5] = -6                                                              # two of three small ones are found, and the large one
-    e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(.5,)); p = object_operating_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
-    assert (p.min_area, p.precision.value, p.recall.value, p.share.value) == (0, 1, .75, .75)
+    z, y = np.full((24, 24), -6.0), np.zeros((24, 24))
+    for at in (1, 9, 17):
+        y[1:5, at : at + 4] = 1
+    y[10:22, 2:14] = 1
+    z[y == 1] = 3
+    z[1:5, 1:5] = -6  # two of three small ones are found, and the large one
+    e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(0.5,))
+    p = object_operating_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
+    assert (p.min_area, p.precision.value, p.recall.value, p.share.value) == (0, 1, 0.75, 0.75)
+
 
 def bridged(high, low, speck):
     "An object of two halves with a bridge between them, and a speck beside it, by their logits"
-    z, y = np.full((24, 24), -6.), np.zeros((24, 24))
-    y[4:10, 2:18] = 1; z[4:10, 2:9] = z[4:10, 11:18] = high; z[4:10, 9:11] = low; z[16:18, 4:6] = speck
+    z, y = np.full((24, 24), -6.0), np.zeros((24, 24))
+    y[4:10, 2:18] = 1
+    z[4:10, 2:9] = z[4:10, 11:18] = high
+    z[4:10, 9:11] = low
+    z[16:18, 4:6] = speck
     return z, y
 
-def test_precision_that_falls_is_told():
-    "Above the bridge's score one object is two, of which one is a false alarm. A speck below it makes precision rise before it falls"
-    case = bridged(3, 0, -1); e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
-    alone = object_operating_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
-    assert 'falls from 1.000 at 0.300 to 0.500 at 0.600' in alone.monotone_why and not alone.reached and 'lower again above that' in alone.why
-    case = bridged(3, 2.9, -1); e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
-    alone = object_operating_points(e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100))[1][1]
-    assert not alone.monotone_why and alone.reached and alone.raw_threshold == .3
 
-def test_precision_that_falls_within_its_noise_is_not_told():
+def test_precision_that_falls_is_reported():
+    "Above the bridge's score one object is two, one of them a false alarm; a speck makes it rise before it falls"
+    case = bridged(3, 0, -1)
+    e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
+    alone = object_operating_points(
+        e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100)
+    )[1][1]
+    assert (
+        'falls from 1.000 at 0.300 to 0.500 at 0.600' in alone.monotone_why
+        and not alone.reached
+        and 'lower again above that' in alone.why
+    )
+    case = bridged(3, 2.9, -1)
+    e = tiles(*zip(*[case] * 24), blocks=12, thresholds=THRESHOLDS)
+    alone = object_operating_points(
+        e, Replicates(e, 100), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=100)
+    )[1][1]
+    assert not alone.monotone_why and alone.reached and alone.raw_threshold == 0.3
+
+
+def test_precision_that_falls_within_its_noise_is_not_reported():
     "One tile of forty is split: in a replicate it may well not be there"
-    cases = [bridged(3, 2.9, -6)] * 39 + [bridged(3, 0, -6)]; e = tiles(*zip(*cases), blocks=40, thresholds=THRESHOLDS)
-    alone = object_operating_points(e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300))[1][1]
+    cases = [bridged(3, 2.9, -6)] * 39 + [bridged(3, 0, -6)]
+    e = tiles(*zip(*cases), blocks=40, thresholds=THRESHOLDS)
+    alone = object_operating_points(
+        e, Replicates(e, 300), float, Calibrate(min_areas=[0]), Metrics(ratios=[1], replicates=300)
+    )[1][1]
     assert alone.reached and not alone.monotone_why
+
 
 def record_test_access(cfg, data, views='none'):
     TestLedger(cfg.runs, data).record(look_of(cfg, data, views))
 
-@pytest.mark.parametrize('change', ['calibrate.method=slope_intercept', 'calibrate.min_areas=[0]', 'calibrate.ratio=500', 'calibrate.target_precision=0.7', 'calibrate.min_recall=0.1',
-                                    'calibrate.min_region_positives=5', 'metrics.min_area=10', 'metrics.monitor=pr_auc@500', 'metrics.ratios=[200]', 'loss.gamma=1', 'epochs=7'])
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        'calibrate.method=slope_intercept',
+        'calibrate.min_areas=[0]',
+        'calibrate.ratio=500',
+        'calibrate.target_precision=0.7',
+        'calibrate.min_recall=0.1',
+        'calibrate.min_region_positives=5',
+        'metrics.min_area=10',
+        'metrics.monitor=pr_auc@500',
+        'metrics.ratios=[200]',
+        'loss.gamma=1',
+        'epochs=7',
+    ],
+)
 def test_the_lock(tmp_path, change):
     "Three seeds are one look; another way to train or to choose is another configuration"
     cfg = RtsConfig(runs=tmp_path)
-    for seed in (42, 43, 44, 42): record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
-    ledger = json.loads((tmp_path/'test_ledger.json').read_text())['data']
+    for seed in (42, 43, 44, 42):
+        record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
+    ledger = json.loads((tmp_path / 'test_ledger.json').read_text())['data']
     assert [l['seed'] for l in ledger['looks']] == [42, 43, 44, 42] and not any(l['forced'] for l in ledger['looks'])
-    with pytest.raises(Locked, match='second validation split'): record_test_access(load(overrides=[change], runs=tmp_path), 'data')
-    with pytest.raises(Locked, match='views full'): record_test_access(cfg, 'data', 'full')
+    with pytest.raises(Locked, match='second validation split'):
+        record_test_access(load(overrides=[change], runs=tmp_path), 'data')
+    with pytest.raises(Locked, match='views full'):
+        record_test_access(cfg, 'data', 'full')
+
 
 def test_the_rule_names_what_decides(tmp_path):
     "A rule that changed under one config hash, as by other code, is refused too"
-    record_test_access(RtsConfig(runs=tmp_path), 'data'); path = tmp_path/'test_ledger.json'; ledger = json.loads(path.read_text())
-    for word in ('pr_auc@200', 'temperature at 1:200', 'precision ≥ 0.8', 'recall 0.05', '1:1000', '0, 5, 10, 20, 40, 80, 160, 320 pixels', '30 positive tiles', 'views none'): assert word in ledger['data']['rule']
-    ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10'); path.write_text(json.dumps(ledger))
-    with pytest.raises(Locked, match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; reading it again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would'): record_test_access(RtsConfig(runs=tmp_path), 'data')
+    record_test_access(RtsConfig(runs=tmp_path), 'data')
+    path = tmp_path / 'test_ledger.json'
+    ledger = json.loads(path.read_text())
+    for word in (
+        'pr_auc@200',
+        'temperature at 1:200',
+        'precision ≥ 0.8',
+        'recall 0.05',
+        '1:1000',
+        '0, 5, 10, 20, 40, 80, 160, 320 pixels',
+        '30 positive tiles',
+        'views none',
+    ):
+        assert word in ledger['data']['rule']
+    ledger['data']['rule'] = ledger['data']['rule'].replace('0.05', '0.10')
+    path.write_text(json.dumps(ledger))
+    with pytest.raises(
+        Locked,
+        match=r'evaluated with precision ≥ 0.8 up to recall 0.10 at 1:200, 1:500, 1:1000; '
+        r'reading it again with precision ≥ 0.8 up to recall 0.05 at 1:200, 1:500, 1:1000 would',
+    ):
+        record_test_access(RtsConfig(runs=tmp_path), 'data')
+
 
 def test_every_view_comes_back():
     "The eight symmetries by NumPy, on an image without any: its letters stay where they were"
-    image = np.arange(35).reshape(5, 7); turned = set()
+    image = np.arange(35).reshape(5, 7)
+    turned = set()
     for k, flip in VIEWS['full']:
-        want = np.rot90(np.fliplr(image) if flip else image, k); got = apply_view(torch.tensor(image), k, flip)
+        want = np.rot90(np.fliplr(image) if flip else image, k)
+        got = apply_view(torch.tensor(image), k, flip)
         assert np.array_equal(got, want) and torch.equal(undo_view(got, k, flip), torch.tensor(image))
         turned.add(tuple(np.pad(want, ((0, 7 - want.shape[0]), (0, 7 - want.shape[1]))).ravel()))
     assert len(turned) == 8 and all(set(map(tuple, VIEWS[v])) <= set(VIEWS['full']) for v in VIEWS)
 
+
 @pytest.fixture
 def folder(tmp_path):
     "A run whose validation was seen in four ways: minimal is as noisy as none, standard is less so, full not at all"
-    cfg = load(runs=tmp_path, metrics=dict(ratios=[5, 20], monitor='pr_auc@5', replicates=200), calibrate=dict(ratio=5, target_precision=.5)); folder = tmp_path/'toy'/config_hash(cfg)/'seed42'
-    write_atomic(folder/'config.yaml', to_yaml(cfg)); logits, masks, table = scored_tiles(40, 400); rng = np.random.default_rng(5); log = []
+    cfg = load(
+        runs=tmp_path,
+        metrics=dict(ratios=[5, 20], monitor='pr_auc@5', replicates=200),
+        calibrate=dict(ratio=5, target_precision=0.5),
+    )
+    folder = tmp_path / 'toy' / config_hash(cfg) / 'seed42'
+    write_atomic(folder / 'config.yaml', to_yaml(cfg))
+    logits, masks, table = scored_tiles(40, 400)
+    rng = np.random.default_rng(5)
+    log = []
     for views, noise in dict(none=2.5, minimal=2.5, standard=1, full=0).items():
         z = logits + rng.normal(0, 1, logits.shape) * noise
-        meter = Meter(table, (.3, .5, .7), views=views); meter.update(z.astype(np.float16), masks, np.arange(len(table))); meter.evidence().write(evidence_path(folder, 'val', views))
-        log += [dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu') for s in (99., 44. * len(VIEWS[views]))]
-    write_atomic(folder/'model'/'model.safetensors', b'')                     # calibration does not open it
-    write_atomic(folder/'log.jsonl', ''.join(json.dumps(l) + '\n' for l in [dict(event='start'), *log]))
+        meter = Meter(table, (0.3, 0.5, 0.7), views=views)
+        meter.update(z.astype(np.float16), masks, np.arange(len(table)))
+        meter.evidence().write(evidence_path(folder, 'val', views))
+        log += [
+            dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu')
+            for s in (99.0, 44.0 * len(VIEWS[views]))
+        ]
+    write_atomic(folder / 'model' / 'model.safetensors', b'')  # calibration does not open it
+    write_atomic(folder / 'log.jsonl', ''.join(json.dumps(l) + '\n' for l in [dict(event='start'), *log]))
     return folder
+
 
 def test_views_by_their_gain_and_cost(folder, capsys):
     gains = views_gain(folder)
-    assert list(gains.index) == ['none', 'minimal', 'standard', 'full'] and gains['seconds a tile'].tolist() == pytest.approx([.1, .2, .4, .8])
-    assert gains.gain['full'] == pytest.approx(gains['PR-AUC 1:5']['full'] - gains['PR-AUC 1:5']['none']) and gains.verdict.tolist()[1:] == ['noise', 'gain', 'gain']
+    assert list(gains.index) == ['none', 'minimal', 'standard', 'full'] and gains[
+        'seconds a tile'
+    ].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.8])
+    assert gains.gain['full'] == pytest.approx(
+        gains['PR-AUC 1:5']['full'] - gains['PR-AUC 1:5']['none']
+    ) and gains.verdict.tolist()[1:] == ['noise', 'gain', 'gain']
     assert abs(gains.gain['minimal']) <= gains.noise['minimal'] and gains.gain['full'] > gains.noise['full']
-    assert gains.gain['full'] > gains.gain['standard'] and 'standard is recommended' in recommend(gains) and '4.0 times the time' in recommend(gains)      # the cheapest, not the best
-    assert 'not recommended: no gain beyond the noise' in recommend(gains.loc[['none', 'minimal']]) and 'nothing to compare' in recommend(views_gain(folder).loc[['none'], ['PR-AUC 1:5']])
-    rtsseg_calibrate(run=str(folder)); said = capsys.readouterr().out
+    assert (
+        gains.gain['full'] > gains.gain['standard']
+        and 'standard is recommended' in recommend(gains)
+        and '4.0 times the time' in recommend(gains)
+    )  # the cheapest, not the best
+    assert 'not recommended: no gain beyond the noise' in recommend(
+        gains.loc[['none', 'minimal']]
+    ) and 'nothing to compare' in recommend(views_gain(folder).loc[['none'], ['PR-AUC 1:5']])
+    rtsseg_calibrate(run=str(folder))
+    said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
+
 
 def test_views_of_few_blocks_cannot_be_told_apart(folder):
     for v in VIEWS:
-        e = Evidence.read(path := evidence_path(folder, 'val', v)); e.select(np.isin(e['block'], np.unique(e['block'][e['positive']])[:9])).write(path)
-    gains = views_gain(folder); assert gains.verdict.tolist()[1:] == ['unknown'] * 3 and gains.gain.notna().sum() == 3
-    assert recommend(gains) == 'whether test-time augmentation is worth it cannot be told: no interval: 9 blocks hold positives, 10 are needed'
+        e = Evidence.read(path := evidence_path(folder, 'val', v))
+        e.select(np.isin(e['block'], np.unique(e['block'][e['positive']])[:9])).write(path)
+    gains = views_gain(folder)
+    assert gains.verdict.tolist()[1:] == ['unknown'] * 3 and gains.gain.notna().sum() == 3
+    assert (
+        recommend(gains)
+        == 'whether test-time augmentation is worth it cannot be told: '
+        'no interval: 9 blocks hold positives, 10 are needed'
+    )
+
 
 def test_a_log_that_was_cut_off(folder):
     before = views_gain(folder)
-    with open(folder/'log.jsonl', 'a') as f: f.write('{"event": "evaluate", "spl')
+    with open(folder / 'log.jsonl', 'a') as f:
+        f.write('{"event": "evaluate", "spl')
     assert views_gain(folder).equals(before)
 
+
 def test_advice_can_be_typed(folder):
-    with pytest.raises(ConfigError, match="views: 'ful' is not one of none, minimal, standard, full.*did you mean 'full'"): calibrate(folder, 'ful')
-    (folder/'model'/'model.safetensors').unlink(); (folder/'model').rmdir()
-    with pytest.raises(DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'): calibrate(folder)
-    assert not (folder/'model').exists(); write_atomic(folder/'model'/'model.safetensors', b'')                  # nor is a folder made that looks like a model
+    with pytest.raises(
+        ConfigError, match="views: 'ful' is not one of none, minimal, standard, full.*did you mean 'full'"
+    ):
+        calibrate(folder, 'ful')
+    (folder / 'model' / 'model.safetensors').unlink()
+    (folder / 'model').rmdir()
+    with pytest.raises(
+        DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'
+    ):
+        calibrate(folder)
+    assert not (folder / 'model').exists()
+    write_atomic(folder / 'model' / 'model.safetensors', b'')  # nor is a folder made that looks like a model
     evidence_path(folder, 'val', 'standard').unlink()
-    with pytest.raises(DataError, match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it'): calibrate(folder, 'standard')
+    with pytest.raises(
+        DataError,
+        match=r'val-standard.parquet: .*rtsseg-evaluate --run \S+seed42 --split val --views standard makes it',
+    ):
+        calibrate(folder, 'standard')
+
 
 @pytest.fixture(scope='module')
 def untrained(tmp_path_factory):
     "A run whose model was never trained, and whose scores lie within a hair of each other"
-    root = tmp_path_factory.mktemp('untrained'); torch.manual_seed(0)
-    cfg = load(runs=root/'runs', device='cpu', batch_size=8, loader=dict(num_workers=0), data=dict(manifest=toy_world(root), tile_size=64), metrics=dict(ratios=[1]), model=MODEL)
-    manifest = read_manifest(cfg.data.manifest, cfg.data.block_size); folder = run_folder(cfg, manifest.hash); write_atomic(folder/'config.yaml', to_yaml(cfg))
-    model = build(cfg.model).eval(); head = next(m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d))
-    with torch.no_grad(): head.weight.mul_(1e-3); head.bias.fill_(-4.)
-    stats = compute_stats(manifest.of('train')); save_model(folder/'model', model, cfg, stats, dict(epoch=1, value=0., metrics={}), {})
+    root = tmp_path_factory.mktemp('untrained')
+    torch.manual_seed(0)
+    cfg = load(
+        runs=root / 'runs',
+        device='cpu',
+        batch_size=8,
+        loader=dict(num_workers=0),
+        data=dict(manifest=toy_world(root), tile_size=64),
+        metrics=dict(ratios=[1]),
+        model=MODEL,
+    )
+    manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
+    folder = run_folder(cfg, manifest.hash)
+    write_atomic(folder / 'config.yaml', to_yaml(cfg))
+    model = build(cfg.model).eval()
+    head = next(m for m in model.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        head.weight.mul_(1e-3)
+        head.bias.fill_(-4.0)
+    stats = compute_stats(manifest.of('train'))
+    save_model(folder / 'model', model, cfg, stats, dict(epoch=1, value=0.0, metrics={}), {})
     return folder, cfg, manifest.of('val'), model, stats
+
 
 def test_scores_too_close_together_are_counted_again(untrained, capsys):
     folder, cfg, part, model, stats = untrained
-    evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().out
-    assert 'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in said and 'stays uncertain' not in said and evidence.bins != 'float16'
-    with torch.inference_mode(): z, y = (np.concatenate(x) for x in zip(*((predict_logits(model.to(memory_format=torch.channels_last), b['image']).numpy(), b['target'].numpy()) for b in eval_loader(part, stats, cfg))))
-    positive = part.table.positive.to_numpy(); w = np.broadcast_to(np.where(positive, 1, positive.sum() / (~positive).sum())[:, None, None], y.shape); seen = y != 255
-    half, true = (average_precision_score(y[seen] == 1, x[seen], sample_weight=w[seen]) for x in (z.astype(np.float16), z))
-    assert average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4) and abs(half - true) > 1e-3
-    passes = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
-    assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [('evaluate', 'val', 'none', len(part), 'cpu')] * 2 and all(l['seconds'] > 0 for l in passes)
-    assert {l['model'] for l in passes} == {hashlib.sha256((folder/'model'/'model.safetensors').read_bytes()).hexdigest()[:12]}
+    evidence = Evidence.read(evaluate(folder))
+    said = capsys.readouterr().out
+    assert (
+        'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in said
+        and 'stays uncertain' not in said
+        and evidence.bins != 'float16'
+    )
+    with torch.inference_mode():
+        z, y = (
+            np.concatenate(x)
+            for x in zip(
+                *(
+                    (
+                        predict_logits(model.to(memory_format=torch.channels_last), b['image']).numpy(),
+                        b['target'].numpy(),
+                    )
+                    for b in eval_loader(part, stats, cfg)
+                )
+            )
+        )
+    positive = part.table.positive.to_numpy()
+    w = np.broadcast_to(np.where(positive, 1, positive.sum() / (~positive).sum())[:, None, None], y.shape)
+    seen = y != 255
+    half, true = (
+        average_precision_score(y[seen] == 1, x[seen], sample_weight=w[seen]) for x in (z.astype(np.float16), z)
+    )
+    assert (
+        average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4)
+        and abs(half - true) > 1e-3
+    )
+    passes = [json.loads(l) for l in (folder / 'log.jsonl').read_text().splitlines()]
+    assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [
+        ('evaluate', 'val', 'none', len(part), 'cpu')
+    ] * 2 and all(l['seconds'] > 0 for l in passes)
+    assert {l['model'] for l in passes} == {
+        hashlib.sha256((folder / 'model' / 'model.safetensors').read_bytes()).hexdigest()[:12]
+    }
 
-def test_what_a_second_pass_leaves_uncertain_is_told(untrained, capsys, monkeypatch):
+
+def test_what_a_second_pass_leaves_uncertain_is_reported(untrained, capsys, monkeypatch):
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
     folder, *_ = untrained
-    def far(net, image, views): z = 1e-3 * predict_logits(net, image, views); z[..., ::2] += 1000; return z
-    monkeypatch.setattr('rtsseg.observe.predict_logits', far); evidence = Evidence.read(evaluate(folder)); said = capsys.readouterr().err
+
+    def far(net, image, views):
+        z = 1e-3 * predict_logits(net, image, views)
+        z[..., ::2] += 1000
+        return z
+
+    monkeypatch.setattr('rtsseg.observe.predict_logits', far)
+    evidence = Evidence.read(evaluate(folder))
+    said = capsys.readouterr().err
     low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
-    assert evidence.bins != 'float16' and high - low > 1e-4 and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
+    assert (
+        evidence.bins != 'float16'
+        and high - low > 1e-4
+        and f'PR-AUC stays uncertain by more than 1e-4: between {low:.5f} and {high:.5f} at 1:1' in said
+    )
+
 
 def test_validation_does_not_depend_on_its_calibration(untrained, toy):
-    "The grid of objects is the config's on validation, which thresholds are chosen on, and holds the chosen ones elsewhere"
-    folder, cfg, *_ = untrained; point = calibrate_evidence(toy, CFG, METRICS); point.save(folder/'model'/'calibration.json')
-    try: val, test = (object_thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
-    finally: (folder/'model'/'calibration.json').unlink(); seal_model(folder/'model')
-    assert set(val) == {*cfg.metrics.object_thresholds, .5} and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
-
-def test_the_test_split_before_calibration_is_told(untrained, toy, capsys):
-    folder, *_ = untrained; path = folder/'model'/'calibration.json'
-    evaluate(folder, 'test'); assert f'note: views none are not calibrated yet, so no threshold was chosen before the test split is read: rtsseg-calibrate --run' in capsys.readouterr().err
+    "On validation, where thresholds are chosen, the grid of objects is the config's; elsewhere it adds the chosen ones"
+    folder, cfg, *_ = untrained
+    point = calibrate_evidence(toy, CFG, METRICS)
+    point.save(folder / 'model' / 'calibration.json')
     try:
-        calibrate_evidence(toy, CFG, METRICS).save(path); evaluate(folder, 'test'); assert 'not calibrated' not in capsys.readouterr().err
-        path.write_text('{'); looks = (folder.parents[2]/'test_ledger.json').read_text()
-        with pytest.raises(ModelError, match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again'): evaluate(folder, 'test')
-        seal_model(folder/'model')
-        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'): evaluate(folder, 'test')
-        assert (folder.parents[2]/'test_ledger.json').read_text() == looks                                           # nobody looked
-    finally: path.unlink(); seal_model(folder/'model')
-    evaluate(folder); assert 'not calibrated' not in capsys.readouterr().err
+        val, test = (object_thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
+    finally:
+        (folder / 'model' / 'calibration.json').unlink()
+        seal_model(folder / 'model')
+    assert (
+        set(val) == {*cfg.metrics.object_thresholds, 0.5}
+        and set(test) - set(val) == {p.raw_threshold for p in point.thresholds.values()} - set(val) != set()
+    )
+
+
+def test_the_test_split_before_calibration_is_reported(untrained, toy, capsys):
+    folder, *_ = untrained
+    path = folder / 'model' / 'calibration.json'
+    evaluate(folder, 'test')
+    assert (
+        'views none are not calibrated yet, so no threshold was chosen before the test split is read: '
+        'rtsseg-calibrate --run'
+        in capsys.readouterr().err
+    )
+    try:
+        calibrate_evidence(toy, CFG, METRICS).save(path)
+        evaluate(folder, 'test')
+        assert 'not calibrated' not in capsys.readouterr().err
+        path.write_text('{')
+        looks = (folder.parents[2] / 'test_ledger.json').read_text()
+        with pytest.raises(
+            ModelError,
+            match='calibration.json is not the file that SHA256SUMS lists.*rtsseg-calibrate makes it again',
+        ):
+            evaluate(folder, 'test')
+        seal_model(folder / 'model')
+        with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'):
+            evaluate(folder, 'test')
+        assert (folder.parents[2] / 'test_ledger.json').read_text() == looks  # nobody looked
+    finally:
+        path.unlink()
+        seal_model(folder / 'model')
+    evaluate(folder)
+    assert 'not calibrated' not in capsys.readouterr().err
+
 
 def test_several_views_from_a_shell(untrained, capsys):
     folder, cfg, part, *_ = untrained
-    rtsseg_evaluate(run=str(folder), views='minimal, none'); said = capsys.readouterr().out
-    assert 'val-minimal.parquet, views minimal' in said and 'val.parquet, views none' in said and '1:1 ' in said and 'PR-AUC' in said
-    before = (folder/'log.jsonl').read_text()
-    with pytest.raises(SystemExit): rtsseg_evaluate(run=str(folder), views='none,stanard')
-    assert "views: 'stanard' is not one of none, minimal, standard, full" in (told := capsys.readouterr().err) and "did you mean 'standard'" in told and (folder/'log.jsonl').read_text() == before
+    rtsseg_evaluate(run=str(folder), views='minimal, none')
+    said = capsys.readouterr().out
+    assert (
+        'val-minimal.parquet, views minimal' in said
+        and 'val.parquet, views none' in said
+        and '1:1 ' in said
+        and 'PR-AUC' in said
+    )
+    before = (folder / 'log.jsonl').read_text()
+    with pytest.raises(SystemExit):
+        rtsseg_evaluate(run=str(folder), views='none,stanard')
+    assert (
+        "views: 'stanard' is not one of none, minimal, standard, full" in (told := capsys.readouterr().err)
+        and "did you mean 'standard'" in told
+        and (folder / 'log.jsonl').read_text() == before
+    )

@@ -51,11 +51,13 @@ def third_party_imports(path):
     packages = {module.split('.')[0] for module in modules} - {'rtsseg'}
     return {canonicalize_name(IMPORTED_AS.get(name, name)) for name in packages - sys.stdlib_module_names}
 
-def test_the_library_declares_what_it_imports():
+def test_the_library_declares_what_it_imports_and_nothing_else():
+    imports = {path.name: third_party_imports(path) for path in (ROOT/'rtsseg').rglob('*.py')}
     declared = names('requirements') | set(OPTIONAL)
-    for path in (ROOT/'rtsseg').rglob('*.py'):
-        missing = third_party_imports(path) - declared
-        assert not missing, f'{path.name} imports {missing}, which settings.ini does not declare'
+    for module, used in imports.items():
+        assert used <= declared, f'{module} imports {used - declared}, which settings.ini does not declare'
+    unused = declared - set().union(*imports.values())
+    assert not unused, f'settings.ini declares {unused}, which no module imports'
 
 @pytest.mark.parametrize('package', OPTIONAL)
 def test_an_optional_package_is_declared_by_its_extra_alone(package):

@@ -1,4 +1,5 @@
-"The toy world can be learnt, and colour alone does not give it away: a small U-Net against gradient boosting on the same pixels"
+"The toy world can be learnt, and not by colour alone: a small U-Net against gradient boosting on the same pixels"
+
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
@@ -13,41 +14,71 @@ from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
 from rtsseg.toy import make_toy
 
+
 @pytest.fixture(scope='module')
 def pixels(tmp_path_factory):
     "Normalised RGB tiles (n, 3, 64, 64) and labels (n, 64, 64) of train and of val"
-    manifest = read_manifest(make_toy(ToySource(scene_size=1536, tile_size=64, block_size=768., prevalence=0.015), tmp_path_factory.mktemp('toy')/'manifest.csv'))
+    manifest = read_manifest(
+        make_toy(
+            ToySource(scene_size=1536, tile_size=64, block_size=768.0, prevalence=0.015),
+            tmp_path_factory.mktemp('toy') / 'manifest.csv',
+        )
+    )
     stats = compute_stats(manifest.of('train'))
+
     def read(split):
-        part = manifest.of(split); x, _, y = zip(*[read_tile(part, i, stats=stats) for i in range(len(part))])
+        part = manifest.of(split)
+        x, _, y = zip(*[read_tile(part, i, stats=stats) for i in range(len(part))])
         return stats.normalise(np.stack(x)).transpose(0, 3, 1, 2).astype(np.float32), np.stack(y)
+
     return read('train'), read('val')
 
-def ap(score, y): return average_precision_score(y[y < 255], score[y < 255])
+
+def ap(score, y):
+    return average_precision_score(y[y < 255], score[y < 255])
+
 
 def boosting(train, val):
     "Average precision of a classifier that sees one pixel at a time"
-    (x, y), (xv, yv) = train, val; rng = np.random.default_rng(0)
+    (x, y), (xv, yv) = train, val
+    rng = np.random.default_rng(0)
     flat = lambda a: a.transpose(0, 2, 3, 1).reshape(-1, a.shape[1])
     pos, neg = np.flatnonzero(y.ravel() == 1), np.flatnonzero(y.ravel() == 0)
     take = np.r_[pos, rng.choice(neg, 5 * len(pos), replace=False)]
     model = HistGradientBoostingClassifier(max_iter=100, random_state=0).fit(flat(x)[take], y.ravel()[take])
     return ap(model.predict_proba(flat(xv))[:, 1].reshape(yv.shape), yv)
 
+
 def unet(train, val, steps=400, batch=32):
     "Average precision of a small U-Net after a minute or two of plain training"
-    (x, y), (xv, yv) = train, val; rng = np.random.default_rng(0); torch.manual_seed(0)
+    (x, y), (xv, yv) = train, val
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
     pos, neg = np.flatnonzero((y == 1).any((1, 2))), np.flatnonzero(~(y == 1).any((1, 2)))
-    model = smp.Unet('resnet18', encoder_weights=None, in_channels=x.shape[1], encoder_depth=4, decoder_channels=(64, 32, 16, 16))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3); plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    model = smp.Unet(
+        'resnet18', encoder_weights=None, in_channels=x.shape[1], encoder_depth=4, decoder_channels=(64, 32, 16, 16)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
-        i = np.r_[rng.choice(pos, batch // 2), rng.choice(neg, batch // 2)]; k, flip = rng.integers(4), rng.integers(2)
+        i = np.r_[rng.choice(pos, batch // 2), rng.choice(neg, batch // 2)]
+        k, flip = rng.integers(4), rng.integers(2)
         turn = lambda a: torch.from_numpy(np.rot90(a[..., ::-1] if flip else a, k, (-2, -1)).copy())
-        xb, yb = turn(x[i]), turn(y[i]); known = (yb < 255).float()
-        loss = (binary_cross_entropy_with_logits(model(xb)[:, 0], (yb == 1).float(), reduction='none') * known).sum() / known.sum()
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); plan.step()
+        xb, yb = turn(x[i]), turn(y[i])
+        known = (yb < 255).float()
+        loss = (
+            binary_cross_entropy_with_logits(model(xb)[:, 0], (yb == 1).float(), reduction='none') * known
+        ).sum() / known.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plan.step()
     model.eval()
-    with torch.inference_mode(): return ap(np.concatenate([model(torch.from_numpy(xv[i:i + 64]))[:, 0].numpy() for i in range(0, len(xv), 64)]), yv)
+    with torch.inference_mode():
+        return ap(
+            np.concatenate([model(torch.from_numpy(xv[i : i + 64]))[:, 0].numpy() for i in range(0, len(xv), 64)]), yv
+        )
+
 
 def test_learnable_but_not_by_colour(pixels):
     train, val = pixels

@@ -84,7 +84,7 @@ def test_39_a_tracker_of_no_use(undisturbed, tmp_path, monkeypatch, capsys, how)
     monkeypatch.setitem(rtsseg.track.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')      # so that it is known soon that nobody answers
     with broken(how) as p:
         folder, tracker = world(tmp_path, f'http://127.0.0.1:{p}'); t = tracker()
-        done = train(folder, t, [At(20, lambda run: wait_for(lambda: t.told))])      # it was tried, and given up, while training went on
+        done = train(folder, t, [At(20, lambda run: wait_for(lambda: t.warned))])      # it was tried, and given up, while training went on
     equal(undisturbed, done); said = capsys.readouterr().out
     assert connects and threading.main_thread() not in connects
     assert [timeout for thread, timeout in joins if thread is t.thread] == [3]

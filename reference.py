@@ -1,0 +1,130 @@
+"""The API reference of the site: what each exported definition takes and returns, and links to it from every page.
+
+A processor of nbdev (settings.ini, `procs`). nbdev's own executes cells of the notebook, has nothing to say about the
+fields of a config node, and makes links that break where the site does not lie at the root of its host.
+"""
+import ast
+import os
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from execnb.nbio import mk_cell
+from fastcore.docments import docments
+from nbdev.config import get_config
+from nbdev.process import Processor
+from pydantic import BaseModel
+
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+NAME = re.compile(r'`([^`\s]+?)(?:\(\))?`(?!\])')
+
+@cache
+def pages():
+    "{name: page with anchor} of every exported definition; a name that several modules export is left out"
+    found, repeated = {}, set()
+    for module, names in import_module('rtsseg._modidx').d['syms'].items():
+        for full, (page, _) in names.items():
+            name = full.removeprefix(f'{module}.')
+            if name in found:
+                repeated.add(name)
+            found[name] = page
+    return {name: page for name, page in found.items() if name not in repeated and '.' not in name}
+
+def link_names(text, folder):
+    "Markdown in which names of the library are links, relative to a folder of the site"
+    def link(match):
+        page = pages().get(match[1])
+        return f'[{match[0]}]({os.path.relpath(page, folder)})' if page else match[0]
+
+    blocks = re.split(r'(^```.*?^```$)', text, flags=re.MULTILINE | re.DOTALL)
+    return ''.join(block if block.startswith('```') else NAME.sub(link, block) for block in blocks)
+
+def table(first, rows):
+    "A Markdown table of (name, type, default, meaning); empty without rows"
+    if not rows:
+        return ''
+    lines = [f'| {first} | type | default | meaning |', '|---|---|---|---|']
+    for name, kind, default, meaning in rows:
+        cells = [f'`{name}`', kind and f'`{kind}`', default and f'`{default}`', ' '.join((meaning or '').split())]
+        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+    return '\n'.join(lines)
+
+def source(node):
+    "The source of a part of a signature; empty where there is none"
+    return ast.unparse(node) if node else ''
+
+def parameters(node, comments):
+    "(name, type, default, meaning) of the parameters of a function, and what it returns"
+    arguments, rows = node.args, []
+    positional = arguments.posonlyargs + arguments.args
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [*zip(positional, defaults), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    for argument, default in pairs:
+        if argument.arg not in ('self', 'cls'):
+            rows.append((argument.arg, source(argument.annotation), source(default), comments.get(argument.arg)))
+    for prefix, argument in (('*', arguments.vararg), ('**', arguments.kwarg)):
+        if argument:
+            rows.append((prefix + argument.arg, source(argument.annotation), '', comments.get(argument.arg)))
+    if node.returns:
+        rows.append(('returns', source(node.returns), '', comments.get('return')))
+    return rows
+
+def fields(node, definition):
+    "(name, type, default, meaning) of the fields of a dataclass or a config node"
+    is_config, rows = issubclass(definition, BaseModel), []
+    comments = {} if is_config else docments(definition)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign):
+            name, default, meaning = statement.target.id, source(statement.value), comments.get(statement.target.id)
+            if is_config:
+                field = definition.model_fields[name]
+                default, meaning = '' if field.is_required() else repr(field.default), field.description
+            rows.append((name, source(statement.annotation), default, meaning))
+    return rows
+
+def methods(node):
+    "Public methods of a class, with the first line of what they do"
+    rows = []
+    for statement in node.body:
+        if isinstance(statement, FUNCTIONS) and statement.name[0] != '_':
+            about = (ast.get_docstring(statement) or '').split('\n')[0]
+            rows.append((f'{statement.name}()', source(statement.returns), '', about))
+    return rows
+
+def describe(node, definition):
+    "What a definition takes and returns, as Markdown"
+    parts = [ast.get_docstring(node) or '']
+    if isinstance(node, FUNCTIONS):
+        parts.append(table('parameter', parameters(node, docments(definition))))
+    else:
+        for statement in node.body:
+            if isinstance(statement, FUNCTIONS) and statement.name == '__init__':
+                parts.append(table('parameter', parameters(statement, docments(definition.__init__))))
+        parts += [table('field', fields(node, definition)), table('method', methods(node))]
+    return '\n\n'.join(part for part in parts if part)
+
+def definitions(cell):
+    "Public functions and classes of an exported cell"
+    kinds = *FUNCTIONS, ast.ClassDef
+    return [node for node in ast.parse(cell.source).body if isinstance(node, kinds) and node.name[0] != '_']
+
+class add_reference(Processor):
+    "Puts the entries of the definitions behind their cells, and links names of the library"
+
+    def begin(self):
+        path = Path(self.nb.path_).resolve()
+        folder = path.parent.relative_to(Path(get_config().nbs_path).resolve())
+        module = re.search(r'#\| *default_exp +([\w.]+)', path.read_text())
+        cells = []
+        for cell in self.nb.cells:
+            cells.append(cell)
+            if cell.cell_type == 'markdown':
+                cell.source = link_names(cell.source, folder)
+            elif module and 'export' in cell.directives_:
+                exported = import_module(f'rtsseg.{module[1]}')
+                for node in definitions(cell):
+                    text = link_names(describe(node, getattr(exported, node.name)), folder)
+                    heading = f'### `{node.name}` {{#{node.name.lower()}}}'
+                    cells.append(mk_cell(f'{heading}\n\n{text}', 'markdown'))
+        self.nb.cells = cells
