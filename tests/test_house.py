@@ -145,9 +145,9 @@ WINGS = {
     'learn': 'losses models weights infer checkpoint workers schedule loop',
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation',
-    'judge': 'operating calibration page results tables figures reporting',
+    'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
     'maps': 'prediction',
-    'search': 'tuning',
+    'search': 'variants ablation tuning',
     'commands': 'cli',
 }
 
