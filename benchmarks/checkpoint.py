@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from common import emit, emit_value, timed
-from rtsseg.checkpoint import CheckpointWriter, load_state
+from rtsseg.checkpoint import CheckpointWriter, load_state, wait_for_writers
 from rtsseg.config import LoopConfig
 from rtsseg.loop import Task, TrainingState
 from rtsseg.schedule import WeightAverage
@@ -43,7 +43,7 @@ def extra_memory(function):
 
 def settle():
     "Wait until nothing is being written"
-    CheckpointWriter.settle()
+    wait_for_writers()
     os.sync()
 
 class Training:
@@ -101,7 +101,7 @@ def waiting(training, rounds):
 def memory(training):
     def checkpoint_to_the_end():
         training.start_checkpoint()
-        CheckpointWriter.settle()
+        wait_for_writers()
 
     emit_value('memory held beside the state', extra_memory(checkpoint_to_the_end), extra_memory(training.peer), 'MB',
                waited_for=extra_memory(training.whole_checkpoint))

@@ -40,7 +40,8 @@ from .manifest import Manifest
 from .prepare import find_manifest, stats_path
 from .tiles import loaders
 from .models import build, check_size
-from .loop import accelerator, fit
+from .loop import fit
+from .processes import make_accelerator
 from .segment import SegmentTask
 
 # %% ../nbs/04i_check.ipynb #b18c20da
@@ -245,7 +246,7 @@ def check_model(cfg:RtsConfig) -> Finding:
     "Whether the model can be built and takes the tiles; weights are not loaded"
     try:
         if cfg.device == 'cuda':
-            accelerator(cfg)
+            make_accelerator(cfg)
         weights = cfg.model.weights or ''
         if os.path.isabs(weights) and not os.path.exists(weights):
             raise ConfigError(f'model.weights: no such file: {weights}')
@@ -397,7 +398,7 @@ def probe(cfg:RtsConfig      # model, loss, precision, data.tile_size, accumulat
 
     'activations' are those of one tile. Raises `ConfigError` where no tile fits.
     """
-    gpu = accelerator(cfg).device.type == 'cuda'
+    gpu = make_accelerator(cfg).device.type == 'cuda'
     # a CPU does not report when memory is full
     limit = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available // 2
     few, found = largest_batch(cfg.model_copy(update=dict(accumulate=1)), 2, limit)

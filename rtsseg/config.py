@@ -119,8 +119,8 @@ class LearningRate(Strict):
     warmup_start_lr: float = Field(1e-6, ge=0, description='where the warm-up begins')
     plateau_factor: float = Field(
         0.5, gt=0, lt=1, description='schedule plateau: the rate is multiplied by this when the monitored value stalls')
-    plateau_patience: PositiveInt = Field(
-        5, description='schedule plateau: validations without improvement that are tolerated before that')
+    plateau_patience: int = Field(
+        5, ge=0, description='schedule plateau: validations without improvement that are tolerated before that')
     layer_decay: Annotated[float | None, Since('0.2')] = Field(
         None, gt=0, le=1, description='rate of a layer = rate of its part × this^(layers above it); '
                                       'backbone_lr_multiplier must then be 1')

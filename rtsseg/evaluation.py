@@ -21,7 +21,7 @@ from filelock import FileLock
 from .config import ConfigError, RunConfig, find_system, load
 from .console import DataError, RtssegError, logger, nearest
 from .files import inside, read_seal, write_atomic
-from .loop import accelerator, make_deterministic
+from .processes import make_accelerator, make_deterministic
 from .runs import TestLook, append_line, config_hash, read_ledger, require_finished
 from .system import Feed, Pass, System, table_path
 from .weights import WEIGHTS
@@ -131,7 +131,7 @@ def prepare_evaluation(folder:Path, split:str, views:str, force:bool) -> Evaluat
                         'Put back what was changed, or say --force (force=True), which the report mentions')
     if changed:
         logger.info('forced: this is %s', changed)
-    return Evaluation(cfg, system, packed, feed, Pass(split, names[0], folder, accelerator(cfg)), weights, changed)
+    return Evaluation(cfg, system, packed, feed, Pass(split, names[0], folder, make_accelerator(cfg)), weights, changed)
 
 def observe(job:Evaluation, earlier:Any=None) -> Any:
     "One pass, with a line in the log that says what it cost"

@@ -25,7 +25,8 @@ from .console import logger
 from .files import SEAL, write_atomic
 from .launch import StopSignals, drop_rank_variables, run_attached, run_detached, trainer_environment
 from .log import KeepTables, Log
-from .loop import TrainingState, accelerator, fit, key_seed
+from .loop import TrainingState, fit
+from .processes import key_seed, make_accelerator
 from rtsseg.resume import (
     Changes, changed_settings, describe_changes, is_exported, keep_config, keep_environment, move_aside
 )
@@ -53,7 +54,7 @@ class PreparedRun:
 def build_model(system:System, cfg:RunConfig, feed:Feed) -> torch.nn.Module:
     "A new model of a run; raises `ConfigError`, also where the device is missing"
     if cfg.device == 'cuda':
-        accelerator(cfg)
+        make_accelerator(cfg)
     torch.manual_seed(key_seed(cfg.seed, 'model'))
     return system.model(cfg, feed)
 
@@ -100,7 +101,7 @@ def open_folder(run:PreparedRun, held:ExitStack) -> Opened:
 def opened(run:PreparedRun) -> Iterator[Opened]:
     "Hold the run folder, and tell every process what the first one found in it"
     # from here on processes can talk to each other
-    accelerator(run.cfg)
+    make_accelerator(run.cfg)
     with ExitStack() as held:
         found = [None]
         if is_first_process():

@@ -1,6 +1,9 @@
 "Summary, intervals and comparison against loops over replicates, and against a population that is known"
-import cv2, numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.stats import binom
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -13,210 +16,398 @@ from rtsseg.evidence import Evidence, tile_evidence
 from rtsseg.intervals import MAX_BINS, Difference, bootstrap, compare, resample, subsample, summary
 from rtsseg.metrics import boundary_metrics, pixel_metrics
 from rtsseg.objects import object_metrics
-from rtsseg.scores import CODES, decode
+from rtsseg.scores import decode
 from rtsseg.toy import scene
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 quick = settings(max_examples=15, deadline=None)
+seed_lists = st.lists(st.integers(0, 10_000), min_size=4, max_size=14)
 
-def tile(seed, side=14):
+# tiles with slumps, and then tiles without
+SEEDS = [3 * i + 1 + i % 2 for i in range(48)] + [3 * i for i in range(24)]
+
+
+def make_tile(seed, side=14):
+    "Scores and mask of a small tile; every third seed has no slump"
     rng = np.random.default_rng(seed)
     mask = (ndimage.gaussian_filter(rng.normal(size=(side, side)), 1.2) > rng.uniform(0.05, 0.4)).astype(np.uint8)
-    if seed % 3 == 0: mask[:] = 0
+    if seed % 3 == 0:
+        mask[:] = 0
     mask[rng.random(mask.shape) < 0.05] = 255
-    return (3 * ndimage.gaussian_filter((mask == 1) + rng.normal(size=mask.shape), 1) + rng.normal(-1, 1)), mask
+    scores = 3 * ndimage.gaussian_filter((mask == 1) + rng.normal(size=mask.shape), 1) + rng.normal(-1, 1)
+    return scores, mask
 
-def row(i, seed, shift=0., dtype=np.float16, n_blocks=5, **more):
-    logits, mask = tile(seed)
-    return (dict(tile_id=f't{i:03}', split='val', region='AB'[i % 2], block=f'b{i % n_blocks}', positive=bool((mask == 1).any()), pixel_size=3.)
-            | tile_evidence((logits + shift * (2 * (mask == 1) - 1)).astype(dtype), mask, THRESHOLDS) | more)
 
-SEEDS = [3 * i + 1 + i % 2 for i in range(48)] + [3 * i for i in range(24)]      # positive tiles, and then negative ones
+def make_row(i, seed, shift=0., n_blocks=5, **changes):
+    "A row of evidence; `shift` moves the scores of slumps up and those of background down"
+    scores, mask = make_tile(seed)
+    scores = (scores + shift * (2 * (mask == 1) - 1)).astype(np.float16)
+    identity = dict(tile_id=f't{i:03}', split='val', region='AB'[i % 2], block=f'b{i % n_blocks}', pixel_size=3.)
+    positive = bool((mask == 1).any())
+    return identity | dict(positive=positive) | tile_evidence(scores, mask, THRESHOLDS) | changes
 
-def make(seeds, **kw): return Evidence.from_rows([row(i, s, **kw) for i, s in enumerate(seeds)], thresholds=THRESHOLDS)
 
-def scores(evidence, sign):
+def evidence_of(rows, thresholds=THRESHOLDS):
+    return Evidence.from_rows(rows, thresholds=thresholds)
+
+
+def make_evidence(seeds, **settings):
+    return evidence_of([make_row(i, seed, **settings) for i, seed in enumerate(seeds)])
+
+
+def make_run(shift):
+    "Evidence of one run; a larger shift is a better model"
+    return make_evidence(SEEDS, shift=shift, n_blocks=16)
+
+
+# ------------------------------------------------ replicates
+
+def counted_scores(evidence, sign):
+    "Score, number of pixels and tile of each code"
     codes, tile = evidence.flat(f'{sign}_codes')
-    return decode(evidence.bins)[codes], evidence.flat(f'{sign}_counts')[0], tile
+    counts, _ = evidence.flat(f'{sign}_counts')
+    return decode(evidence.bins)[codes], counts, tile
+
+
+def sklearn_ap(evidence, weight):
+    "Average precision by scikit-learn, with a weight for each tile"
+    pos, pos_counts, pos_tile = counted_scores(evidence, 'pos')
+    neg, neg_counts, neg_tile = counted_scores(evidence, 'neg')
+    truth = np.repeat([1, 0], [len(pos), len(neg)])
+    pixels = np.concatenate([pos_counts * weight[pos_tile], neg_counts * weight[neg_tile]])
+    return average_precision_score(truth, np.concatenate([pos, neg]), sample_weight=pixels)
+
+
+def metrics_of_tiles(evidence, weight, threshold, ious):
+    "What a replicate has to be: all metrics of the tiles with their weights"
+    found = dict(pr_auc=sklearn_ap(evidence, weight)) | pixel_metrics(evidence, weight, threshold)
+    for width, value in boundary_metrics(evidence, weight, threshold).items():
+        found[f'boundary_iou_{width}'] = value
+    for iou in ious:
+        objects = object_metrics(evidence, weight, threshold, iou)
+        found |= {f'object_{name}_{100 * iou:.0f}': objects[name] for name in ('precision', 'recall', 'f1')}
+    return found
+
 
 @quick
-@given(st.lists(st.integers(0, 10_000), min_size=4, max_size=14), st.sampled_from([1, 7, 200]), st.sampled_from(THRESHOLDS), st.sampled_from(['block', 'region']))
+@given(seed_lists, st.sampled_from([1, 7, 200]), st.sampled_from(THRESHOLDS), st.sampled_from(['block', 'region']))
 def test_a_replicate_is_its_tiles_counted_again(seeds, ratio, threshold, unit):
-    e = make(seeds); found = resample(e, [ratio, 'native'], threshold, (0.1, 0.5), replicates=6, seed=3, unit=unit)
-    draws, block = draw_groups(e[unit], 6, seed=3)
-    assert (draws.sum(1) == len(set(e[unit]))).all() and len(set(zip(e[unit], block))) == len(set(e[unit]))
-    positive, (z1, n1, t1), (z0, n0, t0) = e['positive'], scores(e, 'pos'), scores(e, 'neg')
+    evidence, ious = make_evidence(seeds), (0.1, 0.5)
+    found = resample(evidence, [ratio, 'native'], threshold, ious, replicates=6, seed=3, unit=unit)
+    draws, block = draw_groups(evidence[unit], 6, seed=3)
+    assert (draws.sum(1) == len(set(evidence[unit]))).all()
+    assert len(set(zip(evidence[unit], block))) == len(set(evidence[unit]))
+
+    positive = evidence['positive']
     for i, times in enumerate(draws[:, block]):
+        n_pos, n_neg = times[positive].sum(), times[~positive].sum()
         for r in (ratio, 'native'):
-            got = {k: v[i] for k, v in found[r].items()}
-            if not times[positive].sum() or (~positive).any() and not times[~positive].sum():
-                assert all(np.isnan(v) for v in got.values()); continue
-            w = 1. if r == 'native' or positive.all() else ratio * times[positive].sum() / times[~positive].sum()
-            weight = times * np.where(positive, 1, w)
-            theirs = average_precision_score(np.repeat([1, 0], [len(z1), len(z0)]), np.r_[z1, z0], sample_weight=np.r_[n1 * weight[t1], n0 * weight[t0]])
-            assert got['pr_auc'] == pytest.approx(theirs, abs=1e-9)
-            for k, v in pixel_metrics(e, weight, threshold).items(): assert got[k] == pytest.approx(v, abs=1e-9, nan_ok=True)
-            for d, v in boundary_metrics(e, weight, threshold).items(): assert got[f'boundary_iou_{d}'] == pytest.approx(v, abs=1e-9, nan_ok=True)
-            for iou in (0.1, 0.5):
-                theirs = object_metrics(e, weight, threshold, iou)
-                for k in ('precision', 'recall', 'f1'): assert got[f'object_{k}_{100 * iou:.0f}'] == pytest.approx(theirs[k], abs=1e-9, nan_ok=True)
+            got = {name: values[i] for name, values in found[r].items()}
+            if not n_pos or not n_neg and not positive.all():
+                assert all(np.isnan(value) for value in got.values()), 'a class was not drawn'
+                continue
+            w = 1. if r == 'native' or positive.all() else r * n_pos / n_neg
+            want = metrics_of_tiles(evidence, times * np.where(positive, 1, w), threshold, ious)
+            assert got == pytest.approx(want, abs=1e-9, nan_ok=True)
+
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
 def test_more_scores_than_bins(dtype):
-    "Tens of thousands of different scores are joined to 4096 bins; the curve of every replicate is still that of its pixels"
+    "Tens of thousands of scores are joined to 4096 bins; the curve of every replicate is still that of its pixels"
     rng, rows = np.random.default_rng(0), []
     for i in range(40):
         mask = (rng.random((96, 96)) < 0.3).astype(np.uint8)
-        rows.append(row(i, 1, n_blocks=20) | tile_evidence((rng.normal(size=mask.shape) * 3 + 2 * mask).astype(dtype), mask, ()))
-    e = Evidence.from_rows(rows, thresholds=())
-    assert (e.pooled[:, 1].sum(0) > 0).sum() > MAX_BINS and e.exact == (dtype == np.float16)
-    (z1, n1, t1), (z0, n0, t0), (draws, block) = scores(e, 'pos'), scores(e, 'neg'), draw_groups(e['block'], 8)
-    for ap, times in zip(resample(e, ['native'], ious=(), replicates=8)['native']['pr_auc'], draws[:, block]):
-        theirs = average_precision_score(np.repeat([1, 0], [len(z1), len(z0)]), np.r_[z1, z0], sample_weight=np.r_[n1 * times[t1], n0 * times[t0]])
-        assert ap == pytest.approx(theirs, abs=1e-4)
+        scores = (rng.normal(size=mask.shape) * 3 + 2 * mask).astype(dtype)
+        rows.append(make_row(i, 1, n_blocks=20) | tile_evidence(scores, mask, ()))
+    evidence = evidence_of(rows, thresholds=())
+    assert (evidence.pooled[:, 1].sum(0) > 0).sum() > MAX_BINS
+    assert evidence.exact == (dtype == np.float16)
+    draws, block = draw_groups(evidence['block'], 8)
+    found = resample(evidence, ['native'], ious=(), replicates=8)['native']['pr_auc']
+    for value, times in zip(found, draws[:, block]):
+        assert value == pytest.approx(sklearn_ap(evidence, times), abs=1e-4)
+
 
 def test_threads_change_no_bit():
-    e, found = make(range(40), n_blocks=12), []
+    evidence, found = make_evidence(range(40), n_blocks=12), []
     for threads in (1, 2):
-        with threadpool_limits(threads): found.append(resample(e, [200], replicates=64)[200])
-    assert all(np.array_equal(found[0][k], found[1][k], equal_nan=True) for k in found[0])
+        with threadpool_limits(threads):
+            found.append(resample(evidence, [200], replicates=64)[200])
+    one, two = found
+    assert all(np.array_equal(one[name], two[name], equal_nan=True) for name in one)
+
 
 def test_replicates_without_a_class_are_left_out_and_counted():
-    rows = [row(i, 1 if i < 12 else 3, block=f'b{min(i, 11)}') for i in range(16)]       # all negative tiles lie in the last block
-    e = Evidence.from_rows(rows, thresholds=THRESHOLDS)
-    lost = np.isnan(resample(e, [5], replicates=400)[5]['recall']).sum()
-    assert abs(lost / 400 - (1 - 1 / 12) ** 12) < 0.1
-    assert f'{lost} of 400 replicates left out' in bootstrap(e, [5], replicates=400)[5]['recall'].why
+    "All negative tiles lie in the last of 12 blocks"
+    rows = [make_row(i, 1 if i < 12 else 3, block=f'b{min(i, 11)}') for i in range(16)]
+    evidence = evidence_of(rows)
+    lost = np.isnan(resample(evidence, [5], replicates=400)[5]['recall']).sum()
+    never_drawn = (1 - 1 / 12)**12
+    assert abs(lost / 400 - never_drawn) < 0.1
+    recall = bootstrap(evidence, [5], replicates=400)[5]['recall']
+    assert f'{lost} of 400 replicates left out' in recall.why
+
+
+# ------------------------------------------------ cells
 
 def test_a_cell_that_the_split_cannot_support_is_blank_with_a_bound():
-    e = make(range(60), n_blocks=20); n_neg = (~e['positive']).sum()
-    assert n_neg < 30
-    for name, cell in bootstrap(e, [200], replicates=20)[200].items():
-        if 'recall' in name: assert cell.value is not None and cell.low <= cell.value <= cell.high
-        else:
-            assert cell.value is None and cell.low is None and cell.why.startswith('rests on') and cell.high == pytest.approx(summary(e, ['native'])['native'][name])
-            assert cell.high >= summary(e, [200])[200][name]                            # it is a bound
-    assert all(c.value is not None for c in bootstrap(e, ['native'], replicates=20)['native'].values())          # nothing is weighted: every number is what was seen
+    evidence = make_evidence(range(60), n_blocks=20)
+    assert (~evidence['positive']).sum() < 30
+    native, reweighted = (summary(evidence, [ratio])[ratio] for ratio in ('native', 200))
+    for name, cell in bootstrap(evidence, [200], replicates=20)[200].items():
+        if 'recall' in name:
+            assert cell.value is not None
+            assert cell.low <= cell.value <= cell.high
+            continue
+        assert cell.value is None and cell.low is None
+        assert cell.why.startswith('rests on')
+        assert cell.high == pytest.approx(native[name])
+        assert cell.high >= reweighted[name], 'it is a bound'
+    at_its_own_ratio = bootstrap(evidence, ['native'], replicates=20)['native']
+    assert all(cell.value is not None for cell in at_its_own_ratio.values()), 'nothing is weighted'
+
 
 def test_any_iou_of_a_match():
     "Each cell is that of its own IoU, also where its name has one digit or three"
-    e, ious = make(SEEDS, n_blocks=16), (.05, .5, 1.); got, want = (f(e, ['native'], .5, ious)['native'] for f in (lambda *a: bootstrap(*a, replicates=20), summary))
-    for name in ('5', '50', '100'): assert got[f'object_f1_{name}'].value == want[f'object_f1_{name}'] or got[f'object_f1_{name}'].value is None and np.isnan(want[f'object_f1_{name}'])
+    evidence, ious = make_evidence(SEEDS, n_blocks=16), (.05, .5, 1.)
+    got = bootstrap(evidence, ['native'], .5, ious, replicates=20)['native']
+    want = summary(evidence, ['native'], .5, ious)['native']
+    for iou in ('5', '50', '100'):
+        value = want[f'object_f1_{iou}']
+        assert got[f'object_f1_{iou}'].value == (None if np.isnan(value) else value)
     assert want['object_f1_5'] > want['object_f1_50'] > 0
 
+
 def test_no_interval_without_ten_blocks_that_hold_positives():
-    few, enough = (bootstrap(make(SEEDS, n_blocks=n), ['native'], replicates=50)['native']['iou'] for n in (9, 10))
-    assert few.low is None and '9 blocks hold positives' in few.why and enough.low < enough.value < enough.high and few.value == enough.value
+    nine, ten = (make_evidence(SEEDS, n_blocks=n) for n in (9, 10))
+    few, enough = (bootstrap(evidence, ['native'], replicates=50)['native']['iou'] for evidence in (nine, ten))
+    assert few.low is None and '9 blocks hold positives' in few.why
+    assert enough.low < enough.value < enough.high
+    assert few.value == enough.value
+
+
+# ------------------------------------------------ coverage
+
+def features(land):
+    "Bands of each pixel and their means over 15 × 15 pixels, (pixels, 10)"
+    bands = np.concatenate([land.image / np.float32(255), land.extra], -1)
+    return np.concatenate([bands, cv2.blur(bands, (15, 15))], -1).reshape(-1, 10)
+
+
+def trained_scorer(world):
+    "Small boosted trees, trained on scenes of another seed"
+    lessons = [scene(world.model_copy(update=dict(seed=8)), region) for region in range(5)]
+    x = np.concatenate([features(land) for land in lessons])
+    y = np.concatenate([land.mask.ravel() for land in lessons])
+    some = np.flatnonzero(y != 255)[::10]
+    scorer = HistGradientBoostingClassifier(max_iter=12, learning_rate=.4, max_leaf_nodes=10, random_state=0)
+    return scorer.fit(x[some], y[some])
+
 
 def population(scenes, side=512, tile=32, block=4):
     "A toy world as a trained scorer sees it: evidence of all its tiles"
-    def features(s): x = np.concatenate([s.image / np.float32(255), s.extra], -1); return np.concatenate([x, cv2.blur(x, (15, 15))], -1).reshape(-1, 10)
     world = ToySource(scene_size=side, tile_size=tile, prevalence=.03, regions=scenes, seed=7)
-    lessons = [scene(world.model_copy(update=dict(seed=8)), r) for r in range(5)]
-    x, y = np.concatenate([features(s) for s in lessons]), np.concatenate([s.mask.ravel() for s in lessons]); some = np.flatnonzero(y != 255)[::10]
-    scorer, rows = HistGradientBoostingClassifier(max_iter=12, learning_rate=.4, max_leaf_nodes=10, random_state=0).fit(x[some], y[some]), []
-    for r in range(scenes):
-        land = scene(world, r); z = cv2.blur(scorer.decision_function(features(land)).reshape(side, side), (3, 3)).astype(np.float16)
+    scorer, rows = trained_scorer(world), []
+    for region in range(scenes):
+        land = scene(world, region)
+        scores = scorer.decision_function(features(land)).reshape(side, side)
+        scores = cv2.blur(scores, (3, 3)).astype(np.float16)
         for i, j in np.ndindex(side // tile, side // tile):
-            at = slice(i * tile, i * tile + tile), slice(j * tile, j * tile + tile)
-            rows.append(dict(tile_id=f'{r:02}-{i:02}-{j:02}', split='test', region=land.look.name, block=f'{r:02}-{i // block}-{j // block}', positive=bool((land.mask[at] == 1).any()), pixel_size=3.)
-                        | tile_evidence(z[at], land.mask[at], (.3,)))
+            part = slice(i * tile, i * tile + tile), slice(j * tile, j * tile + tile)
+            identity = dict(
+                tile_id=f'{region:02}-{i:02}-{j:02}',
+                split='test',
+                region=land.look.name,
+                block=f'{region:02}-{i // block}-{j // block}',
+                positive=bool((land.mask[part] == 1).any()),
+                pixel_size=3.
+            )
+            rows.append(identity | tile_evidence(scores[part], land.mask[part], (.3,)))
     return Evidence.from_rows(rows, thresholds=(.3,))
 
+
+HEADLINE = {
+    'pr_auc', 'precision', 'recall', 'f1', 'iou', 'boundary_iou_2', 'boundary_iou_3',
+    'object_precision_30', 'object_recall_30', 'object_f1_30'
+}
+
+
 def test_intervals_hold_the_truth_of_a_toy_world():
-    "100 splits of 28 blocks: 95% intervals hold what is true of all 256 blocks as often as a method of 90% or better does, for every headline number; intervals over tiles do not"
-    world = population(16); truth = summary(world, [5], .3, (.3,))[5]
-    names, block = np.unique(world['block'], return_inverse=True); rng, inside, naive = np.random.default_rng(0), {}, []
+    """100 splits of 28 blocks out of 256: 95% intervals hold the truth as often as a method of 90% or better does
+
+    For every headline number. Intervals over tiles do not."""
+    world = population(16)
+    truth = summary(world, [5], .3, (.3,))[5]
+    names, block = np.unique(world['block'], return_inverse=True)
+    rng, inside, over_tiles = np.random.default_rng(0), {}, []
+    compared = ('pr_auc', 'iou', 'precision', 'f1')
     for i in range(100):
         split = world.select(np.isin(block, rng.choice(len(names), 28, replace=False)))
-        for name, e in bootstrap(split, [5], .3, replicates=200)[5].items():
-            if e.low is not None: inside.setdefault(name, []).append(e.low <= truth[name] <= e.high)
-        if i % 4: continue
-        tiles = bootstrap(split, [5], .3, (), replicates=200, unit='tile_id')[5]
-        naive.append([tiles[k].low <= truth[k] <= tiles[k].high for k in ('pr_auc', 'iou', 'precision', 'f1')])
-    assert set(inside) == {'pr_auc', 'precision', 'recall', 'f1', 'iou', 'boundary_iou_2', 'boundary_iou_3', 'object_precision_30', 'object_recall_30', 'object_f1_30'}
-    for name, hits in inside.items(): assert len(hits) >= 85 and sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
-    assert np.mean(naive) < np.mean([np.mean(inside[k]) for k in ('pr_auc', 'iou', 'precision', 'f1')]) - .05
+        for name, estimate in bootstrap(split, [5], .3, replicates=200)[5].items():
+            if estimate.low is not None:
+                inside.setdefault(name, []).append(estimate.low <= truth[name] <= estimate.high)
+        if i % 4 == 0:
+            tiles = bootstrap(split, [5], .3, (), replicates=200, unit='tile_id')[5]
+            over_tiles.append([tiles[name].low <= truth[name] <= tiles[name].high for name in compared])
+    assert set(inside) == HEADLINE
+    for name, hits in inside.items():
+        assert len(hits) >= 85
+        assert sum(hits) >= binom.ppf(.01, len(hits), .9), f'{name}: {sum(hits)} of {len(hits)}'
+    over_blocks = np.mean([np.mean(inside[name]) for name in compared])
+    assert np.mean(over_tiles) < over_blocks - .05
+
+
+def world_of_blocks(rng):
+    "Evidence of 30 blocks of 4 tiles; tiles of a block are alike, and the recall of the population is 0.5"
+    rows = []
+    for block, share in enumerate(rng.beta(2, 2, 30)):
+        for tile in range(4):
+            found = np.arange(50) < rng.binomial(50, share)
+            scores = np.where(found, 2, -2)[None].astype(np.float16)
+            place = dict(tile_id=f'{block}-{tile}', split='', region='', block=str(block), pixel_size=1.)
+            rows.append(place | dict(positive=True) | tile_evidence(scores, np.ones((1, 50), np.uint8)))
+    return Evidence.from_rows(rows)
+
 
 def test_intervals_cover_the_truth():
-    "Blocks that differ, tiles of a block alike: 95% intervals hold the population's recall in at least 85% of worlds, intervals over tiles would not"
-    rng, hits, naive = np.random.default_rng(0), 0, 0
-    shape = dict(tile_id='', split='', region='', pixel_size=1., positive=True)
-    for world in range(40):
-        rows = []
-        for b, share in enumerate(rng.beta(2, 2, 30)):                                    # population mean 0.5
-            for t in range(4):
-                found = rng.binomial(50, share)
-                rows.append(shape | dict(tile_id=f'{b}-{t}', block=str(b)) | tile_evidence(np.where(np.arange(50) < found, 2, -2)[None].astype(np.float16), np.ones((1, 50), np.uint8)))
-        e = Evidence.from_rows(rows)
-        inside = lambda x: x['recall'].low <= 0.5 <= x['recall'].high
-        hits += inside(bootstrap(e, ['native'], replicates=200)['native'])
-        naive += inside(bootstrap(e, ['native'], replicates=200, unit='tile_id')['native'])
-    assert hits >= 0.85 * 40 and naive < hits
+    "95% intervals hold the population's recall in at least 85% of 40 worlds, intervals over tiles in fewer"
+    rng = np.random.default_rng(0)
+    worlds = [world_of_blocks(rng) for _ in range(40)]
+    hits = {}
+    for unit in ('block', 'tile_id'):
+        recalls = [bootstrap(world, ['native'], replicates=200, unit=unit)['native']['recall'] for world in worlds]
+        hits[unit] = sum(recall.low <= 0.5 <= recall.high for recall in recalls)
+    assert hits['block'] >= 0.85 * 40
+    assert hits['tile_id'] < hits['block']
+
+
+# ------------------------------------------------ seeds
 
 def test_estimates_as_text():
-    assert str(Estimate(0.7231, 0.701, 0.744)) == '0.723 [0.701, 0.744]' and str(Estimate(0.5)) == '0.500'
-    assert str(Estimate(0.7231, std=0.0119)) == '0.723 ± 0.012'                            # the guide's format (13)
-    assert str(Estimate(None)) == '–' and str(Estimate(None, None, 0.25)) == '≤ 0.250'
+    assert str(Estimate(0.7231, 0.701, 0.744)) == '0.723 [0.701, 0.744]'
+    assert str(Estimate(0.5)) == '0.500'
+    assert str(Estimate(0.7231, std=0.0119)) == '0.723 ± 0.012', "the guide's format (13)"
+    assert str(Estimate(None)) == '–'
+    assert str(Estimate(None, None, 0.25)) == '≤ 0.250'
 
-def run(shift): return make(SEEDS, shift=shift, n_blocks=16)
 
 def test_seeds_give_a_mean_and_two_kinds_of_spread():
-    runs = [run(s) for s in (0., .1, .3)]
-    cuts = [{'native': .25}, {'native': .5}, {'native': .5}]
-    got = bootstrap(runs, ['native'], cuts, replicates=100)['native']
-    each = [summary(e, ['native'], t, (.3,))['native'] for e, t in zip(runs, cuts)]
-    for k, e in got.items():
-        assert (e.value, e.std) == pytest.approx((np.mean([x[k] for x in each]), np.std([x[k] for x in each], ddof=1)))
-        assert e.low <= e.value <= e.high and f'{e.value:.3f} ± {e.std:.3f} [' in str(e)
-    one = bootstrap(runs[0], ['native'], cuts[0], replicates=100)['native']
-    assert one == bootstrap(runs[:1], ['native'], cuts[:1], replicates=100)['native'] and all(e.std is None for e in one.values())
-    same = bootstrap([runs[0]] * 2, ['native'], cuts[0], replicates=100)['native']
-    assert all((e.value, e.low, e.high, e.std) == (o.value, o.low, o.high, 0.) for e, o in zip(same.values(), one.values()))
-    with pytest.raises(ValueError, match='2 thresholds for 3'): bootstrap(runs, ['native'], [.5, .5])
+    runs = [make_run(shift) for shift in (0., .1, .3)]
+    thresholds = [{'native': .25}, {'native': .5}, {'native': .5}]
+    got = bootstrap(runs, ['native'], thresholds, replicates=100)['native']
+    each = [summary(run, ['native'], t, (.3,))['native'] for run, t in zip(runs, thresholds)]
+    for name, estimate in got.items():
+        values = [row[name] for row in each]
+        assert (estimate.value, estimate.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+        assert estimate.low <= estimate.value <= estimate.high
+        assert f'{estimate.value:.3f} ± {estimate.std:.3f} [' in str(estimate)
+
+
+def test_one_seed_has_no_spread_and_two_equal_ones_none_of_theirs():
+    run, threshold = make_run(0.), {'native': .25}
+    one = bootstrap(run, ['native'], threshold, replicates=100)['native']
+    assert one == bootstrap([run], ['native'], [threshold], replicates=100)['native']
+    assert all(estimate.std is None for estimate in one.values())
+    same = bootstrap([run, run], ['native'], threshold, replicates=100)['native']
+    for name, estimate in same.items():
+        alone = one[name]
+        assert (estimate.value, estimate.low, estimate.high) == (alone.value, alone.low, alone.high)
+        assert estimate.std == 0.
+
+
+def test_a_threshold_for_each_seed():
+    runs = [make_run(0.)] * 3
+    with pytest.raises(ValueError, match='2 thresholds for 3'):
+        bootstrap(runs, ['native'], [.5, .5])
+
+
+# ------------------------------------------------ comparison
 
 def test_runs_are_compared_on_the_same_tiles():
-    old, new = run(0.), run(.15)
+    old, new = make_run(0.), make_run(.15)
     got = compare(old, new, ['native'], replicates=200)['native']
-    a, b = (resample(e, ['native'], replicates=200)['native'] for e in (old, new)); before, after = (summary(e, ['native'], ious=(.3,))['native'] for e in (old, new))
-    for k, d in got.items():
-        assert d.value == pytest.approx(after[k] - before[k]) and d.sigma == pytest.approx(np.nanstd(b[k] - a[k], ddof=1))
-        assert d.verdict == ('noise' if abs(d.value) <= 2 * d.sigma else 'gain' if d.value > 0 else 'loss')
-    assert got['pr_auc'].verdict == 'gain' and compare(new, old, ['native'], replicates=200)['native']['pr_auc'].verdict == 'loss'
-    assert got['pr_auc'].high - got['pr_auc'].low < .5 * (lambda e: e.high - e.low)(bootstrap(old, ['native'], replicates=200)['native']['pr_auc'])     # what paired draws are for
+    a, b = (resample(run, ['native'], replicates=200)['native'] for run in (old, new))
+    before, after = (summary(run, ['native'], ious=(.3,))['native'] for run in (old, new))
+    for name, difference in got.items():
+        assert difference.value == pytest.approx(after[name] - before[name])
+        assert difference.sigma == pytest.approx(np.nanstd(b[name] - a[name], ddof=1))
+        direction = 'gain' if difference.value > 0 else 'loss'
+        is_noise = abs(difference.value) <= 2 * difference.sigma
+        assert difference.verdict == ('noise' if is_noise else direction)
+
+
+def test_a_better_run_is_a_gain_and_the_worse_one_a_loss():
+    "The interval of the paired difference is less than half as wide as that of one run"
+    old, new = make_run(0.), make_run(.15)
+    gain = compare(old, new, ['native'], replicates=200)['native']['pr_auc']
+    assert gain.verdict == 'gain'
+    assert compare(new, old, ['native'], replicates=200)['native']['pr_auc'].verdict == 'loss'
+    alone = bootstrap(old, ['native'], replicates=200)['native']['pr_auc']
+    assert gain.high - gain.low < .5 * (alone.high - alone.low)
+
+
+def iou_difference(a, b):
+    return compare(a, b, ['native'], replicates=100)['native']['iou']
+
 
 def test_seeds_that_scatter_turn_a_gain_into_noise():
-    old, new = [run(0.), run(0.)], [run(-.6), run(.9)]
-    alone, both = compare(old[1], new[1], ['native'], replicates=100)['native']['iou'], compare(old, new, ['native'], replicates=100)['native']['iou']
-    assert alone.verdict == 'gain' and both.value > 0 and both.verdict == 'noise' and both.std > abs(both.value)
-    assert 'one seed' in alone.why and not both.why
-    x = [summary(e, ['native'], ious=())['native']['iou'] for e in new]
-    assert both.std == pytest.approx(np.std(x, ddof=1))                                # old ones are equal
-    assert compare(old, new + [new[1]], ['native'], replicates=100)['native']['iou'].std == pytest.approx(np.std(x + x[1:], ddof=1))        # no pairs: both spreads, of which one is 0
+    old, new = [make_run(0.)] * 2, [make_run(-.6), make_run(.9)]
+    alone, both = iou_difference(old[1], new[1]), iou_difference(old, new)
+    assert alone.verdict == 'gain' and 'one seed' in alone.why
+    assert both.value > 0 and both.verdict == 'noise' and not both.why
+    assert both.std > abs(both.value)
+    # the old seeds are equal, so all of the spread is that of the new ones
+    values = [summary(run, ['native'], ious=())['native']['iou'] for run in new]
+    assert both.std == pytest.approx(np.std(values, ddof=1))
+    unpaired = iou_difference(old, new + [new[1]])
+    assert unpaired.std == pytest.approx(np.std(values + values[1:], ddof=1))
+
 
 @pytest.mark.parametrize('change', [dict(block='elsewhere'), dict(positive=False), dict(tile_id='another')])
 def test_other_tiles_are_not_compared(change):
-    a = make(range(12)); b = Evidence.from_rows([row(i, i) | (change if i == 4 else {}) for i in range(12)], thresholds=THRESHOLDS)
+    rows = [make_row(i, i) for i in range(12)]
+    a = evidence_of(rows)
+    b = evidence_of([row | change if i == 4 else row for i, row in enumerate(rows)])
     n, of = (2, 13) if 'tile_id' in change else (1, 12)
-    for f in (lambda: compare(a, b), lambda: compare([a, a], [a, b]), lambda: bootstrap([a, b])):
-        with pytest.raises(ValueError, match=f'{n} of {of} tiles.*evaluate both on the same split'): f()
+    for refused in (lambda: compare(a, b), lambda: compare([a, a], [a, b]), lambda: bootstrap([a, b])):
+        with pytest.raises(ValueError, match=f'{n} of {of} tiles.*evaluate both on the same split'):
+            refused()
+
 
 def test_what_cannot_be_said_is_no_difference():
-    e = make(range(60), n_blocks=20)
-    d = compare(e, e, [200], replicates=20)[200]
-    assert d['iou'].value is None and d['iou'].verdict == 'unknown' and d['iou'].why.startswith('rests on') and str(d['iou']) == '–' and d['recall'].value == 0
-    few = compare(make(range(12)), make(range(12), shift=1.), ['native'])['native']['iou']
-    assert few.value > 0 and few.low is None and few.verdict == 'unknown' and '10 are needed' in few.why
-    assert Difference(.03, .01, .05, .005, .01).verdict == 'gain' and str(Difference(.03, .01, .05, .005, .01)) == '+0.030 ± 0.010 [+0.010, +0.050] gain'
+    evidence = make_evidence(range(60), n_blocks=20)
+    unsupported = compare(evidence, evidence, [200], replicates=20)[200]
+    iou = unsupported['iou']
+    assert iou.value is None and iou.verdict == 'unknown' and str(iou) == '–'
+    assert iou.why.startswith('rests on')
+    assert unsupported['recall'].value == 0
+
+    few_blocks = compare(make_evidence(range(12)), make_evidence(range(12), shift=1.), ['native'])['native']['iou']
+    assert few_blocks.value > 0 and few_blocks.low is None and few_blocks.verdict == 'unknown'
+    assert '10 are needed' in few_blocks.why
+
+
+def test_differences_as_text():
+    gain = Difference(.03, .01, .05, .005, .01)
+    assert gain.verdict == 'gain'
+    assert str(gain) == '+0.030 ± 0.010 [+0.010, +0.050] gain'
+
+
+# ------------------------------------------------ the guide's own estimator
 
 @quick
 @given(st.integers(0, 10_000), st.sampled_from(THRESHOLDS))
 def test_a_subsample_is_its_tiles_alone(seed, threshold):
-    e = make([3 * i + 1 for i in range(4)] + [3 * i for i in range(14)]); positive = e['positive']
+    evidence = make_evidence([3 * i + 1 for i in range(4)] + [3 * i for i in range(14)])
+    positive, negative = np.flatnonzero(evidence['positive']), np.flatnonzero(~evidence['positive'])
     rng, found = np.random.default_rng(seed), []
     for _ in range(3):
-        part = e.select(np.sort(np.r_[np.flatnonzero(positive), rng.choice(np.flatnonzero(~positive), 2 * positive.sum(), replace=False)]))
+        drawn = rng.choice(negative, 2 * len(positive), replace=False)
+        part = evidence.select(np.sort(np.concatenate([positive, drawn])))
         found.append(summary(part, ['native'], threshold, (.3,))['native'])
-    got = subsample(e, 2, threshold, draws=3, seed=seed)
-    for k, (mean, std) in got.items(): assert (mean, std) == pytest.approx((np.mean([f[k] for f in found]), np.std([f[k] for f in found], ddof=1)), abs=1e-9, nan_ok=True)
-    assert {'pr_auc', 'iou', 'boundary_iou_2', 'object_f1_30'} <= set(got) and subsample(e, 4) is None
+    got = subsample(evidence, 2, threshold, draws=3, seed=seed)
+    assert {'pr_auc', 'iou', 'boundary_iou_2', 'object_f1_30'} <= set(got)
+    for name, (mean, std) in got.items():
+        values = [row[name] for row in found]
+        assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)), abs=1e-9, nan_ok=True)
+    assert subsample(evidence, 4) is None, 'the split has too few negative tiles'

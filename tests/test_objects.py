@@ -1,4 +1,4 @@
-"Objects, their matching and what is read from it, against SciPy, scikit-image and loops, on made-up inputs"
+"Objects: matched by hand and by brute force, on any masks"
 import numpy as np
 import pytest
 from hypothesis import given, settings

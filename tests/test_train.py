@@ -158,7 +158,7 @@ def test_a_command_that_is_refused_leaves_the_run_as_it_was(tiny, undisturbed, t
     assert e.value.code == 2 and re.match(r'error: (processes: 0 was given|device: cuda was asked for)', said.err) and said.out == '' and {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*')} == before
 
 @pytest.mark.parametrize('inline', [True, False])
-@pytest.mark.parametrize('override, words', [('model.architecture=foo', "there is no 'foo'"), ('model.options={"foo": 1}', 'model.options.foo'), ('device=cuda', 'no GPU')])
+@pytest.mark.parametrize('override, words', [('model.architecture=foo', "unknown: 'foo'"), ('model.options={"foo": 1}', 'model.options.foo'), ('device=cuda', 'no GPU')])
 def test_a_model_that_is_refused_leaves_nothing(tiny, tmp_path, capsys, monkeypatch, override, words, inline):
     "No statistics either"
     monkeypatch.setattr(warnings, 'formatwarning', warnings.formatwarning); monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

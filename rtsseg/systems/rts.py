@@ -93,9 +93,9 @@ class RTS(System):
 
     def refuse_early(self, cfg):
         "Raise `ConfigError` where the device is missing or the model cannot be built"
-        from rtsseg.loop import accelerator
+        from rtsseg.processes import make_accelerator
         if cfg.device == 'cuda':
-            accelerator(cfg)
+            make_accelerator(cfg)
         self.model(cfg, None)
 
     def model(self, cfg, feed):

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 import rtsseg.checkpoint, rtsseg.config, rtsseg.loop, rtsseg.runs, rtsseg.segment, rtsseg.training
 from rtsseg.config import ConfigError, Loader, to_yaml
 from rtsseg.runs import run_folder
-from rtsseg.checkpoint import CheckpointWriter, UnsavedError, load_state, newest_state
+from rtsseg.checkpoint import UnsavedError, load_state, newest_state, wait_for_writers
 from rtsseg.workers import WorkerError
 from rtsseg.loop import TrainingState
 from rtsseg.prepare import prepare, statistics
@@ -90,8 +90,8 @@ def test_31_the_writer_dies_at_every_step_of_every_checkpoint(undisturbed, tmp_p
     def dies(run, *a, **kw):
         "From the state before a checkpoint, in a copy of its folder, a process for each step that it could die at; then it is written"
         nonlocal deaths
-        def work(): run.folder = trial; save(run, *a, **kw); CheckpointWriter.settle()
-        CheckpointWriter.settle()
+        def work(): run.folder = trial; save(run, *a, **kw); wait_for_writers()
+        wait_for_writers()
         for k in itertools.count(1):
             shutil.copytree(run.folder, trial) if run.folder.exists() else trial.mkdir()
             died = dies_at(k, work); left[lies(trial)] = None; shutil.rmtree(trial)
@@ -291,7 +291,7 @@ def test_33_disk_full_at_a_write(undisturbed, tmp_path, monkeypatch, capsys, k, 
     "One write fails, at once or in a thread, its old file stays whole, and the run ends in the same weights"
     full_disk(monkeypatch, lambda i, name: i == k)
     done = again(tmp_path, 0, checkpoint=dict(every=1, keep_last=9, resume_minutes=minutes)); monkeypatch.undo()
-    assert 'was not written (No space left on device)' in capsys.readouterr().out and done.finished
+    assert 'was not written (No space left on device)' in capsys.readouterr().err and done.finished
     for f in (tmp_path/'checkpoints').iterdir(): load_state(f)
     assert done.best == load_state(tmp_path/'checkpoints'/'best.ckpt')['best']           # never a best that no file holds
     if done.best == undisturbed.best: equal(undisturbed, done)
@@ -306,9 +306,9 @@ def test_33_disk_full_at_the_end(undisturbed, tmp_path, monkeypatch):
 def test_33_a_disk_that_was_full_from_the_beginning(undisturbed, tmp_path, monkeypatch, capsys):
     "Nothing is promised that is not there: the run begins anew, and says so"
     full_disk(monkeypatch, lambda i, name: 'best' not in name); rare = dict(checkpoint=dict(every=9))
-    with pytest.raises(UnsavedError, match='begins anew, for there is no checkpoint before it'): again(tmp_path, 0, **rare)
+    with pytest.raises(UnsavedError, match='starts from the beginning, because it has no checkpoint before it'): again(tmp_path, 0, **rare)
     monkeypatch.undo(); equal(undisturbed, again(tmp_path, 0, **rare))
-    assert 'note: best.ckpt is the only checkpoint, and no state that could be gone on from: the run begins anew' in capsys.readouterr().out
+    assert 'note: best.ckpt is the only checkpoint, and it holds no state to resume from: the run starts from the beginning' in capsys.readouterr().err
 
 def test_33_disk_full_at_the_end_of_two_processes(undisturbed_two, tmp_path, monkeypatch):
     "The first cannot write, and ends; the second does not wait for it"
@@ -360,7 +360,7 @@ def test_34_an_overflow_of_the_scaler_does_not_count(monkeypatch):
     def scaled(cfg):
         AcceleratorState._reset_state(reset_partial_state=True); acc = Accelerator(cpu=True)
         acc.scaler = torch.amp.GradScaler('cpu', init_scale=2.**127, growth_interval=10**6); return acc
-    monkeypatch.setattr(rtsseg.loop, 'accelerator', scaled)
+    monkeypatch.setattr(rtsseg.loop, 'make_accelerator', scaled)
     done = again(None, 0, epochs=6, loss_weights=dict(bce=1e6, square=1e6)); AcceleratorState._reset_state(reset_partial_state=True)
     assert done.skipped > rtsseg.loop.MAX_BAD_STEPS and done.bad == 0 and done.finished and all(v.isfinite().all() for v in done.judged.state_dict().values())
 
@@ -376,11 +376,11 @@ def test_35_a_metric_that_is_no_number_is_never_best(tmp_path):
 # ---------------------------------------------------------------- 36: memory
 def test_36_out_of_memory_says_what_fits(tmp_path, monkeypatch):
     "The batch is not made smaller behind anybody's back"
-    cfg, real = tiny(tmp_path), rtsseg.loop._step
+    cfg, real = tiny(tmp_path), rtsseg.loop.take_step
     def step(run, group, *a):
         if len(group[0]['tile']) > 3: raise torch.OutOfMemoryError('CUDA out of memory.')
         return real(run, group, *a)
-    monkeypatch.setattr(rtsseg.loop, '_step', step)
+    monkeypatch.setattr(rtsseg.loop, 'take_step', step)
     with pytest.raises(RunError) as e: rtsseg.training.train(cfg)
     assert e.value.code == 3 and 'out of memory with batch_size 8. ' in str(e.value)
     fits, n = (int(str(e.value).split(f'"{k}=')[1].split('"')[0]) for k in ('batch_size', 'accumulate'))
@@ -430,7 +430,7 @@ class Dies(Dataset):
 def test_37_a_worker_dies_or_freezes(undisturbed, tmp_path, how):
     "Within the time limit the run stops, its workers are gone, and it goes on from the last checkpoint"
     often = dict(checkpoint=dict(every=2, resume_minutes=1e-9)); began = time.monotonic()
-    with pytest.raises(WorkerError, match='(have died|no batch came within 3 seconds).*goes on from the last checkpoint'):
+    with pytest.raises(WorkerError, match='(have died|no batch came within 3 seconds).*resumes from the last checkpoint'):
         again(tmp_path, 0, data=Dies(how), loader=dict(shuffle=True, num_workers=2, timeout=3), **often)
     assert time.monotonic() - began < 30 and not multiprocessing.active_children()
     equal(undisturbed, again(tmp_path, 9 if newest_state(tmp_path/'checkpoints') else 0, **often))       # it may have been lost before the first step
