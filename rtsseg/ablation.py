@@ -21,9 +21,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from .config import RunConfig
+from .config import RunConfig, find_system
 from .files import write_atomic
-from .prepare import prepare
 from .runs import Stopped, config_hash
 from rtsseg.variants import (
     RUN_FAILURES, check_variants, combinations, read_axes, tracker_group, train_and_score, write_figure
@@ -201,11 +200,14 @@ def new_ablation(cfg:RunConfig,
                  seeds:list[int]
                 ) -> Ablation:
     "An ablation without values; other settings make another folder"
-    data_hash = prepare(cfg).hash
+    system = find_system(cfg.system)
+    data_hash = system.feed(cfg, prepare=True).hash
+    monitor, mode = system.monitor(cfg)
     runs = [f'{new.name}/{config_hash(new, data_hash)}' for new in configs.values()]
     digest = hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:6]
     return Ablation(
-        monitor=cfg.metrics.monitor,
+        monitor=monitor,
+        mode=mode,
         variants=list(configs),
         seeds=seeds,
         values=np.full((len(configs), len(seeds)), math.nan),

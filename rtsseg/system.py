@@ -183,7 +183,9 @@ class System:
         raise NotImplementedError
 
     def unpack(self, folder:Path) -> Any:
-        "Load a model directory: an object with `cfg`, `model` in evaluation mode, and what the feed needs; raises `ModelError`"
+        """Load a model directory: an object with `cfg`, `model` in evaluation mode, and what the feed needs
+
+        Raises `ModelError`."""
         raise NotImplementedError
 
     def monitor(self, cfg:RunConfig) -> tuple[str, str]:
@@ -205,6 +207,14 @@ class System:
     def largest_batch(self, cfg:RunConfig) -> int:
         "A batch size that fits into memory where `cfg.batch_size` did not; raises `ConfigError` where none does"
         return max(cfg.batch_size // 2, 1)
+
+    def measured_by(self, cfg:RunConfig) -> Any:
+        "What two configs must have in common for their results to be compared"
+        return getattr(cfg, 'metrics', None)
+
+    def check_variant(self, cfg:RunConfig, feed:Feed) -> None:
+        "Try in a second what a config may fail at, before a search trains it; raises `ConfigError` and `DataError`"
+        self.model(cfg, feed)
 
     def default_views(self, cfg:RunConfig) -> str:
         "The views that are meant where none are named"
@@ -263,7 +273,9 @@ class System:
     def sections(self,
                  results:Any    # `Results`: the finished runs of one configuration, one a seed
                 ) -> dict[str, list]:
-        "What its report shows, the headline first: {heading: blocks of a page}. `table_sections` serves tables of samples"
+        """What its report shows, the headline first: {heading: blocks of a page}
+
+        `table_sections` of the shared room serves tables of samples."""
         raise NotImplementedError
 
     def comparison(self,

@@ -24,10 +24,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, find_system
 from .files import write_atomic
 from .loop import key_seed
-from .prepare import prepare
 from .runs import Busy, RunError, Stopped, config_hash, flatten, run_folder
 from rtsseg.variants import (
     Choices, RUN_FAILURES, Range, check_variants, read_axes, set_fields, tracker_group, train_and_score, with_fields,
@@ -149,7 +148,7 @@ class Searcher:
                  parent:str                          # folder of the search for the tracker, or ''
                 ):
         self.cfg, self.axes, self.data_hash, self.folder, self.parent = cfg, axes, data_hash, folder, parent
-        self.monitor = cfg.metrics.monitor
+        self.monitor = find_system(cfg.system).monitor(cfg)[0]
         self.failed_in_a_row = 0
 
     def train_trial(self, trial:optuna.Trial) -> float:
@@ -279,7 +278,7 @@ def trials_table(study:optuna.Study, axes:dict[str, Range|Choices]) -> pd.DataFr
 
 def write_search(study:optuna.Study, cfg:RunConfig, axes:dict[str, Range|Choices], folder:Path):
     "Write `SEARCH_FILES`: the overlay and the importances as soon as enough trials are finished"
-    monitor = cfg.metrics.monitor
+    monitor = find_system(cfg.system).monitor(cfg)[0]
     write_atomic(folder/'trials.csv', trials_table(study, axes).to_csv(index=False))
     write_figure(folder/'history.png', history_figure(study, monitor))
     figure = importance_figure(study)
@@ -326,7 +325,8 @@ def search(cfg:RunConfig,                         # the config whose fields tria
     axes = read_axes(space, type(cfg))
     for variants in values_to_check(axes):
         check_variants(cfg, variants, space)
-    data_hash = prepare(cfg).hash
+    system = find_system(cfg.system)
+    data_hash = system.feed(cfg, prepare=True).hash
     name = name or f'{cfg.name}-{Path(space).stem}'
     folder = cfg.runs/'search'/name
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ def search(cfg:RunConfig,                         # the config whose fields tria
     study = optuna.create_study(
         storage=open_storage(storage or f"sqlite:///{folder/'study.db'}"),
         study_name=name,
-        direction='maximize',
+        direction='maximize' if system.monitor(cfg)[1] == 'max' else 'minimize',
         load_if_exists=True,
         sampler=KeyedSampler(cfg.seed),
         pruner=pruner or median_pruner(cfg),
@@ -356,7 +356,7 @@ def show_search(study:optuna.Study,   # of `search`
     done = finished_trials(study)
     if not done:
         return f'\nno trial came to its end\n{folder}'
-    monitor = cfg.metrics.monitor
+    monitor = find_system(cfg.system).monitor(cfg)[0]
     best = f'{monitor} {study.best_value:.4f} with {format_parameters(study.best_params)}'
     return (f'\nbest of {len(done)} finished trials: {best}\n{folder}\n'
             'The best of many trials is partly lucky: confirm it with '

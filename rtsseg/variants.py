@@ -22,13 +22,12 @@ from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 
 from .checkpoint import CheckpointError
-from .config import ConfigError, RunConfig, Strict, absolute_paths, load, merge_trees, read_yaml
+from rtsseg.config import (
+    ConfigError, RunConfig, Strict, absolute_paths, find_system, load, merge_trees, read_yaml
+)
 from .console import DataError, nearest
 from .files import write_atomic
-from .models import build, check_size
-from .prepare import prepare
 from .runs import RunError, config_hash, flatten
-from .tiles import read_tile
 from .track import Tracker
 from .training import train
 
@@ -166,7 +165,8 @@ class VariantCheck:
 
     def __init__(self, cfg:RunConfig):
         self.cfg = cfg
-        self.manifest = prepare(cfg)
+        self.system = find_system(cfg.system)
+        self.feed = self.system.feed(cfg, prepare=True)
         # {hash of a config: name of its variant}
         self.runs = {}
         # models and data that were tried
@@ -184,15 +184,14 @@ class VariantCheck:
         return cfg
 
     def _check_comparable(self, cfg:RunConfig):
-        if (cfg.metrics, cfg.data.manifest) != (self.cfg.metrics, self.cfg.data.manifest):
-            raise ConfigError('metrics and data.manifest cannot vary: the results could not be compared')
+        if self.system.measured_by(cfg) != self.system.measured_by(self.cfg):
+            raise ConfigError('metrics and the place of the data cannot vary: the results could not be compared')
 
     def _try(self, cfg:RunConfig):
-        "Build the model and read a tile, once for each model and data that are asked for"
+        "Try what may fail, once for each model and data that are asked for"
         asked = repr((cfg.model, cfg.data))
         if asked not in self.tried:
-            check_size(build(cfg.model), cfg.data.tile_size)
-            read_tile(self.manifest.of('train'), 0, cfg.data.extra_bands)
+            self.system.check_variant(cfg, self.feed)
         self.tried.add(asked)
 
 def check_variants(cfg:RunConfig,               # the config whose fields they set

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from helpers.shell import CLEAN, shell
-from rtsseg.config import find_system, load, to_yaml
+from rtsseg.ablation import ablate
+from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.log import kept_validations
 from rtsseg.noise import measure_noise
@@ -39,7 +40,10 @@ def imported_rooms(module):
             found.add(name.split('.')[0])
     return found
 
-@pytest.mark.parametrize('module', ['training', 'evaluation', 'system', 'log', 'noise', 'resume', 'launch'])
+SHARED = ['training', 'evaluation', 'system', 'log', 'noise', 'resume', 'launch', 'track', 'reporting', 'results',
+          'shared', 'variants', 'ablation', 'tuning']
+
+@pytest.mark.parametrize('module', SHARED)
 def test_shared_rooms_know_no_system(module):
     assert not imported_rooms(module) & (RTS_ROOMS | {'systems'})
 
@@ -150,10 +154,25 @@ def test_its_noise_floor_is_measured(undisturbed, tmp_path):
 
 def test_commands_serve_it(images, tmp_path):
     (tmp_path/'cfg.yaml').write_text(to_yaml(config(images, tmp_path/'runs', epochs=1)))
-    for command in ('rtsseg-train', 'rtsseg-evaluate'):
+    said = {}
+    for command in ('rtsseg-train', 'rtsseg-evaluate', 'rtsseg-report'):
         done = shell(command, '--config', tmp_path/'cfg.yaml')
         assert done.returncode == 0, done.stdout + done.stderr
-    assert 'val.parquet' in done.stdout and 'accuracy' in done.stdout and 'macro_f1' in done.stdout
+        said[command] = done.stdout
+    assert all(word in said['rtsseg-evaluate'] for word in ('val.parquet', 'accuracy', 'macro_f1'))
+    assert 'macro_f1' in said['rtsseg-report'] and '[' in said['rtsseg-report']
+    page, = tmp_path.glob('runs/classify/*/seed42/report.html')
+    assert 'macro_f1' in page.read_text()
+
+def test_a_grid_compares_its_variants(images, tmp_path):
+    "Every combination is trained, and named by its verdict; the metric cannot vary"
+    (tmp_path/'grid.yaml').write_text('data.flip: [0.5, 0.0]')
+    cfg = config(images, tmp_path/'runs', epochs=1)
+    found = ablate(cfg, tmp_path/'grid.yaml', [42, 43])
+    assert found.monitor == 'macro_f1' and np.isfinite(found.values).all() and not found.failed
+    (tmp_path/'grid.yaml').write_text('metrics.monitor: [macro_f1, accuracy]')
+    with pytest.raises(ConfigError, match='cannot vary'):
+        ablate(cfg, tmp_path/'grid.yaml', [42])
 
 OUTSIDE = '''
 import torch

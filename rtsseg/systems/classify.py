@@ -278,6 +278,13 @@ class Classify(System):
     def metrics(self, table, cfg, weights=None):
         return classification_scores(table, weights)
 
+    def sections(self, results):
+        from rtsseg.shared import table_sections
+        return table_sections(results)
+
+    def measured_by(self, cfg):
+        return cfg.metrics, cfg.data.source
+
     def package(self, folder, model, cfg, feed, best, environment):
         write_atomic(folder/CLASSES, json.dumps(dict(classes=feed.classes), indent=1))
         card = CARD.format(name=cfg.name, side=cfg.data.image_size, n=len(feed.classes), model=cfg.model.name,

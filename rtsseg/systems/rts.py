@@ -55,7 +55,7 @@ IOU_GAP = 'training IoU above 0.9, validation IoU at 1:1 below 0.5; reduce the c
 BALANCED_GAP = ('the model gets better at 1:1 and worse at the realistic ratio: it adapts to the balanced sample')
 
 def segmentation_signs(history:list[dict],    # epochs, as in `TrainingState.history`
-                       cfg:RtsConfig          # the monitor, and early_stopping.min_delta: a change that is more than noise
+                       cfg:RtsConfig          # monitor, and early_stopping.min_delta: more than noise
                       ) -> dict[str, str]:    # {sign: remedy}; empty where the last epoch was not validated
     "The warning signs of guide 10.5, at the last validation"
     validated = [row for row in history if 'val/loss' in row][-3:]
@@ -133,6 +133,14 @@ class RTS(System):
     def largest_batch(self, cfg):
         from rtsseg.check import probe
         return probe(cfg)['batch_size']
+
+    def measured_by(self, cfg):
+        return cfg.metrics, cfg.data.manifest
+
+    def check_variant(self, cfg, feed):
+        from rtsseg.tiles import read_tile
+        self.model(cfg, feed)
+        read_tile(feed.manifest.of('train'), 0, cfg.data.extra_bands)
 
     def default_views(self, cfg):
         return cfg.infer.views
