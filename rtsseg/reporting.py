@@ -282,8 +282,8 @@ def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seed
     "Write report.html, and report.md for an appendix; raises `ReportError`"
     path = named_path(out) if out else None
     results = read_results(runs)
-    path = path or default_path(results)
     content = collect(results)
+    path = path or default_path(results)
     write(content, path)
     return Report(content, path)
 

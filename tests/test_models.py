@@ -79,7 +79,7 @@ def test_broken_files(tmp_path):
                                                     ('tu-resnet18.fb_swsl_ig1b_ft_in1k', 'imagenet', 'timm/resnet18.fb_swsl_ig1b_ft_in1k'), ('resnet18', 'ssl', 'smp-hub/resnet18.ssl')])
 def test_names_of_weights(encoder, weights, repo, monkeypatch):
     "The error names the source; timm's default tag is timm's business"
-    monkeypatch.setattr('rtsseg.models.try_to_load_from_cache', lambda *a, **k: None)
+    monkeypatch.setattr('rtsseg.pretrained.try_to_load_from_cache', lambda *a, **k: None)
     monkeypatch.setattr('urllib.request.urlopen', lambda *a, **k: (_ for _ in ()).throw(OSError('no network')))
     with pytest.raises(ConfigError) as e: find_weights(Model(encoder=encoder, weights=weights))
     assert (repo or timm.get_pretrained_cfg('resnet18').hf_hub_id) in str(e.value) and 'null for random weights' in str(e.value)
@@ -121,8 +121,8 @@ def test_a_hub_that_never_answers_is_a_quick_clear_error(tmp_path):
     for word in ("'imagenet'", 'efficientnet-b5', 'smp-hub/efficientnet-b5.imagenet', 'model.weights'): assert word in text, done.stdout + done.stderr
 
 def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch):
-    monkeypatch.setattr('rtsseg.models.try_to_load_from_cache', lambda *a, **k: None)
-    monkeypatch.setattr('rtsseg.models.is_offline_mode', lambda: True); monkeypatch.setattr('urllib.request.urlopen', None)
+    monkeypatch.setattr('rtsseg.pretrained.try_to_load_from_cache', lambda *a, **k: None)
+    monkeypatch.setattr('rtsseg.pretrained.is_offline_mode', lambda: True); monkeypatch.setattr('urllib.request.urlopen', None)
     with pytest.raises(ConfigError, match='HF_HUB_OFFLINE'): find_weights(Model())
 
 def test_one_step_trains_both_parts_and_the_new_band(tmp_path):
@@ -307,7 +307,7 @@ def test_a_model_directory_that_does_not_fit(tmp_path):
     with pytest.raises(ConfigError, match=r'Missing key.*extra_encoder\.layer1\.2'):
         build(cfg.model_copy(update=dict(weights=str(tmp_path/'late'), fusion='late', in_channels=4, extra_encoder='resnet34')))
     (tmp_path/'model'/'model.safetensors').unlink()
-    with pytest.raises(ConfigError, match='there is no file .*model.safetensors'): build(cfg.model_copy(update=here))
+    with pytest.raises(ConfigError, match='no such file: .*model.safetensors'): build(cfg.model_copy(update=here))
 
 # ---------------------------------------------------------------- statistics of pretrained encoders
 @pytest.mark.parametrize('encoder, weights, mean, std', [('tu-vit_large_patch16_dinov3.sat493m', 'imagenet', (.430, .411, .296), (.213, .156, .143)),
@@ -327,7 +327,7 @@ def test_smp_keeps_its_statistics_beside_the_weights(tmp_path):
     done = python('''
         import urllib.request
         from rtsseg.config import ConfigError, Model
-        from rtsseg.models import pretrained_stats
+        from rtsseg.pretrained import pretrained_stats
         urllib.request.urlopen = lambda *a, **k: (_ for _ in ()).throw(OSError('no network'))
         for w in ('imagenet', './mine.pt'): assert pretrained_stats(Model(encoder='resnet18', weights=w)) == ([.1, .2, .3], [.4, .5, .6])
         try: pretrained_stats(Model(encoder='resnet18', weights='ssl'))
