@@ -1,6 +1,7 @@
 "A second system trains, resumes, evaluates and is measured on the shared rooms; a third comes from outside"
 import ast
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.log import kept_validations
 from rtsseg.noise import measure_noise
 from rtsseg.runs import read_lines, read_log
-from rtsseg.system import find_run
+from rtsseg.system import SampleTable, find_run
 from rtsseg.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -130,15 +132,20 @@ def test_it_is_evaluated_under_the_ledger(images, undisturbed):
 def test_its_noise_floor_is_measured(undisturbed, tmp_path):
     "From the spread of the difference over drawn groups, by hand"
     cfg, system = load(undisturbed/'config.yaml'), find_system('classify')
-    before, after = (system.read_table(path) for path in kept_validations(undisturbed))
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(24, [1 / 24] * 24, 50)
+    folder = tmp_path/'run'
+    (folder/'evidence').mkdir(parents=True)
+    shutil.copy(undisturbed/'config.yaml', folder)
+    rng, names, label = np.random.default_rng(0), [f'{i:02}' for i in range(24)], np.arange(24) % 2
+    for epoch, right in ((1, .6), (2, .8)):
+        predicted = np.where(rng.random(24) < right, label, 1 - label)
+        frame = pd.DataFrame(dict(sample=names, group=names, label=label, predicted=predicted))
+        SampleTable(frame).write(folder/'evidence'/f'epoch-000{epoch}.parquet')
+    before, after = (system.read_table(path) for path in kept_validations(folder))
+    draws = np.random.default_rng(0).multinomial(24, [1 / 24] * 24, 50)
     changes = [system.metrics(after, cfg, draw)['macro_f1'] - system.metrics(before, cfg, draw)['macro_f1']
                for draw in draws]
     sigma = np.std(changes, ddof=1)
-    if sigma == 0:
-        pytest.skip('both validations are alike')
-    lines = measure_noise(undisturbed, 50, str(tmp_path/'noise.yaml'))
+    lines = measure_noise(folder, 50, str(tmp_path/'noise.yaml'))
     assert lines[0].startswith(f'macro_f1: σ = {sigma:.4f}, over 50 paired bootstrap replicates')
 
 def test_commands_serve_it(images, tmp_path):
