@@ -873,7 +873,7 @@ def test_a_place_that_cannot_be_written(folders, tmp_path, capsys, out):
 def test_the_command_explains_itself():
     usage = shell('rtsseg-report', '--help').stdout
     for name in ('run', 'config', 'manifest', 'name', 'epochs', 'seed', 'seeds', 'overrides', 'out'):
-        assert re.search(rf'^ *--{name}\b.*\w+ \w+', usage, re.M), name
+        assert re.search(rf'^ *--{name}\b[^\n]*?\s+\w+ \w+', usage, re.M), name
 
 def test_the_command_finds_the_runs_of_a_config(folders, cfg):
     named = shell('rtsseg-report', '--run', *folders)
