@@ -15,15 +15,15 @@ import mistune
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.browser import Cells, chromium, in_browser, requests_of
-from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
-from helpers.runs import toy_world
-from helpers.shell import shell
 from PIL import Image
 from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, precision_recall_curve
 
+from helpers.browser import Cells, chromium, in_browser, requests_of
+from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
+from helpers.runs import toy_world
+from helpers.shell import shell
 from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import calibrate_evidence
 from rtsseg.cli import rtsseg_report
