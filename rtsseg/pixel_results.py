@@ -11,7 +11,6 @@ __all__ = ['OTHER_WEIGHTS', 'SAME_WEIGHTS', 'NOT_COMPARED', 'UNSUPPORTED', 'RECA
 # %% ../nbs/06e_pixel_results.ipynb #ipixelr
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 

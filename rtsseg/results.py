@@ -9,7 +9,6 @@ __all__ = ['FORCED_LOOK', 'UNKNOWN_LOOK', 'ratio_name', 'metric_label', 'ReportE
            'configuration_label', 'read_results']
 
 # %% ../nbs/06c_results.ipynb #iresults
-import json
 import os
 import shlex
 from collections.abc import Iterable

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREYS', 'OTHER_ENVIRONMENT', 'CODE_OF_NUMBERS', 'NEVER_LOOKED', 'LOOKS', 'FORCED_LOOKS', 'UNCOMMITTED',
-           'TRAINING_CAPTION', 'SEEDS_NOTE', 'GROUPS_NOTE', 'SAMPLES_NOTE', 'draw_column', 'columns_of',
+           'TRAINING_CAPTION', 'SEEDS_NOTE', 'GROUPS_NOTE', 'SAMPLES_NOTE', 'REPLICATES', 'draw_column', 'columns_of',
            'logged_curves', 'draw_losses', 'draw_scores', 'draw_rates', 'shade_frozen', 'curriculum', 'mark_curriculum',
            'finish_panel', 'training_figure', 'training_table', 'code_state', 'environment_table', 'run_commands',
            'commands', 'code_of_numbers', 'ledger_notes', 'shared_notes', 'shared_sections', 'numbers_blocks',
@@ -290,10 +290,14 @@ def seed_numbers(results:Results, tables:list,
     "The metrics of each seed"
     return [results.system.metrics(table, run.cfg, weights) for run, table in zip(results.runs, tables, strict=True)]
 
-def table_estimates(results:Results, tables:list,
-                    replicates:int=1000
-                   ) -> dict[str, Estimate]:
+# where a config has no metrics.replicates
+REPLICATES = 1000
+
+def table_estimates(results:Results, tables:list) -> dict[str, Estimate]:
     "Metrics: mean over seeds, with a standard deviation over seeds and a 95% interval over groups"
+    settings = getattr(results.first.cfg, 'metrics', None)
+    replicates = getattr(settings, 'replicates', REPLICATES)
+
     def mean(weights):
         each = seed_numbers(results, tables, weights)
         return {name: float(np.mean([numbers[name] for numbers in each])) for name in each[0]}

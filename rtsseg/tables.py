@@ -32,9 +32,7 @@ from .config import Metrics
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
-from rtsseg.objects import (
-    IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
-)
+from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
 from .operating import probability_text
 from .page import Number, Table
 from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported

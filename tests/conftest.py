@@ -20,7 +20,8 @@ LONG = [
     'test_run_time', 'test_train', 'test_experiments', 'test_inference', 'test_security', 'test_report', 'test_models',
 ]
 
-# The same examples in every run, on a slow machine too. `pytest --hypothesis-profile=default` tries others
+# The same examples in every run, on a slow machine too.
+# `pytest --hypothesis-profile=default` tries others
 settings.register_profile('same', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('same')
 

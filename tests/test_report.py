@@ -15,15 +15,15 @@ import mistune
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.browser import Cells, chromium, in_browser, requests_of
-from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
-from helpers.runs import toy_world
-from helpers.shell import shell
 from PIL import Image
 from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, precision_recall_curve
 
+from helpers.browser import Cells, chromium, in_browser, requests_of
+from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
+from helpers.runs import toy_world
+from helpers.shell import shell
 from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import calibrate_evidence
 from rtsseg.cli import rtsseg_report
@@ -873,7 +873,7 @@ def test_a_place_that_cannot_be_written(folders, tmp_path, capsys, out):
 def test_the_command_explains_itself():
     usage = shell('rtsseg-report', '--help').stdout
     for name in ('run', 'config', 'manifest', 'name', 'epochs', 'seed', 'seeds', 'overrides', 'out'):
-        assert re.search(rf'^ *--{name}\b.*\w+ \w+', usage, re.M), name
+        assert re.search(rf'^ *--{name}\b[^\n]*?\s+\w+ \w+', usage, re.M), name
 
 def test_the_command_finds_the_runs_of_a_config(folders, cfg):
     named = shell('rtsseg-report', '--run', *folders)

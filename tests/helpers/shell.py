@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['rtsseg.tuning', 'rtsseg.prediction', 'rtsseg.reporting'])
+processes.set_forkserver_preload(['rtsseg.tuning', 'rtsseg.prediction', 'rtsseg.reporting', 'rtsseg.pixel_report'])
 
 # with IN_TEST set, nbdev's commands do nothing
 CLEAN = {name: value for name, value in os.environ.items() if name != 'IN_TEST'}
