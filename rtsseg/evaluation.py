@@ -55,7 +55,7 @@ class TestLedger:
     __test__ = False
 
     def check(self, look:TestLook, force:bool=False) -> dict:
-        "The ledger with this look in it; writes nothing. Raises `Locked` where another configuration or rule came first"
+        "The ledger with this look in it; writes nothing. Raises `Locked` where another configuration came first"
         ledger = read_ledger(self.runs)
         mine = dict(config=look.config, rule=look.rule)
         entry = ledger.setdefault(self.data_hash, dict(mine, looks=[]))

@@ -183,14 +183,14 @@ def advise_batch_size(run:PreparedRun) -> str:
         return f'out of memory, and {e}'
     accumulate = -(-cfg.batch_size * cfg.accumulate // fits)
     return (f'out of memory with batch_size {cfg.batch_size}. {fits} fit: '
-            f'--overrides \'["batch_size={fits}", "accumulate={accumulate}"]\' takes {fits * accumulate} samples a step, '
-            f'where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its own; '
+            f'--overrides \'["batch_size={fits}", "accumulate={accumulate}"]\' takes {fits * accumulate} samples '
+            f'a step, where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its own; '
             'model.gradient_checkpointing=true may save this one')
 
 def export_best(run:PreparedRun, result:TrainingState, env:dict) -> None:
     "Write the model directory from the best checkpoint; raises `RunError` where no validation gave a number"
     if not result.best:
-        raise RunError(f'no validation gave a number for {result.task.monitor}, so there is no best model to export; '
+        raise RunError(f'no validation gave a number for {result.task.monitor}, so no best model can be exported; '
                        'rtsseg-check looks at the validation samples')
     model = run.new_model()
     model.load_state_dict(load_state(run.folder/'checkpoints'/'best.ckpt')['model'])
