@@ -734,7 +734,7 @@ def calibrate(folder:str|Path,      # a run folder with validation evidence
     cfg = load(inside(folder/'config.yaml', folder))
     views = views or cfg.infer.views
     if views not in VIEW_NAMES:
-        raise ConfigError(f'views: {views!r} is none of {", ".join(VIEW_NAMES)}{nearest(views, VIEW_NAMES)}')
+        raise ConfigError(f'views: {views!r} is not one of {", ".join(VIEW_NAMES)}{nearest(views, VIEW_NAMES)}')
     target = inside(folder/'model'/'calibration.json', folder)
     evidence = _validation_evidence(folder, views)
     found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics)

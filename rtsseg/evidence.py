@@ -387,7 +387,7 @@ def _check_objects(evidence):
     grid, valid = np.array(evidence.thresholds), evidence['n_valid']
     predicted, truth, pairs, bands = (evidence.nested(name) for name in NESTED)
     for name, table in dict(predicted=predicted, pairs=pairs, bands=bands).items():
-        _need(np.isin(table.threshold, grid), f'{name}.threshold is none of {list(grid)}')
+        _need(np.isin(table.threshold, grid), f'{name}.threshold is not one of {list(grid)}')
     for name, table in dict(predicted=predicted, truth=truth).items():
         plausible = (table.id > 0) & (table.area > 0) & (table.area <= valid[table.tile])
         _need(plausible & (table['size'] > 0) & (table['size'] < 1e5), f'{name}: an id, area or size')

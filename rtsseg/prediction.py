@@ -478,9 +478,9 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
     if out.resolve() in (scene.resolve(), Path(extra).resolve()):
         problems.append(f'out: {out.name} is what the map is made from: give the map another name')
     if views not in ('', *VIEWS):
-        problems.append(f'views: {views!r} is none of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+        problems.append(f'views: {views!r} is not one of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
     if device not in ('auto', 'cpu', 'cuda'):
-        problems.append(f'device: {device!r} is none of auto, cpu, cuda')
+        problems.append(f'device: {device!r} is not one of auto, cpu, cuda')
     if device == 'cuda' and not torch.cuda.is_available():
         problems.append('device: cuda was asked for, and this machine has no GPU')
     if batch < 1:

@@ -74,7 +74,7 @@ class Begin(Strict):
     experiment: str
     uri: str | None
     # the runs folder lies above this one, wherever a line says that it is
-    runs: Annotated[str, StringConstraints(pattern=r'^[.][.](/[.][.]){0,2}$')]
+    runs: Annotated[str, StringConstraints(pattern=r'^\.\.(/\.\.){0,2}$')]
     parent: str
     tags: dict[str, str]
     params: dict[str, str]

@@ -95,7 +95,7 @@ def test_a_notebook_is_clean(path):
     assert not any(output.output_type == 'error' for cell in code_cells(path) for output in cell.outputs)
 
 def has_picture(cell):
-    return any('image/png' in output.get('data', {}) for output in cell.outputs)
+    return any(kind.startswith('image/') for output in cell.outputs for kind in output.get('data', {}))
 
 @each_chapter
 def test_a_chapter_opens_with_a_picture(path):

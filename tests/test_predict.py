@@ -314,7 +314,7 @@ def many_small_blocks(folder):
     (good, dict(crs='EPSG:3413'), ConfigError, 'names its CRS, EPSG:3413: leave --crs out'),
     (without_crs, dict(crs='EPSG:nonsense'), DataError, 'coordinate reference system'),
     (good, dict(extra='extra.tif'), ConfigError, 'the model sees RGB only'),
-    (good, dict(views='ful'), ConfigError, "'ful' is none of .*did you mean 'full'"),
+    (good, dict(views='ful'), ConfigError, "'ful' is not one of .*did you mean 'full'"),
     (good, dict(device='tpu', batch=0), ConfigError, "device: 'tpu' .*\nbatch: 0"),
 ], ids=lambda value: getattr(value, '__name__', None))
 def test_scenes_and_arguments_that_are_refused(model, tmp_path, scene, arguments, error, why):

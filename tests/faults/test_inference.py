@@ -509,7 +509,7 @@ def test_42_wrong_arguments_are_named_together(model, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         rtsseg_predict(model=str(model), scene=str(path), out=str(tmp_path/'map.tif'), views='all', batch=0)
     assert error.value.code == 2
-    assert re.match("error: views: 'all' is none of .*\nbatch: 0", capsys.readouterr().err)
+    assert re.match("error: views: 'all' is not one of .*\nbatch: 0", capsys.readouterr().err)
 
 def test_42_a_scene_with_a_damaged_block(model, tmp_path):
     "The message names the block; rows that were finished before it are kept"
