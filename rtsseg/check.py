@@ -29,20 +29,20 @@ from accelerate.utils import find_executable_batch_size
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from .console import DataError, some_names
 from .config import ConfigError, EarlyStopping, RtsConfig
-from .runs import git_state
-from .rawtile import show_tile
-from .stats import Moments, Stats, merge_moments, moments
-from .findings import Finding, LEVELS, error_lines, has_errors, readiness, show_findings
+from .console import DataError, some_names
 from .filecheck import check_files
-from .manifest import Manifest
-from .prepare import find_manifest, stats_path
-from .tiles import loaders
-from .models import build, check_size
+from .findings import LEVELS, Finding, error_lines, has_errors, readiness, show_findings
 from .loop import fit
+from .manifest import Manifest
+from .models import build, check_size
+from .prepare import find_manifest, stats_path
 from .processes import make_accelerator
+from .rawtile import show_tile
+from .runs import git_state
 from .segment import SegmentTask
+from .stats import Moments, Stats, merge_moments, moments
+from .tiles import loaders
 
 # %% ../nbs/04i_check.ipynb #b18c20da
 @dataclass
