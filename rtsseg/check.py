@@ -217,13 +217,15 @@ def check_pins() -> Finding:
         return Finding('note', '', 'no requirements.txt here')
     def normal(name):
         return re.sub('[-_.]+', '-', name).lower()
-    pins = dict(re.findall(r'(?m)^([\w.-]+)==([\w.+-]+)', found[0].read_text()))
     installed = {normal(d.name): d.version for d in distributions()}
+    pins = re.findall(r'(?m)^([\w.-]+)==([\w.+-]+)', found[0].read_text())
+    # some are for other platforms
+    pins = {name: pinned for name, pinned in pins if normal(name) in installed}
     differs = []
     for name, pinned in pins.items():
-        here = installed.get(normal(name))
+        here = installed[normal(name)]
         # local parts as +cpu do not count
-        if here and here.partition('+')[0] != pinned.partition('+')[0]:
+        if here.partition('+')[0] != pinned.partition('+')[0]:
             differs.append(f'{name} {here} (pinned: {pinned})')
     if differs:
         return Finding('warning', '', f'{len(differs)} of {len(pins)} are others', ', '.join(differs[:3]))
