@@ -401,6 +401,7 @@ def test_32_sigterm_to_the_launcher_of_two_processes(tmp_path):
 
     launcher = start_two_trainers(tmp_path/'half.yaml')
     wait_for(lambda: launcher.poll() is not None or has_done_epoch(half_cfg.runs, 2))
+    assert launcher.poll() is None, launcher.stdout.read()
     trainers = children_of(launcher.pid)
     launcher.terminate()
     output, _ = launcher.communicate(timeout=200)
