@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save
 
 import rtsseg.prediction
 from helpers.children import (
-    count_calls, full_disk, in_child, killed_at_call, killed_at_file_event, killed_while_writing,
-    never_opened_for_writing
+    count_calls,
+    full_disk,
+    in_child,
+    killed_at_call,
+    killed_at_file_event,
+    killed_while_writing,
+    never_opened_for_writing,
 )
 from helpers.hostile import change_json
 from helpers.maps import CRS, GRID, map_bytes, noise, untrained_model, write_scene
@@ -25,7 +30,7 @@ from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.console import DataError
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model
-from rtsseg.prediction import FinishedRows, NODATA, Scene, predict, window_starts
+from rtsseg.prediction import NODATA, FinishedRows, Scene, predict, window_starts
 from rtsseg.runs import RunError
 
 FAULTS = {
