@@ -149,7 +149,7 @@ def test_22_a_curriculum_with_a_hole(rows, message):
         load(sampler=dict(curriculum=curriculum))
 
 def test_22_what_is_never_reached_is_warned_of(tiny, caplog):
-    "Rows after the last epoch, and a backbone that stays frozen to the end; the run itself is done"
+    "Rows after the last epoch, and a backbone that stays frozen to the end; the run still trains"
     sampler = tiny.sampler.model_copy(update=dict(curriculum=RtsConfig().sampler.curriculum))
     cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=sampler))
     doubts = cfg.doubtful_settings()

@@ -1,4 +1,4 @@
-"Faults 40 to 42: models that are not whole, scenes that hold little, predictions that are cut off"
+"Faults 40 to 42: incomplete models, scenes with little data, interrupted predictions"
 import hashlib
 import json
 import os
@@ -140,14 +140,14 @@ def test_40_an_extra_weight(folder, refused):
     (True, ' is missing: the model cannot be used without it'),
 ])
 def test_40_without_statistics(folder, refused, sealed, why):
-    "A model without the statistics of its training data would give wrong maps without a word"
+    "A model without the statistics of its training data would give wrong maps without an error"
     (folder/'model'/'normalization_stats.json').unlink()
     if sealed:
         seal_model(folder/'model')
     refused(f'normalization_stats.json{why}')
 
 def test_40_a_standard_deviation_of_zero(folder, refused):
-    "Nothing is divided by 0"
+    "It is never a divisor"
     change_statistics(folder, std=[.1, 0., .1])
     refused('normalization_stats.json: .*standard deviation of 0')
 
@@ -236,8 +236,8 @@ def remove_maps(folder):
         file.unlink()
 
 def test_42_killed_at_every_step_on_disk(ready, tmp_path):
-    """Whichever file was opened, renamed or removed last: what is called a map is one, and the same command ends in
-    the same bytes"""
+    """Whichever file was opened, renamed or removed last: a file named as a map is complete, and the same command
+    ends in the same bytes"""
     path, valid = scene(tmp_path/'scene.tif', 100, 64, (0, 20, 0, 30))
     predict(ready, path, tmp_path/'undisturbed.tif')
     want, out = map_bytes(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
@@ -262,7 +262,7 @@ def test_42_killed_at_every_step_on_disk(ready, tmp_path):
     assert kept > 20
 
 def test_42_killed_at_random_points(ready, tmp_path):
-    "Again and again, until it gets through; a point is a call of a function, whatever the speed of the machine"
+    "Again and again, until it finishes; a point is a call of a function, so the speed of the machine does not matter"
     path, valid = scene(tmp_path/'scene.tif', 500, 300, (0, 90, 0, 200))
     calls = count_calls(lambda: predict(ready, path, tmp_path/'undisturbed.tif'))
     out, dice = tmp_path/'map.tif', random.Random(0)

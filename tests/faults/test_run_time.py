@@ -221,7 +221,7 @@ def test_31_killed_at_random_points(tmp_path):
     while killed < kills:
         runs += 1
         other = cfg.model_copy(update=dict(runs=tmp_path/f'killed{runs}'))
-        while killed < kills and train_until_killed(other, dice.uniform(.1, .7) * whole):
+        while killed < kills and train_until_killed(other, dice.uniform(.1, .5) * whole):
             killed += 1
         train_until_killed(other)
         assert same(result_of_soak(other), expected)

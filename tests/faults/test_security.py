@@ -1,4 +1,4 @@
-"""What is handed over by others: models and runs are data, and nothing in them is executed. Pinned installs are in
+"""Files from others: models and runs are data, and nothing in them is executed. Pinned installs are in
 test_house.py, rasters in test_rasters.py, YAML tags in test_config.py, credentials in test_tracker.py"""
 import base64
 import hashlib
