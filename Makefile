@@ -15,7 +15,6 @@ CONFIG ?= configs/toy.yaml
 SEEDS  ?= 42 43 44
 TORCH  ?=
 TORCH_INDEX ?=
-STYLE  ?= off
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 STAMP  := .venv/.installed
 PIP    := .venv/bin/pip
@@ -62,11 +61,11 @@ seeds: $(STAMP)
 	@echo; rtsseg-report --config $(CONFIG) --seeds "$(SEEDS)"
 
 test: $(STAMP)
-	@$(MAKE) --no-print-directory $(if $(filter on,$(STYLE)),style) synced notebooks pytest
+	@$(MAKE) --no-print-directory style synced notebooks pytest
 
 style: $(STAMP)
 	@echo "style …"
-	@ruff check rtsseg tests benchmarks sync.py setup.py
+	@ruff check
 
 synced: $(STAMP)
 	@echo "notebooks, and all files that are generated from them …"

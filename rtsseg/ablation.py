@@ -25,7 +25,13 @@ from .config import RunConfig, find_system
 from .files import write_atomic
 from .runs import Stopped, config_hash
 from rtsseg.variants import (
-    RUN_FAILURES, check_variants, combinations, read_axes, tracker_group, train_and_score, write_figure
+    RUN_FAILURES,
+    check_variants,
+    combinations,
+    read_axes,
+    tracker_group,
+    train_and_score,
+    write_figure,
 )
 
 # %% ../nbs/09a_ablate.ipynb #43f25dc5

@@ -33,12 +33,18 @@ from .evidence import Evidence, evidence_path, run_evidence
 from .files import SEAL, FileError, inside, read_json, seal_model, write_atomic
 from .intervals import compare, why_unsupported
 from .metrics import average_precision, histogram, pr_curve
+from rtsseg.operating import (
+    OBJECT_IOU,
+    ObjectOperatingPoint,
+    OperatingPoint,
+    Replicates,
+    object_operating_points,
+    pixel_operating_points,
+    probability_text,
+    score_masses,
+)
 from .runs import parse_event, require_finished
 from .scores import CODES, clipped_scores
-from rtsseg.operating import (
-    OBJECT_IOU, ObjectOperatingPoint, OperatingPoint, Replicates, object_operating_points,
-    pixel_operating_points, probability_text, score_masses
-)
 
 # %% ../nbs/06_calibrate.ipynb #31f2bb032
 def summed_nll(pos:np.ndarray,   # mass of positive pixels

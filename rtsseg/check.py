@@ -29,20 +29,20 @@ from accelerate.utils import find_executable_batch_size
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from .console import DataError, some_names
 from .config import ConfigError, EarlyStopping, RtsConfig
-from .runs import git_state
-from .rawtile import show_tile
-from .stats import Moments, Stats, merge_moments, moments
-from .findings import Finding, LEVELS, error_lines, has_errors, readiness, show_findings
+from .console import DataError, some_names
 from .filecheck import check_files
-from .manifest import Manifest
-from .prepare import find_manifest, stats_path
-from .tiles import loaders
-from .models import build, check_size
+from .findings import LEVELS, Finding, error_lines, has_errors, readiness, show_findings
 from .loop import fit
+from .manifest import Manifest
+from .models import build, check_size
+from .prepare import find_manifest, stats_path
 from .processes import make_accelerator
+from .rawtile import show_tile
+from .runs import git_state
 from .segment import SegmentTask
+from .stats import Moments, Stats, merge_moments, moments
+from .tiles import loaders
 
 # %% ../nbs/04i_check.ipynb #b18c20da
 @dataclass
@@ -217,13 +217,15 @@ def check_pins() -> Finding:
         return Finding('note', '', 'no requirements.txt here')
     def normal(name):
         return re.sub('[-_.]+', '-', name).lower()
-    pins = dict(re.findall(r'(?m)^([\w.-]+)==([\w.+-]+)', found[0].read_text()))
     installed = {normal(d.name): d.version for d in distributions()}
+    pins = re.findall(r'(?m)^([\w.-]+)==([\w.+-]+)', found[0].read_text())
+    # some are for other platforms
+    pins = {name: pinned for name, pinned in pins if normal(name) in installed}
     differs = []
     for name, pinned in pins.items():
-        here = installed.get(normal(name))
+        here = installed[normal(name)]
         # local parts as +cpu do not count
-        if here and here.partition('+')[0] != pinned.partition('+')[0]:
+        if here.partition('+')[0] != pinned.partition('+')[0]:
             differs.append(f'{name} {here} (pinned: {pinned})')
     if differs:
         return Finding('warning', '', f'{len(differs)} of {len(pins)} are others', ', '.join(differs[:3]))

@@ -146,7 +146,7 @@ def is_script(frame) -> bool:
 def merged_signature(function, without) -> inspect.Signature:
     "The signature of a command in which the shared arguments stand beside its own"
     parameters = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    for parameter in inspect.signature(function).parameters.values():
         if parameter.annotation is RunArguments:
             parameters += inspect.signature(RunArguments).parameters.values()
         else:
@@ -285,6 +285,7 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                     ):
     "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
     from textwrap import fill
+
     from rtsseg.calibration import calibrate, recommend, show_calibration, views_gain
     folder = shared.run_folder(run)
     print(visible(show_calibration(calibrate(folder, views))))
@@ -324,6 +325,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                   ):
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
     import json
+
     from rtsseg.config import ConfigError
     from rtsseg.prediction import predict
     missing = [name for name, value in dict(model=model, scene=scene, out=out).items() if not value]
@@ -355,9 +357,9 @@ def rtsseg_ablate(shared:RunArguments=RunArguments(),
                   seeds:str='42 43 44'            # seeds, each for every combination
                  ):
     "Train every combination of a grid with every seed, and tell gains from noise; started again, it resumes"
+    from rtsseg.ablation import ablate
     from rtsseg.config import find_config
     from rtsseg.reporting import seed_list
-    from rtsseg.ablation import ablate
     cfg = shared.settings()
     found = ablate(cfg, find_config(grid)[0], seed_list(seeds) or [cfg.seed])
     print(f'\n{found}\n\n{os.path.relpath(found.folder)}')

@@ -33,11 +33,17 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer,
-    model_validator
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
@@ -299,7 +305,7 @@ class FieldSource(Strict):
     kind: Literal['field'] = 'field'
     path: Path = Field(..., description='the folder that holds them, relative to the config file')
 
-Source = Annotated[Union[ToySource, TableSource, FieldSource], Field(discriminator='kind')]
+Source = Annotated[ToySource | TableSource | FieldSource, Field(discriminator='kind')]
 
 # %% ../nbs/00b_config.ipynb #51f85770
 class MultiResolution(Strict):

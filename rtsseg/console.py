@@ -13,9 +13,13 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
+
+# bars of other libraries say so at import in a Jupyter without ipywidgets; ours are text
+warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_console.ipynb #62b76bca
 def visible(text    # anything that prints

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def look_of(cfg:RunConfig,      # who wants to read
              ) -> TestLook:
     "What one evaluation of the test split would be in the ledger"
     rule = find_system(cfg.system).selection_rule(cfg, views)
-    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    now = datetime.now(UTC).isoformat(timespec='seconds')
     return TestLook(config=config_hash(cfg, data_hash), rule=rule, seed=cfg.seed, when=now, forced=False)
 
 def different_parts(before:dict, now:dict) -> tuple[str, str]:

@@ -15,14 +15,12 @@ import torch
 from pydantic import create_model
 from torch import nn
 
+from .config import RtsConfig, Strict, load
 from .console import DataError
 from .files import read_json, typed, write_atomic
-from .config import RtsConfig, Strict, load
-from .stats import Stats
 from .models import build
-from rtsseg.weights import (
-    ModelError, check_directory, load_weights, model_errors, place_model, read_best, save_weights
-)
+from .stats import Stats
+from .weights import ModelError, check_directory, load_weights, model_errors, place_model, read_best, save_weights
 
 # %% ../nbs/04a_infer.ipynb #c6e9ab46
 # (quarter turns, mirrored first); a vertical flip is (2, True)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
+from .console import DataError
+from .evidence import Evidence
 from rtsseg.metrics import (
     ap_bounds,
     average_precision,
@@ -24,10 +27,6 @@ from rtsseg.metrics import (
     tile_weights,
     weighted_sum,
 )
-
-from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
-from .console import DataError
-from .evidence import Evidence
 from .objects import IOUS, Matches, match_objects
 from .scores import CODES, first_code
 

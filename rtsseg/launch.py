@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any

@@ -25,18 +25,31 @@ from accelerate.utils import convert_to_fp32, recursively_apply, send_to_device
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from .console import logger, nearest
-from .config import ConfigError, LoopConfig, Stage
-from .weights import place_model
 from .checkpoint import CheckpointError, UnsavedError, newest_state, remove_oldest, write_checkpoint
+from .config import ConfigError, LoopConfig
+from .console import logger, nearest
 from rtsseg.processes import (
-    Processes, check_loader, key_seed, make_accelerator, make_deterministic, rank_loader, reseed
+    Processes,
+    check_loader,
+    key_seed,
+    make_accelerator,
+    make_deterministic,
+    rank_loader,
+    reseed,
 )
-from .workers import TimedBatches, leave_nothing_running
 from rtsseg.schedule import (
-    EarlyStopper, ParameterGroup, PlannedStage, Plateau, WeightAverage, group_parameters, layer_scales, learning_rate,
-    plan_stages
+    EarlyStopper,
+    ParameterGroup,
+    PlannedStage,
+    Plateau,
+    WeightAverage,
+    group_parameters,
+    layer_scales,
+    learning_rate,
+    plan_stages,
 )
+from .weights import place_model
+from .workers import TimedBatches, leave_nothing_running
 
 # %% ../nbs/04e_loop.ipynb #be586cd1
 class Task:

@@ -23,9 +23,7 @@ from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
 from .infer import Predictor, predict_logits
 from .manifest import Manifest
-from rtsseg.metrics import (
-    ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
-)
+from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
 from .runs import StoredThresholds
 from .scores import Bins
 from .stats import skip_unreadable

@@ -27,10 +27,28 @@ from .pixel_results import PixelResults, PixelRun, check_same_tiles, confirm, pi
 from .results import ReportError, Results, listed, ratio_name, short_path
 from .scores import CODES
 from rtsseg.tables import (
-    METRICS, calibration_tables, comparison_table, curves_table, data_tables, differences_table, estimators_table,
-    false_alarms_table, match_settings, misses_table, objects_by_threshold, operating_tables, pixels_by_threshold,
-    positive_blocks, probability_cell, region_table, results_table, seeds_table, size_table, threshold_score,
-    thresholds_table, views_tables
+    METRICS,
+    calibration_tables,
+    comparison_table,
+    curves_table,
+    data_tables,
+    differences_table,
+    estimators_table,
+    false_alarms_table,
+    match_settings,
+    misses_table,
+    objects_by_threshold,
+    operating_tables,
+    pixels_by_threshold,
+    positive_blocks,
+    probability_cell,
+    region_table,
+    results_table,
+    seeds_table,
+    size_table,
+    threshold_score,
+    thresholds_table,
+    views_tables,
 )
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep1

@@ -36,7 +36,7 @@ from .config import ConfigError
 from .console import DataError, logger, nearest, progress
 from .files import FileError, digest, inside, read_json, write_atomic
 from .ground import crs_name
-from .infer import Predictor, VIEWS, load_model, predict_logits
+from .infer import VIEWS, Predictor, load_model, predict_logits
 from .launch import StopSignals
 from .raster import GDAL_OPTIONS, open_raster
 from .rawtile import RawTile, read_pixels, tile_offsets

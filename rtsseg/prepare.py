@@ -15,18 +15,18 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .console import DataError, logger
-from .files import FileError, read_json, write_atomic
-from .config import ConfigError, FieldSource, RtsConfig, TableSource, ToySource, settings
-from .runs import require_finished, run_folder
-from .manifest import FORMATS, Manifest, read_manifest
-from .stats import Stats, compute_stats
-from .findings import error_lines
 from .audit import leaks
+from .config import FieldSource, RtsConfig, TableSource, ToySource
+from .console import DataError, logger
 from .filecheck import check_files, check_tile_sizes
+from .files import FileError, read_json, write_atomic
+from .findings import error_lines
 from .importers import import_field, import_table
-from .toy import make_toy
+from .manifest import FORMATS, Manifest, read_manifest
 from .pretrained import pretrained_stats
+from .runs import run_folder
+from .stats import Stats, compute_stats
+from .toy import make_toy
 
 # %% ../nbs/01m_prepare.ipynb #22a258ea
 def deciding_settings(source:ToySource|TableSource|FieldSource) -> dict:

@@ -19,8 +19,8 @@ import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_load_from_cache
 
-from .console import nearest
 from .config import ConfigError, Model
+from .console import nearest
 from .stats import Stats
 
 # %% ../nbs/01l_pretrained.ipynb #b874e699

@@ -26,9 +26,9 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
+from .config import Fraction, LoopConfig, PositiveInt, RunConfig, Strict, hashed_settings, path_places, settings
 from .console import DataError, RtssegError, logger
 from .files import FileError, digest, inside, parse_json, read_json, typed
-from .config import Fraction, LoopConfig, PositiveInt, RunConfig, Strict, hashed_settings, path_places, settings
 
 # %% ../nbs/00c_runs.ipynb #e8ccb77f1
 def content_of(value      # of a path in a tree

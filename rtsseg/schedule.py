@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .console import nearest
 from .config import ConfigError, EarlyStopping, LearningRate, LoopConfig, Stage
+from .console import nearest
 
 # %% ../nbs/04d_schedule.ipynb #03f77401
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from .config import RtsConfig
-from .tiles import Loaders
-from .losses import IGNORE, make_loss
 from .evidence import Evidence, Meter
-from .metrics import rates
 from .intervals import summary
-from .models import parts
 from .loop import Task
+from .losses import IGNORE, make_loss
+from .metrics import rates
+from .models import parts
+from .tiles import Loaders
 
 # %% ../nbs/04f_segment.ipynb #ef067ed6
 def background_ratio(feed:Loaders   # of a run

@@ -17,16 +17,16 @@ import torch
 from scipy.spatial import cKDTree
 from torch.utils.data import DataLoader, Dataset
 
+from .augment import Augmenter, boundary
+from .config import ConfigError, RtsConfig
 from .console import DataError, logger
 from .files import FileError, read_json, typed, write_atomic
-from .config import ConfigError, RtsConfig
 from .ground import BOX
-from .rawtile import RawTile, read_row, shrink, tile_name
 from .manifest import Manifest
-from .stats import MAX_UNREADABLE, Stats
 from .prepare import prepare, statistics
+from .rawtile import RawTile, read_row, shrink, tile_name
 from .sampler import Batches
-from .augment import Augmenter, boundary
+from .stats import MAX_UNREADABLE, Stats
 
 # %% ../nbs/02b_tiles.ipynb #6924ac71
 # image float32 (H, W, 3), EXTRA float32 (H, W, n), mask uint8 (H, W): 0, 1, 255
@@ -139,8 +139,8 @@ class TileDataset(Dataset):
         k = self.cfg.data.multi_resolution.factor
         around = neighbours(self.manifest, k)
         if not (around >= 0)[:, :k, :k].all((1, 2)).any():
-            raise DataError(f'data.multi_resolution: no training tile has the neighbours for a view of {k} × {k} tiles; '
-                            'tiles must adjoin each other and have a CRS')
+            raise DataError(f'data.multi_resolution: no training tile has the neighbours for a view of {k} × {k} '
+                            'tiles; tiles must adjoin each other and have a CRS')
         return around
 
     def __len__(self) -> int:
@@ -247,10 +247,11 @@ def make_loader(dataset:Dataset,
                 **batching           # batch_size or batch_sampler of `DataLoader`
                ) -> DataLoader:
     "A loader with the workers of the config, at most one per core"
-    l = cfg.loader
-    n = min(l.num_workers, os.cpu_count())
-    workers = dict(timeout=l.timeout, prefetch_factor=l.prefetch_factor, persistent_workers=l.persistent_workers)
-    return DataLoader(dataset, num_workers=n, pin_memory=l.pin_memory and torch.cuda.is_available(),
+    loader = cfg.loader
+    n = min(loader.num_workers, os.cpu_count())
+    workers = dict(timeout=loader.timeout, prefetch_factor=loader.prefetch_factor,
+                   persistent_workers=loader.persistent_workers)
+    return DataLoader(dataset, num_workers=n, pin_memory=loader.pin_memory and torch.cuda.is_available(),
                       generator=torch.Generator(), **(workers if n else {}), **batching)
 
 def loaders(cfg:RtsConfig,                    # data, sampler, augment, loss and loader

@@ -23,13 +23,13 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform
 from scipy.special import ndtr, ndtri
 
+from .columns import complete_table
+from .config import ToySource
 from .console import DataError
 from .files import write_atomic
-from .config import ToySource
 from .ground import ground_size
-from .raster import write_raster
-from .columns import complete_table
 from .manifest import write_manifest
+from .raster import write_raster
 from .splits import deal_splits
 
 # %% ../nbs/01k_toy.ipynb #ff78246c
@@ -170,13 +170,14 @@ def slump(length:float,             # metres from headwall to toe
           rng:np.random.Generator   # for its form
          ) -> Slump:                # in the corner (0, 0)
     "A bowl with an arcuate headwall, and a tongue"
-    l, w = length/METRES, breadth(length)/METRES*np.exp(0.15*rng.standard_normal())
-    n = int(1.5*l) + 24
+    extent = length/METRES
+    w = breadth(length)/METRES*np.exp(0.15*rng.standard_normal())
+    n = int(1.5*extent) + 24
     y, x = np.mgrid[:n, :n].astype(np.float32) - n/2
-    u, v = x*np.cos(downhill) + y*np.sin(downhill) + l/2, y*np.cos(downhill) - x*np.sin(downhill)
-    v = v + w*rng.uniform(-0.12, 0.12)*np.sin(np.pi*u/l*rng.uniform(0.8, 1.6))
+    u, v = x*np.cos(downhill) + y*np.sin(downhill) + extent/2, y*np.cos(downhill) - x*np.sin(downhill)
+    v = v + w*rng.uniform(-0.12, 0.12)*np.sin(np.pi*u/extent*rng.uniform(0.8, 1.6))
     # length of the bowl; the tongue is the rest
-    bowl = l*rng.uniform(0.55, 0.85)
+    bowl = extent*rng.uniform(0.55, 0.85)
     angle = np.arctan2(v/w, u/bowl - 0.5)
     lobes = 1 + sum(rng.uniform(-0.14, 0.14)*np.cos(k*angle + rng.uniform(0, 2*np.pi)) for k in (2, 3, 4, 5))
     cell = 64
@@ -185,8 +186,8 @@ def slump(length:float,             # metres from headwall to toe
     frayed = noise(n, cell, rng, 0.45)*np.clip(0.07*w, 0.8, 8)
     # about the distance to the bowl's rim, pixels
     edge = (1 - np.hypot(2*u/bowl - 1, 2*v/w)/lobes)*w/2 + frayed
-    half = w/2*rng.uniform(0.28, 0.5)*(1 + 0.35*ramp(u, 0.7*l, l))
-    tongue = np.minimum(half - np.abs(v), np.minimum(u - bowl/2, l - u - v**2/w)) + frayed
+    half = w/2*rng.uniform(0.28, 0.5)*(1 + 0.35*ramp(u, 0.7*extent, extent))
+    tongue = np.minimum(half - np.abs(v), np.minimum(u - bowl/2, extent - u - v**2/w)) + frayed
     _, labels, areas, _ = cv2.connectedComponentsWithStats((np.maximum(edge, tongue) > 0).astype(np.uint8))
     inside = labels == 1 + np.argmax(areas[1:, cv2.CC_STAT_AREA])
     drop = np.clip(3 + 0.035*length, 5, 22)*ramp(edge, 0, 2.5 + 0.02*w)*ramp(u, 1.1*bowl, 0.1*bowl)

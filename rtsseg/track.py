@@ -8,7 +8,6 @@ __all__ = ['QUICK', 'ONE_AT_A_TIME', 'EVENTS', 'MIRRORED_FILES', 'quiet_mlflow',
            'send_files', 'deliver', 'Tracker', 'deliver_missed']
 
 # %% ../nbs/04g_track.ipynb #itrack
-import fcntl
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from filelock import FileLock
 from pydantic import Field, StringConstraints
 
 from .config import RunConfig, Strict, TrackerConfig
@@ -188,23 +188,18 @@ def deliver(folder:str|Path,     # a folder with tracker.jsonl
     # the import comes first: it sets its own log level
     from mlflow import MlflowClient
     folder, sent = Path(folder), 0
-    with quiet_mlflow(), open(inside(folder/'tracker.jsonl', folder), 'rb') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if not left(folder, uri):
-                return 0
-            client, position = MlflowClient(uri), read_position(folder, uri)
-            for event, end in events(folder, position['done']):
-                if event:
-                    if event['event'] == 'begin' and not position['run_id']:
-                        position['run_id'] = open_run(client, event, folder, uri)
-                    send(client, event, position['run_id'], folder)
-                    sent += 1
-                position['done'] = end
-                write_atomic(folder/'tracker.json', json.dumps(position))
-        finally:
-            # closing is not enough: a worker that was forked meanwhile holds this file too
-            fcntl.flock(lock, fcntl.LOCK_UN)
+    with quiet_mlflow(), FileLock(inside(folder/'.tracker.lock', folder)):
+        if not left(folder, uri):
+            return 0
+        client, position = MlflowClient(uri), read_position(folder, uri)
+        for event, end in events(folder, position['done']):
+            if event:
+                if event['event'] == 'begin' and not position['run_id']:
+                    position['run_id'] = open_run(client, event, folder, uri)
+                send(client, event, position['run_id'], folder)
+                sent += 1
+            position['done'] = end
+            write_atomic(folder/'tracker.json', json.dumps(position))
     return sent
 
 # %% ../nbs/04g_track.ipynb #8c8686d0

@@ -28,7 +28,13 @@ from .log import KeepTables, Log
 from .loop import TrainingState, fit
 from .processes import key_seed, make_accelerator
 from rtsseg.resume import (
-    Changes, changed_settings, describe_changes, is_exported, keep_config, keep_environment, move_aside
+    Changes,
+    changed_settings,
+    describe_changes,
+    is_exported,
+    keep_config,
+    keep_environment,
+    move_aside,
 )
 from .runs import RunError, Stopped, append_line, environment, run_folder, run_lock
 from .system import Feed, System
@@ -184,8 +190,8 @@ def advise_batch_size(run:PreparedRun) -> str:
     accumulate = -(-cfg.batch_size * cfg.accumulate // fits)
     return (f'out of memory with batch_size {cfg.batch_size}. {fits} fit: '
             f'--overrides \'["batch_size={fits}", "accumulate={accumulate}"]\' takes {fits * accumulate} samples '
-            f'a step, where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its own; '
-            'model.gradient_checkpointing=true may save this one')
+            f'a step, where this run took {cfg.batch_size * cfg.accumulate}. It is another run, with a hash of its '
+            'own; model.gradient_checkpointing=true may save this one')
 
 def export_best(run:PreparedRun, result:TrainingState, env:dict) -> None:
     "Write the model directory from the best checkpoint; raises `RunError` where no validation gave a number"

@@ -29,8 +29,16 @@ from .files import write_atomic
 from .loop import key_seed
 from .runs import Busy, RunError, Stopped, config_hash, flatten, run_folder
 from rtsseg.variants import (
-    Choices, RUN_FAILURES, Range, check_variants, read_axes, set_fields, tracker_group, train_and_score, with_fields,
-    write_figure
+    RUN_FAILURES,
+    Choices,
+    Range,
+    check_variants,
+    read_axes,
+    set_fields,
+    tracker_group,
+    train_and_score,
+    with_fields,
+    write_figure,
 )
 
 # %% ../nbs/09b_search.ipynb #9dc640b4

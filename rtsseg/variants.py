@@ -22,9 +22,7 @@ from matplotlib.figure import Figure
 from pydantic import Field, ValidationError, model_validator
 
 from .checkpoint import CheckpointError
-from rtsseg.config import (
-    ConfigError, RunConfig, Strict, absolute_paths, find_system, load, merge_trees, read_yaml
-)
+from .config import ConfigError, RunConfig, Strict, absolute_paths, find_system, load, merge_trees, read_yaml
 from .console import DataError, nearest
 from .files import write_atomic
 from .runs import RunError, config_hash, flatten

@@ -16,15 +16,25 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .config import LoopConfig, Strict, to_yaml
 from .console import RtssegError
 from rtsseg.files import (
-    FileError, SEALED, check_seal, inside, parse_json, read_bytes, read_json, seal_model, typed, write_atomic
+    SEALED,
+    FileError,
+    check_seal,
+    inside,
+    parse_json,
+    read_bytes,
+    read_json,
+    seal_model,
+    typed,
+    write_atomic,
 )
-from .config import LoopConfig, Strict, to_yaml
 from .runs import Best
 
 # %% ../nbs/04_weights.ipynb #cformat

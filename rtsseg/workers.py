@@ -16,8 +16,8 @@ from multiprocessing import connection
 
 from torch.utils.data import DataLoader
 
-from .console import RtssegError
 from .checkpoint import wait_for_writers
+from .console import RtssegError
 
 # %% ../nbs/04c_workers.ipynb #cguard
 class WorkerError(RtssegError, RuntimeError):

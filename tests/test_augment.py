@@ -1,9 +1,12 @@
 "Augment: one key, one draw, in any process; masks on their images; and the boundary band by brute force"
 
-import hashlib, subprocess, sys
+import hashlib
+import subprocess
+import sys
 
 import numpy as np
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import binary_erosion
 from torch.utils.data import DataLoader, Dataset

@@ -1,15 +1,19 @@
 "Calibration: its fits by other libraries, its points by hand, what it refuses, and what averaging over views is worth"
 
-import hashlib, json
+import hashlib
+import json
 
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 
-from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
-from rtsseg.operating import Replicates, object_operating_points
+from helpers.runs import MODEL, toy_world
+from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import (
     Calibration,
     Fit,
@@ -26,11 +30,10 @@ from rtsseg.calibration import (
     temperature_verdict,
     views_gain,
 )
-from rtsseg.bootstrap import Estimate
+from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
 from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
-from rtsseg.observe import object_thresholds
 from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
 from rtsseg.files import seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
@@ -38,13 +41,14 @@ from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
+from rtsseg.observe import object_thresholds
+from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.runs import config_hash, run_folder
 from rtsseg.scores import decode
 from rtsseg.stats import compute_stats
-from rtsseg.tiles import eval_loader, read_tile
+from rtsseg.tiles import eval_loader
 from rtsseg.toy import scored_tiles
 from rtsseg.weights import ModelError
-from helpers.runs import MODEL, toy_world
 
 THRESHOLDS = [round(0.1 * i, 1) for i in range(1, 10)]
 CFG, METRICS = Calibrate(ratio=20, target_precision=0.5, min_areas=[0, 10, 40], min_region_positives=20), Metrics(
@@ -179,7 +183,11 @@ def test_the_prior_shift_is_bayes(toy):
     "Twice the odds of a slump are twice the odds of every pixel: what is added is the change of the prior's log-odds"
     pos, n_pos = toy.pooled[:, 1].sum(), int(toy['positive'].sum())
     own, other = toy.pooled[1, 0].sum(), toy.pooled[0, 0].sum()
-    prior = lambda r: pos / (pos + own + r * n_pos / (len(toy) - n_pos) * other)
+
+    def prior(ratio):
+        "Share of positive pixels with `ratio` negative tiles for each positive one"
+        return pos / (pos + own + ratio * n_pos / (len(toy) - n_pos) * other)
+
     assert (
         prior_shift(toy, 20, 5)
         == pytest.approx(logit(prior(5)) - logit(prior(20)))
@@ -397,7 +405,8 @@ def test_the_lock(tmp_path, change):
     for seed in (42, 43, 44, 42):
         record_test_access(cfg.model_copy(update=dict(seed=seed)), 'data')
     ledger = json.loads((tmp_path / 'test_ledger.json').read_text())['data']
-    assert [l['seed'] for l in ledger['looks']] == [42, 43, 44, 42] and not any(l['forced'] for l in ledger['looks'])
+    assert [look['seed'] for look in ledger['looks']] == [42, 43, 44, 42]
+    assert not any(look['forced'] for look in ledger['looks'])
     with pytest.raises(Locked, match='second validation split'):
         record_test_access(load(overrides=[change], runs=tmp_path), 'data')
     with pytest.raises(Locked, match='views full'):
@@ -465,7 +474,7 @@ def folder(tmp_path):
             for s in (99.0, 44.0 * len(VIEWS[views]))
         ]
     write_atomic(folder / 'model' / 'model.safetensors', b'')  # calibration does not open it
-    write_atomic(folder / 'log.jsonl', ''.join(json.dumps(l) + '\n' for l in [dict(event='start'), *log]))
+    write_atomic(folder / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in [dict(event='start'), *log]))
     return folder
 
 
@@ -591,11 +600,11 @@ def test_scores_too_close_together_are_counted_again(untrained, capsys):
         average_precision(histogram(evidence, 1), evidence.exact) == pytest.approx(true, abs=1e-4)
         and abs(half - true) > 1e-3
     )
-    passes = [json.loads(l) for l in (folder / 'log.jsonl').read_text().splitlines()]
-    assert [(l['event'], l['split'], l['views'], l['tiles'], l['device']) for l in passes] == [
-        ('evaluate', 'val', 'none', len(part), 'cpu')
-    ] * 2 and all(l['seconds'] > 0 for l in passes)
-    assert {l['model'] for l in passes} == {
+    passes = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    expected = dict(event='evaluate', split='val', views='none', tiles=len(part), device='cpu')
+    assert [{name: line[name] for name in expected} for line in passes] == [expected] * 2
+    assert all(line['seconds'] > 0 for line in passes)
+    assert {line['model'] for line in passes} == {
         hashlib.sha256((folder / 'model' / 'model.safetensors').read_bytes()).hexdigest()[:12]
     }
 

@@ -1,378 +1,684 @@
-"Models: every architecture, every way that weights come in or fail to, fusion, recomputation, the steps of both phases, the probe"
-import copy, json, os, socket, subprocess, sys, textwrap, zlib
+"Models: architectures, sources of weights and their errors, fusion, recomputation, both phases of training, the probe"
+import copy
+import json
+import socket
+import urllib.request
+import zlib
 from collections import Counter
-from types import SimpleNamespace
 
-import pytest, segmentation_models_pytorch as smp, timm, torch
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 import rtsseg.check
-from rtsseg.config import RtsConfig, ConfigError, LoopConfig, Model
-from rtsseg.stats import Stats
+from rtsseg.check import measure_steps, probe, show_probe
+from rtsseg.config import ConfigError, LoopConfig, Model, RtsConfig
 from rtsseg.infer import load_model, predict_logits, save_model
-from rtsseg.schedule import WeightAverage
 from rtsseg.loop import fit
-from rtsseg.pretrained import ARCHITECTURES, find_weights, pretrained_stats
 from rtsseg.models import LateFusion, build, check_size, parts
 from rtsseg.prepare import prepare, statistics
+from rtsseg.pretrained import ARCHITECTURES, find_weights, pretrained_stats
+from rtsseg.schedule import WeightAverage
 from rtsseg.segment import SegmentTask
-from rtsseg.check import measure_steps, probe, show_probe
+from rtsseg.stats import Stats
 
 ENCODER = {'segformer': 'mit_b0', 'dpt': 'tu-vit_tiny_patch16_224'}
 
-def plain(arch, **kw):
-    options = dict(dynamic_img_size=True) if arch == 'dpt' else {}
-    return Model(architecture=arch, encoder=ENCODER.get(arch, 'resnet18'), weights=None, options=options, **kw)
+def small_model(architecture, **settings):
+    "A model of random weights with the smallest encoder that the architecture takes"
+    options = dict(dynamic_img_size=True) if architecture == 'dpt' else {}
+    encoder = ENCODER.get(architecture, 'resnet18')
+    return Model(architecture=architecture, encoder=encoder, weights=None, options=options, **settings)
 
-@pytest.mark.parametrize('arch', ARCHITECTURES)
-def test_every_architecture_gives_a_logit_a_pixel(arch):
-    model = build(plain(arch, in_channels=4)).eval()
+def changed(cfg, **changes):
+    return cfg.model_copy(update=changes)
+
+def build_seeded(cfg, seed):
+    torch.manual_seed(seed)
+    return build(cfg)
+
+def directory(path, cfg, seed=0):
+    "The model of a seed, whose weights a model directory holds"
+    model = build_seeded(cfg, seed).eval()
+    path.mkdir()
+    save_file(model.state_dict(), path/'model.safetensors')
+    return model
+
+def copies(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+def parameter_ids(*modules):
+    return {id(p) for module in modules for p in module.parameters()}
+
+def raising(error):
+    "A function that raises an error, for any arguments"
+    def function(*_, **__):
+        raise error
+    return function
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_every_architecture_gives_a_logit_a_pixel(architecture):
+    model = build(small_model(architecture, in_channels=4)).eval()
     check_size(model, 128)
-    with torch.no_grad(): out = model(torch.randn(2, 4, 128, 128))
-    assert out.shape == (2, 1, 128, 128) and out.isfinite().all() and out.std() > 0
-    if arch == 'pan':   # its decoder pools three times more
-        with pytest.raises(ConfigError, match='too small'): check_size(model, 64)
-    assert {id(p) for ms in parts(model).values() for m in ms for p in m.parameters()} == {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        out = model(torch.randn(2, 4, 128, 128))
+    assert out.shape == (2, 1, 128, 128)
+    assert out.isfinite().all()
+    assert out.std() > 0
+    both = parts(model)
+    assert parameter_ids(*both['encoder'], *both['decoder']) == parameter_ids(model)
 
-@pytest.mark.parametrize('arch, encoder', [('unet', 'resnet18'), ('unetplusplus', 'efficientnet-b0'), ('segformer', 'mit_b0'), ('fpn', 'mobileone_s0'),
-                                           ('linknet', 'densenet121'), ('deeplabv3plus', 'tu-resnet18'), ('upernet', 'tu-convnext_atto'), ('dpt', 'tu-vit_tiny_patch16_224')])
-def test_extra_channels_start_at_zero(arch, encoder, tmp_path):
+def test_a_decoder_that_pools_more_needs_larger_tiles():
+    with pytest.raises(ConfigError, match='too small'):
+        check_size(build(small_model('pan', in_channels=4)).eval(), 64)
+
+EARLY = [
+    ('unet', 'resnet18'),
+    ('unetplusplus', 'efficientnet-b0'),
+    ('segformer', 'mit_b0'),
+    ('fpn', 'mobileone_s0'),
+    ('linknet', 'densenet121'),
+    ('deeplabv3plus', 'tu-resnet18'),
+    ('upernet', 'tu-convnext_atto'),
+    ('dpt', 'tu-vit_tiny_patch16_224'),
+]
+
+@pytest.mark.parametrize('architecture, encoder', EARLY)
+def test_extra_channels_start_at_zero(architecture, encoder, tmp_path):
     "With pretrained weights and two EXTRA bands, the first output is the RGB model's, bit by bit"
-    options = dict(dynamic_img_size=True) if arch == 'dpt' else {}
-    cfg = Model(architecture=arch, encoder=encoder, weights=None, options=options); torch.manual_seed(0)
-    save_file(build(cfg).state_dict(), tmp_path/'model.safetensors')
-    cfg = cfg.model_copy(update=dict(weights=str(tmp_path/'model.safetensors')))
-    torch.manual_seed(1); rgb = build(cfg).eval()
-    torch.manual_seed(1); five = build(cfg.model_copy(update=dict(in_channels=5))).eval()
+    cfg = changed(small_model(architecture), encoder=encoder)
+    save_file(build_seeded(cfg, 0).state_dict(), tmp_path/'model.safetensors')
+    cfg = changed(cfg, weights=str(tmp_path/'model.safetensors'))
+    rgb = build_seeded(cfg, 1).eval()
+    five = build_seeded(changed(cfg, in_channels=5), 1).eval()
     x = torch.randn(2, 5, 64, 64)
-    with torch.no_grad(): assert torch.equal(five(x), rgb(x[:, :3].contiguous()))
+    with torch.no_grad():
+        assert torch.equal(five(x), rgb(x[:, :3].contiguous()))
 
 def test_random_weights_use_every_channel():
-    stem = build(plain('unet', in_channels=4)).encoder.conv1.weight
-    assert stem.shape[1] == 4 and (stem.std((0, 2, 3)) > 0).all()
+    stem = build(small_model('unet', in_channels=4)).encoder.conv1.weight
+    assert stem.shape[1] == 4
+    assert (stem.std((0, 2, 3)) > 0).all()
 
 def test_a_model_of_four_channels_hands_its_stem_on(tmp_path):
-    first = build(plain('unet', in_channels=4)); save_file(first.state_dict(), tmp_path/'m.safetensors')
-    second = build(plain('fpn', in_channels=4).model_copy(update=dict(weights=str(tmp_path/'m.safetensors'))))
-    assert all(torch.equal(a, b) for a, b in zip(first.encoder.state_dict().values(), second.encoder.state_dict().values()))
-    with pytest.raises(ConfigError, match='conv1.weight'): build(plain('fpn').model_copy(update=dict(weights=str(tmp_path/'m.safetensors'))))
+    file = tmp_path/'m.safetensors'
+    first = build(small_model('unet', in_channels=4))
+    save_file(first.state_dict(), file)
+    second = build(changed(small_model('fpn', in_channels=4), weights=str(file)))
+    expected = first.encoder.state_dict()
+    for key, value in second.encoder.state_dict().items():
+        assert torch.equal(value, expected[key])
+    with pytest.raises(ConfigError, match='conv1.weight'):
+        build(changed(small_model('fpn'), weights=str(file)))
 
 def test_timm_file_is_held_against_the_whole_model(tmp_path):
-    net = timm.create_model('resnet18').eval(); file = tmp_path/'net.pt'; x = torch.randn(1, 3, 64, 64)
+    net = timm.create_model('resnet18').eval()
+    file = tmp_path/'net.pt'
     cfg = Model(architecture='unet', encoder='tu-resnet18', weights=str(file))
     torch.save(dict(state_dict=net.state_dict()), file)
-    with torch.no_grad(): assert torch.equal(build(cfg).eval().encoder(x)[-1], net.forward_features(x))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(build(cfg).eval().encoder(x)[-1], net.forward_features(x))
     torch.save(timm.create_model('resnet34').state_dict(), file)
-    with pytest.raises(ConfigError, match=r'layer1\.2\.conv1\.weight'): build(cfg)
+    with pytest.raises(ConfigError, match=r'layer1\.2\.conv1\.weight'):
+        build(cfg)
 
-def test_broken_files(tmp_path):
-    file = tmp_path/'w.safetensors'; cfg = plain('unet').model_copy(update=dict(weights=str(file)))
-    for content in (b'', b'x'*100):
-        file.write_bytes(content)
-        with pytest.raises(ConfigError, match='cannot be read'): build(cfg)
-    torch.save(dict(epoch=3), tmp_path/'w.pt')
-    with pytest.raises(ConfigError, match='no table of tensors'): build(cfg.model_copy(update=dict(weights=str(tmp_path/'w.pt'))))
+@pytest.mark.parametrize('content', [b'', b'x' * 100])
+def test_broken_files(content, tmp_path):
+    file = tmp_path/'w.safetensors'
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match='cannot be read'):
+        build(changed(small_model('unet'), weights=str(file)))
 
-@pytest.mark.parametrize('encoder, weights, repo', [('tu-resnet18', 'imagenet', None), ('tu-resnet18', 'a1_in1k', 'timm/resnet18.a1_in1k'),
-                                                    ('tu-resnet18.fb_swsl_ig1b_ft_in1k', 'imagenet', 'timm/resnet18.fb_swsl_ig1b_ft_in1k'), ('resnet18', 'ssl', 'smp-hub/resnet18.ssl')])
-def test_names_of_weights(encoder, weights, repo, monkeypatch):
-    "The error names the source; timm's default tag is timm's business"
-    monkeypatch.setattr('rtsseg.pretrained.try_to_load_from_cache', lambda *a, **k: None)
-    monkeypatch.setattr('urllib.request.urlopen', lambda *a, **k: (_ for _ in ()).throw(OSError('no network')))
-    with pytest.raises(ConfigError) as e: find_weights(Model(encoder=encoder, weights=weights))
-    assert (repo or timm.get_pretrained_cfg('resnet18').hf_hub_id) in str(e.value) and 'null for random weights' in str(e.value)
+def test_a_file_without_tensors(tmp_path):
+    file = tmp_path/'w.pt'
+    torch.save(dict(epoch=3), file)
+    with pytest.raises(ConfigError, match='no table of tensors'):
+        build(changed(small_model('unet'), weights=str(file)))
 
-def python(code, **env):
-    "Run code in a process of its own: the hub reads its settings at import"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGINGFACE'))} | {k: str(v) for k, v in env.items()}
-    return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120)
+REPOSITORIES = [
+    # 'imagenet' is timm's default tag, which can change with timm
+    ('tu-resnet18', 'imagenet', timm.get_pretrained_cfg('resnet18').hf_hub_id),
+    ('tu-resnet18', 'a1_in1k', 'timm/resnet18.a1_in1k'),
+    ('tu-resnet18.fb_swsl_ig1b_ft_in1k', 'imagenet', 'timm/resnet18.fb_swsl_ig1b_ft_in1k'),
+    ('resnet18', 'ssl', 'smp-hub/resnet18.ssl'),
+]
 
-def test_weights_by_name_come_from_the_cache(tmp_path):
+@pytest.fixture
+def empty_cache(monkeypatch):
+    monkeypatch.setattr('rtsseg.pretrained.try_to_load_from_cache', lambda *_, **__: None)
+
+@pytest.mark.parametrize('encoder, weights, repository', REPOSITORIES)
+def test_names_of_weights(encoder, weights, repository, empty_cache, monkeypatch):
+    "The error names the source"
+    monkeypatch.setattr('urllib.request.urlopen', raising(OSError('no network')))
+    with pytest.raises(ConfigError) as e:
+        find_weights(Model(encoder=encoder, weights=weights))
+    assert repository in str(e.value)
+    assert 'null for random weights' in str(e.value)
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    "The folder in which the hub's cache keeps smp's ImageNet weights of a ResNet-18; the network is not reachable"
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr('urllib.request.urlopen', raising(OSError('no network')))
     source = smp.encoders.encoders['resnet18']['pretrained_settings']['imagenet']
-    snapshot = tmp_path/'hub'/('models--' + source['repo_id'].replace('/', '--'))/'snapshots'/source['revision']; snapshot.mkdir(parents=True)
-    torch.manual_seed(3); encoder = smp.encoders.get_encoder('resnet18', weights=None)
-    save_file(encoder.state_dict() | {'fc.weight': torch.zeros(1000, 512), 'fc.bias': torch.zeros(1000)}, snapshot/'model.safetensors')
-    done = python(f'''
-        import torch, urllib.request
-        urllib.request.urlopen = None   # whoever asks the network fails
-        from rtsseg.config import Model
-        from rtsseg.models import build
-        torch.save(build(Model(architecture='unet', encoder='resnet18')).encoder.state_dict(), {str(tmp_path/'got.pt')!r})''', HF_HOME=tmp_path)
-    assert done.returncode == 0, done.stderr
-    got = torch.load(tmp_path/'got.pt', weights_only=True)
-    assert all(torch.equal(v, got[k]) for k, v in encoder.state_dict().items())
+    repository = 'models--' + source['repo_id'].replace('/', '--')
+    folder = tmp_path/'hub'/repository/'snapshots'/source['revision']
+    folder.mkdir(parents=True)
+    return folder
 
-MISSING = '''
-    import time
-    from rtsseg.config import ConfigError, Model
-    from rtsseg.models import build
-    start = time.time()
-    try: build(Model())
-    except ConfigError as e: print(round(time.time() - start, 1), e)'''
+def test_weights_by_name_come_from_the_cache(snapshot):
+    torch.manual_seed(3)
+    expected = smp.encoders.get_encoder('resnet18', weights=None).state_dict()
+    classifier = {'fc.weight': torch.zeros(1000, 512), 'fc.bias': torch.zeros(1000)}
+    save_file(expected | classifier, snapshot/'model.safetensors')
+    found = build(Model(architecture='unet', encoder='resnet18')).encoder.state_dict()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key])
 
-def test_a_hub_that_never_answers_is_a_quick_clear_error(tmp_path):
-    with socket.socket() as server:   # listens and says nothing
-        server.bind(('127.0.0.1', 0)); server.listen()
-        done = python(MISSING, HF_HOME=tmp_path, HF_ENDPOINT=f'http://127.0.0.1:{server.getsockname()[1]}')
-    seconds, _, text = done.stdout.partition(' ')
-    assert float(seconds) < 15, done.stdout + done.stderr
-    for word in ("'imagenet'", 'efficientnet-b5', 'smp-hub/efficientnet-b5.imagenet', 'model.weights'): assert word in text, done.stdout + done.stderr
+def count_connections(server):
+    "Connections that wait to be accepted"
+    server.setblocking(False)
+    found = 0
+    while True:
+        try:
+            server.accept()[0].close()
+        except BlockingIOError:
+            return found
+        found += 1
 
-def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch):
-    monkeypatch.setattr('rtsseg.pretrained.try_to_load_from_cache', lambda *a, **k: None)
-    monkeypatch.setattr('rtsseg.pretrained.is_offline_mode', lambda: True); monkeypatch.setattr('urllib.request.urlopen', None)
-    with pytest.raises(ConfigError, match='HF_HUB_OFFLINE'): find_weights(Model())
+def test_a_hub_that_never_answers_is_a_quick_clear_error(empty_cache, monkeypatch):
+    "It is asked once, and given five seconds"
+    timeouts = []
+    urlopen = urllib.request.urlopen
+    def watched(url, timeout):
+        timeouts.append(timeout)
+        return urlopen(url, timeout=timeout)
+    monkeypatch.setattr('urllib.request.urlopen', watched)
+    monkeypatch.setattr('rtsseg.pretrained.is_offline_mode', lambda: False)
+    # this server listens and never answers
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        server.listen()
+        monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', f'http://127.0.0.1:{server.getsockname()[1]}')
+        with pytest.raises(ConfigError) as e:
+            build(Model())
+        assert count_connections(server) == 1
+    assert timeouts == [5]
+    for word in ("'imagenet'", 'efficientnet-b5', 'smp-hub/efficientnet-b5.imagenet', 'model.weights'):
+        assert word in str(e.value)
+
+def test_a_hub_that_is_switched_off_is_not_asked(empty_cache, monkeypatch):
+    monkeypatch.setattr('rtsseg.pretrained.is_offline_mode', lambda: True)
+    monkeypatch.setattr('urllib.request.urlopen', None)
+    with pytest.raises(ConfigError, match='HF_HUB_OFFLINE'):
+        find_weights(Model())
 
 def test_one_step_trains_both_parts_and_the_new_band(tmp_path):
-    torch.manual_seed(0); save_file(build(plain('unet')).state_dict(), tmp_path/'m.safetensors')
-    model = build(plain('unet', in_channels=4).model_copy(update=dict(weights=str(tmp_path/'m.safetensors'))))
-    x, before = torch.randn(4, 4, 64, 64), {k: v.clone() for k, v in model.named_parameters()}
-    y = (x[:, 3:] > 0).float(); loss = lambda: torch.nn.functional.binary_cross_entropy_with_logits(model(x), y)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1); first = loss(); first.backward(); optimizer.step()
-    assert loss() < first
-    for part in parts(model).values(): assert any(not torch.equal(p, before[k]) for k, p in model.named_parameters() for m in part if any(p is q for q in m.parameters()))
-    assert model.encoder.conv1.weight[:, 3].abs().sum() > 0
+    directory(tmp_path/'model', small_model('unet'))
+    model = build(changed(small_model('unet', in_channels=4), weights=str(tmp_path/'model'/'model.safetensors')))
+    before = copies(model)
+    x = torch.randn(4, 4, 64, 64)
+    y = (x[:, 3:] > 0).float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    first = binary_cross_entropy_with_logits(model(x), y)
+    first.backward()
+    optimizer.step()
+    assert binary_cross_entropy_with_logits(model(x), y) < first
+    moved = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    for modules in parts(model).values():
+        assert moved & parameter_ids(*modules)
+    assert model.encoder.conv1.weight[:, 3].any()
 
-def test_sizes():
-    model = build(plain('unetplusplus'))
-    for size in (64, (32, 96)): check_size(model, size)
-    for size in (100, (64, 65)):
-        with pytest.raises(ConfigError, match='data.tile_size'): check_size(model, size)
-    with pytest.raises(ConfigError, match='come back as'): check_size(build(plain('fpn').model_copy(update=dict(options=dict(upsampling=2)))), 64)
-    before = {k: v.clone() for k, v in model.state_dict().items()}; check_size(model, 64)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not any(v.is_meta for v in model.state_dict().values())
+@pytest.fixture(scope='module')
+def plusplus():
+    return build(small_model('unetplusplus'))
 
-# ---------------------------------------------------------------- the two phases, taken by the loop itself
-class Seen(Exception): pass
+@pytest.mark.parametrize('size', [64, (32, 96)])
+def test_sizes(size, plusplus):
+    "A check of the size changes nothing in the model"
+    before = copies(plusplus)
+    check_size(plusplus, size)
+    for key, value in plusplus.state_dict().items():
+        assert not value.is_meta
+        assert torch.equal(value, before[key])
+
+@pytest.mark.parametrize('size', [100, (64, 65)])
+def test_sizes_that_do_not_fit(size, plusplus):
+    with pytest.raises(ConfigError, match='data.tile_size'):
+        check_size(plusplus, size)
+
+def test_a_size_that_comes_back_smaller():
+    model = build(changed(small_model('fpn'), options=dict(upsampling=2)))
+    with pytest.raises(ConfigError, match='come back as'):
+        check_size(model, 64)
+
+# ------------------------------------------------ both phases, in the loop itself
+class Seen(Exception):
+    "Ends a run after its second step"
 
 def digest(modules):
-    "A number for each parameter and buffer: it changes when a bit does"
-    return [zlib.crc32(t.detach().contiguous().flatten().view(torch.uint8).numpy()) for m in modules for t in [*m.parameters(), *m.buffers()]]
+    "A number for each parameter and buffer, which changes when a bit does"
+    tensors = [t for module in modules for t in [*module.parameters(), *module.buffers()]]
+    return [zlib.crc32(t.detach().contiguous().flatten().view(torch.uint8).numpy()) for t in tensors]
 
-def two_steps(model, tmp_path, size=64, channels=3):
-    "One step with a frozen encoder, one with all of the model: [(rates, digests of the parts)] before, between and after"
-    cfg = RtsConfig(epochs=2, freeze_backbone_epochs=1, val_frequency=2, batch_size=2, ema=dict(enabled=False), device='cpu', data=dict(tile_size=size), lr=dict(warmup_epochs=0))
-    tile = dict(image=torch.randn(channels, size, size), target=(torch.rand(size, size) < .3).float(), tile=0)
-    seen = [({}, {k: digest(ms) for k, ms in parts(model).items()})]
-    def on_step(run):
-        groups = [p for g in run.optimizer.param_groups for p in g['params']]
-        assert Counter(map(id, groups)) == Counter(map(id, model.parameters()))          # every parameter in one group, once
-        seen.append(({g['name']: g['lr'] for g in run.optimizer.param_groups}, {k: digest(ms) for k, ms in parts(model).items()}))
-        if len(seen) == 3: raise Seen
-    feed = DataLoader([tile] * 2, batch_size=2)
-    with pytest.raises(Seen): fit(cfg, SegmentTask(cfg, None), model, feed, feed, tmp_path, [SimpleNamespace(on_step=on_step)])
-    return seen
+def digests(model):
+    return {part: digest(modules) for part, modules in parts(model).items()}
 
-GUIDE = [('unetplusplus', 'efficientnet-b3'), ('unetplusplus', 'efficientnet-b5'), ('unetplusplus', 'efficientnet-b7'), ('unetplusplus', 'tu-tf_efficientnet_b3'),
-         ('segformer', 'mit_b5'), ('dpt', 'tu-vit_large_patch16_dinov3.sat493m')]
+class Watch:
+    "A callback that keeps the rates and the digests of the parts after each step"
+    def __init__(self, model):
+        self.model = model
+        self.rates = []
+        self.digests = [digests(model)]
 
-@pytest.mark.parametrize('arch, encoder', GUIDE)
-def test_candidates_of_the_guide_train_in_both_phases(arch, encoder, tmp_path):
+    def on_step(self, run):
+        groups = run.optimizer.param_groups
+        # every parameter is in one group, once
+        grouped = Counter(id(p) for group in groups for p in group['params'])
+        assert grouped == Counter(id(p) for p in self.model.parameters())
+        self.rates.append({group['name']: group['lr'] for group in groups})
+        self.digests.append(digests(self.model))
+        if len(self.rates) == 2:
+            raise Seen
+
+def two_steps(model, folder, channels=3):
+    "One step with a frozen encoder, then one with all of the model"
+    size = 64
+    cfg = RtsConfig(epochs=2, freeze_backbone_epochs=1, val_frequency=2, batch_size=2, ema=dict(enabled=False),
+                    device='cpu', data=dict(tile_size=size), lr=dict(warmup_epochs=0))
+    target = (torch.rand(size, size) < .3).float()
+    tile = dict(image=torch.randn(channels, size, size), target=target, tile=0)
+    feed = DataLoader([tile, tile], batch_size=2)
+    watch = Watch(model)
+    with pytest.raises(Seen):
+        fit(cfg, SegmentTask(cfg, None), model, feed, feed, folder, [watch])
+    return watch
+
+GUIDE = [
+    ('unetplusplus', 'efficientnet-b3'),
+    ('unetplusplus', 'efficientnet-b5'),
+    pytest.param('unetplusplus', 'efficientnet-b7', marks=pytest.mark.slow),
+    ('unetplusplus', 'tu-tf_efficientnet_b3'),
+    pytest.param('segformer', 'mit_b5', marks=pytest.mark.slow),
+    pytest.param('dpt', 'tu-vit_large_patch16_dinov3.sat493m', marks=pytest.mark.slow),
+]
+
+@pytest.mark.parametrize('architecture, encoder', GUIDE)
+def test_candidates_of_the_guide_train_in_both_phases(architecture, encoder, tmp_path):
     "Frozen, the encoder keeps every bit, its batch-norm statistics too; then it learns at its own rate"
-    torch.manual_seed(0)
-    (_, start), (frozen, between), (full, end) = two_steps(build(Model(architecture=arch, encoder=encoder, weights=None)), tmp_path)
-    assert frozen == dict(encoder=0, decoder=1e-3) and full['encoder'] == pytest.approx(full['decoder'] / 10) and full['decoder'] == pytest.approx(1e-4)
-    assert between['encoder'] == start['encoder'] and between['decoder'] != start['decoder']
-    assert end['encoder'] != between['encoder'] and end['decoder'] != between['decoder']
+    model = build_seeded(Model(architecture=architecture, encoder=encoder, weights=None), 0)
+    watch = two_steps(model, tmp_path)
+    frozen, full = watch.rates
+    assert frozen == dict(encoder=0, decoder=1e-3)
+    assert full == pytest.approx(dict(encoder=1e-5, decoder=1e-4))
+    start, between, end = watch.digests
+    assert between['encoder'] == start['encoder']
+    assert between['decoder'] != start['decoder']
+    assert end['encoder'] != between['encoder']
+    assert end['decoder'] != between['decoder']
 
-# ---------------------------------------------------------------- gradient checkpointing
-def kept(net, x):
+# ------------------------------------------------ gradient checkpointing
+def kept_bytes(net, x):
     "Bytes that a forward pass keeps for the backward pass, and the output"
-    own, held = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
-    def pack(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t.detach()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = net(x)
-    return sum(n for k, n in held.items() if k not in own), out
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    sizes = {}
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(x)
+    return sum(size for pointer, size in sizes.items() if pointer not in own), out
 
-BLOCKS = [('unet', 'resnet18'), ('segformer', 'mit_b0'), ('unetplusplus', 'efficientnet-b0'), ('fpn', 'densenet121'), ('fpn', 'mobileone_s0'), ('fpn', 'dpn68'), ('unet', 'tu-convnext_atto'),
-          ('fpn', 'tu-regnety_002'), ('unet', 'tu-tf_efficientnet_b0'), ('dpt', 'tu-vit_tiny_patch16_224')]
+BLOCKS = [
+    ('unet', 'resnet18'),
+    ('segformer', 'mit_b0'),
+    ('unetplusplus', 'efficientnet-b0'),
+    ('fpn', 'densenet121'),
+    ('fpn', 'mobileone_s0'),
+    ('fpn', 'dpn68'),
+    ('unet', 'tu-convnext_atto'),
+    ('fpn', 'tu-regnety_002'),
+    ('unet', 'tu-tf_efficientnet_b0'),
+    ('dpt', 'tu-vit_tiny_patch16_224'),
+]
 
-@pytest.mark.parametrize('arch, encoder, half', [(*names, False) for names in BLOCKS] + [(*names, True) for names in BLOCKS[:2]])
-def test_recomputation_changes_memory_only(arch, encoder, half):
-    "Output, gradients, dropout and drop-connect, batch-norm statistics and their counts, the next random number: equal bit by bit after two passes, for fewer bytes"
-    options = dict(dynamic_img_size=True, drop_path_rate=.3) if arch == 'dpt' else {}
-    cfg, x, found = Model(architecture=arch, encoder=encoder, weights=None, options=options), torch.randn(2, 3, 64, 64), []
-    for on in (False, True):
-        torch.manual_seed(0); net = build(cfg.model_copy(update=dict(gradient_checkpointing=on))).train()
-        for _ in range(2):
-            with torch.autocast('cpu', torch.bfloat16, enabled=half): size, out = kept(net, x)
-            out.float().square().mean().backward()
-        found.append((size, [out, torch.rand(1), *net.buffers(), *(torch.zeros(0) if p.grad is None else p.grad for p in net.parameters())]))
-    (a, one), (b, two) = found
-    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True)) and b < a
+def after_two_passes(cfg, x, half):
+    "Bytes that are kept, and all that two passes change: output, gradients, statistics, the next random number"
+    net = build_seeded(cfg, 0).train()
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            size, out = kept_bytes(net, x)
+        out.float().square().mean().backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    return size, [out, torch.rand(1), *net.buffers(), *gradients]
+
+def check_recomputation(architecture, encoder, half):
+    cfg = changed(small_model(architecture), encoder=encoder)
+    if architecture == 'dpt':
+        cfg = changed(cfg, options=cfg.options | dict(drop_path_rate=.3))
+    x = torch.randn(2, 3, 64, 64)
+    more, expected = after_two_passes(cfg, x, half)
+    less, found = after_two_passes(changed(cfg, gradient_checkpointing=True), x, half)
+    assert less < more
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+@pytest.mark.parametrize('architecture, encoder', BLOCKS)
+def test_recomputation_changes_memory_only(architecture, encoder):
+    "Output, gradients, dropout, drop-connect and batch-norm are equal bit by bit, for fewer bytes"
+    check_recomputation(architecture, encoder, half=False)
+
+@pytest.mark.parametrize('architecture, encoder', BLOCKS[:2])
+def test_recomputation_changes_memory_only_in_half_precision(architecture, encoder):
+    check_recomputation(architecture, encoder, half=True)
+
+RECOMPUTING = Model(architecture='unet', encoder='resnet18', weights=None, gradient_checkpointing=True)
+
+def count_calls(encoder):
+    "A counter of the forward passes of each convolution, by name"
+    calls = Counter()
+    def counting(name):
+        return lambda *_: calls.update([name])
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(counting(name))
+    return calls
 
 def test_frozen_encoders_compute_once():
-    net = build(Model(architecture='unet', encoder='resnet18', weights=None, gradient_checkpointing=True)).train(); calls = Counter()
-    for name, m in net.encoder.named_modules():
-        if isinstance(m, nn.Conv2d): m.register_forward_hook(lambda m, *_, name=name: calls.update([name]))
-    x = torch.randn(2, 3, 64, 64); net(x).sum().backward()
-    assert calls['layer1.0.conv1'] == 2 and calls['conv1'] == 1
-    calls.clear(); net.encoder.eval().requires_grad_(False); net(x).sum().backward()
+    net = build(RECOMPUTING).train()
+    calls = count_calls(net.encoder)
+    x = torch.randn(2, 3, 64, 64)
+    net(x).sum().backward()
+    assert calls['layer1.0.conv1'] == 2
+    assert calls['conv1'] == 1
+    calls.clear()
+    net.encoder.eval().requires_grad_(False)
+    net(x).sum().backward()
     assert set(calls.values()) == {1}
-    calls.clear(); net.eval()
-    with torch.no_grad(): net(x)
+    calls.clear()
+    net.eval()
+    with torch.no_grad():
+        net(x)
     assert set(calls.values()) == {1}
 
 def test_the_average_of_a_recomputing_model_has_weights_of_its_own():
-    net = build(Model(architecture='unet', encoder='resnet18', weights=None, gradient_checkpointing=True)).eval(); x = torch.randn(1, 3, 64, 64)
+    net = build(RECOMPUTING).eval()
     average = WeightAverage(net, .9).module
+    x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        before = net(x); assert torch.equal(average(x), before)
-        for p in net.parameters(): p.mul_(2)
-        assert torch.equal(average(x), before) and not torch.equal(net(x), before)
+        before = net(x)
+        assert torch.equal(average(x), before)
+        for p in net.parameters():
+            p.mul_(2)
+        assert torch.equal(average(x), before)
+        assert not torch.equal(net(x), before)
     check_size(net, 64)
 
-def test_an_encoder_without_blocks_cannot_be_recomputed():
-    for cfg in (Model(architecture='unet', encoder='vgg11', weights=None), Model(architecture='unet', encoder='resnet18', extra_encoder='vgg11', fusion='late', in_channels=4, weights=None)):
-        with pytest.raises(ConfigError, match='gradient_checkpointing: vgg11 has no blocks'): build(cfg.model_copy(update=dict(gradient_checkpointing=True)))
+@pytest.mark.parametrize('settings', [dict(encoder='vgg11'),
+                                      dict(extra_encoder='vgg11', fusion='late', in_channels=4)])
+def test_an_encoder_without_blocks_cannot_be_recomputed(settings):
+    with pytest.raises(ConfigError, match='gradient_checkpointing: vgg11 has no blocks'):
+        build(changed(RECOMPUTING, **settings))
 
-# ---------------------------------------------------------------- late fusion
-@pytest.mark.parametrize('arch, encoder, extra', [('unet', 'resnet18', None), ('unetplusplus', 'efficientnet-b0', 'resnet18'), ('segformer', 'mit_b0', 'resnet18'), ('segformer', 'mit_b0', None),
-                                                  ('fpn', 'tu-convnext_atto', 'mobilenet_v2'), ('linknet', 'vgg11', 'resnet18'), ('deeplabv3plus', 'resnet18', 'tu-resnet18'), ('manet', 'resnet18', None),
-                                                  ('pspnet', 'resnet18', None), ('upernet', 'tu-convnext_atto', None)])
-def test_late_fusion_starts_as_the_rgb_model(arch, encoder, extra, tmp_path):
-    "Bit by bit, in evaluation and in training mode; its keys hold those of the RGB model"
-    cfg = Model(architecture=arch, encoder=encoder, weights=None)
-    torch.manual_seed(0); rgb = build(cfg)
-    torch.manual_seed(0); late = build(cfg.model_copy(update=dict(fusion='late', extra_encoder=extra, in_channels=5)))
-    assert isinstance(late, LateFusion) and set(rgb.state_dict()) < set(late.state_dict())
-    check_size(late, 64); x = torch.randn(2, 5, 64, 64)
-    for train in (True, False):
+# ------------------------------------------------ late fusion
+LATE = [
+    ('unet', 'resnet18', None),
+    ('unetplusplus', 'efficientnet-b0', 'resnet18'),
+    ('segformer', 'mit_b0', 'resnet18'),
+    ('segformer', 'mit_b0', None),
+    ('fpn', 'tu-convnext_atto', 'mobilenet_v2'),
+    ('linknet', 'vgg11', 'resnet18'),
+    ('deeplabv3plus', 'resnet18', 'tu-resnet18'),
+    ('manet', 'resnet18', None),
+    ('pspnet', 'resnet18', None),
+    ('upernet', 'tu-convnext_atto', None),
+]
+
+@pytest.mark.parametrize('architecture, encoder, extra', LATE)
+def test_late_fusion_starts_as_the_rgb_model(architecture, encoder, extra):
+    "Bit by bit, in evaluation and in training mode; its keys include those of the RGB model"
+    cfg = Model(architecture=architecture, encoder=encoder, weights=None)
+    rgb = build_seeded(cfg, 0)
+    late = build_seeded(changed(cfg, fusion='late', extra_encoder=extra, in_channels=5), 0)
+    assert isinstance(late, LateFusion)
+    assert set(rgb.state_dict()) < set(late.state_dict())
+    check_size(late, 64)
+    x = torch.randn(2, 5, 64, 64)
+    for training in (True, False):
         with torch.no_grad():
-            torch.manual_seed(1); a = rgb.train(train)(x[:, :3].contiguous())
-            torch.manual_seed(1); b = late.train(train)(x)
-        assert torch.equal(a, b)
-    split = {k: {id(p) for m in ms for p in m.parameters()} for k, ms in parts(late).items()}
-    assert split['encoder'] == {id(p) for p in late.encoder.parameters()} and split['encoder'] | split['decoder'] == {id(p) for p in late.parameters()} and not split['encoder'] & split['decoder']
+            torch.manual_seed(1)
+            expected = rgb.train(training)(x[:, :3].contiguous())
+            torch.manual_seed(1)
+            assert torch.equal(late.train(training)(x), expected)
+    both = parts(late)
+    encoder_ids = parameter_ids(*both['encoder'])
+    decoder_ids = parameter_ids(*both['decoder'])
+    assert encoder_ids == parameter_ids(late.encoder)
+    assert encoder_ids | decoder_ids == parameter_ids(late)
+    assert not encoder_ids & decoder_ids
 
-def test_late_fusion_learns_while_the_pretrained_encoder_is_frozen(tmp_path):
-    torch.manual_seed(0); save_file(build(plain('unet')).state_dict(), tmp_path/'m.safetensors')
-    model = build(plain('unet', fusion='late', in_channels=4, gradient_checkpointing=True).model_copy(update=dict(weights=str(tmp_path/'m.safetensors'))))
-    before, second = {k: v.clone() for k, v in model.state_dict().items()}, copy.deepcopy(model)
-    two_steps(model, tmp_path, channels=4)
-    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert {f'joins.{i}.weight' for i in range(1, 6)} | {k for k, _ in model.extra_encoder.named_parameters(prefix='extra_encoder')} <= moved
-    cfg = LoopConfig(); second.encoder.eval().requires_grad_(False)        # frozen throughout: what EXTRA bands say is learnt without it
-    x = torch.randn(4, 4, 64, 64); y = (x[:, 3:] > 0).float(); optimizer = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], cfg.lr.frozen_lr)
-    for i in range(12):
-        loss = nn.functional.binary_cross_entropy_with_logits(second(x), y); optimizer.zero_grad(); loss.backward(); optimizer.step()
-        if not i: first = loss.item()
-    assert loss.item() < .9 * first and all(torch.equal(v, before[f'encoder.{k}']) for k, v in second.encoder.state_dict().items())
+@pytest.fixture
+def pretrained_late(tmp_path):
+    "A model of late fusion with a pretrained encoder, which recomputes"
+    directory(tmp_path/'model', small_model('unet'))
+    cfg = small_model('unet', fusion='late', in_channels=4, gradient_checkpointing=True)
+    return build(changed(cfg, weights=str(tmp_path/'model'/'model.safetensors')))
 
-def test_what_cannot_be_fused_late():
-    late = dict(fusion='late', in_channels=4, weights=None)
-    with pytest.raises(ConfigError, match='resnet18 has features at half size, which mit_b0 has not'): build(Model(architecture='unet', encoder='resnet18', extra_encoder='mit_b0', **late))
-    with pytest.raises(ConfigError, match="'tu-vit_tiny_patch16_224' has no features at several scales to join with those of 'resnet18'"):
-        build(Model(architecture='dpt', encoder='tu-vit_tiny_patch16_224', extra_encoder='resnet18', **late))
-    with pytest.raises(ConfigError, match='model.extra_encoder'): build(Model(encoder='resnet18', extra_encoder='resnet19', **late))
+def test_two_steps_move_joins_and_the_extra_encoder(pretrained_late, tmp_path):
+    before = copies(pretrained_late)
+    two_steps(pretrained_late, tmp_path, channels=4)
+    moved = {key for key, value in pretrained_late.state_dict().items() if not torch.equal(value, before[key])}
+    assert {f'joins.{i}.weight' for i in range(1, 6)} <= moved
+    extra = pretrained_late.extra_encoder.named_parameters(prefix='extra_encoder')
+    assert {name for name, _ in extra} <= moved
+
+def test_late_fusion_learns_while_the_pretrained_encoder_is_frozen(pretrained_late):
+    "It learns what the EXTRA bands say without a change of the encoder of RGB"
+    before = copy.deepcopy(pretrained_late.encoder.state_dict())
+    pretrained_late.encoder.eval().requires_grad_(False)
+    trained = [p for p in pretrained_late.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LoopConfig().lr.frozen_lr)
+    x = torch.randn(4, 4, 64, 64)
+    y = (x[:, 3:] > 0).float()
+    losses = []
+    for _ in range(12):
+        loss = binary_cross_entropy_with_logits(pretrained_late(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < .9 * losses[0]
+    for key, value in pretrained_late.encoder.state_dict().items():
+        assert torch.equal(value, before[key])
+
+NOT_FUSED = [
+    (dict(architecture='unet', encoder='resnet18', extra_encoder='mit_b0'),
+     'resnet18 has features at half size, which mit_b0 has not'),
+    (dict(architecture='dpt', encoder='tu-vit_tiny_patch16_224', extra_encoder='resnet18'),
+     "'tu-vit_tiny_patch16_224' has no features at several scales to join with those of 'resnet18'"),
+    (dict(encoder='resnet18', extra_encoder='resnet19'), 'model.extra_encoder'),
+]
+
+@pytest.mark.parametrize('names, message', NOT_FUSED)
+def test_what_cannot_be_fused_late(names, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Model(fusion='late', in_channels=4, weights=None, **names))
 
 def test_a_model_directory_of_late_fusion_loads(tmp_path):
-    cfg = RtsConfig(data=dict(extra_bands=['ndvi']), model=dict(architecture='unet', encoder='resnet18', extra_encoder='mobilenet_v2', weights=None, fusion='late', in_channels=4, gradient_checkpointing=True))
-    stats = Stats(['R', 'G', 'B', 'ndvi'], 'uint8', 255., [.3]*4, [.1]*4, 100, 'abc')
-    model = build(cfg.model).to(memory_format=torch.channels_last).eval(); x = torch.randn(1, 4, 64, 64)
-    for j in model.joins.values(): nn.init.normal_(j.weight, std=.1)
+    settings = dict(architecture='unet', encoder='resnet18', extra_encoder='mobilenet_v2', weights=None, fusion='late',
+                    in_channels=4, gradient_checkpointing=True)
+    cfg = RtsConfig(data=dict(extra_bands=['ndvi']), model=settings)
+    stats = Stats(['R', 'G', 'B', 'ndvi'], 'uint8', 255., [.3] * 4, [.1] * 4, 100, 'abc')
+    model = build(cfg.model).to(memory_format=torch.channels_last).eval()
+    for join in model.joins.values():
+        nn.init.normal_(join.weight, std=.1)
     save_model(tmp_path/'model', model, cfg, stats, dict(epoch=1, value=.5, metrics={}), {})
-    with torch.no_grad(): assert torch.equal(predict_logits(load_model(tmp_path/'model').model, x), predict_logits(model, x))
+    loaded = load_model(tmp_path/'model').model
+    x = torch.randn(1, 4, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(predict_logits(loaded, x), predict_logits(model, x))
     assert 'resnet18 (EXTRA bands: mobilenet_v2, fused late)' in (tmp_path/'model'/'README.md').read_text()
 
-# ---------------------------------------------------------------- the model directory of another run
-def directory(path, cfg, seed=0):
-    torch.manual_seed(seed); model = build(cfg).eval(); path.mkdir(); save_file(model.state_dict(), path/'model.safetensors')
-    return model
+# ------------------------------------------------ the model directory of another run
+CONTINUED = [('unetplusplus', 'efficientnet-b0'), ('segformer', 'mit_b0'), ('fpn', 'tu-regnety_002')]
 
-@pytest.mark.parametrize('arch, encoder', [('unetplusplus', 'efficientnet-b0'), ('segformer', 'mit_b0'), ('fpn', 'tu-regnety_002')])
-def test_a_model_directory_starts_another_model(arch, encoder, tmp_path):
-    "Encoder and decoder; what the new model has more starts at zero"
-    cfg = Model(architecture=arch, encoder=encoder, weights=None); old = directory(tmp_path/'model', cfg); x = torch.randn(2, 6, 64, 64)
-    for more in (dict(), dict(in_channels=5), dict(in_channels=6, fusion='late')):
-        new = build(cfg.model_copy(update=dict(weights=str(tmp_path/'model')) | more)).eval()
-        with torch.no_grad(): assert torch.equal(new(x[:, :more.get('in_channels', 3)]), old(x[:, :3].contiguous()))
+@pytest.mark.parametrize('architecture, encoder', CONTINUED)
+def test_a_model_directory_starts_another_model(architecture, encoder, tmp_path):
+    "Encoder and decoder are loaded; what the new model has beyond the old one starts at zero"
+    cfg = Model(architecture=architecture, encoder=encoder, weights=None)
+    old = directory(tmp_path/'model', cfg)
+    cfg = changed(cfg, weights=str(tmp_path/'model'))
+    x = torch.randn(2, 6, 64, 64)
+    for changes in (dict(in_channels=3), dict(in_channels=5), dict(in_channels=6, fusion='late')):
+        new = build(changed(cfg, **changes)).eval()
+        with torch.no_grad():
+            assert torch.equal(new(x[:, :changes['in_channels']]), old(x[:, :3].contiguous()))
 
 def test_a_model_directory_with_more_bands(tmp_path):
-    old = directory(tmp_path/'four', plain('unet', in_channels=4)); x = torch.randn(2, 6, 64, 64)
-    new = build(plain('unet', in_channels=6).model_copy(update=dict(weights=str(tmp_path/'four')))).eval()
-    with torch.no_grad(): assert torch.equal(new(x), old(x[:, :4].contiguous()))
-    late = plain('unet', in_channels=4, fusion='late'); fused = directory(tmp_path/'late', late, seed=1); nn.init.ones_(fused.joins['1'].weight)
-    save_file(fused.state_dict(), tmp_path/'late'/'model.safetensors'); again = build(late.model_copy(update=dict(weights=str(tmp_path/'late')))).eval()
-    with torch.no_grad(): assert torch.equal(again(x[:, :4]), fused(x[:, :4]))
+    old = directory(tmp_path/'four', small_model('unet', in_channels=4))
+    new = build(changed(small_model('unet', in_channels=6), weights=str(tmp_path/'four'))).eval()
+    x = torch.randn(2, 6, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(new(x), old(x[:, :4].contiguous()))
+
+def test_a_model_directory_of_late_fusion_starts_another(tmp_path):
+    cfg = small_model('unet', in_channels=4, fusion='late')
+    fused = directory(tmp_path/'late', cfg, seed=1)
+    nn.init.ones_(fused.joins['1'].weight)
+    save_file(fused.state_dict(), tmp_path/'late'/'model.safetensors')
+    again = build(changed(cfg, weights=str(tmp_path/'late'))).eval()
+    x = torch.randn(2, 4, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), fused(x))
 
 def test_a_model_directory_that_does_not_fit(tmp_path):
-    cfg = plain('unet'); directory(tmp_path/'model', cfg); here = dict(weights=str(tmp_path/'model'))
-    with pytest.raises(ConfigError, match=r'does not fit unet with resnet18:\n.*size mismatch for decoder\.blocks\.0\.conv1\.0\.weight'):
-        build(cfg.model_copy(update=here | dict(options=dict(decoder_channels=[128, 64, 32, 16, 8]))))
-    with pytest.raises(ConfigError, match=r'Missing key.*layer1\.2\.conv1'): build(cfg.model_copy(update=here | dict(encoder='resnet34')))
-    directory(tmp_path/'late', cfg.model_copy(update=dict(fusion='late', in_channels=4)))
-    with pytest.raises(ConfigError, match='Unexpected key.*extra_encoder'): build(cfg.model_copy(update=dict(weights=str(tmp_path/'late'))))
-    with pytest.raises(ConfigError, match=r'Missing key.*extra_encoder\.layer1\.2'):
-        build(cfg.model_copy(update=dict(weights=str(tmp_path/'late'), fusion='late', in_channels=4, extra_encoder='resnet34')))
+    directory(tmp_path/'model', small_model('unet'))
+    cfg = changed(small_model('unet'), weights=str(tmp_path/'model'))
+    message = r'does not fit unet with resnet18:\n.*size mismatch for decoder\.blocks\.0\.conv1\.0\.weight'
+    with pytest.raises(ConfigError, match=message):
+        build(changed(cfg, options=dict(decoder_channels=[128, 64, 32, 16, 8])))
+    with pytest.raises(ConfigError, match=r'Missing key.*layer1\.2\.conv1'):
+        build(changed(cfg, encoder='resnet34'))
     (tmp_path/'model'/'model.safetensors').unlink()
-    with pytest.raises(ConfigError, match='no such file: .*model.safetensors'): build(cfg.model_copy(update=here))
+    with pytest.raises(ConfigError, match='no such file: .*model.safetensors'):
+        build(cfg)
 
-# ---------------------------------------------------------------- statistics of pretrained encoders
-@pytest.mark.parametrize('encoder, weights, mean, std', [('tu-vit_large_patch16_dinov3.sat493m', 'imagenet', (.430, .411, .296), (.213, .156, .143)),
-                                                         ('tu-vit_large_patch16_dinov3', 'sat493m', (.430, .411, .296), (.213, .156, .143)),
-                                                         ('tu-vit_large_patch16_dinov3.sat493m', './local.safetensors', (.430, .411, .296), (.213, .156, .143)),
-                                                         ('tu-resnet18', 'imagenet', (.485, .456, .406), (.229, .224, .225)),
-                                                         ('tu-tf_efficientnet_b5', 'ap_in1k', (.5, .5, .5), (.5, .5, .5))])
-def test_timm_knows_what_normalised_its_encoders(encoder, weights, mean, std):
-    got = pretrained_stats(Model(encoder=encoder, weights=weights))
-    assert got[0] == pytest.approx(mean, abs=1e-3) and got[1] == pytest.approx(std, abs=1e-3)
+def test_a_model_directory_of_late_fusion_that_does_not_fit(tmp_path):
+    late = dict(fusion='late', in_channels=4)
+    directory(tmp_path/'late', small_model('unet', **late))
+    cfg = changed(small_model('unet'), weights=str(tmp_path/'late'))
+    with pytest.raises(ConfigError, match='Unexpected key.*extra_encoder'):
+        build(cfg)
+    with pytest.raises(ConfigError, match=r'Missing key.*extra_encoder\.layer1\.2'):
+        build(changed(cfg, extra_encoder='resnet34', **late))
 
-def test_smp_keeps_its_statistics_beside_the_weights(tmp_path):
-    "From the hub's cache; a local file counts as the encoder's ImageNet weights; where nobody knows, an error says what to do"
-    source = smp.encoders.encoders['resnet18']['pretrained_settings']['imagenet']
-    snapshot = tmp_path/'hub'/('models--' + source['repo_id'].replace('/', '--'))/'snapshots'/source['revision']; snapshot.mkdir(parents=True)
-    (snapshot/'config.json').write_text(json.dumps(dict(mean=[.1, .2, .3], std=[.4, .5, .6], input_range=[0, 1])))
-    done = python('''
-        import urllib.request
-        from rtsseg.config import ConfigError, Model
-        from rtsseg.pretrained import pretrained_stats
-        urllib.request.urlopen = lambda *a, **k: (_ for _ in ()).throw(OSError('no network'))
-        for w in ('imagenet', './mine.pt'): assert pretrained_stats(Model(encoder='resnet18', weights=w)) == ([.1, .2, .3], [.4, .5, .6])
-        try: pretrained_stats(Model(encoder='resnet18', weights='ssl'))
-        except ConfigError as e: print(e)''', HF_HOME=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for word in ('model.normalisation', "'ssl'", 'smp-hub/resnet18.ssl', 'use dataset'): assert word in done.stdout
+# ------------------------------------------------ statistics of pretrained encoders
+# the values stand on the model cards: of SAT-493M, of ImageNet, and Inception's
+SATELLITE = (.430, .411, .296), (.213, .156, .143)
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
+INCEPTION = (.5, .5, .5), (.5, .5, .5)
+KNOWN = [
+    ('tu-vit_large_patch16_dinov3.sat493m', 'imagenet', SATELLITE),
+    ('tu-vit_large_patch16_dinov3', 'sat493m', SATELLITE),
+    ('tu-vit_large_patch16_dinov3.sat493m', './local.safetensors', SATELLITE),
+    ('tu-resnet18', 'imagenet', IMAGENET),
+    ('tu-tf_efficientnet_b5', 'ap_in1k', INCEPTION),
+]
+
+@pytest.mark.parametrize('encoder, weights, expected', KNOWN)
+def test_timm_knows_what_normalised_its_encoders(encoder, weights, expected):
+    mean, std = pretrained_stats(Model(encoder=encoder, weights=weights))
+    assert mean == pytest.approx(expected[0], abs=1e-3)
+    assert std == pytest.approx(expected[1], abs=1e-3)
+
+def test_smp_keeps_its_statistics_beside_the_weights(snapshot):
+    "They come from the hub's cache; a local file counts as the encoder's ImageNet weights"
+    card = dict(mean=[.1, .2, .3], std=[.4, .5, .6], input_range=[0, 1])
+    (snapshot/'config.json').write_text(json.dumps(card))
+    for weights in ('imagenet', './mine.pt'):
+        assert pretrained_stats(Model(encoder='resnet18', weights=weights)) == (card['mean'], card['std'])
+
+def test_statistics_of_smp_that_are_not_on_this_machine(snapshot):
+    "The error says what to do"
+    with pytest.raises(ConfigError) as e:
+        pretrained_stats(Model(encoder='resnet18', weights='ssl'))
+    for word in ('model.normalisation', "'ssl'", 'smp-hub/resnet18.ssl', 'use dataset'):
+        assert word in str(e.value)
 
 def test_statistics_that_nobody_knows():
-    with pytest.raises(ConfigError, match='model.normalisation: resnet18 .* use dataset'): pretrained_stats(Model(encoder='resnet18', weights=None))
-    never = next(n for n in timm.list_models() if not timm.models.is_model_pretrained(n))
-    with pytest.raises(ConfigError, match=f'no statistics of any, for tu-{never}'): pretrained_stats(Model(encoder=f'tu-{never}'))
+    with pytest.raises(ConfigError, match='model.normalisation: resnet18 .* use dataset'):
+        pretrained_stats(Model(encoder='resnet18', weights=None))
+    untrained = next(name for name in timm.list_models() if not timm.models.is_model_pretrained(name))
+    with pytest.raises(ConfigError, match=f'no statistics of any, for tu-{untrained}'):
+        pretrained_stats(Model(encoder=f'tu-{untrained}'))
 
 def test_pretrained_statistics_reach_the_tiles(tiny_world, tmp_path):
-    "R, G and B from the encoder, EXTRA bands from the training split; a model directory hands its own on"
-    def cfg(**kw): return RtsConfig(runs=tmp_path/'runs', data=dict(manifest=tiny_world, tile_size=64, extra_bands=['ndvi'], split_check='warn'), model=dict(architecture='unet', encoder='tu-resnet18', in_channels=4) | kw)
-    manifest = prepare(cfg()); own, pretrained = statistics(cfg(), manifest), statistics(cfg(normalisation='pretrained'), manifest)
-    assert own.mean[:3] != pretrained.mean[:3] == [.485, .456, .406] and pretrained.std[:3] == [.229, .224, .225]
-    assert (pretrained.mean[3:], pretrained.std[3:], pretrained.scale) == (own.mean[3:], own.std[3:], own.scale)
-    assert statistics(cfg(normalisation='pretrained'), manifest) == pretrained
+    "R, G and B from the encoder, EXTRA bands from the training split; a model directory provides its own"
+    def config(**model):
+        data = dict(manifest=tiny_world, tile_size=64, extra_bands=['ndvi'], split_check='warn')
+        model = dict(architecture='unet', encoder='tu-resnet18', in_channels=4) | model
+        return RtsConfig(runs=tmp_path/'runs', data=data, model=model)
+    manifest = prepare(config())
+    own = statistics(config(), manifest)
+    pretrained = statistics(config(normalisation='pretrained'), manifest)
+    assert (pretrained.mean[:3], pretrained.std[:3]) == tuple(list(values) for values in IMAGENET)
+    assert own.mean[:3] != pretrained.mean[:3]
+    assert pretrained.mean[3:] == own.mean[3:]
+    assert pretrained.std[3:] == own.std[3:]
+    assert pretrained.scale == own.scale
+    assert statistics(config(normalisation='pretrained'), manifest) == pretrained
     own.save(tmp_path/'model'/'normalization_stats.json')
-    assert statistics(cfg(normalisation='pretrained', weights=str(tmp_path/'model')), manifest) == own
+    assert statistics(config(normalisation='pretrained', weights=str(tmp_path/'model')), manifest) == own
 
-# ---------------------------------------------------------------- the batch that fits
-def small(**kw): return RtsConfig(batch_size=6, device='cpu', data=dict(tile_size=64), model=dict(architecture='unet', encoder='resnet18', weights=None), **kw)
+# ------------------------------------------------ the batch that fits
+def small_run(**settings):
+    model = dict(architecture='unet', encoder='resnet18', weights=None)
+    return RtsConfig(batch_size=6, device='cpu', data=dict(tile_size=64), model=model, **settings)
+
+OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
 def test_the_probe_finds_the_largest_batch(monkeypatch):
     "Down by a tenth at a time from where it starts, past every size that runs out of memory"
     tried = []
     def steps(cfg, batch):
         tried.append(batch)
-        if batch > 41: raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        if batch > 41:
+            raise OUT_OF_MEMORY
         return dict(parameters=0, gradients=0, optimizer=0, average=0, activations=10 * batch)
     monkeypatch.setattr(rtsseg.check, 'measure_steps', steps)
-    cfg = small().model_copy(update=dict(batch_size=64)); found = probe(cfg)
-    assert tried == [2, 64, 57, 51, 45, 40] and found['batch_size'] == 40 and found['activations'] == 10
+    cfg = changed(small_run(), batch_size=64)
+    found = probe(cfg)
+    assert tried == [2, 64, 57, 51, 45, 40]
+    assert found['batch_size'] == 40
+    assert found['activations'] == 10
     assert 'batch_size: 40 ' in show_probe(found, cfg)
-    monkeypatch.setattr(rtsseg.check, 'measure_steps', lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
-    with pytest.raises(ConfigError, match='not even one tile of 64 pixels'): probe(cfg)
-    monkeypatch.setattr(rtsseg.check, 'measure_steps', lambda *_: (_ for _ in ()).throw(RuntimeError('something else')))
-    with pytest.raises(RuntimeError, match='something else'): probe(cfg)
+
+def test_the_probe_finds_no_batch(monkeypatch):
+    monkeypatch.setattr(rtsseg.check, 'measure_steps', raising(OUT_OF_MEMORY))
+    with pytest.raises(ConfigError, match='not even one tile of 64 pixels'):
+        probe(small_run())
+
+def test_the_probe_passes_other_errors_on(monkeypatch):
+    monkeypatch.setattr(rtsseg.check, 'measure_steps', raising(RuntimeError('something else')))
+    with pytest.raises(RuntimeError, match='something else'):
+        probe(small_run())
 
 def test_the_probe_takes_steps_of_the_run():
-    "All parts train, the average is kept, micro-batches are those of the config; without EMA there is none"
-    first = measure_steps(small(), 2); second = measure_steps(small(ema=dict(enabled=False), accumulate=2), 2)
-    n = sum(p.numel() for p in build(small().model).parameters())
-    assert first['parameters'] == first['gradients'] == second['parameters'] == 4 * n and 2 * 4 * n < first['optimizer'] < 2.001 * 4 * n
-    assert first['average'] >= 4 * n and second['average'] == 0
-    assert measure_steps(small(), 4)['activations'] == pytest.approx(2 * first['activations'], rel=.01)
+    "All parts train, the average is kept, micro-batches are those of the config; without EMA nothing is averaged"
+    averaged = measure_steps(small_run(), 2)
+    plain = measure_steps(small_run(ema=dict(enabled=False), accumulate=2), 2)
+    # float32
+    size = 4 * sum(p.numel() for p in build(small_run().model).parameters())
+    assert averaged['parameters'] == averaged['gradients'] == plain['parameters'] == size
+    # AdamW keeps two moments, and a step count for each parameter
+    assert 2 * size < averaged['optimizer'] < 2.001 * size
+    assert averaged['average'] >= size
+    assert plain['average'] == 0
+    assert measure_steps(small_run(), 4)['activations'] == pytest.approx(2 * averaged['activations'], rel=.01)

@@ -2,12 +2,12 @@
 import albumentations as A
 import numpy as np
 import pytest
+
 from helpers.runs import tiny
 from rtsseg.augment import Augmenter, Pipeline
 from rtsseg.config import Augment, ConfigError
 from rtsseg.runs import config_hash
 from rtsseg.training import train
-
 
 def write_pipeline(path, *transforms):
     A.save(A.Compose(transforms), path, data_format='yaml')

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rasterio.transform import Affine
 from scipy.special import expit, logit
 from torch import nn

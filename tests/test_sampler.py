@@ -3,14 +3,16 @@
 import itertools
 from collections import Counter
 
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
 from rtsseg.config import CurriculumRow, Sampler
 from rtsseg.sampler import Batches
-
 
 def make(n_pos, n_neg, ratio, fraction, size, seed=0, drop_last=True, hard=0.0):
     "A split in random order and its sampler, which knows losses of half of the tiles; None without a full batch"
@@ -178,9 +180,10 @@ def test_draw_follows_the_weights(hard, losses, ratio):
         1 + ratio,
         seed=0,
     )
-    known = [l for l in losses if l is not None]
-    b.learn([1 + i for i, l in enumerate(losses) if l is not None], known)
-    want = chance([1 - hard + hard * (1.0 if l is None else l / np.mean(known)) for l in losses], ratio)
+    known = [loss for loss in losses if loss is not None]
+    b.learn([1 + i for i, loss in enumerate(losses) if loss is not None], known)
+    relative = [1.0 if loss is None else loss / np.mean(known) for loss in losses]
+    want = chance([1 - hard + hard * loss for loss in relative], ratio)
     seen = Counter(tuple(sorted(k[2] - 1 for k in batch if k[2])) for e in range(2, 3002) for batch in draw(b, e))
     assert (
         set(seen) <= set(want) and chisquare([seen[c] for c in want], [3000 * p for p in want.values()]).pvalue > 0.01
@@ -238,7 +241,9 @@ def train(b, epochs, state=None, start=(1, 0), stop=None, ahead=0):
 )
 def test_resume_anywhere(fraction, hard, epoch, at, ahead, seed):
     "Stopped after any batch of any epoch and resumed from numbers alone, prefetching or not: same stream, same losses"
-    new = lambda: make(8, 100, 3, fraction, 6, seed, hard=hard)[1]
+    def new():
+        return make(8, 100, 3, fraction, 6, seed, hard=hard)[1]
+
     positive = make(8, 100, 3, fraction, 6)[0]
     (whole, end), b = train(new(), 4, {}), new()
     b.set_epoch(epoch)

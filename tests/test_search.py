@@ -10,15 +10,17 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from scipy.stats import ttest_rel
 
 import rtsseg.ablation
 import rtsseg.tuning
-from helpers.runs import MODEL, tiny as tiny_run
+from helpers.runs import MODEL
+from helpers.runs import tiny as tiny_run
 from helpers.shell import processes
-from rtsseg.ablation import Ablation, MIN_DIFFERENCE, ablate, compare_seeds
+from rtsseg.ablation import MIN_DIFFERENCE, Ablation, ablate, compare_seeds
 from rtsseg.cli import rtsseg_ablate, rtsseg_search
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.prepare import prepare

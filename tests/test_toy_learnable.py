@@ -14,7 +14,6 @@ from rtsseg.stats import compute_stats
 from rtsseg.tiles import read_tile
 from rtsseg.toy import make_toy
 
-
 @pytest.fixture(scope='module')
 def pixels(tmp_path_factory):
     "Normalised RGB tiles (n, 3, 64, 64) and labels (n, 64, 64) of train and of val"
@@ -42,12 +41,20 @@ def boosting(train, val):
     "Average precision of a classifier that sees one pixel at a time"
     (x, y), (xv, yv) = train, val
     rng = np.random.default_rng(0)
-    flat = lambda a: a.transpose(0, 2, 3, 1).reshape(-1, a.shape[1])
+
+    def flat(images):
+        return images.transpose(0, 2, 3, 1).reshape(-1, images.shape[1])
+
     pos, neg = np.flatnonzero(y.ravel() == 1), np.flatnonzero(y.ravel() == 0)
     take = np.r_[pos, rng.choice(neg, 5 * len(pos), replace=False)]
     model = HistGradientBoostingClassifier(max_iter=100, random_state=0).fit(flat(x)[take], y.ravel()[take])
     return ap(model.predict_proba(flat(xv))[:, 1].reshape(yv.shape), yv)
 
+
+def turned(images, k, flip):
+    "Mirrored or not, and turned by k quarters"
+    mirrored = images[..., ::-1] if flip else images
+    return torch.from_numpy(np.rot90(mirrored, k, (-2, -1)).copy())
 
 def unet(train, val, steps=400, batch=32):
     "Average precision of a small U-Net after a minute or two of plain training"
@@ -63,8 +70,7 @@ def unet(train, val, steps=400, batch=32):
     for _ in range(steps):
         i = np.r_[rng.choice(pos, batch // 2), rng.choice(neg, batch // 2)]
         k, flip = rng.integers(4), rng.integers(2)
-        turn = lambda a: torch.from_numpy(np.rot90(a[..., ::-1] if flip else a, k, (-2, -1)).copy())
-        xb, yb = turn(x[i]), turn(y[i])
+        xb, yb = turned(x[i], k, flip), turned(y[i], k, flip)
         known = (yb < 255).float()
         loss = (
             binary_cross_entropy_with_logits(model(xb)[:, 0], (yb == 1).float(), reduction='none') * known

@@ -31,9 +31,7 @@ from ..console import DataError, nearest, raise_problems
 from ..files import FileError, check_seal, read_json, typed, write_atomic
 from ..loop import Task
 from ..system import Feed, SampleMeter, SampleTable, System
-from rtsseg.weights import (
-    check_directory, load_weights, model_errors, place_model, read_best, save_weights
-)
+from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
 
 # %% ../../nbs/systems/classify.ipynb #cclconf
 class ImageData(Strict):

@@ -27,7 +27,7 @@ FAULTS = {
     27: ('a bit of a checkpoint is flipped', 'the one before it is used, with a note; damaged best weights are found '
                                              'again, where a checkpoint from before them is left'),
     28: ('all checkpoints are damaged, or are of another model or version',
-         'refused: never a silent start from nothing'),
+         'refused: never a silent start from the beginning'),
     29: ('a checkpoint carries code', 'refused; the code is not run'),
     30: ('the run is asked to stop while the averaged weights are judged',
          'it stops; the weights that train are saved as such, the average beside them')}
@@ -273,7 +273,7 @@ def no_history(state):
     ids=['other shapes', 'other names', 'no average', 'fewer groups', 'turned moments', 'another stopper',
          'another plateau', 'no history', 'no model'])
 def test_28_a_state_of_another_model(half, tmp_path, change, why):
-    "A whole checkpoint that does not fit, of another model or version, is refused in words"
+    "A whole checkpoint that does not fit, of another model or version, is refused with a message"
     folder = copied(half, tmp_path/'run')
     for path in (folder/'checkpoints').glob('[!b]*.ckpt'):
         save_state(path, change(load_state(path)))

@@ -1,4 +1,4 @@
-"Faults 40 to 42: models that are not whole, scenes that hold little, predictions that are cut off"
+"Faults 40 to 42: incomplete models, scenes with little data, interrupted predictions"
 import hashlib
 import json
 import os
@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save
 
 import rtsseg.prediction
 from helpers.children import (
-    count_calls, full_disk, in_child, killed_at_call, killed_at_file_event, killed_while_writing,
-    never_opened_for_writing
+    count_calls,
+    full_disk,
+    in_child,
+    killed_at_call,
+    killed_at_file_event,
+    killed_while_writing,
+    never_opened_for_writing,
 )
 from helpers.hostile import change_json
 from helpers.maps import CRS, GRID, map_bytes, noise, untrained_model, write_scene
@@ -25,7 +30,7 @@ from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.console import DataError
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model
-from rtsseg.prediction import FinishedRows, NODATA, Scene, predict, window_starts
+from rtsseg.prediction import NODATA, FinishedRows, Scene, predict, window_starts
 from rtsseg.runs import RunError
 
 FAULTS = {
@@ -135,14 +140,14 @@ def test_40_an_extra_weight(folder, refused):
     (True, ' is missing: the model cannot be used without it'),
 ])
 def test_40_without_statistics(folder, refused, sealed, why):
-    "A model without the statistics of its training data would give wrong maps without a word"
+    "A model without the statistics of its training data would give wrong maps without an error"
     (folder/'model'/'normalization_stats.json').unlink()
     if sealed:
         seal_model(folder/'model')
     refused(f'normalization_stats.json{why}')
 
 def test_40_a_standard_deviation_of_zero(folder, refused):
-    "Nothing is divided by 0"
+    "It is never a divisor"
     change_statistics(folder, std=[.1, 0., .1])
     refused('normalization_stats.json: .*standard deviation of 0')
 
@@ -231,8 +236,8 @@ def remove_maps(folder):
         file.unlink()
 
 def test_42_killed_at_every_step_on_disk(ready, tmp_path):
-    """Whichever file was opened, renamed or removed last: what is called a map is one, and the same command ends in
-    the same bytes"""
+    """Whichever file was opened, renamed or removed last: a file named as a map is complete, and the same command
+    ends in the same bytes"""
     path, valid = scene(tmp_path/'scene.tif', 100, 64, (0, 20, 0, 30))
     predict(ready, path, tmp_path/'undisturbed.tif')
     want, out = map_bytes(tmp_path/'undisturbed.tif'), tmp_path/'map.tif'
@@ -257,7 +262,7 @@ def test_42_killed_at_every_step_on_disk(ready, tmp_path):
     assert kept > 20
 
 def test_42_killed_at_random_points(ready, tmp_path):
-    "Again and again, until it gets through; a point is a call of a function, whatever the speed of the machine"
+    "Again and again, until it finishes; a point is a call of a function, so the speed of the machine does not matter"
     path, valid = scene(tmp_path/'scene.tif', 500, 300, (0, 90, 0, 200))
     calls = count_calls(lambda: predict(ready, path, tmp_path/'undisturbed.tif'))
     out, dice = tmp_path/'map.tif', random.Random(0)

@@ -1,4 +1,4 @@
-"""What is handed over by others: models and runs are data, and nothing in them is executed. Pinned installs are in
+"""Files from others: models and runs are data, and nothing in them is executed. Pinned installs are in
 test_house.py, rasters in test_rasters.py, YAML tags in test_config.py, credentials in test_tracker.py"""
 import base64
 import hashlib
@@ -22,13 +22,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from helpers import runs as small_run
 from helpers.hostile import (
-    Payload, as_bytes, change_evidence, change_json, change_weight_table, column, constant, described, first_item,
-    lists, prefixed, replace_by_no_file, replace_sealed, weight_file
+    Payload,
+    as_bytes,
+    change_evidence,
+    change_json,
+    change_weight_table,
+    column,
+    constant,
+    described,
+    first_item,
+    lists,
+    prefixed,
+    replace_by_no_file,
+    replace_sealed,
+    weight_file,
 )
 from rtsseg.calibration import Calibration, calibrate
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
@@ -36,7 +49,7 @@ from rtsseg.config import ConfigError, Model, load
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence, evidence_path
-from rtsseg.files import FileError, SEAL, SEALED, seal_model
+from rtsseg.files import SEAL, SEALED, FileError, seal_model
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.models import build
 from rtsseg.raster import write_raster
@@ -274,8 +287,8 @@ MODEL_FILES = {
     'a list': (METRICS, '[]', 'object'),
     'null': (METRICS, 'null', 'object'),
     'no best value': (METRICS, '{"epoch": 1, "value": NaN, "metrics": {}}', 'metrics.json: value'),
-    'a number of 5000 digits': (METRICS, '{"epoch": %s}' % ('9' * 5000), 'metrics.json cannot be read'),
-    'a number of 400 digits': (METRICS, '{"epoch": 1, "value": %s, "metrics": {}}' % NINES, 'metrics.json: value'),
+    'a number of 5000 digits': (METRICS, '{"epoch": ' + '9' * 5000 + '}', 'metrics.json cannot be read'),
+    'a number of 400 digits': (METRICS, '{"epoch": 1, "value": ' + NINES + ', "metrics": {}}', 'metrics.json: value'),
     'UTF-16': (METRICS, '{}'.encode('utf-16'), 'metrics.json cannot be read'),
     'a byte order mark': (METRICS, b'\xef\xbb\xbf{}', 'metrics.json cannot be read'),
     'nested deeply': (METRICS, '{"a":' * 10**5, 'recursion'),

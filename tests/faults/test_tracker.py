@@ -1,213 +1,379 @@
 "Fault 39: a tracker that is down, slow or gone"
-import json, os, shutil, signal, socket, subprocess, sys, threading, time
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-import rtsseg.runs, rtsseg.track
-from rtsseg.cli import rtsseg_track
-from rtsseg.config import RtsConfig, load, to_yaml
-from rtsseg.runs import run_folder
-from rtsseg.prepare import prepare
-from rtsseg.toy import tiny_toy
-from rtsseg.runs import append_line, read_lines
-from rtsseg.track import Tracker, deliver, left
+import rtsseg.track
+from helpers import runs as small_run
 from helpers.loop import At, equal, net, run, stop
-from test_train import server, start_server, port, wait_for      # noqa: the fixture of a real MLflow server
+from helpers.mlflow_server import (
+    failing_port,
+    kill_server,
+    listening_port,
+    refusing_port,
+    running_server,
+    swallowing_port,
+)
+from helpers.pair import free_port
+from helpers.shell import shell
+from helpers.waiting import wait_for
+from rtsseg.cli import rtsseg_track
+from rtsseg.config import RtsConfig, TrackerConfig, to_yaml
+from rtsseg.prepare import prepare
+from rtsseg.runs import read_lines, run_folder
+from rtsseg.track import Tracker, deliver, left
 
-FAULTS = {39: ('the tracker refuses connections, swallows them, answers with errors or slowly, or dies in mid-run', 'the run goes on; what it has to say is kept, and delivered once when the tracker is back')}
-BIN = Path(sys.executable).parent
+FAULTS = {
+    39: ('the tracker refuses connections, does not accept them, answers slowly or with errors, or dies during a run',
+         'the run continues; its events are kept, and delivered once when the tracker is back'),
+}
+
+TESTS = Path(__file__).parents[1]
+
+# 24 steps
 EPOCHS = dict(epochs=4)
 
-def world(tmp_path, uri=None):
-    "A run folder and its tracker"
-    cfg = RtsConfig(runs=tmp_path/'runs', name='toy', tracker=dict(uri=uri)); folder = tmp_path/'runs'/'toy'/'abc'/'seed42'; folder.mkdir(parents=True, exist_ok=True)
-    return folder, lambda: Tracker(cfg, folder, dict(config_hash='abc'))
-
-def train(folder, tracker, observers=(), **more):
-    done = run(folder, model=net(), observers=[tracker, *observers], **EPOCHS | more); tracker.finish(done.finished, ['log.jsonl'])
-    return done
-
-def points(folder, uri):
-    "All points of the tracker's run, and that there is one run only"
-    client = MlflowClient(uri); found, = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert found.info.run_id == json.loads((folder/'tracker.json').read_text())['run_id']
-    return found, {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(found.info.run_id, k)] for k in found.data.metrics}
-
-def kept(folder):
-    "What the spool holds, in the same form"
-    out = {}
-    for e in (e for e, _ in read_lines(folder/'tracker.jsonl') if e and e['event'] == 'metrics'):
-        for k, v in e['values'].items(): out.setdefault(k, []).append((e['step'], v, e['time']))
-    return out
-
-@contextmanager
-def listening(backlog):
-    "A port whose connections nobody takes up"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); s.listen(backlog); yield s.getsockname()[1]
-
-@contextmanager
-def broken(how):
-    "The port of a tracker that is of no use"
-    if how == 'refused': yield port()
-    elif how == 'accepts and never answers':
-        with listening(50) as p: yield p
-    elif how == 'swallows connections':                     # the queue is full: the next SYN is dropped, as by a firewall
-        with listening(0) as p:
-            full = [socket.socket() for _ in range(3)]
-            for s in full: s.setblocking(False); s.connect_ex(('127.0.0.1', p))
-            yield p
-            for s in full: s.close()
-    else:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                if how == 'slow': time.sleep(2)
-                self.send_response(500); self.send_header('Content-Length', '0'); self.end_headers()
-            do_POST = do_PUT = do_PATCH = do_GET
-            def log_message(self, *a): pass
-        http = ThreadingHTTPServer(('127.0.0.1', 0), Handler); http.daemon_threads = True; threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield http.server_address[1]
-        http.shutdown(); http.server_close()
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    port = free_port()
+    with running_server(tmp_path_factory.mktemp('mlflow'), port):
+        yield f'http://127.0.0.1:{port}'
 
 @pytest.fixture(scope='module')
-def undisturbed(): return run(model=net(), **EPOCHS)
+def undisturbed():
+    return run(model=net(), **EPOCHS)
 
-@pytest.mark.parametrize('how', ['refused', 'accepts and never answers', 'swallows connections', 'answers with 500', 'slow'])
-def test_39_a_tracker_of_no_use(undisturbed, tmp_path, monkeypatch, capsys, how):
-    "Training ends in the same weights and says once what is wrong; it never waits for a socket, and at the end for three seconds at most; later each point is delivered once"
-    connects, joins, connect, join = [], [], socket.socket.connect, threading.Thread.join
-    monkeypatch.setattr(socket.socket, 'connect', lambda s, at: (connects.append(threading.current_thread()), connect(s, at))[1])
-    monkeypatch.setattr(threading.Thread, 'join', lambda t, timeout=None: (joins.append((t, timeout)), join(t, timeout))[1])
-    monkeypatch.setitem(rtsseg.track.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')      # so that it is known soon that nobody answers
-    with broken(how) as p:
-        folder, tracker = world(tmp_path, f'http://127.0.0.1:{p}'); t = tracker()
-        done = train(folder, t, [At(20, lambda run: wait_for(lambda: t.warned))])      # it was tried, and given up, while training went on
-    equal(undisturbed, done); said = capsys.readouterr().out
-    assert connects and threading.main_thread() not in connects
-    assert [timeout for thread, timeout in joins if thread is t.thread] == [3]
-    assert said.count('does not take what it is sent') == 1 and '6 events are still to be delivered: rtsseg-track --run ' in said
-    join(t.thread, 30); monkeypatch.setenv('RTSSEG_TRACKER_URI', uri := f'sqlite:///{tmp_path}/healthy.db')
-    rtsseg_track(str(folder)); assert '6 events delivered to sqlite:' in capsys.readouterr().out
-    found, history = points(folder, uri); assert history == kept(folder) and found.info.status == 'FINISHED'
-    assert [s for s, *_ in history['train/loss/bce']] == [1, 2, 3, 4] and [v for _, v, _ in history['train/loss/bce']] == [r['train/loss/bce'] for r in done.history]
-    rtsseg_track(str(folder)); assert '0 events delivered' in capsys.readouterr().out
-    assert points(folder, uri)[1] == history
+class TrackedRun:
+    "A run of milliseconds whose folder has a tracker"
+    def __init__(self, tmp_path, uri=None):
+        self.cfg = RtsConfig(runs=tmp_path/'runs', name='toy', tracker=dict(uri=uri))
+        self.folder = tmp_path/'runs'/'toy'/'abc'/'seed42'
+        self.folder.mkdir(parents=True)
 
-def test_39_death_in_mid_run(undisturbed, tmp_path, capsys):
-    "A real server is killed after the second epoch and started again later: the run does not notice, and the server ends with every point once"
-    p = port(); process = start_server(tmp_path, p)
-    try:
-        folder, tracker = world(tmp_path, uri := f'http://127.0.0.1:{p}'); t = tracker()
-        def kill(run): wait_for(lambda: left(folder, uri) == 0); os.killpg(process.pid, signal.SIGKILL); process.wait()
-        equal(undisturbed, train(folder, t, [At(13, kill)]))                          # of 24 steps
-        assert json.loads((folder/'tracker.json').read_text())['run_id'] and left(folder, uri) == 3 and 'does not take what it is sent' in capsys.readouterr().out
-        process = start_server(tmp_path, p)
-        tracker().catch_up()                                                          # as the next start of a run that is done does
-        found, history = points(folder, uri); assert history == kept(folder) and {len(h) for h in history.values()} == {4} and found.info.status == 'FINISHED'
-    finally: os.killpg(process.pid, signal.SIGKILL)
+    def tracker(self):
+        "A new tracker, as each start of the run makes one"
+        return Tracker(self.cfg, self.folder, dict(config_hash='abc'))
 
-def test_39_the_deliverer_dies_at_every_step(tmp_path, monkeypatch):
-    "After each request and before each note of it: what is sent again changes nothing, and there is one run"
-    folder, tracker = world(tmp_path); t = tracker(); monkeypatch.setattr(t, 'mirror', lambda: None)
-    t.thread = threading.Thread(target=print, daemon=True)
-    done = run(folder, model=net(), observers=[t], **EPOCHS); t.write('end', status='FINISHED', files=['log.jsonl'])
-    MlflowClient(f'sqlite:///{tmp_path}/empty.db')
-    class Dies(Exception): pass
-    count, real = [0], {n: getattr(MlflowClient, n) for n in ('create_experiment', 'create_run', 'update_run', 'log_batch', 'log_artifact', 'set_terminated')}
-    def dies(f, k):
-        def call(*a, **kw):
-            out = f(*a, **kw); count[0] += 1
-            if count[0] == k: raise Dies
-            return out
-        return call
-    for k in range(1, 99):
-        shutil.copy(tmp_path/'empty.db', tmp_path/f'{k}.db'); uri, count[0] = f'sqlite:///{tmp_path}/{k}.db', 0
-        for n, f in real.items(): monkeypatch.setattr(MlflowClient, n, dies(f, k))
-        try: deliver(folder, uri)
-        except Dies:
-            if k % 2: (folder/'tracker.json').unlink(missing_ok=True)                 # nothing is known of what was sent: the worst case
+    def train(self, tracker, *observers):
+        done = run(self.folder, model=net(), observers=[tracker, *observers], **EPOCHS)
+        tracker.finish(done.finished, ['log.jsonl'])
+        return done
+
+    def delivered(self, uri):
+        "The only run that a tracker holds, and its points: {metric: [(step, value, time)]}"
+        client = MlflowClient(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found, = client.search_runs(experiments)
+        assert found.info.run_id == json.loads((self.folder/'tracker.json').read_text())['run_id']
+        points = {}
+        for name in found.data.metrics:
+            history = client.get_metric_history(found.info.run_id, name)
+            points[name] = [(point.step, point.value, point.timestamp) for point in history]
+        return found, points
+
+    def kept(self):
+        "The points that tracker.jsonl holds, in the same form"
+        points = {}
+        for event, _ in read_lines(self.folder/'tracker.jsonl'):
+            if event and event['event'] == 'metrics':
+                for name, value in event['values'].items():
+                    points.setdefault(name, []).append((event['step'], value, event['time']))
+        return points
+
+# ---------------------------------------------------------------- a tracker that does not work
+
+BROKEN = {
+    'refuses': refusing_port,
+    'does not answer': listening_port,
+    'does not accept connections': swallowing_port,
+    'answers with 500': failing_port,
+    'answers too late': partial(failing_port, answer_at_once=False),
+}
+
+@contextmanager
+def recorded_waits(monkeypatch):
+    "Which threads opened connections, and with which time limits threads were waited for"
+    connect, join = socket.socket.connect, threading.Thread.join
+    connecting, joins = [], []
+
+    def record_connect(self, address):
+        connecting.append(threading.current_thread())
+        return connect(self, address)
+
+    def record_join(self, timeout=None):
+        joins.append((self, timeout))
+        return join(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, 'connect', record_connect)
+        patch.setattr(threading.Thread, 'join', record_join)
+        yield connecting, joins
+
+@pytest.mark.parametrize('how', BROKEN)
+def test_39_a_tracker_that_does_not_work(undisturbed, tmp_path, monkeypatch, capsys, how):
+    """Training ends in the same weights, with one message on what is wrong. It never waits for a connection, and at
+    the end for three seconds at most. Later each point is delivered once"""
+    # the tracker gives up early
+    monkeypatch.setitem(rtsseg.track.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')
+    with BROKEN[how]() as port, recorded_waits(monkeypatch) as (connecting, joins):
+        world = TrackedRun(tmp_path, f'http://127.0.0.1:{port}')
+        tracker = world.tracker()
+        # the tracker is tried and given up during training
+        done = world.train(tracker, At(20, lambda run: wait_for(lambda: tracker.warned)))
+    equal(undisturbed, done)
+    output = capsys.readouterr().out
+    assert connecting and threading.main_thread() not in connecting
+    assert [timeout for thread, timeout in joins if thread is tracker.thread] == [3]
+    assert output.count('does not take what it is sent') == 1
+    assert '6 events are still to be delivered: rtsseg-track --run ' in output
+    wait_for(lambda: not tracker.thread.is_alive())
+
+    healthy = f'sqlite:///{tmp_path}/healthy.db'
+    monkeypatch.setenv('RTSSEG_TRACKER_URI', healthy)
+    rtsseg_track(str(world.folder))
+    assert '6 events delivered to sqlite:' in capsys.readouterr().out
+    found, points = world.delivered(healthy)
+    assert found.info.status == 'FINISHED'
+    assert points == world.kept()
+    losses = [(step, value) for step, value, _ in points['train/loss/bce']]
+    assert losses == [(row['epoch'], row['train/loss/bce']) for row in done.history]
+    assert len(losses) == 4
+
+    rtsseg_track(str(world.folder))
+    assert '0 events delivered' in capsys.readouterr().out
+    assert world.delivered(healthy)[1] == points
+
+@pytest.mark.slow
+def test_39_death_during_a_run(undisturbed, tmp_path, capsys):
+    """A real server is killed after the second epoch and started again later: the run is not affected, and the server
+    ends with every point once"""
+    port = free_port()
+    uri = f'http://127.0.0.1:{port}'
+    world = TrackedRun(tmp_path, uri)
+    with running_server(tmp_path, port) as process:
+        def kill(run):
+            wait_for(lambda: left(world.folder, uri) == 0)
+            kill_server(process)
+
+        equal(undisturbed, world.train(world.tracker(), At(13, kill)))
+    assert json.loads((world.folder/'tracker.json').read_text())['run_id']
+    assert left(world.folder, uri) == 3
+    assert 'does not take what it is sent' in capsys.readouterr().out
+
+    with running_server(tmp_path, port):
+        # as the next start of a finished run does
+        world.tracker().catch_up()
+        wait_for(lambda: left(world.folder, uri) == 0)
+        found, points = world.delivered(uri)
+    assert found.info.status == 'FINISHED'
+    assert points == world.kept()
+    assert {len(history) for history in points.values()} == {4}
+
+# ---------------------------------------------------------------- delivery that is interrupted
+
+class Killed(Exception):
+    "In place of the death of the process that delivers"
+
+REQUESTS = 'create_experiment', 'create_run', 'update_run', 'log_batch', 'log_artifact', 'set_terminated'
+
+def die_after_request(patch, k):
+    "MlflowClient fails after its k-th request, which arrives"
+    done = 0
+
+    def failing(request):
+        def send(*args, **options):
+            nonlocal done
+            answer = request(*args, **options)
+            done += 1
+            if done == k:
+                raise Killed
+            return answer
+        return send
+
+    for name in REQUESTS:
+        patch.setattr(MlflowClient, name, failing(getattr(MlflowClient, name)))
+
+def is_killed_at_request(k, folder, uri, monkeypatch):
+    "Whether delivery has a k-th request, after which it is killed"
+    with monkeypatch.context() as patch:
+        die_after_request(patch, k)
+        try:
             deliver(folder, uri)
-        else: break
-        assert points(folder, uri)[1] == kept(folder)
-    assert k > 9 and len(kept(folder)['train/loss/bce']) == len(done.history)
+        except Killed:
+            return True
+    return False
+
+@pytest.mark.slow
+def test_39_delivery_is_killed_after_each_request(tmp_path, monkeypatch):
+    "And before the note of it: what is sent again changes nothing, and there is one run"
+    world = TrackedRun(tmp_path)
+    tracker = world.tracker()
+    # nothing is delivered during training
+    monkeypatch.setattr(tracker, 'mirror', lambda: None)
+    done = run(world.folder, model=net(), observers=[tracker], **EPOCHS)
+    for row in done.history:
+        tracker.metrics(row)
+    tracker.write('end', status='FINISHED', files=['log.jsonl'])
+    empty = tmp_path/'empty.db'
+    MlflowClient(f'sqlite:///{empty}')
+
+    for k in range(1, 99):
+        database = shutil.copy(empty, tmp_path/f'{k}.db')
+        uri = f'sqlite:///{database}'
+        if not is_killed_at_request(k, world.folder, uri, monkeypatch):
+            break
+        # the worst case: nothing is known of what was sent
+        if k % 2:
+            (world.folder/'tracker.json').unlink(missing_ok=True)
+        deliver(world.folder, uri)
+        assert world.delivered(uri)[1] == world.kept()
+    assert k > 9
+    assert len(world.kept()['train/loss/bce']) == len(done.history)
 
 def test_39_a_spool_that_a_kill_cut_off(tmp_path):
-    "The half line is not delivered, the next one follows the last whole one, and a damaged one is passed over"
-    folder, tracker = world(tmp_path); t = tracker()
-    half = train(folder, t, [At(8, stop)]); assert not half.finished and left(folder, t.uri) == 0
-    with open(t.path, 'ab') as f: f.write(b'{"event": "metrics", "st')
-    assert left(folder, t.uri) == 0
-    t = tracker(); done = train(folder, t); found, history = points(folder, t.uri)
-    assert done.finished and found.info.status == 'FINISHED' and history == kept(folder) and {len(h) for h in history.values()} == {4}      # the epochs of both lives, in one run
-    t.path.write_bytes(t.path.read_bytes().replace(b'"metrics", "time"', b'"metrics\xff "time"', 1)); (folder/'tracker.json').unlink()
-    deliver(folder, t.uri); assert points(folder, t.uri)[1] == history
+    "The half line is not delivered, the next one follows the last complete one, and a damaged one is skipped"
+    world = TrackedRun(tmp_path)
+    tracker = world.tracker()
+    half = world.train(tracker, At(8, stop))
+    assert not half.finished
+    assert left(world.folder, tracker.uri) == 0
+    with open(tracker.path, 'ab') as file:
+        file.write(b'{"event": "metrics", "st')
+    assert left(world.folder, tracker.uri) == 0
+
+    tracker = world.tracker()
+    done = world.train(tracker)
+    found, points = world.delivered(tracker.uri)
+    assert done.finished and found.info.status == 'FINISHED'
+    assert points == world.kept()
+    # the epochs of both starts, in one run
+    assert {len(history) for history in points.values()} == {4}
+
+    damaged = tracker.path.read_bytes().replace(b'"metrics", "time"', b'"metrics\xff "time"', 1)
+    tracker.path.write_bytes(damaged)
+    (world.folder/'tracker.json').unlink()
+    deliver(world.folder, tracker.uri)
+    assert world.delivered(tracker.uri)[1] == points
 
 def test_39_a_folder_that_cannot_be_written(undisturbed, tmp_path, monkeypatch, capsys):
-    "A full disk costs the tracker its events, and the run nothing"
-    def full(path, row): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(rtsseg.track, 'append_line', full); folder, tracker = world(tmp_path)
-    equal(undisturbed, train(folder, tracker())); assert 'tracker.jsonl was not written (No space left on device)' in capsys.readouterr().out
+    "On a full disk the tracker lacks events, and the run is not affected"
+    def fail(path, row):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(rtsseg.track, 'append_line', fail)
+    world = TrackedRun(tmp_path)
+    equal(undisturbed, world.train(world.tracker()))
+    assert 'tracker.jsonl was not written (No space left on device)' in capsys.readouterr().out
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('world')
-    return load(overrides=['augment.enabled=false', 'loader.num_workers=0'], name='tiny', runs=folder/'runs', device='cpu', epochs=1, batch_size=8, val_frequency=1,
-                freeze_backbone_epochs=0, data=dict(manifest=tiny_toy(folder), tile_size=64, split_check='warn'), sampler=dict(curriculum=[dict(first=1, last=4, ratio=1)]),
-                model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, options=dict(decoder_channels=[16, 8, 8, 8, 8])))
+# ---------------------------------------------------------------- what leaves the machine
 
-CLEAN = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'CI', 'PYTEST_CURRENT_TEST', 'PYTEST_VERSION', 'RTSSEG_TRACKER_URI')}      # a user's environment: MLflow keeps still in a test
+# the environment of a user: MLflow sends no reports in a test
+TEST_VARIABLES = 'IN_TEST', 'CI', 'PYTEST_CURRENT_TEST', 'PYTEST_VERSION', 'RTSSEG_TRACKER_URI'
+USER = {name: value for name, value in os.environ.items() if name not in TEST_VARIABLES}
 
-def commands(stopped, found):
-    "What other users see of this user's processes"
-    while not stopped.is_set():
-        for f in Path('/proc').glob('[0-9]*/cmdline'):
-            try: found.add(f.read_bytes())
-            except OSError: pass
-        time.sleep(.02)
+def tracked_config(folder, experiment):
+    "The config of a run of a second that is mirrored"
+    cfg = small_run.tiny(folder)
+    cfg.tracker = TrackerConfig(experiment=experiment)
+    (folder/'tiny.yaml').write_text(to_yaml(cfg))
+    return cfg
 
-@pytest.mark.parametrize('health', ['healthy', 'down'])
-def test_39_a_password_stays_where_it_was_given(tiny, server, tmp_path, health):
-    "Neither the run folder, nor what is said, nor the list of processes, nor the tracker itself holds it"
-    at = server.removeprefix('http://') if health == 'healthy' else f'127.0.0.1:{port()}'
-    uri = f'http://user:canary@{at}' + ('?token=canary' if health == 'down' else '')
-    cfg = tiny.model_copy(update=dict(runs=tmp_path/'runs', tracker=tiny.tracker.model_copy(update=dict(experiment=health))))
-    (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
-    if health == 'down': (tmp_path/'secret.yaml').write_text(f'tracker: {{uri: "{uri}"}}'); given, env = f"{tmp_path/'tiny.yaml'},{tmp_path/'secret.yaml'}", CLEAN      # in a config
-    else: given, env = tmp_path/'tiny.yaml', CLEAN | dict(RTSSEG_TRACKER_URI=uri)                                                                                    # in the environment
-    stopped, seen = threading.Event(), set(); watch = threading.Thread(target=commands, args=(stopped, seen)); watch.start()
+class CommandLines(threading.Thread):
+    "The command lines of all processes, which other users of the machine can read; collected until `stop`"
+    def __init__(self):
+        super().__init__()
+        self.stopped, self.seen = threading.Event(), set()
+
+    def run(self):
+        while not self.stopped.is_set():
+            for path in Path('/proc').glob('[0-9]*/cmdline'):
+                try:
+                    self.seen.add(path.read_bytes())
+                except OSError:
+                    # the process has ended
+                    continue
+            time.sleep(.02)
+
+    def stop(self):
+        self.stopped.set()
+        self.join()
+
+def assert_no_password(folder):
+    for path in folder.rglob('*'):
+        assert not path.is_file() or b'canary' not in path.read_bytes(), path
+
+def train_and_deliver(config, folder, uri, environment):
+    "rtsseg-train, then rtsseg-track; the results of both, which hold no password, as does no command line"
+    watch = CommandLines()
+    watch.start()
+    try:
+        trained = shell('rtsseg-train', '--config', config, env=environment)
+        delivered = shell('rtsseg-track', '--run', folder, env=USER | dict(RTSSEG_TRACKER_URI=uri))
+    finally:
+        watch.stop()
+    for done in (trained, delivered):
+        assert 'canary' not in done.stdout + done.stderr
+    assert trained.returncode == 0, trained
+    assert any(b'--inline' in line for line in watch.seen)
+    assert not any(b'canary' in line for line in watch.seen)
+    assert (folder/'tracker.jsonl').stat().st_size
+    assert_no_password(folder.parents[2])
+    return trained, delivered
+
+@pytest.mark.slow
+def test_39_a_password_in_the_environment(server, tmp_path):
+    "Neither the run folder, nor what is printed, nor the list of processes, nor the tracker itself holds it"
+    cfg = tracked_config(tmp_path, 'healthy')
     folder = run_folder(cfg, prepare(cfg).hash)
-    done = [subprocess.run(c, env=env | more, capture_output=True, text=True, timeout=200) for c, more in (([BIN/'rtsseg-train', '--config', given], {}),
-            ([sys.executable, '-c', f'from rtsseg.cli import rtsseg_track; rtsseg_track({str(folder)!r})'], dict(RTSSEG_TRACKER_URI=uri)))]
-    stopped.set(); watch.join()
-    assert [d.returncode for d in done] == [0, 0 if health == 'healthy' else 3], done
-    assert ('does not take what it is sent (ConnectionRefusedError)' in done[0].stdout) == (health == 'down')
-    assert not [d for d in done if 'canary' in d.stdout + d.stderr]
-    assert any(b'--inline' in c for c in seen) and not [c for c in seen if b'canary' in c]
-    assert (folder/'tracker.jsonl').stat().st_size and not [f for f in cfg.runs.rglob('*') if f.is_file() and b'canary' in f.read_bytes()]
-    if health == 'healthy':
-        client = MlflowClient(server); found, = client.search_runs([client.get_experiment_by_name(health).experiment_id])
-        assert found.info.status == 'FINISHED' and found.data.params['epochs'] == '1' and 'canary' not in str(found.to_dictionary())
-        names = [f.path for f in client.list_artifacts(found.info.run_id)]; assert 'log.jsonl' in names
-        got = Path(client.download_artifacts(found.info.run_id, '', str(tmp_path))); assert not [f for f in got.rglob('*') if f.is_file() and f.name not in ('secret.yaml',) and b'canary' in f.read_bytes()]
+    uri = server.replace('http://', 'http://user:canary@')
+    environment = USER | dict(RTSSEG_TRACKER_URI=uri)
+    trained, delivered = train_and_deliver(tmp_path/'tiny.yaml', folder, uri, environment)
+    assert delivered.returncode == 0, delivered
+    assert 'does not take what it is sent' not in trained.stdout
 
-def test_39_nobody_is_called_whom_the_user_did_not_name(tiny, tmp_path):
-    "A run with the tracker that is set by default, a file, opens no socket to another machine and asks for no name: MLflow's reports to its makers are off"
-    cfg = tiny.model_copy(update=dict(runs=tmp_path/'runs', seed=7)); (tmp_path/'tiny.yaml').write_text(to_yaml(cfg))
-    guard = f"""
-import socket
-def called(*at):
-    with open({str(tmp_path/'calls')!r}, 'a') as f: f.write(repr(at) + chr(10))
-    raise OSError('no network')
-real = socket.socket.connect
-def connect(s, at): return real(s, at) if s.family == socket.AF_UNIX or at[0] in ('127.0.0.1', '::1') else called(at)
-socket.socket.connect = connect; socket.socket.connect_ex = connect; socket.getaddrinfo = called
-from rtsseg.config import load; from rtsseg.training import train
-print(train(load({str(tmp_path/'tiny.yaml')!r})))
-import time; time.sleep(3)
-"""
-    done = subprocess.run([sys.executable, '-c', guard], env=CLEAN, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and json.loads((next(tmp_path.rglob('tracker.json'))).read_text())['run_id'], done.stderr[-2000:]
-    assert not (tmp_path/'calls').exists(), (tmp_path/'calls').read_text()
+    client = MlflowClient(server)
+    found, = client.search_runs([client.get_experiment_by_name('healthy').experiment_id])
+    assert found.info.status == 'FINISHED'
+    assert found.data.params['epochs'] == '1'
+    assert 'canary' not in str(found.to_dictionary())
+    assert 'log.jsonl' in [file.path for file in client.list_artifacts(found.info.run_id)]
+    copies = tmp_path/'copies'
+    copies.mkdir()
+    client.download_artifacts(found.info.run_id, '', str(copies))
+    assert any(copies.rglob('log.jsonl'))
+    assert_no_password(copies)
+
+@pytest.mark.slow
+def test_39_a_password_in_a_config(tmp_path):
+    "Also where the tracker is down, only the file holds it that the user wrote"
+    cfg = tracked_config(tmp_path, 'down')
+    folder = run_folder(cfg, prepare(cfg).hash)
+    uri = f'http://user:canary@127.0.0.1:{free_port()}?token=canary'
+    secret = tmp_path/'secret.yaml'
+    secret.write_text(f'tracker: {{uri: "{uri}"}}')
+    trained, delivered = train_and_deliver(f'{tmp_path}/tiny.yaml,{secret}', folder, uri, USER)
+    assert delivered.returncode == 3, delivered
+    assert 'does not take what it is sent (ConnectionRefusedError)' in trained.stdout
+
+@pytest.mark.slow
+def test_39_the_default_tracker_opens_no_connection(tmp_path):
+    "It is a file: a run looks up no name and reaches no other machine, and MLflow's reports to its makers are off"
+    tracked_config(tmp_path, 'default')
+    calls = tmp_path/'calls'
+    command = [sys.executable, '-m', 'helpers.without_network', tmp_path/'tiny.yaml', calls]
+    environment = USER | dict(PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    position, = tmp_path.rglob('tracker.json')
+    assert json.loads(position.read_text())['run_id']
+    assert not calls.exists(), calls.read_text()

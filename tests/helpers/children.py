@@ -3,7 +3,9 @@ import os
 import resource
 import signal
 import sys
+from functools import partial
 
+import rtsseg.files
 from rtsseg.console import RtssegError
 
 def in_child(work, prepare=lambda: None):
@@ -90,3 +92,55 @@ def killed_while_writing(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         limit_file_size(size)
     return prepare
+
+FILE_CALLS = 'open', 'fsync', 'link', 'replace', 'unlink', 'close'
+
+class HalfWritten:
+    "A file that calls `step` before each write with what would write the first half of it"
+    def __init__(self, step, *args, **options):
+        self.step, self.file = step, open(*args, **options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        self.step(lambda: self.write_half(data))
+        return self.file.write(data)
+
+    def write_half(self, data):
+        self.file.write(data[:len(data) // 2])
+        self.file.flush()
+
+def killed_at_write_step(k):
+    "For `prepare`: kill -9 at the k-th step of writing files, which is a call of `os` or the middle of a write"
+    seen = 0
+
+    def step(last_words=lambda: None):
+        nonlocal seen
+        seen += 1
+        if seen == k:
+            last_words()
+            die()
+
+    def counted(call):
+        def count_and_call(*args, **options):
+            step()
+            return call(*args, **options)
+        return count_and_call
+
+    def prepare():
+        for name in FILE_CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        rtsseg.files.open = partial(HalfWritten, step)
+
+    return prepare
+
+def killed_after(seconds):
+    "For `prepare`: the kernel ends the process (SIGPROF) once it has used this much CPU time; never for 0"
+    return lambda: signal.setitimer(signal.ITIMER_PROF, seconds)

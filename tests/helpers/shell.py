@@ -19,7 +19,7 @@ def redirect(descriptor, path):
     "Let stdout (1) or stderr (2) of this process go to a file"
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
 
-def run_command(name, *args, out, err, cwd, env):
+def run_command(name, *args, out, err, cwd, env, prepare):
     "In the forked process: run a command as its script in bin/ does"
     redirect(1, out)
     redirect(2, err)
@@ -27,18 +27,20 @@ def run_command(name, *args, out, err, cwd, env):
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [name, *args]
+    if prepare:
+        prepare()
     try:
         runpy.run_path(str(Path(sys.executable).parent/name), run_name='__main__')
     finally:
         # a forked process does not do this by itself
         atexit._run_exitfuncs()
 
-def shell(*call, cwd='.', env=CLEAN, timeout=600):
+def shell(*call, cwd='.', env=CLEAN, timeout=600, prepare=None):
     """`shell('rtsseg-x', '--a', b)`: exit code and output, as subprocess.run returns them. What is read at import
-    (OMP_NUM_THREADS and the like) is as it is in this process"""
+    (OMP_NUM_THREADS and the like) is as it is in this process. `prepare`, a function of a module, is called first"""
     with TemporaryDirectory() as folder:
         out, err = Path(folder)/'out', Path(folder)/'err'
-        settings = dict(out=out, err=err, cwd=os.path.abspath(cwd), env=env)
+        settings = dict(out=out, err=err, cwd=os.path.abspath(cwd), env=env, prepare=prepare)
         process = processes.Process(target=run_command, args=[*map(str, call)], kwargs=settings)
         process.start()
         process.join(timeout)
