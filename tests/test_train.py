@@ -194,11 +194,13 @@ def test_the_environment_of_a_container_is_not_the_launchers(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_detached_run(tiny, tmp_path):
     "It prints where its output goes, returns, and comes to its end by itself"
-    given, finish = write_config(moved_to(tiny, tmp_path, epochs=1), tmp_path), tmp_path/'finish'
-    done = shell('rtsseg-train', '--config', given, '--detach', cwd=tmp_path, env=held(1, until=finish))
+    cfg, finish = moved_to(tiny, tmp_path, epochs=1), tmp_path/'finish'
+    folder = run_folder(cfg, prepare(cfg).hash)
+    given, env = write_config(cfg, tmp_path), held(folder, 1, until=finish)
+    done = shell('rtsseg-train', '--config', given, '--detach', cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     where, path = done.stdout.splitlines()
-    folder = tmp_path/path
+    assert tmp_path/path == folder
     assert where == f'the run continues by itself; its output goes to {path}/train.out'
     assert not (folder/'model').exists()
     finish.touch()
@@ -227,7 +229,7 @@ def program(name, config):
 ])
 def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how):
     cfg, folder = elsewhere(tiny, tmp_path)
-    with started(*program(death, tmp_path/'tiny.yaml'), env=held(1)) as first:
+    with started(*program(death, tmp_path/'tiny.yaml'), env=held(folder, 1)) as first:
         wait_for(lambda: events(folder, 'epoch'))
         first.send_signal(how)
         output = first.communicate(timeout=300)[0]
@@ -263,7 +265,7 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
         return re.search(r'^ *"done: ', out.read_text(), re.M)
 
     def kill_after(epoch, how):
-        with started(*command, env=held(epoch), **silent) as notebook:
+        with started(*command, env=held(folder, epoch), **silent) as notebook:
             wait_for(lambda: epoch in logged_epochs(folder))
             notebook.send_signal(how)
             assert notebook.wait(300) != 0
@@ -519,7 +521,7 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     "The other ends too, and the command prints what happened"
     cfg, folder = elsewhere(tiny, tmp_path, batch_size=4)
     command = [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--processes', '2']
-    with started(*command, env=held(1), stderr=subprocess.PIPE) as first:
+    with started(*command, env=held(folder, 1), stderr=subprocess.PIPE) as first:
         wait_for(lambda: events(folder, 'epoch'))
         children = Path(f'/proc/{first.pid}/task/{first.pid}/children')
         ranks = [int(number) for number in children.read_text().split()]

@@ -10,10 +10,10 @@ from helpers.shell import CLEAN
 ONE_THREAD = CLEAN | dict(OMP_NUM_THREADS='1')
 HOLD = Path(__file__).parent/'hold'
 
-def held(epoch, until='/nowhere'):
-    "Environment in which a trainer waits after an epoch until it is asked to stop, or until a file exists"
+def held(folder, epoch, until='/nowhere'):
+    "Environment in which the trainer of a run waits after an epoch until it is asked to stop, or until a file exists"
     path = f"{HOLD}:{ONE_THREAD.get('PYTHONPATH', '')}"
-    return ONE_THREAD | dict(PYTHONPATH=path, HOLD_EPOCH=str(epoch), HOLD_UNTIL=str(until))
+    return ONE_THREAD | dict(PYTHONPATH=path, HOLD_RUN=str(folder), HOLD_EPOCH=str(epoch), HOLD_UNTIL=str(until))
 
 def default_hangup():
     "SIGHUP ends a program, also where the process that runs the tests ignores it"

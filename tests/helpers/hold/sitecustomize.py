@@ -1,5 +1,5 @@
-"""Python imports this when it starts with this folder on PYTHONPATH: a trainer waits at the end of the epoch
-HOLD_EPOCH until it is asked to stop, or until the file HOLD_UNTIL exists"""
+"""Python imports this when it starts with this folder on PYTHONPATH: the trainer of the run folder HOLD_RUN waits at
+the end of epoch HOLD_EPOCH until it is asked to stop, or until the file HOLD_UNTIL exists"""
 import os
 import sys
 import time
@@ -10,7 +10,8 @@ def hold_trainer():
 
     def on_epoch(self, run):
         write(self, run)
-        if run.epoch == int(os.environ['HOLD_EPOCH']):
+        # a chapter trains other runs as examples
+        if run.epoch == int(os.environ['HOLD_EPOCH']) and os.path.samefile(self.folder, os.environ['HOLD_RUN']):
             while not run.asked and not os.path.exists(os.environ['HOLD_UNTIL']):
                 time.sleep(.02)
 
