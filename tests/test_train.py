@@ -230,7 +230,7 @@ def program(name, config):
 def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how):
     cfg, folder = elsewhere(tiny, tmp_path)
     with started(*program(death, tmp_path/'tiny.yaml'), env=held(folder, 1)) as first:
-        wait_for(lambda: events(folder, 'epoch'))
+        wait_for(lambda: events(folder, 'epoch') or first.poll() is not None)
         first.send_signal(how)
         output = first.communicate(timeout=300)[0]
     if how == SIGKILL:
@@ -266,7 +266,8 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
 
     def kill_after(epoch, how):
         with started(*command, env=held(folder, epoch), **silent) as notebook:
-            wait_for(lambda: epoch in logged_epochs(folder))
+            wait_for(lambda: epoch in logged_epochs(folder) or notebook.poll() is not None)
+            assert notebook.poll() is None
             notebook.send_signal(how)
             assert notebook.wait(300) != 0
         assert not is_done()

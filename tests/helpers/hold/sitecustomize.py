@@ -11,7 +11,8 @@ def hold_trainer():
     def on_epoch(self, run):
         write(self, run)
         # a chapter trains other runs as examples
-        if run.epoch == int(os.environ['HOLD_EPOCH']) and os.path.samefile(self.folder, os.environ['HOLD_RUN']):
+        is_held = os.path.realpath(self.folder) == os.path.realpath(os.environ['HOLD_RUN'])
+        if is_held and run.epoch == int(os.environ['HOLD_EPOCH']):
             while not run.asked and not os.path.exists(os.environ['HOLD_UNTIL']):
                 time.sleep(.02)
 
