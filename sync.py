@@ -53,6 +53,9 @@ def readme(root):
 
     notebook = nbformat.read(root/'nbs/index.ipynb', 4)
     notebook.metadata.language_info = {'name': 'python'}
+    for cell in notebook.cells:
+        if cell.cell_type == 'code' and '#| output: false' in cell.source:
+            cell.outputs = []
     config = Config()
     config.NbConvertBase.display_data_priority = ['text/markdown', 'image/png', 'text/plain']
     names = {'output_files_dir': 'images', 'unique_key': 'index'}

@@ -932,6 +932,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'rtsseg.pixel_results.SeedCurve': ('pixel_results.html#seedcurve', 'rtsseg/pixel_results.py'),
                                       'rtsseg.pixel_results.check_same_tiles': ( 'pixel_results.html#check_same_tiles',
                                                                                  'rtsseg/pixel_results.py'),
+                                      'rtsseg.pixel_results.compared_metrics': ( 'pixel_results.html#compared_metrics',
+                                                                                 'rtsseg/pixel_results.py'),
                                       'rtsseg.pixel_results.confirm': ('pixel_results.html#confirm', 'rtsseg/pixel_results.py'),
                                       'rtsseg.pixel_results.curve_codes': ('pixel_results.html#curve_codes', 'rtsseg/pixel_results.py'),
                                       'rtsseg.pixel_results.estimates': ('pixel_results.html#estimates', 'rtsseg/pixel_results.py'),

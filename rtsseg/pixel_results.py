@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OTHER_WEIGHTS', 'SAME_WEIGHTS', 'NOT_COMPARED', 'UNSUPPORTED', 'RECALLS', 'PixelRun', 'read_split',
-           'read_calibration', 'read_own_manifest', 'pixel_run', 'metric_now', 'confirm', 'ratio_thresholds',
-           'estimates', 'supported', 'SeedCurve', 'curve_codes', 'seed_curves', 'mean_curves', 'PixelResults',
-           'check_same_tiles', 'pixel_results']
+           'read_calibration', 'read_own_manifest', 'pixel_run', 'metric_now', 'compared_metrics', 'confirm',
+           'ratio_thresholds', 'estimates', 'supported', 'SeedCurve', 'curve_codes', 'seed_curves', 'mean_curves',
+           'PixelResults', 'check_same_tiles', 'pixel_results']
 
 # %% ../nbs/06e_pixel_results.ipynb #ipixelr
 from dataclasses import dataclass
@@ -112,16 +112,26 @@ def metric_now(found:dict,    # of `summary`
         raise ReportError(f'seed {run.seed}: metrics.json holds {metric}, and validation has no such metric')
     return row[name]
 
+def compared_metrics(run:PixelRun,
+                     evidence:Evidence        # of the validation split
+                    ) -> dict[str, float]:    # of the best validation, by name@ratio
+    "The metrics that evidence of the same weights must give again"
+    chosen = {metric: value for metric, value in run.best['metrics'].items() if '@' in metric}
+    if evidence.bins == 'float16':
+        return chosen
+    # one pixel that rounding moves across the threshold can join or split an object, which is a whole count
+    return {metric: value for metric, value in chosen.items() if not metric.startswith('object_')}
+
 def confirm(run:PixelRun
            ) -> str:            # a line for the report
     "Compare the exported model with the best validation; raises `ReportError` where they differ by more than rounding"
     cfg = run.cfg.metrics
     if not evidence_path(run.folder, 'val').exists():
         return NOT_COMPARED.format(run=run, views=run.cfg.infer.views)
-    chosen = {metric: value for metric, value in run.best['metrics'].items() if '@' in metric}
+    evidence = read_split(run, 'val', 'none')
+    chosen = compared_metrics(run, evidence)
     ratios = dict.fromkeys(metric.split('@')[1] for metric in chosen)
     ratios = [r if r == 'native' else int(r) for r in ratios]
-    evidence = read_split(run, 'val', 'none')
     found = summary(evidence, ratios, cfg.reference_threshold, (0.3,), cfg.min_area)
     # training keeps scores in half precision, and evidence may have finer bins
     near = 1e-6 if evidence.bins == 'float16' else 1e-3
