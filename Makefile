@@ -73,7 +73,7 @@ synced: $(STAMP)
 
 notebooks: $(STAMP)
 	@echo "the tests inside the notebooks …"
-	@TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 600 nbdev_test --n_workers 2
+	@TIMEFORMAT="    %0R s"; time OMP_NUM_THREADS=1 timeout 1800 nbdev_test --n_workers 2
 
 pytest: $(STAMP)
 	@echo "pytest …"
