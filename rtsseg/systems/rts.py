@@ -142,6 +142,18 @@ class RTS(System):
         self.model(cfg, feed)
         read_tile(feed.manifest.of('train'), 0, cfg.data.extra_bands)
 
+    def check(self, cfg, batches=20, picture=''):
+        from rtsseg.check import check_and_draw
+        check_and_draw(cfg, batches, picture)
+
+    def probe(self, cfg):
+        from rtsseg.check import probe, show_probe
+        print(show_probe(probe(cfg), cfg))
+
+    def calibrate(self, folder, cfg, views):
+        from rtsseg.calibration import calibrate_pixels
+        return calibrate_pixels(folder, cfg, views)
+
     def default_views(self, cfg):
         return cfg.infer.views
 
