@@ -247,6 +247,7 @@ class PixelResults(Results):
 
     @property
     def metrics(self) -> Metrics:
+        "The settings of the metrics, of the first seed"
         return self.first.cfg.metrics
 
     @property
