@@ -103,7 +103,7 @@ def _one_row_a_tile(table):
         order = np.array([rows[0] if len(rows) == 1 else _first_of_repeats(table, rows) for rows in tiles])
     return table if np.array_equal(order, np.arange(len(table))) else table.take(order)
 
-def pixel_counts(evidence:'Evidence',   # `Evidence`
+def pixel_counts(evidence:'Evidence',   # of a split
                  weight:np.ndarray,     # of each tile
                  rows:int=256           # at a time: as many as a cache holds
                 ) -> np.ndarray:
@@ -473,7 +473,7 @@ class Meter:
         self.rows = []
 
     def update(self,
-               logits:Any,    # float (B, 1, H, W) or (B, H, W)
+               logits:Any,    # tensor or array, float (B, 1, H, W) or (B, H, W)
                target:Any,    # (B, H, W): 0, 1, 255
                tiles:Any      # int (B,): rows of the table
               ) -> None:

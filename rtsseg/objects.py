@@ -125,7 +125,7 @@ def _thresholds(evidence, thresholds):
 def grid_counts(evidence:Evidence,                    # of a split
                 iou:float=0.3,                        # smallest IoU of a match
                 min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
-                thresholds:Sequence[float]|None=None  # the nearest ones of the evidence are used; None: all of them
+                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
                ) -> np.ndarray:                       # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn
     "What `match_objects` counts at each threshold and floor, in the order of `object_grid`"
     thresholds = _thresholds(evidence, thresholds)
@@ -148,7 +148,7 @@ def object_grid(evidence:Evidence,                    # of a split
                 ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
                 iou:float=0.3,                        # smallest IoU of a match
                 min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
-                thresholds:Sequence[float]|None=None  # the nearest ones of the evidence are used; None: all of them
+                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
                ) -> pd.DataFrame:                     # a row a threshold and floor
     """Object metrics at each threshold and each floor (guide 6.2)
 

@@ -337,11 +337,11 @@ class Deferred:
         return self.make()
 
     def html(self) -> str:
-        "The blocks, made at the first call"
+        "All blocks as HTML"
         return ''.join(b.html() for b in self.blocks)
 
     def markdown(self, link:Link) -> str:
-        "The blocks, made at the first call"
+        "All blocks as Markdown"
         return '\n\n'.join(b.markdown(link) for b in self.blocks)
 
 # %% ../nbs/06a_page.ipynb #6d008037
