@@ -71,7 +71,7 @@ class SegmentTask(Task):
         self.monitor = cfg.metrics.monitor
 
     def parts(self, model:nn.Module) -> dict[str, list]:
-        "The modules of encoder, decoder and head by name"
+        "The modules of 'encoder' and 'decoder'"
         return parts(model)
 
     def forward(self, model:nn.Module, batch:dict) -> torch.Tensor:    # (B, H, W) logits
