@@ -8,7 +8,7 @@ __all__ = ['MAX_EXCESS', 'AGAIN', 'POINT_KINDS', 'VIEW_NAMES', 'summed_nll', 'nl
            'likelihood_tables', 'fit_replicates', 'fits', 'temperature_verdict', 'Region', 'Scores', 'Quality',
            'read_stored', 'Calibration', 'QualityByRatio', 'quality_table', 'RegionCalibrator', 'calibrate_evidence',
            'show_reliability', 'show_pr', 'fill', 'CalibrationText', 'show_calibration', 'read_events', 'views_gain',
-           'recommend', 'calibrate', 'show_views']
+           'recommend', 'calibrate', 'calibrate_pixels', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +28,17 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
 
 from .bootstrap import Estimate
-from .config import Calibrate, ConfigError, Infer, Metrics, PositiveFloat, Strict, load
+from rtsseg.config import (
+    Calibrate,
+    ConfigError,
+    Infer,
+    Metrics,
+    PositiveFloat,
+    RtsConfig,
+    Strict,
+    find_system,
+    load,
+)
 from .console import DataError, logger, nearest, visible
 from .evidence import Evidence, evidence_path, run_evidence
 from .files import SEAL, FileError, inside, read_json, seal_model, write_atomic
@@ -734,13 +745,24 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
 # %% ../nbs/06_calibrate.ipynb #f0acdc54
 def calibrate(folder:str|Path,      # a run folder with validation evidence
               views:str=''          # the views of that evidence; '' uses the config's
-             ) -> Calibration:      # also written to model/calibration.json
-    "Calibrate a run on Val-Realistic. Raises `DataError` where the run is not trained or validation is not evaluated"
+             ) -> Any:              # for pixels a `Calibration`, also written to model/calibration.json
+    """Calibrate a run on its validation split, as its system does
+
+    Raises `DataError` where the run is not trained or validation is not evaluated, and `ConfigError` where the system
+    has no calibration."""
     folder = require_finished(folder)
     cfg = load(inside(folder/'config.yaml', folder))
-    views = views or cfg.infer.views
-    if views not in VIEW_NAMES:
-        raise ConfigError(f'views: {views!r} is not one of {", ".join(VIEW_NAMES)}{nearest(views, VIEW_NAMES)}')
+    system = find_system(cfg.system)
+    views = views or system.default_views(cfg)
+    if views not in system.views:
+        raise ConfigError(f'views: {views!r} is not one of {", ".join(system.views)}{nearest(views, system.views)}')
+    return system.calibrate(folder, cfg, views)
+
+def calibrate_pixels(folder:Path,       # a run folder with validation evidence
+                     cfg:RtsConfig,     # of the run
+                     views:str          # the views of that evidence
+                    ) -> Calibration:   # also written to model/calibration.json
+    "Calibrate a run of the system rts on Val-Realistic (guide 12); raises `DataError`"
     target = inside(folder/'model'/'calibration.json', folder)
     evidence = _validation_evidence(folder, views)
     found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics)

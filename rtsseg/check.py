@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OTHER_CHECKS', 'BatchSurvey', 'check_batches', 'show_batch', 'checklist_line', 'checklist', 'check_pins',
-           'check_tracker', 'check_model', 'check_git', 'environment_findings', 'check_loaders', 'check', 'ProbeDone',
-           'tensor_bytes', 'MemoryObserver', 'measure_steps', 'largest_batch', 'probe', 'peak_memory', 'show_probe']
+           'check_tracker', 'check_model', 'check_git', 'environment_findings', 'check_loaders', 'check',
+           'check_and_draw', 'ProbeDone', 'tensor_bytes', 'MemoryObserver', 'measure_steps', 'largest_batch', 'probe',
+           'peak_memory', 'show_probe']
 
 # %% ../nbs/04i_check.ipynb #icheck
 import itertools
@@ -322,6 +323,22 @@ def check(cfg:RtsConfig,          # of the run
         own_lines = [f for f in lines if f.what in OTHER_CHECKS]
         raise DataError('\n'.join([manifest.path.name, *error_lines([*seen, *own_lines])]))
     return [*seen, *lines]
+
+def check_and_draw(cfg:RtsConfig,          # of the run
+                   batches:int=20,         # batches of each loader to iterate
+                   picture:str=''          # where one augmented batch is drawn; '': beside the runs of this config
+                  ) -> None:
+    "Check a run, and draw one batch as training will see it; raises `DataError` and `ConfigError`"
+    check(cfg, batches)
+    feed = loaders(cfg)
+    path = picture or stats_path(cfg, feed.manifest).with_name('check.png')
+    figure = show_batch(next(iter(feed.train)), feed.stats)
+    try:
+        figure.savefig(path)
+    except ValueError as e:
+        # a file type that Matplotlib does not write
+        raise ConfigError(f'picture: {e}') from None
+    print(f'one augmented batch: {os.path.relpath(path)}')
 
 def _of_batches(findings):
     "The findings about the training loader's batches that a line of the checklist quotes"

@@ -198,28 +198,16 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
                  picture:str=''     # where one augmented batch is drawn; '': check.png beside the runs of this config
                 ) -> None:
     "Check the data as a training run would see them; exit code 2 and every mistake on stderr where there is one"
-    from rtsseg.check import check, show_batch
-    from rtsseg.config import ConfigError
-    from rtsseg.prepare import stats_path
-    from rtsseg.tiles import loaders
+    from rtsseg.config import find_system
     cfg = shared.settings()
-    check(cfg, batches)
-    feed = loaders(cfg)
-    path = picture or stats_path(cfg, feed.manifest).with_name('check.png')
-    figure = show_batch(next(iter(feed.train)), feed.stats)
-    try:
-        figure.savefig(path)
-    except ValueError as e:
-        # a file type that Matplotlib does not write
-        raise ConfigError(f'picture: {e}') from None
-    print(f'one augmented batch: {os.path.relpath(path)}')
+    find_system(cfg.system).check(cfg, batches, picture)
 
 @command()
 def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:
     "Find the largest batch that fits into memory, and print what memory is used for; changes nothing, reads no data"
-    from rtsseg.check import probe, show_probe
+    from rtsseg.config import find_system
     cfg = shared.settings()
-    print(show_probe(probe(cfg), cfg))
+    find_system(cfg.system).probe(cfg)
 
 # %% ../nbs/10_cli.ipynb #7a0d0088
 @command(resumes=True)

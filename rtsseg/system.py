@@ -216,6 +216,22 @@ class System:
         "Try in a second what a config may fail at, before a search trains it; raises `ConfigError` and `DataError`"
         self.model(cfg, feed)
 
+    def check(self, cfg:RunConfig,
+              batches:int=20,     # training batches to look at
+              picture:str=''      # where one batch is drawn; '' chooses a place
+             ) -> None:
+        "The pre-flight check of a run: read all samples and print what was seen; raises `DataError`"
+        self.feed(cfg).check()
+        print(f'{cfg.name}: all samples can be read')
+
+    def probe(self, cfg:RunConfig) -> None:
+        "Print the largest batch that fits and what memory is used for; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no probe of its memory: try a batch_size')
+
+    def calibrate(self, folder:Path, cfg:RunConfig, views:str) -> Any:
+        "Write what is chosen on the validation table into the model directory, and return it; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no calibration')
+
     def default_views(self, cfg:RunConfig) -> str:
         "The views that are meant where none are named"
         return self.views[0]

@@ -11,15 +11,15 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from helpers.shell import CLEAN, shell
+from helpers.started import held, started
 from rtsseg.ablation import ablate
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.log import kept_validations
 from rtsseg.noise import measure_noise
-from rtsseg.runs import read_lines, read_log
+from rtsseg.runs import read_lines, read_log, run_folder
 from rtsseg.system import SampleTable, find_run
 from rtsseg.training import train
 
@@ -28,7 +28,9 @@ SYSTEMS = sorted(path.stem for path in (ROOT/'rtsseg'/'systems').glob('*.py') if
 # rooms that only a segmentation of tiles needs
 RTS_ROOMS = {'audit', 'augment', 'check', 'columns', 'evidence', 'filecheck', 'findings', 'importers', 'infer',
              'losses', 'manifest', 'metrics', 'models', 'objects', 'observe', 'prepare', 'raster', 'rawtile', 'sampler',
-             'scores', 'segment', 'shapes', 'splits', 'stats', 'tiles', 'toy'}
+             'scores', 'segment', 'shapes', 'splits', 'stats', 'tiles', 'toy', 'calibration', 'figures', 'ground',
+             'intervals', 'invented', 'operating', 'pixel_report', 'pixel_results', 'prediction', 'pretrained',
+             'tables'}
 
 def imported_rooms(module):
     "Rooms that a module of the library imports, anywhere in it"
@@ -102,13 +104,14 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(images, undisturbed,
     "kill -9 of the command and its trainer, after the first epoch"
     cfg = config(images, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6))
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
+    folder = run_folder(cfg, find_system('classify').feed(cfg).hash)
     program = [Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'cfg.yaml', '--inline']
-    process = subprocess.Popen(program, env=CLEAN, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('epoch   1/4'):
-            process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    folder = train(cfg)
+    with started(*program, env=held(folder, 1)) as process:
+        # the trainer waits after its first epoch
+        next(line for line in process.stdout if line.startswith('epoch   1/4'))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert train(cfg) == folder
     starts = [event for event, _ in read_lines(folder/'log.jsonl') if event['event'] == 'start']
     assert len(starts) == 2 and starts[1]['step'] > 0
     assert folder.parent.name == undisturbed.parent.name
@@ -242,8 +245,34 @@ def test_a_system_from_outside_the_project(tmp_path):
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "did you mean 'outside'" in done.stderr, done.stderr
 
-def test_the_rts_system_has_no_door_of_its_own():
-    "Its model and task come through the protocol alone"
-    cfg = load(name='x', model=dict(architecture='unet', encoder='resnet18', weights=None), data=dict(tile_size=64))
-    model = find_system('rts').model(cfg, None)
-    assert isinstance(model, torch.nn.Module)
+@pytest.mark.parametrize('command, words', [
+    ('calibrate', 'system classify has no calibration'),
+    ('probe', 'system classify has no probe'),
+])
+def test_what_a_system_lacks_is_refused_by_its_name(undisturbed, command, words):
+    "The commands ask the system, and none of them knows what an RTS run is"
+    evaluate(undisturbed, 'val')
+    run = ['--run', undisturbed] if command == 'calibrate' else ['--config', undisturbed/'config.yaml']
+    done = shell(f'rtsseg-{command}', *run)
+    assert done.returncode == 2 and words in done.stderr, done.stdout + done.stderr
+
+def test_the_check_of_a_system_reads_its_samples(images, undisturbed, tmp_path):
+    done = shell('rtsseg-check', '--config', undisturbed/'config.yaml')
+    assert done.returncode == 0 and 'all samples can be read' in done.stdout, done.stdout + done.stderr
+    broken = tmp_path/'images'
+    shutil.copytree(images, broken)
+    (broken/'train'/'disc'/'00.png').write_bytes(b'')
+    cfg = config(broken, tmp_path/'runs')
+    (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
+    done = shell('rtsseg-check', '--config', tmp_path/'cfg.yaml')
+    assert done.returncode == 2 and '00.png' in done.stderr, done.stdout + done.stderr
+
+def test_an_image_that_changes_at_equal_size_is_other_data(images, undisturbed, tmp_path):
+    copy = tmp_path/'images'
+    shutil.copytree(images, copy)
+    before = find_system('classify').feed(config(copy, tmp_path)).hash
+    image = copy/'train'/'disc'/'00.png'
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    assert find_system('classify').feed(config(copy, tmp_path)).hash != before

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ConfigError, Fraction, PositiveInt, RunConfig, RunName, Since, Strict, Undeciding, load
 from ..console import DataError, nearest, raise_problems
-from ..files import FileError, check_seal, read_json, typed, write_atomic
+from ..files import FileError, check_seal, digest, read_json, typed, write_atomic
 from ..loop import Task
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
@@ -148,9 +148,9 @@ class ImageFeed(Feed):
 
     @cached_property
     def hash(self) -> str:
-        "Hash of the list of images and their sizes in bytes: 16 hexadecimal digits"
-        sizes = [(self.root/path).stat().st_size for path in self.table.path]
-        text = json.dumps([self.table.values.tolist(), sizes])
+        "Hash of the list of images and their contents: 16 hexadecimal digits"
+        contents = [digest(self.root/path) for path in self.table.path]
+        text = json.dumps([self.table.values.tolist(), contents])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self) -> None:

@@ -161,6 +161,21 @@ class RTS(System):
         self.model(cfg, feed)
         read_tile(feed.manifest.of('train'), 0, cfg.data.extra_bands)
 
+    def check(self, cfg:RtsConfig, batches:int=20, picture:str='') -> None:
+        "Print the checklist of a run, and draw one augmented batch; raises `DataError` and `ConfigError`"
+        from rtsseg.check import check_and_draw
+        check_and_draw(cfg, batches, picture)
+
+    def probe(self, cfg:RtsConfig) -> None:
+        "Print the largest batch that fits, and what memory is used for"
+        from rtsseg.check import probe, show_probe
+        print(show_probe(probe(cfg), cfg))
+
+    def calibrate(self, folder:Path, cfg:RtsConfig, views:str) -> Any:
+        "Write calibration.json from the validation evidence, and return the calibration; raises `DataError`"
+        from rtsseg.calibration import calibrate_pixels
+        return calibrate_pixels(folder, cfg, views)
+
     def default_views(self, cfg:RtsConfig) -> str:
         "The views of the config"
         return cfg.infer.views
