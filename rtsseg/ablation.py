@@ -191,7 +191,7 @@ class Ablation:
         ax.set_xlabel(f'{self.monitor}: variant − {self.variants[0]}, same seed', fontsize=8)
         return figure
 
-    def write(self):
+    def write(self) -> None:
         "table.md, table.csv and differences.png"
         write_atomic(self.folder/'table.md', f'{self}\n')
         write_atomic(self.folder/'table.csv', self.table().to_csv(index=False))

@@ -6,7 +6,7 @@
 __all__ = ['MIN_GROUPS', 'draw_groups', 'Estimate', 'expanded_interval', 'bootstrap_groups']
 
 # %% ../nbs/03f_bootstrap.ipynb #ibootstrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,9 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 # %% ../nbs/03f_bootstrap.ipynb #f95c6149
-def draw_groups(groups,                 # (rows,): the group of each row: a block, a patient, a plant
-                replicates:int=1000,    # how many
-                seed:int=0              # fixes the draws: two tables with the same groups are drawn alike
+def draw_groups(groups:Sequence|np.ndarray,    # (rows,): the group of each row: a block, a patient, a plant
+                replicates:int=1000,           # how many
+                seed:int=0                     # fixes the draws: two tables with the same groups are drawn alike
                ) -> tuple[np.ndarray, np.ndarray]:
     """Draw groups with replacement, as many as there are
 
@@ -70,9 +70,9 @@ def expanded_interval(x:np.ndarray,   # (replicates,): one metric; NaN is left o
 
 # %% ../nbs/03f_bootstrap.ipynb #da56ed85
 def bootstrap_groups(statistic:Callable[[np.ndarray], dict[str, float]],   # weights of rows → {name: number or NaN}
-                     groups,                 # (rows,): the group of each row; different ones where rows are independent
-                     replicates:int=1000,    # how many
-                     seed:int=0              # fixes the draws
+                     groups:Sequence|np.ndarray,   # (rows,): the group of each row, its own where rows are independent
+                     replicates:int=1000,          # how many
+                     seed:int=0                    # fixes the draws
                     ) -> dict[str, Estimate]:
     "Numbers of a table with 95% intervals over its groups; no interval with fewer than `MIN_GROUPS` groups"
     draws, group = draw_groups(groups, replicates, seed)

@@ -366,20 +366,20 @@ class Calibration(Strict):
         return points[ratio]
 
     def score(self,
-              logits,                # of the model, any shape
-              ratio:int|None=None    # r of 1:r; None: the ratio of the fit
-             ) -> np.ndarray:        # float64, of the same shape
+              logits:float|np.ndarray,    # of the model, any shape
+              ratio:int|None=None         # r of 1:r; None: the ratio of the fit
+             ) -> np.ndarray:             # float64, of the same shape
         "Calibrated log-odds. Raises KeyError for a ratio that was not calibrated"
         if ratio is not None and ratio not in self.shifts:
             raise KeyError(f'no prior shift to 1:{ratio}; there are {", ".join(f"1:{r}" for r in self.shifts)}')
         shift = 0. if ratio is None else self.shifts[ratio]
         return self.slope * np.asarray(logits, float) + self.intercept + shift
 
-    def probability(self, logits, ratio:int|None=None) -> np.ndarray:
+    def probability(self, logits:float|np.ndarray, ratio:int|None=None) -> np.ndarray:
         "Calibrated probabilities of logits, at the ratio of the fit or at another"
         return expit(self.score(logits, ratio))
 
-    def raw(self, probability) -> np.ndarray:
+    def raw(self, probability:float|np.ndarray) -> np.ndarray:
         "The uncalibrated probability of a calibrated one: the scale of thresholds in metrics, objects and intervals"
         return expit((logit(probability) - self.intercept) / self.slope)
 
@@ -475,7 +475,8 @@ class RegionCalibrator:
     def __init__(self, evidence:Evidence, slope:float, intercept:float, cfg:Calibrate, metrics:Metrics):
         self.evidence, self.slope, self.intercept, self.cfg, self.metrics = evidence, slope, intercept, cfg, metrics
 
-    def score(self, z):
+    def score(self, z:float|np.ndarray) -> float|np.ndarray:
+        "Calibrated log-odds of logits, at the ratio of the fit"
         return self.slope * z + self.intercept
 
     def points(self, evidence:Evidence, drawn:Replicates) -> dict:    # fields of `Region` and `Calibration`
@@ -624,10 +625,12 @@ class CalibrationText:
         return dict(ratio=f'1:{ratio}', threshold=threshold, precision=point.precision, recall=point.recall)
 
     def pixels(self, title:str, points:dict[int, OperatingPoint]) -> list[str]:
+        "The thresholds of pixels, a row for each ratio"
         rows = [self._point(r, p.logit, p) | dict(notes=self.marks(p.why, p.precision.why)) for r, p in points.items()]
         return self.table(title, rows)
 
     def objects(self, title:str, points:dict[int, ObjectOperatingPoint]) -> list[str]:
+        "The thresholds of objects, a row for each ratio"
         rows = []
         for r, p in points.items():
             notes = self.marks(p.why, p.precision.why, p.monotone_why)
@@ -636,6 +639,7 @@ class CalibrationText:
         return self.table(title, rows)
 
     def errors(self) -> list[str]:
+        "NLL, ECE and Brier score of each way of making probabilities"
         names, rows = dict(nll='NLL', ece='ECE', brier='Brier'), []
         for r, quality in self.c.quality.items():
             for key, name in names.items():
@@ -644,6 +648,7 @@ class CalibrationText:
         return self.table('Error of probabilities', rows)
 
     def head(self) -> list[str]:
+        "What was calibrated, temperature, slope and intercept"
         c = self.c
         t, both = c.fits['temperature'].slope, c.fits['slope_intercept']
         between = f' [{1 / t.high:.3g}, {1 / t.low:.3g}]' if t.low and t.low > 0 else ''
@@ -654,11 +659,13 @@ class CalibrationText:
                 fill(c.temperature_enough)]
 
     def region(self, name:str, region:Region) -> list[str]:
+        "The thresholds of a region, and why it has none of its own"
         said = ['', fill(f'Region {name}: {region.why}')] if region.why else []
         return (said + self.pixels(f'Region {name}: pixels', region.thresholds)
                 + self.objects(f'Region {name}: objects', region.objects))
 
     def text(self) -> str:
+        "The whole text; remarks come last"
         c, goal = self.c, f'precision {self.c.target_precision:g}'
         title = f'Objects, {goal} at IoU {OBJECT_IOU:g}: threshold and smallest area, pixels'
         lines = [*self.head(), *self.pixels(f'Pixels, {goal}', c.thresholds), *self.objects(title, c.objects),

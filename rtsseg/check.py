@@ -34,7 +34,7 @@ from .config import ConfigError, EarlyStopping, RtsConfig
 from .console import DataError, some_names
 from .filecheck import check_files
 from .findings import LEVELS, Finding, error_lines, has_errors, readiness, show_findings
-from .loop import fit
+from .loop import TrainingState, fit
 from .manifest import Manifest
 from .models import build, check_size
 from .prepare import find_manifest, stats_path
@@ -349,6 +349,7 @@ class ProbeDone(Exception):
     "Ends the training of the probe; carries the bytes that it measured"
 
 def tensor_bytes(tensors:Iterable[torch.Tensor]) -> int:
+    "Bytes that the values of tensors take"
     return sum(t.nbytes for t in tensors)
 
 class MemoryObserver:
@@ -359,12 +360,14 @@ class MemoryObserver:
         # {address: bytes} of tensors that were kept for the backward pass
         self.kept = {}
 
-    def keep(self, tensor):
+    def keep(self, tensor:torch.Tensor) -> torch.Tensor:
+        "Count a tensor that is kept for the backward pass"
         storage = tensor.untyped_storage()
         self.kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
-    def on_step(self, run):
+    def on_step(self, run:TrainingState) -> None:
+        "Raise `ProbeDone` with the memory after the second step; `ConfigError` after 25 skipped ones"
         if run.skipped > 25:
             raise ConfigError(f'precision: 25 steps in {self.cfg.precision} gave no finite gradient')
         # fp16 may skip the first steps, and only the second step has all of the optimizer's state

@@ -91,7 +91,7 @@ STATE_TYPES = dict(epoch=int, batch=int, step=int, skipped=int, bad=int, finishe
                    counts=dict, tally=dict, gradient=dict, meter_states=list, stopper=dict, plateau=dict,
                    history=list)
 
-def has_valid_types(state) -> bool:
+def has_valid_types(state:object) -> bool:
     "Whether the plain part of a state has the types that a run gives it"
     if not isinstance(state, dict):
         return False
@@ -174,7 +174,8 @@ class CheckpointWriter(threading.Thread):
         super().__init__()
         self.path, self.data, self.written = path, pack_state(state), None
 
-    def run(self):
+    def run(self) -> None:
+        "Write the file; an earlier resume.ckpt is kept beside it, and a note says where the disk refuses"
         if self.path.stem == 'resume':
             self.keep_previous()
         try:
@@ -184,7 +185,7 @@ class CheckpointWriter(threading.Thread):
             logger.info(f'checkpoint {self.path.stem} was not written ({e.strerror}); {older}. '
                         f'Make room on {self.path.parent.parent}')
 
-    def keep_previous(self):
+    def keep_previous(self) -> None:
         "Give the present file a second name, under which it stays when the new one takes its place"
         temporary = self.path.with_name('.before.tmp')
         # a file system without links keeps one file only

@@ -274,15 +274,12 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      views:str=''     # none, minimal, standard or full; '' takes the config's
                     ) -> None:
     "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
-    from textwrap import fill
-
-    from rtsseg.calibration import calibrate, recommend, show_calibration, views_gain
+    from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
     folder = shared.run_folder(run)
     print(visible(show_calibration(calibrate(folder, views))))
-    gains = views_gain(folder)
-    if len(gains) > 1:
-        table = gains.drop(columns='why', errors='ignore').to_string(float_format='{:.4f}'.format, na_rep='')
-        print('\nViews', table, fill(recommend(gains)), sep='\n')
+    gains = show_views(views_gain(folder))
+    if gains:
+        print(gains)
 
 @command()
 def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or configurations; none: found from the config

@@ -10,9 +10,11 @@ __all__ = ['IDENTITY', 'HISTOGRAMS', 'NESTED', 'SCHEMA', 'FORMAT', 'UNITS', 'til
 import hashlib
 import io
 import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +28,12 @@ from .scores import CODES, Bins, clipped_scores, decode, tile_histograms
 from .shapes import BANDS, PAIRS, PREDICTED, TRUTH, WIDTHS, as_columns, tile_bands, tile_objects
 
 # %% ../nbs/03c_evidence.ipynb #8aa80a6f
-def tile_evidence(logits,                # float (H, W)
-                  mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
-                  thresholds=(0.5,),     # probabilities at which objects are kept
-                  bins:Bins='float16',   # the grid of scores
-                  widths=WIDTHS          # of the bands that boundary IoU compares, pixels
-                 ) -> dict:              # the tile's row without its identity
+def tile_evidence(logits:np.ndarray,                   # float (H, W)
+                  mask:np.ndarray,                     # uint8 (H, W): 0 background, 1 object, 255 ignore
+                  thresholds:Sequence[float]=(0.5,),   # probabilities at which objects are kept
+                  bins:Bins='float16',                 # the grid of scores
+                  widths:Sequence[int]=WIDTHS          # of the bands that boundary IoU compares, pixels
+                 ) -> dict:                            # the tile's row without its identity
     "What a tile shows (guide 6): score histograms, objects, their overlaps, boundaries"
     histograms = tile_histograms(logits, mask, bins)
     objects = tile_objects(logits, mask, thresholds, bins)
@@ -101,9 +103,9 @@ def _one_row_a_tile(table):
         order = np.array([rows[0] if len(rows) == 1 else _first_of_repeats(table, rows) for rows in tiles])
     return table if np.array_equal(order, np.arange(len(table))) else table.take(order)
 
-def pixel_counts(evidence,      # `Evidence`
-                 weight,        # of each tile
-                 rows:int=256   # at a time: as many as a cache holds
+def pixel_counts(evidence:'Evidence',   # of a split
+                 weight:np.ndarray,     # of each tile
+                 rows:int=256           # at a time: as many as a cache holds
                 ) -> np.ndarray:
     "Mass of negative and of positive pixels by code, tiles weighted: float64 (2, 65536), exact for whole weights"
     mass, weight = np.zeros((2, CODES)), np.asarray(weight, float)
@@ -211,8 +213,8 @@ class Evidence:
 
     @classmethod
     def from_rows(cls,
-                  rows,     # dicts of a tile's identity and its `tile_evidence`
-                  **meta    # thresholds, bins, views, model
+                  rows:Iterable[dict],    # dicts of a tile's identity and its `tile_evidence`
+                  **meta:Any              # thresholds, bins, views, model
                  ) -> 'Evidence':
         "Evidence of single tiles"
         rows = list(rows)
@@ -262,7 +264,7 @@ class Evidence:
         return Evidence(pa.concat_tables([self.table, other.table]), **meta, model=model)
 
     def select(self,
-               rows   # a mask, or row numbers
+               rows:np.ndarray   # a mask, or row numbers
               ) -> 'Evidence':
         "The evidence of some tiles"
         rows = np.asarray(rows)
@@ -377,9 +379,9 @@ def _check_histograms(evidence):
     _need((seen == valid) & (valid < 1 << 24), 'n_valid is not the number of pixels in the histograms')
 
 # %% ../nbs/03c_evidence.ipynb #0b433645
-def object_keys(cell,   # int: the tile of each object, or one number for tile and threshold
-                id      # int: of the object in its cell
-               ):
+def object_keys(cell:pd.Series|np.ndarray,   # int: the tile of each object, or one number for tile and threshold
+                id:pd.Series|np.ndarray      # int: of the object in its cell
+               ) -> pd.Series|np.ndarray:
     "One number for each object"
     return cell * 2**31 + id
 
@@ -471,10 +473,10 @@ class Meter:
         self.rows = []
 
     def update(self,
-               logits,    # float (B, 1, H, W) or (B, H, W)
-               target,    # (B, H, W): 0, 1, 255
-               tiles      # int (B,): rows of the table
-              ):
+               logits:Any,    # tensor or array, float (B, 1, H, W) or (B, H, W)
+               target:Any,    # (B, H, W): 0, 1, 255
+               tiles:Any      # int (B,): rows of the table
+              ) -> None:
         "Add a batch"
         logits, target, tiles = map(_as_array, (logits, target, tiles))
         settings = self.meta['thresholds'], self.meta['bins'], self.widths
@@ -487,7 +489,7 @@ class Meter:
         return self.rows
 
     def merge(self,
-              *states    # `state()` of other meters
+              *states:list    # `state()` of other meters
              ) -> 'Meter':
         "Add what others saw"
         for rows in states:

@@ -7,6 +7,7 @@ __all__ = ['MIN_SUPPORT', 'MAX_BINS', 'why_unsupported', 'summary', 'drawn_weigh
            'Difference', 'compare']
 
 # %% ../nbs/03g_intervals.ipynb #iinterva
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,12 +88,12 @@ def _object_row(evidence, ratio, matches:Matches, iou):
     row[f'support_object_{100 * iou:.0f}'] = int((matches.fp[~evidence['positive']] > 0).sum())
     return row
 
-def summary(evidence:Evidence,           # of a split
-            ratios=(200, 500, 1000),     # r of 1:r, or 'native'
-            thresholds=0.5,              # a probability, or one for each ratio {r: probability}
-            ious=IOUS,                   # IoUs of a match
-            min_area:int=0               # smallest object that counts, pixels
-           ) -> dict:                    # {ratio: {name: number}}
+def summary(evidence:Evidence,                             # of a split
+            ratios:Sequence[int|str]=(200, 500, 1000),     # r of 1:r, or 'native'
+            thresholds:float|dict=0.5,                     # a probability, or one for each ratio {r: probability}
+            ious:Sequence[float]=IOUS,                     # IoUs of a match
+            min_area:int=0                                 # smallest object that counts, pixels
+           ) -> dict:                                      # {ratio: {name: number}}
     """Everything at each ratio, reweighted, and the support of each number
 
     Pixel metrics, boundaries (`boundary_iou_2`) and objects at each IoU (`object_f1_30`)."""
@@ -112,8 +113,8 @@ MAX_BINS = 4096
 
 def _bin_starts(positive,        # positive pixels by code
                 exact,           # whether a code is one score; if not, a positive code is a bin of its own
-                cuts=(),         # codes that have to begin a bin
-                most=MAX_BINS    # bins, without the cuts
+                first_codes=(),  # codes that have to begin a bin
+                most=MAX_BINS    # bins, without those that `first_codes` begin
                ):
     "The codes at which bins begin, as few as give the same curve, and whether nothing is lost"
     here = np.flatnonzero(positive > 0)
@@ -123,8 +124,8 @@ def _bin_starts(positive,        # positive pixels by code
         below = np.cumsum(positive)[starts] - positive[starts]
         equal_mass = np.linspace(0, below[-1], most)
         starts = starts[np.unique(np.searchsorted(below, equal_mass))]
-    cuts = [cut for cut in cuts if cut < CODES]
-    return np.union1d(starts, cuts).astype(int), lossless
+    first_codes = [code for code in first_codes if code < CODES]
+    return np.union1d(starts, first_codes).astype(int), lossless
 
 def _resampled_histograms(evidence, starts, draws, block, rows=2048):
     """Histograms of all replicates, computed for some tiles at a time
@@ -155,7 +156,7 @@ def _resampled_histograms(evidence, starts, draws, block, rows=2048):
 # %% ../nbs/03g_intervals.ipynb #fd2ebae4
 def drawn_weight(n_neg:np.ndarray,       # negative tiles of each replicate
                  n_pos:np.ndarray,       # positive ones
-                 ratio,                  # r of 1:r, or 'native'
+                 ratio:int|str,          # r of 1:r, or 'native'
                  only_positive:bool      # whether the split has no negative tile, so that nothing is weighted
                 ) -> np.ndarray:         # of n_neg's shape: NaN where a class was not drawn
     "How often a negative tile counts in each replicate, w = r·n₊/n₋"
@@ -180,14 +181,14 @@ def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area
 
     positive = evidence['positive']
     n_neg, n_pos = tally(np.ones((len(positive), 1)))[..., 0]
-    cuts = {t: first_code(t, evidence.bins) for t in {_threshold_at(thresholds, ratio) for ratio in ratios}}
-    starts, lossless = _bin_starts(evidence.pooled[:, 1].sum(0), evidence.exact, cuts.values())
+    first_codes = {t: first_code(t, evidence.bins) for t in {_threshold_at(thresholds, ratio) for ratio in ratios}}
+    starts, lossless = _bin_starts(evidence.pooled[:, 1].sum(0), evidence.exact, first_codes.values())
     hist = _resampled_histograms(evidence, starts, draws, block)
 
     # true positives, false positives and false negatives, (2, replicates, 3), by threshold
     pixels, boundaries, objects = {}, {}, {}
-    for t, cut in cuts.items():
-        first = np.searchsorted(starts, cut)
+    for t, code in first_codes.items():
+        first = np.searchsorted(starts, code)
         fp, tp = np.moveaxis(hist[..., first:].sum(-1), 1, 0)
         fn = hist[:, 1, :, :first].sum(-1)
         pixels[t] = np.stack([tp, fp, fn], -1)
@@ -212,28 +213,28 @@ def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area
     return found
 
 # %% ../nbs/03g_intervals.ipynb #8c066477
-def resample(evidence:Evidence,          # of a split
-             ratios=(200, 500, 1000),    # r of 1:r, or 'native'
-             thresholds=0.5,             # a probability, or one for each ratio
-             ious=(0.3,),                # IoUs of a match
-             min_area:int=0,             # smallest object that counts, pixels
-             replicates:int=1000,        # how many
-             seed:int=0,                 # fixes the draws, so that differences of the same tiles are paired
-             unit:str='block'            # what is drawn: 'block' or 'region'
-            ) -> dict:                   # {ratio: {name: array (replicates,)}}: NaN where a class was not drawn
+def resample(evidence:Evidence,                            # of a split
+             ratios:Sequence[int|str]=(200, 500, 1000),    # r of 1:r, or 'native'
+             thresholds:float|dict=0.5,                    # a probability, or one for each ratio
+             ious:Sequence[float]=(0.3,),                  # IoUs of a match
+             min_area:int=0,                               # smallest object that counts, pixels
+             replicates:int=1000,                          # how many
+             seed:int=0,                                   # fixes the draws: differences of the same tiles are paired
+             unit:str='block'                              # what is drawn: 'block' or 'region'
+            ) -> dict:                                     # {ratio: {name: (replicates,)}}, NaN where a class is absent
     "Metrics of replicates in which blocks are drawn with replacement, w recomputed in each"
     draws, block = draw_groups(evidence[unit], replicates, seed)
     return _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area)
 
 # %% ../nbs/03g_intervals.ipynb #1344a906
-def subsample(evidence:Evidence,     # of a split
-              ratio:int,             # r of 1:r
-              threshold:float=0.5,   # a probability
-              draws:int=20,          # how often, 2 or more
-              seed:int=0,            # fixes the draws
-              ious=(0.3,),           # IoUs of a match
-              min_area:int=0         # smallest object that counts, pixels
-             ) -> dict|None:         # {name: (mean, std)}, or None where the split has too few negative tiles
+def subsample(evidence:Evidence,             # of a split
+              ratio:int,                     # r of 1:r
+              threshold:float=0.5,           # a probability
+              draws:int=20,                  # how often, 2 or more
+              seed:int=0,                    # fixes the draws
+              ious:Sequence[float]=(0.3,),   # IoUs of a match
+              min_area:int=0                 # smallest object that counts, pixels
+             ) -> dict|None:                 # {name: (mean, std)}, or None where the split has too few negative tiles
     "The summary's metrics of randomly drawn negative tiles (guide 10.3), mean and standard deviation over the draws"
     positive, rng = evidence['positive'], np.random.default_rng(seed)
     negative, n = np.flatnonzero(~positive), int(ratio * positive.sum())
@@ -350,15 +351,15 @@ def _estimate(cells, drawn, measured):
     low, high, why = expanded_interval(drawn, measured.held)
     return Estimate(value, low, high, why, std)
 
-def bootstrap(evidences,                  # `Evidence`, or a list of them, of the same tiles, one a seed
-              ratios=(200, 500, 1000),    # r of 1:r, or 'native'
-              thresholds=0.5,             # a probability, or {r: probability}; or a list of these, one a seed
-              ious=(0.3,),                # IoUs of a match
-              min_area:int=0,             # smallest object that counts, pixels
-              replicates:int=1000,        # how many
-              seed:int=0,                 # fixes the draws
-              unit:str='block'            # what is drawn: 'block' or 'region'
-             ) -> dict:                   # {ratio: {name: Estimate}}
+def bootstrap(evidences:Evidence|list[Evidence],            # of the same tiles; a list has one for each seed
+              ratios:Sequence[int|str]=(200, 500, 1000),    # r of 1:r, or 'native'
+              thresholds:float|dict|list=0.5,               # a probability or {r: probability}; a list: one a seed
+              ious:Sequence[float]=(0.3,),                  # IoUs of a match
+              min_area:int=0,                               # smallest object that counts, pixels
+              replicates:int=1000,                          # how many
+              seed:int=0,                                   # fixes the draws
+              unit:str='block'                              # what is drawn: 'block' or 'region'
+             ) -> dict:                                     # {ratio: {name: Estimate}}
     """The summary's metrics, means over seeds, with 95% intervals over blocks
 
     A cell that the split cannot support is blank, with a bound. Raises `DataError` where the tiles differ."""
@@ -429,16 +430,17 @@ def _difference(cells_a, cells_b, drawn, measured):
     one_seed = 'one seed: sigma knows nothing of other seeds' if std is None else ''
     return Difference(value, low, high, sigma, std, '; '.join(filter(None, [why, one_seed])))
 
-def compare(a, b,                       # `Evidence` of a run, or a list of them, one a seed; the n-th of both pair up
-            ratios=(200, 500, 1000),    # r of 1:r, or 'native'
-            thresholds_a=0.5,           # as for `bootstrap`: of the first run
-            thresholds_b=0.5,           # of the second
-            ious=(0.3,),                # IoUs of a match
-            min_area:int=0,             # smallest object that counts, pixels
-            replicates:int=1000,        # how many
-            seed:int=0,                 # fixes the draws
-            unit:str='block'            # what is drawn: 'block' or 'region'
-           ) -> dict:                   # {ratio: {name: Difference}}
+def compare(a:Evidence|list[Evidence],                    # of the first run; a list has one for each seed
+            b:Evidence|list[Evidence],                    # of the second; the n-th of both lists pair up
+            ratios:Sequence[int|str]=(200, 500, 1000),    # r of 1:r, or 'native'
+            thresholds_a:float|dict|list=0.5,             # as for `bootstrap`: of the first run
+            thresholds_b:float|dict|list=0.5,             # of the second
+            ious:Sequence[float]=(0.3,),                  # IoUs of a match
+            min_area:int=0,                               # smallest object that counts, pixels
+            replicates:int=1000,                          # how many
+            seed:int=0,                                   # fixes the draws
+            unit:str='block'                              # what is drawn: 'block' or 'region'
+           ) -> dict:                                     # {ratio: {name: Difference}}
     "b − a on the same tiles, for every metric that both have (guide 13); raises `DataError` where the tiles differ"
     _check_same_tiles([_as_list(a)[0], _as_list(b)[0]], unit)
     settings = ious, min_area, replicates, seed, unit

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import IO, Any
 
 import torch
@@ -46,13 +46,15 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def on_start(self, run):
+    def on_start(self, run:Any) -> None:
+        "Remember the run, and stop it where a signal came before it"
         self.run = run
         # a signal may have come before there was anything to stop
         if self.why:
             run.stop(self.why)
 
-    def ask(self, number, frame):
+    def ask(self, number:int, frame:FrameType|None) -> None:
+        "The signal handler: ask the run to stop at the next step"
         self.why = signal.Signals(number).name
         if self.run is not None:
             self.run.stop(self.why)
@@ -96,7 +98,7 @@ def trainer_environment(seed:int,             # of the run
 def start_processes(program:list[str],    # what to run
                     n:int,                # how many processes
                     env:dict[str, str],   # their environment
-                    **streams             # stdin, stdout and stderr of them
+                    **streams:Any         # stdin, stdout and stderr of them
                    ) -> tuple[list[subprocess.Popen], Any]:
     "Start the processes of a run. Returns them and the store at which they meet, to be kept as long as they live"
     def start(**variables):

@@ -83,7 +83,7 @@ class Log:
         "Begin to measure speed"
         self.since, self.steps, self.waited = time.monotonic(), 0, waited
 
-    def write(self, event:str, **row) -> None:
+    def write(self, event:str, **row:Any) -> None:
         "Add a line; a full disk costs the line and not the run"
         try:
             append_line(self.path, dict(event=event, **row))
@@ -91,7 +91,8 @@ class Log:
             logger.info('%s was not written (%s); it will lack this %s. Make room on %s',
                         self.path.name, e.strerror, event, self.folder)
 
-    def on_start(self, run):
+    def on_start(self, run:Any) -> None:
+        "Write where the run begins or resumes"
         if not run.accelerator.is_main_process:
             return
         row = dict(epoch=run.epoch, step=run.step, device=str(run.accelerator.device),
@@ -102,11 +103,13 @@ class Log:
         if run.step:
             print(f'resuming from epoch {run.epoch}, step {run.step}', flush=True)
 
-    def on_stage(self, run, stage):
+    def on_stage(self, run:Any, stage:Any) -> None:
+        "Write the epochs of the stage and what it freezes"
         if run.accelerator.is_main_process:
             self.write('stage', epoch=run.epoch, first=stage.first, last=stage.last, frozen=stage.frozen)
 
-    def on_step(self, run):
+    def on_step(self, run:Any) -> None:
+        "Print the speed once every `SHOW_EVERY` seconds"
         self.steps += 1
         seconds = time.monotonic() - self.since
         if run.accelerator.is_main_process and seconds > SHOW_EVERY:
@@ -116,7 +119,8 @@ class Log:
                   f'{waiting:.0%} waiting for data', flush=True)
             self.start_window(run.waited)
 
-    def on_epoch(self, run):
+    def on_epoch(self, run:Any) -> None:
+        "Write and print the epoch, and warn of slow data and of overfitting"
         if not run.accelerator.is_main_process:
             return
         row = run.history[-1]
@@ -132,7 +136,8 @@ class Log:
                 self.seen_signs.add(sign)
                 logger.info('sign of overfitting, %s: %s', sign, remedy)
 
-    def on_end(self, run):
+    def on_end(self, run:Any) -> None:
+        "Write why training ended"
         if run.accelerator.is_main_process:
             self.write('end', reason=run.reason, epoch=run.epoch, step=run.step, best=run.best.get('epoch'))
 
@@ -174,7 +179,8 @@ class KeepTables:
     def __init__(self, folder:Path):
         self.folder = folder
 
-    def on_validation(self, run, metrics, meter):
+    def on_validation(self, run:Any, metrics:dict, meter:Any) -> None:
+        "Write the table of the validation, and remove all but the last two"
         if not run.accelerator.is_main_process:
             return
         meter.table().write(self.folder/'evidence'/f'epoch-{run.epoch:04d}.parquet')

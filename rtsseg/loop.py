@@ -71,15 +71,15 @@ class Task:
         "Trainable helpers outside the model, such as the projections of a distillation; saved with it"
         return None
 
-    def forward(self, model:nn.Module, batch) -> Any:
+    def forward(self, model:nn.Module, batch:Any) -> Any:
         "What the loss and the meter need; the loop never unpacks a batch"
         raise NotImplementedError
 
-    def count(self, batch) -> dict[str, float]:
+    def count(self, batch:Any) -> dict[str, float]:
         "For each part of the loss, the number that its mean is taken over (from a CPU batch); 1 for ratios of sums"
         raise NotImplementedError
 
-    def loss(self, out, batch) -> dict[str, torch.Tensor]:
+    def loss(self, out:Any, batch:Any) -> dict[str, torch.Tensor]:
         "For each part, its mean over this micro-batch, finite also where nothing counts; the config holds the weights"
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class Task:
         "A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>"
         return None
 
-    def tally(self, out, batch) -> dict[str, torch.Tensor]:
+    def tally(self, out:Any, batch:Any) -> dict[str, torch.Tensor]:
         "Scalars of the same names for every batch, summed over the training steps of an epoch and all processes"
         return {}
 
@@ -99,7 +99,7 @@ class Task:
         "Numbers made of those sums; each stands in the epoch's row as train/<name>"
         return {}
 
-    def difficulty(self, out, batch) -> tuple[torch.Tensor, torch.Tensor]|None:
+    def difficulty(self, out:Any, batch:Any) -> tuple[torch.Tensor, torch.Tensor]|None:
         "(rows, losses): the row of each sample in the training data, int (n,), and its own loss, float (n,)"
         return None
 
@@ -325,7 +325,7 @@ class TrainingState:
         return write_checkpoint(self.folder/'checkpoints'/f'{name}.ckpt', state or self.state(), wait)
 
 # %% ../nbs/04e_loop.ipynb #9d61fb14
-def forward(task:Task, model:nn.Module, batch, accelerator:Accelerator|None) -> Any:
+def forward(task:Task, model:nn.Module, batch:Any, accelerator:Accelerator|None) -> Any:
     "The task's forward pass; half precision stays inside the model: losses and meters see fp32"
     if accelerator is None or accelerator.mixed_precision == 'no':
         return task.forward(model, batch)
@@ -333,7 +333,7 @@ def forward(task:Task, model:nn.Module, batch, accelerator:Accelerator|None) -> 
         return convert_to_fp32(task.forward(model, batch))
 
 def pool_validation(states:list,               # (loss sums, counts, meter state) of each process
-                    meter,                     # a new meter
+                    meter:Any,                 # a new meter
                     weights:dict[str, float]   # weight of each loss part, 1 where not named
                    ) -> dict[str, float]:
     "The numbers of a validation: losses pooled by counts, and what the meter computes"
@@ -382,11 +382,11 @@ def validate(task:Task,                       # what things mean
 # steps in a row without a finite loss, after which a run stops
 MAX_BAD_STEPS = 10
 
-def weighted_loss(values:dict,     # loss part: mean over this micro-batch
-                  counts:dict,     # loss part: what the mean is taken over
-                  totals:dict,     # the same, over the whole group and all processes
-                  weights:dict     # loss part: its weight, 1 where not named
-                 ):                # Σ λ·value·n/N; 0 where nothing counts
+def weighted_loss(values:dict,                # loss part: mean over this micro-batch
+                  counts:dict,                # loss part: what the mean is taken over
+                  totals:dict,                # the same, over the whole group and all processes
+                  weights:dict                # loss part: its weight, 1 where not named
+                 ) -> torch.Tensor|float:     # Σ λ·value·n/N; 0 where nothing counts
     "This micro-batch's share of the loss of the whole group"
     parts = [part for part in values if totals[part]]
     return sum(weights.get(p, 1.) * values[p] * (float(counts[p]) / totals[p]) for p in parts)
@@ -415,7 +415,7 @@ def run_micro_batches(run:TrainingState, group:list) -> StepTotals:
     return step
 
 @torch.no_grad()
-def observe_batch(run:TrainingState, step:StepTotals, out, batch) -> None:
+def observe_batch(run:TrainingState, step:StepTotals, out:Any, batch:Any) -> None:
     "What the task scores on a training batch"
     for name, value in run.task.tally(out, batch).items():
         step.tally[name] = step.tally.get(name, 0.) + value.detach().double()

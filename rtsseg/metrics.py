@@ -8,6 +8,8 @@ __all__ = ['harmonic_sum', 'average_precision', 'pr_curve', 'ap_bounds', 'negati
            'boundary_metrics', 'confusion', 'class_iou', 'mean_iou']
 
 # %% ../nbs/03d_metrics.ipynb #imetrics
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import digamma
 
@@ -16,7 +18,7 @@ from .scores import first_code
 from .shapes import WIDTHS
 
 # %% ../nbs/03d_metrics.ipynb #fa655989
-def harmonic_sum(x, n):
+def harmonic_sum(x:np.ndarray, n:np.ndarray) -> np.ndarray:
     "1/(x + 1) + … + 1/(x + n)"
     # for large x the difference of digammas loses its last digits; the midpoint rule does not
     return np.where(x > 1e4, np.log1p(n / (x + 0.5)), digamma(x + n + 1) - digamma(x + 1))
@@ -89,9 +91,9 @@ def negative_weight(evidence:Evidence,        # of a split
         return 1.
     return float(ratio * n_pos / n_neg)
 
-def tile_weights(evidence:Evidence,   # of a split
-                 ratio='native'       # r of 1:r, 'native', or the weights themselves
-                ) -> np.ndarray:      # float64, one a tile
+def tile_weights(evidence:Evidence,                  # of a split
+                 ratio:int|str|np.ndarray='native'   # r of 1:r, 'native', or the weights themselves
+                ) -> np.ndarray:                     # float64, one a tile
     "How often each tile counts"
     if np.ndim(ratio):
         return np.asarray(ratio, float)
@@ -103,9 +105,9 @@ def weighted_sum(weight:np.ndarray,   # of each tile
     "A sum over tiles, the same to the last digit wherever the arrays lie in memory (that of a BLAS product is not)"
     return float((weight * count).sum())
 
-def histogram(evidence:Evidence,   # of a split
-              ratio='native'       # r of 1:r, 'native', or the weight of each tile
-             ) -> np.ndarray:      # (2, 65536): mass of negative and of positive pixels by code; int64 for 'native'
+def histogram(evidence:Evidence,                  # of a split
+              ratio:int|str|np.ndarray='native'   # r of 1:r, 'native', or the weight of each tile
+             ) -> np.ndarray:                     # (2, 65536): mass of negative and positive pixels; int64 for 'native'
     "The split's score histograms at a ratio; one NaN among the scores makes them NaN, and with them every metric"
     if np.ndim(ratio):
         hist = pixel_counts(evidence, ratio)
@@ -116,9 +118,9 @@ def histogram(evidence:Evidence,   # of a split
     return np.full(hist.shape, np.nan) if hist[:, 0].any() else hist
 
 # %% ../nbs/03d_metrics.ipynb #65e8e1dc
-def is_resolved(evidence:Evidence,         # of a split
-                ratios=('native',),        # each r of 1:r, or 'native'
-                tolerance:float=1e-4       # how far apart the bounds of PR-AUC may be
+def is_resolved(evidence:Evidence,                          # of a split
+                ratios:Sequence[int|str]=('native',),       # each r of 1:r, or 'native'
+                tolerance:float=1e-4                        # how far apart the bounds of PR-AUC may be
                ) -> bool:
     "Whether PR-AUC is known to the tolerance at every ratio; if not, a pass with `bins=evidence.score_range` helps"
     if evidence.exact:
@@ -127,8 +129,10 @@ def is_resolved(evidence:Evidence,         # of a split
     return not any(high - low > tolerance for low, high in bounds)
 
 # %% ../nbs/03d_metrics.ipynb #0456b297
-def rates(tp, fp, fn   # counts or masses, of any shape
-         ) -> dict:    # precision, recall, f1, iou: NaN where undefined
+def rates(tp:float|np.ndarray,   # true positives, counts or masses, of any shape
+          fp:float|np.ndarray,   # false positives, of the same shape
+          fn:float|np.ndarray    # false negatives, of the same shape
+         ) -> dict:              # precision, recall, f1, iou: NaN where undefined
     "Guide 6.1 from pooled counts"
     tp, fp, fn = (np.asarray(count, float) for count in (tp, fp, fn))
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -139,10 +143,10 @@ def rates(tp, fp, fn   # counts or masses, of any shape
             iou=tp / (tp + fp + fn)
         )
 
-def pixel_metrics(evidence:Evidence,     # of a split
-                  ratio='native',        # r of 1:r, 'native', or tile weights
-                  threshold:float=0.5    # a probability: what has it or more is predicted
-                 ) -> dict:              # precision, recall, f1, iou
+def pixel_metrics(evidence:Evidence,                    # of a split
+                  ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
+                  threshold:float=0.5                   # a probability: what has it or more is predicted
+                 ) -> dict:                             # precision, recall, f1, iou
     "Pixel metrics at a threshold (guide 6.1)"
     negative, positive = histogram(evidence, ratio)
     cut = first_code(threshold, evidence.bins)
@@ -190,10 +194,10 @@ def boundary_counts(evidence:Evidence,      # of a split
         counts[width][rows.tile] = np.stack([both, rows.predicted - both, rows.truth - both], 1)
     return counts
 
-def boundary_metrics(evidence:Evidence,     # of a split
-                     ratio='native',        # r of 1:r, 'native', or tile weights
-                     threshold:float=0.5    # a probability; the nearest one of the evidence's is used
-                    ) -> dict:              # {width: IoU}
+def boundary_metrics(evidence:Evidence,                    # of a split
+                     ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
+                     threshold:float=0.5                   # a probability; the nearest one of the evidence's is used
+                    ) -> dict:                             # {width: IoU}
     "Boundary IoU at a ratio, for the widths that the evidence holds"
     weight = tile_weights(evidence, ratio)
     found = {}
@@ -203,11 +207,11 @@ def boundary_metrics(evidence:Evidence,     # of a split
     return found
 
 # %% ../nbs/03d_metrics.ipynb #191e045a
-def confusion(prediction,       # int (…): classes
-              target,           # int (…): classes, or `ignore`
-              classes:int,      # how many
-              ignore:int=255    # label of pixels that do not count
-             ) -> np.ndarray:   # int64 (classes, classes): rows truth, columns prediction
+def confusion(prediction:np.ndarray,   # int (…): classes
+              target:np.ndarray,       # int (…): classes, or `ignore`
+              classes:int,             # how many
+              ignore:int=255           # label of pixels that do not count
+             ) -> np.ndarray:          # int64 (classes, classes): rows truth, columns prediction
     "Count pixels by true and predicted class; raises `ValueError` for invalid labels and for shapes that differ"
     prediction, target = np.asarray(prediction), np.asarray(target)
     if prediction.shape != target.shape:
@@ -221,14 +225,14 @@ def confusion(prediction,       # int (…): classes
                              f'and {ignore} where the target is ignored')
     return np.bincount(classes * target + prediction, minlength=classes**2).reshape(classes, classes)
 
-def class_iou(confusion   # (classes, classes): rows truth, columns prediction
+def class_iou(confusion:np.ndarray   # (classes, classes): rows truth, columns prediction
              ) -> np.ndarray:
     "IoU of each class, float64 (classes,): NaN for a class that occurs nowhere"
     confusion = np.asarray(confusion)
     both = np.diag(confusion)
     return rates(both, confusion.sum(0) - both, confusion.sum(1) - both)['iou']
 
-def mean_iou(confusion   # (classes, classes): rows truth, columns prediction
+def mean_iou(confusion:np.ndarray   # (classes, classes): rows truth, columns prediction
             ) -> float:
     "Mean IoU over the classes that occur in truth or prediction; NaN where nothing was counted"
     iou = class_iou(confusion)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -176,9 +177,9 @@ def fixed_statistics(block:nn.Module     # its batch-norm layers are in training
 # %% ../nbs/04_models.ipynb #d0f7320c
 def forward_twice(block:nn.Module,       # a block of an encoder
                   forward:Callable,      # its own forward
-                  *args,
-                  **kwargs
-                 ):
+                  *args:Any,
+                  **kwargs:Any
+                 ) -> Any:
     "Forward of a block that keeps only its input, and computes the rest again in the backward pass"
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

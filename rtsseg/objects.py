@@ -7,6 +7,7 @@ __all__ = ['IOUS', 'MISS_KINDS', 'SIZE_CLASSES', 'Matches', 'match_objects', 'ob
            'misses', 'recall_by_size', 'false_alarms']
 
 # %% ../nbs/03e_objects.ipynb #iobjects
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,12 +102,12 @@ def match_objects(evidence:Evidence,     # of a split
     tp, fp, fn = count(predicted, found), count(predicted, false), count(truth, missed)
     return Matches(threshold, predicted, truth, tp, fp, fn, edge)
 
-def object_metrics(evidence:Evidence,     # of a split
-                   ratio='native',        # r of 1:r, 'native', or tile weights
-                   threshold:float=0.5,   # a probability; the nearest one of the evidence's is used
-                   iou:float=0.3,         # smallest IoU of a match
-                   min_area:int=0         # smallest object that counts, pixels
-                  ) -> dict:              # threshold (that was used), tp, fp, fn, precision, recall, f1, edge
+def object_metrics(evidence:Evidence,                   # of a split
+                   ratio:int|str|np.ndarray='native',   # r of 1:r, 'native', or tile weights
+                   threshold:float=0.5,                 # a probability; the nearest one of the evidence's is used
+                   iou:float=0.3,                       # smallest IoU of a match
+                   min_area:int=0                       # smallest object that counts, pixels
+                  ) -> dict:                            # threshold (as used), tp, fp, fn, precision, recall, f1, edge
     "Object metrics (guide 6.2): false alarms of negative tiles count w times, recall does not change with the ratio"
     matches, weight = match_objects(evidence, threshold, iou, min_area), tile_weights(evidence, ratio)
     counts = {name: weighted_sum(weight, getattr(matches, name)) for name in ('tp', 'fp', 'fn')}
@@ -121,11 +122,11 @@ def _thresholds(evidence, thresholds):
         return list(evidence.thresholds)
     return sorted({evidence.nearest_threshold(t) for t in thresholds})
 
-def grid_counts(evidence:Evidence,  # of a split
-                iou:float=0.3,      # smallest IoU of a match
-                min_areas=(0,),     # smallest objects that count, pixels, on both sides
-                thresholds=None     # probabilities; the nearest ones of the evidence's are used. None: all of them
-               ) -> np.ndarray:     # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn of each tile
+def grid_counts(evidence:Evidence,                    # of a split
+                iou:float=0.3,                        # smallest IoU of a match
+                min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
+                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
+               ) -> np.ndarray:                       # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn
     "What `match_objects` counts at each threshold and floor, in the order of `object_grid`"
     thresholds = _thresholds(evidence, thresholds)
     predicted, truth, overlaps = _overlaps(evidence, thresholds)
@@ -143,12 +144,12 @@ def grid_counts(evidence:Evidence,  # of a split
         counts[:, i] = np.stack([tp, all_predicted - tp, all_true - tp], -1)
     return counts.reshape(len(thresholds) * len(min_areas), len(evidence), 3)
 
-def object_grid(evidence:Evidence,  # of a split
-                ratio='native',     # r of 1:r, 'native', or tile weights
-                iou:float=0.3,      # smallest IoU of a match
-                min_areas=(0,),     # smallest objects that count, pixels, on both sides
-                thresholds=None     # probabilities; the nearest ones of the evidence's are used. None: all of them
-               ) -> pd.DataFrame:   # a row a threshold and floor
+def object_grid(evidence:Evidence,                    # of a split
+                ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
+                iou:float=0.3,                        # smallest IoU of a match
+                min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
+                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
+               ) -> pd.DataFrame:                     # a row a threshold and floor
     """Object metrics at each threshold and each floor (guide 6.2)
 
     Columns: threshold, min_area; tp, fp, fn, precision, recall, f1 at the ratio; fp_positive and fp_negative, the

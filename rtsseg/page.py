@@ -115,12 +115,14 @@ class Text:
     kind: str = ''
 
     def html(self) -> str:
+        "A paragraph or heading"
         if self.kind == 'head':
             return f'<h3>{escape(self.text)}</h3>'
         attribute = f' class="{self.kind}"' if self.kind else ''
         return f'<p{attribute}>{escape(self.text)}</p>'
 
     def markdown(self, link:Link) -> str:
+        "A paragraph, heading or quote"
         form = {'hint': '> {}', 'head': '**{}**'}.get(self.kind, '{}')
         return form.format(markdown_text(self.text))
 
@@ -130,6 +132,7 @@ class Bullets:
     items: list[str|tuple[str, str]]
 
     def html(self) -> str:
+        "An unordered list"
         return '<ul>' + ''.join(f'<li>{self._html(item)}</li>' for item in self.items) + '</ul>'
 
     def _html(self, item):
@@ -139,6 +142,7 @@ class Bullets:
         return f'<b>{escape(word)}</b>: {escape(explanation)}'
 
     def markdown(self, link:Link) -> str:
+        "A list"
         return '\n'.join(f'- {self._markdown(item)}' for item in self.items)
 
     def _markdown(self, item):
@@ -153,9 +157,11 @@ class Code:
     text: str
 
     def html(self) -> str:
+        "A `pre` element"
         return f'<pre tabindex="0">{escape(self.text)}</pre>'
 
     def markdown(self, link:Link) -> str:
+        "An indented block"
         return '\n'.join(f'    {line}' for line in visible(self.text).splitlines())
 
 @dataclass
@@ -165,10 +171,12 @@ class Fold:
     blocks: list
 
     def html(self) -> str:
+        "A `details` element"
         inner = ''.join(b.html() for b in self.blocks)
         return f'<details><summary>{escape(self.title)}</summary>{inner}</details>'
 
     def markdown(self, link:Link) -> str:
+        "A bold title with the blocks below"
         return '\n\n'.join([f'**{markdown_text(self.title)}**', *(b.markdown(link) for b in self.blocks)])
 
 # %% ../nbs/06a_page.ipynb #dcb8d648
@@ -209,6 +217,7 @@ class Table:
         return '\n'.join([line(self.head), rule, *map(line, rows), *(f'  {note}' for note in notes)])
 
     def html(self) -> str:
+        "Title, table, footnotes and hints"
         rows, notes = self.texts()
         parts = [f'<h3>{escape(self.title)}</h3>'] if self.title else []
         parts.append(html_table(self.head, rows))
@@ -220,6 +229,7 @@ class Table:
     _repr_html_ = html
 
     def markdown(self, link:Link) -> str:
+        "Title, pipe table, footnotes and hints"
         rows, notes = self.texts()
         parts = [f'**{markdown_text(self.title)}**'] if self.title else []
         parts.append(markdown_table(self.head, rows))
@@ -267,11 +277,13 @@ class Picture:
         self.data = out.getvalue()
 
     def html(self) -> str:
+        "A figure that holds the picture itself"
         caption = escape(self.caption)
         source = f'data:image/{self.format};base64,{base64.b64encode(self.data).decode()}'
         return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
     def markdown(self, link:Link) -> str:
+        "A picture that refers to the file that `link` names"
         return f'![{markdown_text(self.caption)}]({quote(link(self))})'
 
 @dataclass
@@ -280,9 +292,11 @@ class ImageGrid:
     pictures: list[Picture]
 
     def html(self) -> str:
+        "All pictures in one row that wraps"
         return f'<div class="tiles">{"".join(p.html() for p in self.pictures)}</div>'
 
     def markdown(self, link:Link) -> str:
+        "The pictures, one below another"
         return '\n\n'.join(p.markdown(link) for p in self.pictures)
 
 # %% ../nbs/06a_page.ipynb #ccards
@@ -293,9 +307,11 @@ class Cards:
     cards: list[tuple[str, str, str]]
 
     def html(self) -> str:
+        "A card for each number"
         return '<div class="cards">' + ''.join(map(html_card, self.cards)) + '</div>'
 
     def markdown(self, link:Link) -> str:
+        "A list of the numbers"
         lines = []
         for card in self.cards:
             label, number, remark = map(markdown_text, card)
@@ -317,12 +333,15 @@ class Deferred:
 
     @cached_property
     def blocks(self) -> list:
+        "The blocks; the first read makes them"
         return self.make()
 
     def html(self) -> str:
+        "All blocks as HTML"
         return ''.join(b.html() for b in self.blocks)
 
     def markdown(self, link:Link) -> str:
+        "All blocks as Markdown"
         return '\n\n'.join(b.markdown(link) for b in self.blocks)
 
 # %% ../nbs/06a_page.ipynb #6d008037
@@ -349,6 +368,7 @@ class Slider:
     seeds: dict
 
     def html(self) -> str:
+        "The slider with its tables; the script of the page moves it"
         first = next(iter(self.seeds.values()))
         name = 's' + hashlib.sha256(json.dumps(self.seeds).encode()).hexdigest()[:8]
         position = first['chosen'][0]
@@ -380,6 +400,7 @@ class Slider:
         return [[row, *first['pixels'][j][position], *objects[j][nearest]] for j, row in enumerate(self.rows)]
 
     def markdown(self, link:Link) -> str:
+        "A sentence: Markdown has no slider"
         return 'report.html has a slider here that moves the threshold.'
 
 # %% ../nbs/06a_page.ipynb #08a1558b

@@ -148,13 +148,14 @@ def slider_positions(found:ThresholdTables, split:str) -> dict:
     areas = list(dict.fromkeys(row[1] for row in found.objects.rows))
     objects = {(name, area): [row for row in found.objects.rows if row[:2] == [name, area]]
                for name in names for area in areas}
-    first, cuts = pixels[names[0]], objects[names[0], areas[0]]
-    scores = [row[1].value for row in first]
-    known = [row[2].value for row in cuts]
+    pixel_rows, object_rows = pixels[names[0]], objects[names[0], areas[0]]
+    scores = [row[1].value for row in pixel_rows]
+    known = [row[2].value for row in object_rows]
     chosen = [threshold_score(run, split, t) for t in ratio_thresholds(run, ratios).values()]
     by_area = {area: [[cell_texts(row[4:]) for row in objects[name, area]] for name in names] for area in areas}
-    return dict(value=[row[2].value for row in first], text=cell_texts(row[2] for row in first),
-                cut=cell_texts(row[3] for row in cuts), nearest=[known.index(row[3].value) for row in first],
+    return dict(value=[row[2].value for row in pixel_rows], text=cell_texts(row[2] for row in pixel_rows),
+                cut=cell_texts(row[3] for row in object_rows),
+                nearest=[known.index(row[3].value) for row in pixel_rows],
                 chosen=[scores.index(score) for score in chosen],
                 pixels=[[cell_texts(row[4:]) for row in pixels[name]] for name in names], objects=by_area)
 
@@ -175,12 +176,15 @@ class ThresholdExplorer:
     tables: list[Table]
 
     def shown(self) -> list:
+        "The slider, and the first table in a fold"
         return [self.slider, Fold('The same as a table', self.tables[:1])]
 
     def html(self) -> str:
+        "The shown blocks as HTML"
         return ''.join(block.html() for block in self.shown())
 
     def markdown(self, link:Link) -> str:
+        "The shown blocks as Markdown"
         return '\n\n'.join(block.markdown(link) for block in self.shown())
 
 THRESHOLD_TEXT = ('What other thresholds would have given. The same threshold is applied at every ratio here, '

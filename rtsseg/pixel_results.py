@@ -119,7 +119,8 @@ def compared_metrics(run:PixelRun,
     chosen = {metric: value for metric, value in run.best['metrics'].items() if '@' in metric}
     if evidence.bins == 'float16':
         return chosen
-    # one pixel that rounding moves across the threshold can join or split an object, which is a whole count
+    # one pixel that rounding moves across the threshold can join or split an object,
+    # which is a whole count
     return {metric: value for metric, value in chosen.items() if not metric.startswith('object_')}
 
 def confirm(run:PixelRun
@@ -247,6 +248,7 @@ class PixelResults(Results):
 
     @property
     def metrics(self) -> Metrics:
+        "The settings of the metrics, of the first seed"
         return self.first.cfg.metrics
 
     @property

@@ -44,11 +44,11 @@ def make_deterministic(on:bool   # cfg.deterministic
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 # %% ../nbs/04c_processes.ipynb #f84b824b
-def key_seed(*key) -> int:
+def key_seed(*key:int|str) -> int:
     "A 63-bit seed from integers and texts: equal keys give equal seeds, close keys give unrelated ones"
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
-def reseed(device:torch.device, *key) -> None:
+def reseed(device:torch.device, *key:int|str) -> None:
     "Set the generators of the CPU and of a device"
     # torch.manual_seed would queue a call for every GPU that is not there, at each step
     torch.default_generator.manual_seed(key_seed(*key))

@@ -144,6 +144,7 @@ class Content:
 
     @property
     def title(self) -> str:
+        "The title: what was measured, and on which split"
         return title_of(self.results, self.split)
 
     @property
@@ -239,26 +240,32 @@ class Report:
 
     @property
     def results(self) -> list[Results]:
+        "The results of each configuration"
         return self.content.results
 
     @property
     def split(self) -> str:
+        "The split of the headline: test or val"
         return self.content.split
 
     @property
     def title(self) -> str:
+        "The title of the page"
         return self.content.title
 
     @property
     def tables(self) -> dict[str, list[Table]]:
+        "The tables by heading"
         return self.content.tables
 
     @property
     def figures(self) -> dict[str, Figure]:
+        "The figures by heading"
         return self.content.figures
 
     @property
     def headline(self) -> Table:
+        "The first table"
         return next(iter(self.tables.values()))[0]
 
     def __str__(self):

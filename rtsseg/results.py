@@ -124,6 +124,7 @@ class Run:
 
     @property
     def seed(self) -> int:
+        "The seed of the run"
         return self.cfg.seed
 
     @property
@@ -143,6 +144,7 @@ class Run:
 
     @property
     def monitor_label(self) -> str:
+        "The monitored metric, as tables name it"
         return metric_label(self.monitor)
 
     @property
@@ -267,14 +269,17 @@ class Results:
 
     @property
     def first(self) -> Run:
+        "The run of the first seed"
         return self.runs[0]
 
     @property
     def system(self) -> System:
+        "What the runs are about"
         return self.first.system
 
     @property
     def seeds(self) -> list[int]:
+        "The seed of each run"
         return [run.seed for run in self.runs]
 
     @property

@@ -41,7 +41,7 @@ def _encode_even(scores, low, high):
     steps = np.clip((scores - low) * ((CODES - 2) / (high - low)), 0, CODES - 2)
     return np.where(np.isnan(scores), 0, 1 + np.rint(steps)).astype(np.uint16)
 
-def encode(scores,               # logits, any float dtype
+def encode(scores:np.ndarray,    # logits, any float dtype
            bins:Bins='float16'   # the grid of scores
           ) -> np.ndarray:       # uint16 codes: a larger code is a larger score, 0 is NaN
     "Round scores to the nearest value of the grid and give its rank"
@@ -88,7 +88,7 @@ def clipped_scores(bins:Bins   # the grid of scores
     return np.clip(np.nan_to_num(decode(bins)), -65504, 65504)
 
 # %% ../nbs/03a_scores.ipynb #596b1ffd
-def check_tile(logits, mask) -> tuple[np.ndarray, np.ndarray]:
+def check_tile(logits:np.ndarray, mask:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays; raises `ValueError` unless they are one tile, (H, W) both"
     logits, mask = np.asarray(logits), np.asarray(mask)
     if logits.shape != mask.shape or mask.ndim != 2 or not mask.size:
@@ -122,8 +122,8 @@ def _sparse(codes, counts):
     occurring = np.flatnonzero(total > 0)
     return occurring.astype(np.uint16), total[occurring].astype(np.uint32)
 
-def tile_histograms(logits,              # float (H, W)
-                    mask,                # uint8 (H, W): 0 background, 1 object, 255 ignore
+def tile_histograms(logits:np.ndarray,   # float (H, W)
+                    mask:np.ndarray,     # uint8 (H, W): 0 background, 1 object, 255 ignore
                     bins:Bins='float16'  # the grid of scores
                    ) -> dict:            # n_valid, exact, pos_codes, pos_counts, neg_codes, neg_counts
     """The score histograms of a tile, of its positive and of its negative pixels

@@ -38,18 +38,23 @@ class SegmentMeter:
         self.meter = Meter(table, [cfg.metrics.reference_threshold], widths=cfg.metrics.boundary_widths)
 
     def update(self, out:torch.Tensor, batch:dict) -> None:
+        "Add the logits of a batch"
         self.meter.update(out, batch['target'], batch['tile'])
 
-    def state(self):
+    def state(self) -> list:
+        "What other processes need to know"
         return self.meter.state()
 
     def merge(self, states:list) -> None:
+        "Add the states of all processes"
         self.meter.merge(*states)
 
     def table(self) -> Evidence:
+        "The evidence of all batches"
         return self.meter.evidence()
 
     def compute(self) -> dict[str, float]:
+        "The metrics by name and ratio, as `headline` gives them"
         return headline(self.table(), self.cfg)
 
 class SegmentTask(Task):
@@ -66,18 +71,23 @@ class SegmentTask(Task):
         self.monitor = cfg.metrics.monitor
 
     def parts(self, model:nn.Module) -> dict[str, list]:
+        "The modules of encoder, decoder and head by name"
         return parts(model)
 
     def forward(self, model:nn.Module, batch:dict) -> torch.Tensor:    # (B, H, W) logits
+        "The logits of a batch"
         return model(batch['image'])[:, 0]
 
     def count(self, batch:dict) -> dict[str, float]:
+        "What the mean of each loss is taken over"
         return {name: count(batch['target']) for name, (_, count) in self.losses.items()}
 
     def loss(self, out:torch.Tensor, batch:dict) -> dict[str, torch.Tensor]:
+        "The value of each loss on a batch"
         return {name: loss(out, batch['target']) for name, (loss, _) in self.losses.items()}
 
     def meter(self) -> SegmentMeter:
+        "A meter that holds no tile yet"
         return SegmentMeter(self.table, self.cfg)
 
     def tally(self, out:torch.Tensor, batch:dict) -> dict[str, torch.Tensor]:
@@ -88,6 +98,7 @@ class SegmentTask(Task):
         return dict(tp=(found & true).sum(), fp=(found & ~true).sum(), fn=(true & ~found).sum())
 
     def summary(self, sums:dict[str, float]) -> dict[str, float]:
+        "The IoU of the training pixels"
         return dict(iou=float(rates(**sums)['iou']))
 
     def difficulty(self, out:torch.Tensor, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ __all__ = ['PREDICTED', 'TRUTH', 'PAIRS', 'WIDTHS', 'BANDS', 'label_objects', 'a
            'boundary_band', 'boundary_iou', 'tile_bands']
 
 # %% ../nbs/03b_shapes.ipynb #2cc581c1
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from scipy.sparse import csr_array
@@ -155,11 +157,11 @@ def _intersections(runs, n_true, width):
     return i, j, np.bincount(row, shared)
 
 # %% ../nbs/03b_shapes.ipynb #9a41884c
-def tile_objects(logits,                # float (H, W)
-                 mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
-                 thresholds=(0.5,),     # probabilities at which objects are kept
-                 bins:Bins='float16'    # the grid of scores
-                ) -> dict:              # tables `predicted` (at each threshold), `truth`, and `pairs` that overlap
+def tile_objects(logits:np.ndarray,                    # float (H, W)
+                 mask:np.ndarray,                      # uint8 (H, W): 0 background, 1 object, 255 ignore
+                 thresholds:Sequence[float]=(0.5,),    # probabilities at which objects are kept
+                 bins:Bins='float16'                   # the grid of scores
+                ) -> dict:                             # tables `predicted` (by threshold), `truth`, overlapping `pairs`
     "The objects of a tile, and where they overlap"
     logits, mask = check_tile(logits, mask)
     thresholds = sorted(thresholds)
@@ -193,9 +195,9 @@ def tile_objects(logits,                # float (H, W)
 # widths of the bands, pixels
 WIDTHS = (2, 3)
 
-def local_minimum(values,   # bool or uint16 (H, W)
-                  valid,    # bool (H, W): pixels that count
-                  width     # pixels
+def local_minimum(values:np.ndarray,   # bool or uint16 (H, W)
+                  valid:np.ndarray,    # bool (H, W): pixels that count
+                  width:float          # pixels
                  ) -> np.ndarray:
     "The lowest value within `width` pixels, uint16; neither ignored pixels nor what lies beyond the tile counts"
     radius = int(width)
@@ -203,19 +205,19 @@ def local_minimum(values,   # bool or uint16 (H, W)
     disc = (distance <= width).astype(np.uint8)
     return cv2.erode(np.where(valid, values, CODES - 1).astype(np.uint16), disc)
 
-def boundary_band(mask,        # bool (H, W)
-                  width,       # pixels
-                  valid=None   # bool (H, W): pixels that count; None: all
+def boundary_band(mask:np.ndarray,             # bool (H, W)
+                  width:float,                 # pixels
+                  valid:np.ndarray|None=None   # bool (H, W): pixels that count; None: all
                  ) -> np.ndarray:
     "The valid pixels of a mask that have valid background within `width` pixels, bool (H, W)"
     valid = np.ones(mask.shape, bool) if valid is None else valid
     return mask & valid & (local_minimum(mask, valid, width) == 0)
 
-def boundary_iou(prediction,        # bool (H, W)
-                 truth,             # bool (H, W)
-                 widths=WIDTHS,     # of the band, pixels
-                 valid=None         # bool (H, W): pixels that count; None: all
-                ) -> dict:          # {width: IoU}, NaN where neither mask has a boundary
+def boundary_iou(prediction:np.ndarray,             # bool (H, W)
+                 truth:np.ndarray,                  # bool (H, W)
+                 widths:Sequence[float]=WIDTHS,     # of the band, pixels
+                 valid:np.ndarray|None=None         # bool (H, W): pixels that count; None: all
+                ) -> dict:                          # {width: IoU}, NaN where neither mask has a boundary
     "Boundary IoU of two masks (Cheng et al. 2021); raises `ValueError` where shapes differ"
     prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
     valid = np.ones(truth.shape, bool) if valid is None else np.asarray(valid, bool)
@@ -245,12 +247,12 @@ def _band_sizes(own, around, n_thresholds):
     change = np.bincount(around, minlength=most) - np.bincount(own, minlength=most)
     return np.cumsum(change)[:-1]
 
-def tile_bands(logits,                # float (H, W)
-               mask,                  # uint8 (H, W): 0 background, 1 object, 255 ignore
-               thresholds=(0.5,),     # probabilities
-               bins:Bins='float16',   # the grid of scores
-               widths=WIDTHS          # of the bands, pixels
-              ) -> dict:              # table `bands`: pixels of the predicted band, of the true one, and of both
+def tile_bands(logits:np.ndarray,                   # float (H, W)
+               mask:np.ndarray,                     # uint8 (H, W): 0 background, 1 object, 255 ignore
+               thresholds:Sequence[float]=(0.5,),   # probabilities
+               bins:Bins='float16',                 # the grid of scores
+               widths:Sequence[int]=WIDTHS          # of the bands, pixels
+              ) -> dict:                            # table `bands`: pixels of the predicted and true band, and of both
     "The boundaries of a tile at each threshold and width; no row where nothing is true or predicted"
     logits, mask = check_tile(logits, mask)
     thresholds = np.sort(np.asarray(thresholds, float))

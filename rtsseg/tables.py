@@ -27,13 +27,13 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate
-from .calibration import VIEW_NAMES, recommend, views_gain
+from .calibration import VIEW_NAMES, Region, recommend, views_gain
 from .config import Metrics
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
 from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
-from .operating import probability_text
+from .operating import ObjectOperatingPoint, OperatingPoint, probability_text
 from .page import Number, Table
 from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported
 from .results import listed, ratio_name
@@ -49,10 +49,12 @@ class Several:
 
     @property
     def value(self) -> Any:
+        "The value, or a list of one value a seed"
         return self.cells[0].value if len(self.cells) == 1 else [cell.value for cell in self.cells]
 
     @property
     def why(self) -> str:
+        "The reasons of all seeds, each once"
         return '; '.join(dict.fromkeys(cell.why for cell in self.cells if cell.why))
 
     def __str__(self):
@@ -67,9 +69,7 @@ def probability_cell(run:PixelRun,
     text = probability_text(run.calibration.score(score))
     return Number(float(run.calibration.probability(score)), text, why)
 
-def point_note(run:PixelRun,
-               point       # `OperatingPoint` or `ObjectOperatingPoint`
-              ) -> str:
+def point_note(run:PixelRun, point:OperatingPoint|ObjectOperatingPoint) -> str:
     "What a reader has to know of an operating point; where its target was missed, with the seed"
     if point.reached or not point.why:
         return point.why
@@ -84,9 +84,7 @@ def threshold_cell(run:PixelRun,
         return probability_cell(run, point.logit, point_note(run, point))
     return probability_cell(run, logit(run.cfg.metrics.reference_threshold), REFERENCE)
 
-def object_threshold_cell(run:PixelRun,
-                          point     # `ObjectOperatingPoint`
-                         ) -> Number:
+def object_threshold_cell(run:PixelRun, point:ObjectOperatingPoint) -> Number:
     "The threshold of objects, with a reason"
     return probability_cell(run, logit(point.raw_threshold), point_note(run, point) or point.monotone_why)
 
@@ -533,6 +531,7 @@ REGION_POINTS_NOTE = ('{target}; each region at the ratio itself, objects with t
                       'those everywhere')
 
 def target_note(run:PixelRun) -> str:
+    "The footnote that names the target precision"
     return TARGET_NOTE.format(target=run.calibration.target_precision)
 
 def pixel_points_table(run:PixelRun) -> Table:
@@ -544,11 +543,11 @@ def pixel_points_table(run:PixelRun) -> Table:
     head = ['ratio', 'threshold', 'uncalibrated', 'precision', 'recall']
     return Table(head, rows, [target_note(run)], f'Pixels, seed {run.seed}')
 
-def on_test(evidence:Evidence,     # of the test split
+def on_test(evidence:Evidence,              # of the test split
             ratio:int,
-            point,                 # `ObjectOperatingPoint`
-            floor:int              # smallest object of the tables, pixels
-           ) -> list:              # two cells
+            point:ObjectOperatingPoint,     # of the ratio
+            floor:int                       # smallest object of the tables, pixels
+           ) -> list:                       # two cells
     "Object precision of an operating point on test, and the share that it finds of all slumps"
     def counts(area):
         return object_grid(evidence, ratio, 0.3, [area], [point.raw_threshold]).iloc[0]
@@ -580,9 +579,7 @@ def object_points_table(run:PixelRun) -> Table:
         notes.append(ON_TEST_NOTE)
     return Table(head, rows, notes, f'Objects, seed {run.seed}')
 
-def region_point_rows(run:PixelRun, name:str,
-                      region      # `Region` of the calibration
-                     ) -> list[list]:
+def region_point_rows(run:PixelRun, name:str, region:Region) -> list[list]:
     "The thresholds of a region, and why it has none at the other ratios"
     rows = []
     missing = [ratio_name(r) for r in run.calibration.thresholds if r not in region.thresholds]

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -221,7 +221,7 @@ class Tracker:
         given = os.environ.get('RTSSEG_TRACKER_URI') or cfg.tracker.uri
         self.uri = tracker_address(self.folder, self.runs, given)
 
-    def write(self, event:str, **row) -> None:
+    def write(self, event:str, **row:Any) -> None:
         "Keep an event, and wake the thread"
         try:
             append_line(self.path, dict(event=event, time=int(time.time() * 1000), **row))
@@ -230,7 +230,8 @@ class Tracker:
                   flush=True)
         self.wake.set()
 
-    def on_start(self, run):
+    def on_start(self, run:Any) -> None:
+        "Open the tracker's run, and keep the metrics of earlier epochs"
         if not run.accelerator.is_main_process:
             return
         self.start(f'{self.cfg.name}/{self.tags["config_hash"]}/seed{self.cfg.seed}')
@@ -250,7 +251,8 @@ class Tracker:
                    parent=self.parent and os.path.relpath(self.parent, self.folder))
         self.mirror()
 
-    def on_epoch(self, run):
+    def on_epoch(self, run:Any) -> None:
+        "Keep the metrics of the epoch"
         if self.thread:
             self.metrics(run.history[-1])
 
@@ -264,8 +266,8 @@ class Tracker:
         self.write('metrics', step=row['epoch'], values=values)
 
     def finish(self,
-               whole:bool,               # whether the run is done, or will be resumed
-               names=MIRRORED_FILES      # files of the run folder that are mirrored, where they are there
+               whole:bool,                             # whether the run is done, or will be resumed
+               names:Sequence[str]=MIRRORED_FILES      # files of the run folder that are mirrored, where they are there
               ) -> None:
         "Keep the end of this process, and wait for the thread"
         if self.thread:

@@ -11,7 +11,7 @@ __all__ = ['PreparedRun', 'build_model', 'prepare_run', 'Opened', 'is_first_proc
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +121,10 @@ def opened(run:PreparedRun) -> Iterator[Opened]:
         yield found[0]
 
 # %% ../nbs/05_train.ipynb #ctrtrain
-def train(cfg:RunConfig,     # the whole tree
-          observers=(),      # further objects with hooks (see `HOOKS`)
-          parent:str=''      # folder of the search that this run belongs to, for the tracker
-         ) -> Path:          # the run folder, with `model/` in it
+def train(cfg:RunConfig,             # the whole tree
+          observers:Iterable=(),     # further objects with hooks (see `HOOKS`)
+          parent:str=''              # folder of the search that this run belongs to, for the tracker
+         ) -> Path:                  # the run folder, with `model/` in it
     """Train in this process, or resume where this run stands
 
     Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end."""

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import optuna
@@ -55,17 +56,20 @@ class PruningObserver:
         if name in row:
             self.trial.report(row[name], row['epoch'])
 
-    def on_start(self, run):
+    def on_start(self, run:Any) -> None:
+        "Report the validations of an earlier start"
         for row in run.history:
             self._report(run, row)
 
-    def on_validation(self, run, metrics, meter):
+    def on_validation(self, run:Any, metrics:dict, meter:Any) -> None:
+        "Report the validation, and stop the run where the pruner says so"
         self._report(run, run.history[-1])
         if self.trial.should_prune():
             self.reason = f'pruned at epoch {run.epoch}'
             run.stop(self.reason)
 
-    def on_end(self, run):
+    def on_end(self, run:Any) -> None:
+        "Count a run without any valid number as pruned"
         if run.finished and not run.best:
             self.reason = 'pruned: no validation gave a number'
 
@@ -98,7 +102,7 @@ HEARTBEAT = 60
 # the trial that a queued one repeats
 REPEATS = 'again'
 
-def queue_again(study:optuna.Study, trial):
+def queue_again(study:optuna.Study, trial:optuna.Trial) -> None:
     "Queue the parameters of a trial that did not finish"
     study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
 
@@ -109,7 +113,8 @@ class KeyedSampler(optuna.samplers.TPESampler):
         self.seed = seed
         super().__init__()
 
-    def before_trial(self, study, trial):
+    def before_trial(self, study:optuna.Study, trial:optuna.trial.FrozenTrial) -> None:
+        "Give the trial a generator of its own"
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
         drawn = sum(REPEATS not in t.user_attrs for t in earlier)
         # a new generator; what was learned from other trials is in the study
@@ -135,7 +140,7 @@ def open_storage(url:str) -> optuna.storages.RDBStorage:
         raise ConfigError(f'storage: the database cannot be opened ({type(error).__name__}); write it as '
                           'sqlite:///study.db or postgresql://host/name, and install its driver') from None
 
-def refuse_other_search(study:optuna.Study, asked:dict):
+def refuse_other_search(study:optuna.Study, asked:dict) -> None:
     "Keep in a new study what it searches; raises `ConfigError` where an older one searches something else"
     other = [name for name, value in asked.items() if study.user_attrs.get(name, value) != value]
     if other:
@@ -181,11 +186,12 @@ class Searcher:
                 raise
             return math.nan
 
-    def prune(self, trial:optuna.Trial, note:str):
+    def prune(self, trial:optuna.Trial, note:str) -> NoReturn:
+        "End a trial as pruned, with a note why"
         trial.set_user_attr('note', note)
         raise optuna.TrialPruned(note)
 
-    def after_trial(self, study:optuna.Study, trial:optuna.trial.FrozenTrial):
+    def after_trial(self, study:optuna.Study, trial:optuna.trial.FrozenTrial) -> None:
         "Print how a trial ended, and write the files of the search"
         self.failed_in_a_row = self.failed_in_a_row + 1 if trial.state.name == 'FAIL' else 0
         if trial.state.name == 'COMPLETE':
@@ -197,7 +203,7 @@ class Searcher:
         if self.failed_in_a_row == 3:
             raise RunError(f'three trials in a row failed, the last one with: {trial.user_attrs["note"]}', code=2)
 
-    def run(self, study:optuna.Study, trials:int):
+    def run(self, study:optuna.Study, trials:int) -> None:
         "Train until so many trials are finished or pruned, here or elsewhere"
         waited = 0
         while True:
@@ -284,7 +290,7 @@ def trials_table(study:optuna.Study, axes:dict[str, Range|Choices]) -> pd.DataFr
         ))
     return pd.DataFrame(rows)
 
-def write_search(study:optuna.Study, cfg:RunConfig, axes:dict[str, Range|Choices], folder:Path):
+def write_search(study:optuna.Study, cfg:RunConfig, axes:dict[str, Range|Choices], folder:Path) -> None:
     "Write `SEARCH_FILES`: the overlay and the importances as soon as enough trials are finished"
     monitor = find_system(cfg.system).monitor(cfg)[0]
     write_atomic(folder/'trials.csv', trials_table(study, axes).to_csv(index=False))

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def set_fields(tree:dict,        # changed in place
     return tree
 
 # %% ../nbs/09_variants.ipynb #637fcd93
-def axis_label(value) -> str:
+def axis_label(value:object) -> str:
     "A value of a list, as tables and runs show it"
     if isinstance(value, list):
         return ' + '.join(axis_label(item) for item in value)
@@ -96,7 +96,7 @@ def read_values(name:str, values:list, folder:Path, cls:type[RunConfig]) -> Choi
         raise ConfigError(f'a value is listed twice: {", ".join(axis_label(value) for value in values)}')
     return choices
 
-def read_axis(name:str, entry, folder:Path, cls:type[RunConfig]) -> Range|Choices:
+def read_axis(name:str, entry:object, folder:Path, cls:type[RunConfig]) -> Range|Choices:
     "One axis of a file; raises `ConfigError`"
     if not isinstance(name, str):
         raise ConfigError('the name of an axis is a field of the config or a word of your own')
@@ -212,8 +212,8 @@ def check_variants(cfg:RunConfig,               # the config whose fields they s
 RUN_FAILURES = ConfigError, DataError, CheckpointError, RunError, torch.OutOfMemoryError
 
 def train_and_score(cfg:RunConfig,
-                    parent:str='',      # folder of the search, for the tracker
-                    observers=()        # further observers of the training loop
+                    parent:str='',             # folder of the search, for the tracker
+                    observers:Iterable=()      # further observers of the training loop
                    ) -> float:
     "The best monitored value of a run, which is trained unless it is already"
     folder = train(cfg, observers, parent)
@@ -237,7 +237,7 @@ def tracker_group(cfg:RunConfig,
     finally:
         tracker.finish(finished, files)
 
-def write_figure(path:Path, figure:Figure):
+def write_figure(path:Path, figure:Figure) -> None:
     "Write a figure as PNG"
     out = io.BytesIO()
     figure.savefig(out, dpi=110)

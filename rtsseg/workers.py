@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
 
@@ -23,7 +23,7 @@ from .console import RtssegError
 class WorkerError(RtssegError, RuntimeError):
     "A process that prepares batches has died, or gives no batches any more"
 
-def ignore_child_signals():
+def ignore_child_signals() -> Callable|int|None:
     "Switch torch's report of ended workers off; returns the handler that was there, None outside the main thread"
     if threading.current_thread() is threading.main_thread():
         return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
