@@ -102,8 +102,8 @@ def copy_channels(n:int,                    # how many
     "Copy the first n channels, counted through each list"
     return cv2.mixChannels(sources, targets, [c for c in range(n) for _ in (0, 1)])
 
-def matrix(a, b, c, d, x=0, y=0) -> np.ndarray:
-    "A map of the plane as a (3, 3) matrix"
+def matrix(a:float, b:float, c:float, d:float, x:float=0, y:float=0) -> np.ndarray:
+    "The map (u, v) → (au + bv + x, cu + dv + y) of the plane, as a (3, 3) matrix"
     return np.array([[a, b, x], [c, d, y], [0, 0, 1.]])
 
 def moves(drawn:dict,           # of `draw`

@@ -17,7 +17,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import get_args, get_origin
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args, get_origin
 
 from fastcore.docments import docments
 
@@ -41,18 +43,18 @@ class RunArguments:
         from rtsseg.config import parse_overrides
         return [*parse_overrides(self.overrides), *as_list(self.override)]
 
-    def settings(self):
+    def settings(self) -> Any:
         "The checked config; raises `ConfigError`"
         from rtsseg.config import settings
         return settings(self.config, self.manifest, self.name, self.epochs, self.seed, self.all_overrides())
 
-    def run_folder(self, run:str=''):
+    def run_folder(self, run:str='') -> Path:
         "The run folder that is named, or the one of the config; raises `ConfigError` where both are given"
         from rtsseg.system import resolve_run
         given = dict(manifest=self.manifest, name=self.name, epochs=self.epochs, seed=self.seed)
         return resolve_run(run, self.config, **given, overrides=self.all_overrides() or '')
 
-def as_list(value) -> list:
+def as_list(value:Any) -> list:
     "A list of what may be one text, several, or nothing"
     if not value:
         return []
@@ -67,7 +69,7 @@ class Argument:
     default: object
     help: str
 
-def argument_kind(annotation) -> type:
+def argument_kind(annotation:Any) -> type:
     "bool, int, str or list: what a value on the command line is turned into"
     if get_origin(annotation) is list:
         return list
@@ -108,7 +110,7 @@ def argument_parser(command:str,                  # how the command is called
 # %% ../nbs/10_cli.ipynb #17d37232
 RESUMES = 'What was saved is kept; once this is mended, the same command resumes'
 
-def print_error(text:str):
+def print_error(text:str) -> None:
     "A line on stderr, after all that was printed before"
     sys.stdout.flush()
     print(visible(text), file=sys.stderr, flush=True)
@@ -139,11 +141,11 @@ def call(work:Callable,         # a function without arguments
 # %% ../nbs/10_cli.ipynb #4724a7c3
 COMMANDS = {}
 
-def is_script(frame) -> bool:
+def is_script(frame:FrameType) -> bool:
     "Whether a frame is the top of a program that was started from a shell"
     return frame.f_globals.get('__name__') == '__main__' and '__file__' in frame.f_globals
 
-def merged_signature(function, without) -> inspect.Signature:
+def merged_signature(function:Callable, without:tuple[str, ...]) -> inspect.Signature:
     "The signature of a command in which the shared arguments stand beside its own"
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
@@ -153,7 +155,7 @@ def merged_signature(function, without) -> inspect.Signature:
             parameters.append(parameter)
     return inspect.Signature([p for p in parameters if p.name not in without])
 
-def call_with_shared(function, given):
+def call_with_shared(function:Callable, given:dict[str, Any]) -> Any:
     "Call a command with its shared arguments in one object"
     names = {field.name for field in fields(RunArguments)}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -164,7 +166,7 @@ def call_with_shared(function, given):
 
 def command(resumes:bool=False,             # whether the same command resumes after it was stopped
             without:tuple[str, ...]=()      # shared arguments that it does not take
-           ):
+           ) -> Callable[[Callable], Callable]:
     "Make a function a command: shared arguments, one exit code for each kind of error"
     def decorate(function):
         signature = merged_signature(function, without)
@@ -194,14 +196,14 @@ def command(resumes:bool=False,             # whether the same command resumes a
 def rtsseg_check(shared:RunArguments=RunArguments(),
                  batches:int=20,    # batches of each loader to iterate
                  picture:str=''     # where one augmented batch is drawn; '': check.png beside the runs of this config
-                ):
+                ) -> None:
     "Check the data as a training run would see them; exit code 2 and every mistake on stderr where there is one"
     from rtsseg.config import find_system
     cfg = shared.settings()
     find_system(cfg.system).check(cfg, batches, picture)
 
 @command()
-def rtsseg_probe(shared:RunArguments=RunArguments()):
+def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:
     "Find the largest batch that fits into memory, and print what memory is used for; changes nothing, reads no data"
     from rtsseg.config import find_system
     cfg = shared.settings()
@@ -215,7 +217,7 @@ def rtsseg_train(shared:RunArguments=RunArguments(),
                  force:bool=False,     # continue a run folder whose config.yaml was changed, with this config
                  detach:bool=False,    # return at once and let the run outlive this shell; it writes to train.out
                  inline:bool=False     # train in this very process
-                ):
+                ) -> None:
     "Train a model; started again, the same command resumes the run"
     if os.environ.get('RTSSEG_PIPE') and inline:
         from rtsseg.launch import obey_pipe
@@ -231,7 +233,7 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
                  shared:RunArguments=RunArguments(),
                  replicates:int=200,    # block-bootstrap replicates
                  out:str=''             # where the overlay goes; '' puts noise.yaml into the run folder
-                ):
+                ) -> None:
     "Measure the noise floor of a run's validation, and write min_delta = 2σ to a config overlay for the next run"
     from rtsseg.noise import measure_noise
     print('\n'.join(measure_noise(shared.run_folder(run), replicates, out)))
@@ -239,7 +241,7 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
 @command()
 def rtsseg_track(run:str='',    # run folder, or the folder of a search
                  uri:str=''     # the tracker; '': RTSSEG_TRACKER_URI, which may hold a password, or a file
-                ):
+                ) -> None:
     "Deliver what a run's tracker has not got. The address comes from the caller, never from the folder"
     from rtsseg.track import deliver_missed
     print(deliver_missed(run, uri))
@@ -251,7 +253,7 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
                     split:str='val',      # train, val or test
                     views:str='',         # none, minimal, standard, full, or several with commas; '': the config's
                     force:bool=False      # although another config used the test split, or config or data changed
-                   ):
+                   ) -> None:
     "Run a trained model over a split and write down what it saw"
     from rtsseg.config import find_system, load
     from rtsseg.evaluation import evaluate, split_views
@@ -270,7 +272,7 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
 def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      shared:RunArguments=RunArguments(),
                      views:str=''     # none, minimal, standard or full; '' takes the config's
-                    ):
+                    ) -> None:
     "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
     from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
     folder = shared.run_folder(run)
@@ -284,7 +286,7 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
                   shared:RunArguments=RunArguments(),
                   seeds:str='',         # several seeds, as '42 43 44'
                   out:str=''            # an .html file or a folder; '': the run folder, or the one above several
-                 ):
+                 ) -> None:
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
     from rtsseg.config import ConfigError
     from rtsseg.reporting import find_runs, report, seed_list
@@ -307,7 +309,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    device:str='auto',     # auto, cpu or cuda
                    batch:int=8,           # windows at once
                    force:bool=False       # replace a map, or finished rows, that were made otherwise
-                  ):
+                  ) -> None:
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
     import json
 
@@ -325,7 +327,7 @@ def rtsseg_search(shared:RunArguments=RunArguments(),
                   trials:int=20,              # finished and pruned trials, earlier calls included
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
                   storage:str=''              # URL of a database that machines share; '': a file in its folder
-                 ):
+                 ) -> None:
     "Search for good settings; started again, it resumes. Several at a time on one database share the work"
     from rtsseg.config import find_config
     from rtsseg.tuning import search, show_search
@@ -340,7 +342,7 @@ def rtsseg_search(shared:RunArguments=RunArguments(),
 def rtsseg_ablate(shared:RunArguments=RunArguments(),
                   grid:str='search/ablation',     # YAML file, or a name in configs/; first entries are the baseline
                   seeds:str='42 43 44'            # seeds, each for every combination
-                 ):
+                 ) -> None:
     "Train every combination of a grid with every seed, and tell gains from noise; started again, it resumes"
     from rtsseg.ablation import ablate
     from rtsseg.config import find_config

@@ -26,7 +26,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -335,33 +335,40 @@ class Transform(Strict):
     p: Fraction = 0.5
 
 class ShiftScaleRotate(Transform):
+    "A shift, a change of scale and a rotation"
     shift: Fraction = Field(0.1, description='largest shift, share of the side')
     scale: float = Field(0.2, ge=0, lt=1, description='scale in 1 ± this')
     rotate: float = Field(45, ge=0, le=180, description='largest rotation, degrees')
 
 class Elastic(Transform):
+    "A smooth random displacement of pixels"
     p: Fraction = 0.3
     alpha: float = Field(120, ge=0, description='strength of the displacement, pixels')
     sigma: PositiveFloat = Field(6, description='smoothness of the displacement, pixels')
 
 class Shear(Transform):
+    "A shear along both axes"
     p: Fraction = 0.3
     shear: float = Field(10, ge=0, lt=90, description='largest shear, degrees, either way')
 
 class Limit(Transform):
+    "A relative change by a random factor"
     limit: Fraction = Field(0.2, description='relative change within ± this')
 
 class Noise(Transform):
+    "Gaussian noise of a random variance"
     p: Fraction = 0.3
     var_limit: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], RisingPair] = Field(
         (10, 50), description='variance, on the scale 0..255')
 
 class Clahe(Transform):
+    "Contrast-limited adaptive histogram equalisation"
     p: Fraction = 0.2
     clip_limit: float = Field(4.0, ge=1, description='contrast limit')
     tile_grid_size: PositiveInt = Field(8, description='grid of n × n histograms')
 
 class RandomScale(Transform):
+    "A tile that is scaled down and padded to its size"
     p: Fraction = 0.3
     scale: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field(
         (0.5, 1.0), description='range of the down-scaling; then padded to the tile')
@@ -624,7 +631,7 @@ def system_names() -> list[str]:
 
 @cache
 def find_system(name:str    # as a config spells it
-               ):           # the system object
+               ) -> Any:    # the system object
     "Import a system by its name; raises `ConfigError` with the nearest name for an unknown one"
     if name in BUILT_IN_SYSTEMS:
         module, _, attribute = BUILT_IN_SYSTEMS[name].partition(':')
@@ -640,7 +647,7 @@ MAX_CONFIG_CHARACTERS = 2**15
 
 MAX_CONFIG_DEPTH = 32
 
-def short_visible(text) -> str:
+def short_visible(text:Any) -> str:
     "The first characters of a text; it is cut after passwords are hidden"
     return visible(text)[:80]
 
@@ -660,7 +667,7 @@ def check_yaml_events(text:str, source:str) -> None:
 
 def parse_yaml(text:str,      # YAML 1.2
                source:str     # what messages call it
-              ):              # the value
+              ) -> Any:       # the value
     "The value of a YAML text; raises `ConfigError`"
     if len(text) > MAX_CONFIG_CHARACTERS:
         raise ConfigError(f'{source}: longer than {MAX_CONFIG_CHARACTERS} characters: this is not a config')
@@ -724,9 +731,9 @@ def find_config(file:str|Path             # a path, or a name as 'toy' or 'exper
     return found, own.parent if is_installed else found.parent
 
 # %% ../nbs/00b_config.ipynb #dd1a4cb6
-def merge_trees(low,     # a tree of mappings
-                high     # what replaces values of it
-               ):        # a new tree
+def merge_trees(low:Any,     # a tree of mappings
+                high:Any     # what replaces values of it
+               ) -> Any:     # a new tree
     "Lay one tree over another. A source of another kind replaces the old one whole, another architecture its options"
     if not isinstance(low, dict) or not isinstance(high, dict):
         return high
@@ -752,7 +759,7 @@ def parse_override(text:str    # 'section.field=value'
     return tree
 
 # %% ../nbs/00b_config.ipynb #abbf45cd
-def nodes_in(annotation) -> list[type[BaseModel]]:
+def nodes_in(annotation:Any) -> list[type[BaseModel]]:
     "The config nodes that a field's type mentions: itself, the members of a union, the items of a list"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -772,7 +779,7 @@ def path_places(cls:type[BaseModel],          # a config tree
     return places
 
 def holds_path(field:FieldInfo,   # of a place that `path_places` found
-               value              # what a raw tree holds there
+               value:Any          # what a raw tree holds there
               ) -> bool:
     "Whether a value is a path, and not a name or an address"
     if not isinstance(value, (str, Path)) or '://' in str(value):
@@ -876,7 +883,7 @@ def explain_mistake(error:dict, line:str, cls:type[BaseModel]) -> str:
         return text
     return f"{text} (given: {error['input']!r})"
 
-def unprintable_places(tree,             # a raw tree
+def unprintable_places(tree:Any,         # a raw tree
                        where:str=''      # the path of it
                       ) -> list[str]:
     "Places of a tree where a key or a text holds what does not print: a zero byte, an escape, a line break"
@@ -929,7 +936,7 @@ def config_class(layers:list[tuple[dict, Path]],   # raw trees; the last one tha
 def load(*files:str|Path,                    # YAML files, by path or name; a later one overrides an earlier one
          overrides:Iterable[str]=(),         # 'section.field=value' texts, laid over the files
          cls:type[LoopConfig]|None=None,     # the tree to read into; None: that of the system that is named
-         **settings                          # top-level fields, laid over everything
+         **settings:Any                      # top-level fields, laid over everything
         ) -> RunConfig:                      # the checked tree, its paths absolute
     """Defaults, then files, then overrides, then settings; raises `ConfigError`.
 
@@ -955,10 +962,10 @@ def load(*files:str|Path,                    # YAML files, by path or name; a la
     return cls.model_validate(absolute_paths(cls.model_validate(tree).model_dump(), folder, cls))
 
 # %% ../nbs/00b_config.ipynb #e8ccb77f
-def select_fields(value,       # a node of a tree, or a value
-                  dumped,      # what it dumps as JSON
-                  keep         # called with a field and its dumped value: whether it stays
-                 ):            # `dumped` without the fields that do not stay
+def select_fields(value:Any,                               # a node of a tree, or a value
+                  dumped:Any,                              # what it dumps as JSON
+                  keep:Callable[[FieldInfo, Any], bool]    # called with a field and its dumped value: whether it stays
+                 ) -> Any:                                 # `dumped` without the fields that do not stay
     "Leave fields out of a dumped tree"
     if isinstance(value, BaseModel):
         kept = {}
@@ -970,11 +977,11 @@ def select_fields(value,       # a node of a tree, or a value
         return [select_fields(item, dumped_item, keep) for item, dumped_item in zip(value, dumped)]
     return dumped
 
-def decides(field:FieldInfo, dumped=None) -> bool:
+def decides(field:FieldInfo, dumped:Any=None) -> bool:
     "Whether a field may change what a run computes"
     return Undeciding() not in field.metadata
 
-def is_hashed(field:FieldInfo, dumped) -> bool:
+def is_hashed(field:FieldInfo, dumped:Any) -> bool:
     "Whether a field counts for the hash: it decides, and is not a later one at its default"
     if not decides(field):
         return False
@@ -992,9 +999,9 @@ def hashed_settings(cfg:LoopConfig   # the tree
     return select_fields(cfg, cfg.model_dump(mode='json'), is_hashed)
 
 # %% ../nbs/00b_config.ipynb #641caa6f1
-def to_yaml(cfg:LoopConfig,   # the tree
-            exclude=None      # what to leave out, as pydantic takes it
-           ) -> str:          # YAML 1.2
+def to_yaml(cfg:LoopConfig,              # the tree
+            exclude:set|dict|None=None   # what to leave out, as pydantic takes it
+           ) -> str:                     # YAML 1.2
     "The whole tree as text"
     yaml = YAML(typ='safe', pure=True)
     yaml.default_flow_style = None

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 warnings.filterwarnings('ignore', message='IProgress not found')
 
 # %% ../nbs/00_console.ipynb #62b76bca
-def visible(text    # anything that prints
+def visible(text:Any    # anything that prints
            ) -> str:
     "Escape characters that do not print, and hide passwords in addresses"
     without_passwords = re.sub(r'://\S*@', '://…@', str(text))
@@ -86,7 +87,8 @@ def some_names(names:Iterable,   # any number of names
 class ConsoleHandler(logging.Handler):
     "Prints log records on stderr as `note: …` (INFO) or `warning: …`"
 
-    def emit(self, record):
+    def emit(self, record:logging.LogRecord) -> None:
+        "Print one record"
         kind = 'note' if record.levelno < logging.WARNING else record.levelname.lower()
         print(f'{kind}: {visible(record.getMessage())}', file=sys.stderr, flush=True)
 

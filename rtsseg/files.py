@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -131,10 +132,10 @@ def read_json(path:str|Path,        # a file …
     return parse_json(read_bytes(path, folder), Path(path).name, nan)
 
 # %% ../nbs/00a_files.ipynb #53b91b6b
-def typed(kind,       # a type that pydantic knows
-          tree,       # what JSON holds
-          what:str    # what messages call it
-         ):           # the tree, unchanged
+def typed(kind:Any,    # a type that pydantic knows
+          tree:Any,    # what JSON holds
+          what:str     # what messages call it
+         ) -> Any:     # the tree, unchanged
     "Check fields and types; raises `FileError`"
     try:
         TypeAdapter(kind).validate_python(tree, strict=True)

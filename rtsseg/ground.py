@@ -8,6 +8,7 @@ __all__ = ['GEOD', 'BOX', 'transformer', 'crs_name', 'ground_size', 'footprints'
 
 # %% ../nbs/01_ground.ipynb #iground
 import functools
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ def _is_map(crs, name):
         return False
     return True
 
-def crs_name(crs        # a rasterio CRS, or anything that pyproj reads
+def crs_name(crs:Any    # a rasterio CRS, or anything that pyproj reads
             ) -> str:   # 'EPSG:3413' where an authority knows it, else WKT
     "The canonical name of a map's coordinate reference system. Raises `DataError`"
     text = repr(str(crs)[:80])

@@ -27,6 +27,7 @@ import numpy as np
 import rasterio.shutil
 import torch
 from filelock import FileLock, Timeout
+from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 from scipy.special import logit
@@ -112,10 +113,10 @@ class Scene:
         channels = np.concatenate([image, extra], 2)
         return torch.from_numpy(self.stats.normalise(channels).transpose(2, 0, 1))
 
-def choose_crs(name:str,    # file name of the scene
-               found,       # its own CRS, or None
-               given:str    # what the user named
-              ):            # the CRS of the map, or None
+def choose_crs(name:str,          # file name of the scene
+               found:CRS|None,    # its own CRS
+               given:str          # what the user named
+              ) -> CRS|str|None:  # the CRS of the map
     "The CRS of a scene, or the one that the user named for a scene without; raises `ConfigError` and `DataError`"
     if found and given:
         raise ConfigError(f'crs: {name} names its CRS, {crs_name(found)}: '
@@ -164,7 +165,7 @@ class BlendedRows:
 
     def move_to(self,
                 top:int    # first row of pixels in the scene
-               ):
+               ) -> None:
         "Move down: rows above `top` are dropped, new rows start at 0"
         tile = len(self.total)
         step = min(top - self.top, tile)
@@ -176,7 +177,7 @@ class BlendedRows:
     def add(self,
             left:int,                # first column of the window
             probability:np.ndarray   # float64 (tile, tile)
-           ):
+           ) -> None:
         "Add a window"
         columns = slice(left, left + len(self.weight))
         self.total[:, columns] += self.weight * probability
@@ -243,7 +244,8 @@ def predict_rows(job:MapJob,
             counts = dict(pixels=valid.size, valid=int(valid.sum()), windows=len(seen), empty=len(lefts) - len(seen))
             yield MapRows(i, blended.mean(valid), valid, counts)
 
-def add_windows(blended:BlendedRows, job:MapJob, rows:RawTile, lefts:list[int], batch:int, signals:StopSignals):
+def add_windows(blended:BlendedRows, job:MapJob, rows:RawTile, lefts:list[int], batch:int,
+                signals:StopSignals) -> None:
     "Run the windows of a row that start at these columns, and add them to the mean"
     for first in range(0, len(lefts), batch):
         stop_if_asked(signals)
@@ -256,7 +258,7 @@ def add_windows(blended:BlendedRows, job:MapJob, rows:RawTile, lefts:list[int], 
             blended.add(left, score)
     stop_if_asked(signals)
 
-def stop_if_asked(signals:StopSignals):
+def stop_if_asked(signals:StopSignals) -> None:
     "Raise `Stopped` where a signal asked for it"
     if signals.why:
         raise Stopped('stopped; the same command resumes from the finished rows')
@@ -294,7 +296,8 @@ class FinishedRows:
     def _hash(self, i, data):
         return hashlib.sha256(f'{self.key} {i} '.encode() + data).digest()
 
-    def write_settings(self):
+    def write_settings(self) -> None:
+        "Write the settings of the map beside its rows"
         write_atomic(self.folder/'made.json', json.dumps(self.settings))
 
     def differing_settings(self) -> list[str]:
@@ -311,13 +314,15 @@ class FinishedRows:
               i:int,                    # row of windows
               counts:dict[str, int],    # of `MapRows`
               values:np.ndarray         # uint16 (rows, width)
-             ):
+             ) -> None:
+        "Write a finished row of windows, with its hash"
         data = json.dumps(counts).encode() + b'\n' + zlib.compress(values.tobytes(), 1)
         write_atomic(self.folder/f'{i:06}', self._hash(i, data) + data)
 
     def read(self,
              i:int                                     # row of windows
             ) -> tuple[dict[str, int], np.ndarray]|None:   # counts and values; None if missing or damaged
+        "A finished row of windows, checked by its hash"
         path = inside(self.folder/f'{i:06}', self.folder)
         try:
             content = path.read_bytes()
@@ -346,7 +351,7 @@ class FinishedRows:
 # %% ../nbs/08_predict.ipynb #05699095
 @contextmanager
 def map_lock(folder:Path    # of the finished rows; made here, and removed if it is empty in the end
-            ):
+            ) -> Iterator[None]:
     "Hold the lock of a map; raises `DataError` where another process holds it"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/'.lock'
@@ -413,7 +418,7 @@ def note_path(out:Path) -> Path:
     "The JSON file beside a map"
     return out.with_name(f'{out.name}.json')
 
-def write_note(out:Path):
+def write_note(out:Path) -> None:
     "Write the settings of a map, and its digest, beside it"
     note = read_map_settings(out) | dict(sha256=digest(out))
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
@@ -426,7 +431,7 @@ def matches_note(out:Path) -> bool:
         return False
 
 # %% ../nbs/08_predict.ipynb #be867681
-def write_geotiff(path:Path, scene:Scene, finished:FinishedRows):
+def write_geotiff(path:Path, scene:Scene, finished:FinishedRows) -> None:
     "Write the finished rows into a plain GeoTIFF"
     total = dict(pixels=0, valid=0, windows=0, empty=0)
     layout = dict(driver='GTiff', count=1, dtype='uint16', nodata=NODATA, height=scene.height, width=scene.width)
@@ -439,14 +444,14 @@ def write_geotiff(path:Path, scene:Scene, finished:FinishedRows):
         dataset.set_band_description(1, 'probability')
         dataset.update_tags(RTSSEG=json.dumps(finished.settings | total))
 
-def check_written(path:Path, finished:FinishedRows):
+def check_written(path:Path, finished:FinishedRows) -> None:
     "Read a GeoTIFF back; raises `OSError` where a pixel differs from the finished rows"
     with rasterio.open(path) as dataset:
         for _, values, window in finished.blocks():
             if (dataset.read(1, window=window) != values).any():
                 raise OSError('the pixels read back are not those that were written')
 
-def write_map(out:Path, scene:Scene, finished:FinishedRows):
+def write_map(out:Path, scene:Scene, finished:FinishedRows) -> None:
     "Join the finished rows into a Cloud Optimized GeoTIFF; raises `OSError`"
     plain, optimized = finished.folder/'whole.tif', finished.folder/'map.tif'
     for path in (plain, optimized):
@@ -467,7 +472,7 @@ def write_map(out:Path, scene:Scene, finished:FinishedRows):
     os.replace(optimized, out)
 
 # %% ../nbs/08_predict.ipynb #cd2f7075
-def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str, batch:int):
+def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str, batch:int) -> None:
     "Raise one `ConfigError` with all arguments of `predict` that are wrong"
     problems = []
     for name, path in dict(scene=scene, extra=extra, out=out).items():
@@ -499,7 +504,7 @@ def load_calibration(folder:Path,        # a model directory
                 '(rtsseg-calibrate)')
     return None
 
-def refuse_to_replace(out:Path, finished:FinishedRows):
+def refuse_to_replace(out:Path, finished:FinishedRows) -> None:
     "Raise `DataError` where finished rows, or a map, were made with other settings"
     differing = finished.differing_settings()
     if differing:
@@ -527,7 +532,7 @@ def is_finished(out:Path, settings:dict) -> bool:
     return True
 
 # %% ../nbs/08_predict.ipynb #b306188e
-def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals):
+def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -> None:
     "Run the windows of the rows that are missing, and write the map and its note; raises `RunError` on a full disk"
     try:
         finished.write_settings()

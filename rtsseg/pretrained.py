@@ -104,8 +104,8 @@ def timm_name(cfg:Model) -> str:
         tag = cfg.weights
     return f'{name}.{tag}' if tag else name
 
-def timm_card(cfg:Model):
-    "What timm knows about the named pretrained weights"
+def timm_card(cfg:Model) -> timm.models.PretrainedCfg:
+    "What timm knows about the named pretrained weights; raises `ConfigError` where it has none"
     found = timm.get_pretrained_cfg(timm_name(cfg))
     if not (found and (found.hf_hub_id or found.url)):
         raise ConfigError('model.weights: timm has no pretrained weights, and no statistics of any, '

@@ -23,6 +23,7 @@ from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.transform import Affine
+from rasterio.windows import Window
 
 from .console import DataError
 from .ground import crs_name
@@ -169,7 +170,7 @@ def write_raster(path:str|Path,                # the GeoTIFF
 def valid_pixels(ds:DatasetReader,        # an open raster
                  planes:np.ndarray,       # bands × H × W that were read from it
                  nodata:float|None=None,  # another nodata value than the raster's
-                 window=None              # the rasterio window that was read; None: all
+                 window:Window|None=None  # the window that was read; None: all
                 ) -> np.ndarray:          # H × W bool
     "Where an image holds data"
     nodata = ds.nodata if nodata is None else nodata

@@ -10,7 +10,7 @@ __all__ = ['HASH_COLUMNS', 'EXAMPLE_SIDE', 'RawTile', 'read_pixels', 'row_opener
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -186,9 +186,9 @@ def read_row(root:str|Path,           # folder that the paths are relative to
 # %% ../nbs/01b_rawtile.ipynb #ac8096af
 def show_tile(image:np.ndarray,            # H × W × 3, any range
               mask:np.ndarray|None=None,   # H × W: 0, 1, 255, or a soft target
-              ax=None,                     # matplotlib axes; None makes a new figure
+              ax:Any=None,                 # matplotlib axes; None makes a new figure
               title:str=''
-             ):                            # the axes
+             ) -> Any:                     # the axes
     "Draw a tile, stretched to its 2nd to 98th percentile, with the outline of its mask"
     # here, so that loader workers need not import it
     import matplotlib.pyplot as plt

@@ -31,8 +31,8 @@ from .console import DataError, RtssegError, logger
 from .files import FileError, digest, inside, parse_json, read_json, typed
 
 # %% ../nbs/00c_runs.ipynb #e8ccb77f1
-def content_of(value      # of a path in a tree
-              ):          # what counts for the hash
+def content_of(value:str|None    # of a path in a tree
+              ) -> str|None:     # what counts for the hash
     "A local file counts by its content; a model directory is another start than its weights file"
     path = Path(value or '')
     if not path.is_absolute():
@@ -150,6 +150,7 @@ def read_ledger(folder:str|Path    # the runs folder
         raise FileError(f'{e}: bring it back from a copy, for it says who has seen the test split') from None
 
 class StoredThreshold(OpenNode):
+    "One threshold of calibration.json, on the scale of raw scores"
     raw_threshold: Fraction
 
 class StoredThresholds(OpenNode):
@@ -214,20 +215,25 @@ def flatten(tree:dict,         # a tree of mappings
 
 # %% ../nbs/00c_runs.ipynb #beae7c78
 class StartEvent(OpenNode):
+    "log.jsonl: training starts or resumes, on this device"
     device: SafeName
 
 class StageEvent(OpenNode):
+    "log.jsonl: a stage begins, with its epochs and its frozen parts"
     first: PositiveInt
     last: PositiveInt
     frozen: list[SafeName]
 
 class EndEvent(OpenNode):
+    "log.jsonl: training ended, and why"
     reason: str
 
 class ForcedEvent(OpenNode):
+    "log.jsonl: a run was continued by force, and the settings that differ"
     differs: dict[SafeName, Any]
 
 class EvaluateEvent(OpenNode):
+    "log.jsonl: a pass over a split, with its views, its number of tiles and its time"
     split: SafeName
     views: SafeName
     tiles: PositiveInt

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .config import Sampler
 from .console import logger
@@ -96,7 +97,7 @@ class Batches:
         # the last row also holds for every later epoch
         return self.cfg.curriculum[-1].ratio
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch:int) -> None:
         "Choose the epoch (1-based) that is yielded next; a new epoch takes in the losses learnt since the last"
         if epoch != self.epoch:
             self._losses |= self._learnt
@@ -109,9 +110,9 @@ class Batches:
         return self.cfg.hard_negatives > 0
 
     def learn(self,
-              tiles,      # (n,) int: rows of `positive`
-              losses      # (n,) float: their losses in a training step
-             ):
+              tiles:ArrayLike,     # (n,) int: rows of `positive`
+              losses:ArrayLike     # (n,) float: their losses in a training step
+             ) -> None:
         """Take in losses for later epochs; positive tiles and losses that are not finite are skipped.
 
         Raises ValueError on a negative loss.
@@ -140,7 +141,7 @@ class Batches:
 
     def load(self,
              state:dict   # of `state`; {} starts a new run
-            ):
+            ) -> None:
         "Continue from `state`"
         self.epoch = state.get('epoch', 1)
         self._losses = dict(state.get('losses', {}))

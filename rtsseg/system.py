@@ -122,20 +122,24 @@ class SampleMeter:
                 ):
         self.rows, self.metrics, self.parts = rows, metrics, []
 
-    def update(self, out, batch):
+    def update(self, out:Any, batch:dict) -> None:
+        "Take in the output of a batch"
         self.parts.append(pd.DataFrame(self.rows(out, batch)))
 
     def state(self) -> list[pd.DataFrame]:
+        "What other processes need to take in"
         return self.parts
 
-    def merge(self, states:list):
+    def merge(self, states:list) -> None:
         "Take in the states of all processes"
         self.parts = [part for state in states for part in state]
 
     def table(self) -> SampleTable:
+        "All samples so far"
         return SampleTable(pd.concat(self.parts, ignore_index=True))
 
     def compute(self) -> dict[str, float]:
+        "The metrics of all samples so far"
         return self.metrics(self.table())
 
 # %% ../nbs/04j_system.ipynb #cpass

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -244,7 +245,7 @@ def eval_loader(manifest:Manifest,    # one split
 
 def make_loader(dataset:Dataset,
                 cfg:RtsConfig,       # loader
-                **batching           # batch_size or batch_sampler of `DataLoader`
+                **batching:Any       # batch_size or batch_sampler of `DataLoader`
                ) -> DataLoader:
     "A loader with the workers of the config, at most one per core"
     loader = cfg.loader
@@ -284,7 +285,7 @@ class UnreadableTiles:
         # {split: {row: problem}} of tiles that were logged
         self.known = {name: {} for name in self.datasets}
 
-    def on_start(self, run):
+    def on_start(self, run:Any) -> None:
         "Read again what an earlier process of this run could not read: it stops this one too, unless it was restored"
         for name, tile_ids in self._stored(run.folder).items():
             dataset = self.datasets[name]
@@ -303,7 +304,8 @@ class UnreadableTiles:
             return {}
         return {name: stored.get(name, []) for name in self.datasets}
 
-    def on_step(self, run):
+    def on_step(self, run:Any) -> None:
+        "Log tiles that are newly unreadable, and stop the run where they are too many"
         for name, dataset in self.datasets.items():
             known = self.known[name]
             for i in dataset.unread.nonzero()[:, 0].tolist():
@@ -324,7 +326,7 @@ class UnreadableTiles:
 
     on_judge = on_step
 
-    def on_epoch(self, run):
+    def on_epoch(self, run:Any) -> None:
         "Share between processes what each could not read, before a validation is kept"
         acc = run.accelerator
         if acc.num_processes > 1:
@@ -335,7 +337,8 @@ class UnreadableTiles:
 
     on_judged = on_epoch
 
-    def on_end(self, run):
+    def on_end(self, run:Any) -> None:
+        "Print how many tiles of each split could not be read"
         for name, dataset in self.datasets.items():
             known = self.known[name]
             if known and run.accelerator.is_main_process:

@@ -15,11 +15,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
-from rasterio.transform import from_origin
+from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform
 from scipy.special import ndtr, ndtri
 
@@ -54,30 +55,30 @@ def noise(size:int,                # side, pixels
     return (x - x.mean())/x.std()
 
 # %% ../nbs/01k_toy.ipynb #79fb96ca
-def ramp(x, low, high):
+def ramp(x:np.ndarray, low:float|np.ndarray, high:float|np.ndarray) -> np.ndarray:
     "Smooth step: 0 below `low`, 1 above `high`, or the other way round where `high` < `low`"
     t = np.clip((x - low)/(high - low), 0, 1)
     return t*t*(3 - 2*t)
 
-def mix(a, b, share):
-    "From `a` to `b`, by `share` (H, W)"
+def mix(a:np.ndarray, b:np.ndarray|float, share:np.ndarray) -> np.ndarray:
+    "From `a` to `b`, by `share` (H, W); a colour (3,) gives (H, W, 3)"
     if np.ndim(a) > np.ndim(share) or np.ndim(b) == 1:
         share = share[..., None]
     return a + (b - a)*share
 
-def blur(x, sigma):
-    "Gaussian blur; a wide one is done on a smaller copy"
+def blur(x:np.ndarray, sigma:float) -> np.ndarray:
+    "Gaussian blur with a standard deviation in pixels; a wide one is done on a smaller copy"
     if sigma < 8:
         return cv2.GaussianBlur(x, (0, 0), sigma)
     small = cv2.resize(x, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
     return cv2.resize(cv2.GaussianBlur(small, (0, 0), sigma/4), x.shape[::-1])
 
-def distance(inside):
-    "Distance to the nearest True, pixels"
+def distance(inside:np.ndarray) -> np.ndarray:
+    "Distance to the nearest True, pixels: bool (H, W) to float32 (H, W)"
     return cv2.distanceTransform((~inside).astype(np.uint8), cv2.DIST_L2, 5)
 
-def gradient(elevation):
-    "Rise per metre to the right, and downwards"
+def gradient(elevation:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Rise per metre to the right, and downwards, of an elevation in metres"
     return np.gradient(elevation, METRES)[::-1]
 
 # %% ../nbs/01k_toy.ipynb #f6003462
@@ -126,11 +127,11 @@ def land(size:int, rng:np.random.Generator) -> Land:
 # metres; SPREAD is the standard deviation of the logarithm
 SMALLEST, LARGEST, MEDIAN, SPREAD = 50., 1100., 130., 0.7
 
-def breadth(length):
+def breadth(length:float|np.ndarray) -> float|np.ndarray:
     "Width of a slump, metres: long ones are slender"
     return length/(1.5*(length/MEDIAN)**0.35)
 
-def covered(length):
+def covered(length:float|np.ndarray) -> float|np.ndarray:
     "Area of a slump, m²: it fills about two thirds of its box"
     return 0.66*length*breadth(length)
 
@@ -310,7 +311,7 @@ class Surface:
     # of the soil, standard deviation 1
     damp: np.ndarray
 
-def road(size, rng):
+def road(size:int, rng:np.random.Generator) -> np.ndarray:
     "A winding road from edge to edge, (S, S) bool"
     t, a = np.linspace(-0.8, 0.8, 200), rng.uniform(0, 2*np.pi)
     bend = sum(rng.uniform(-0.12, 0.12)/k*np.sin(k*4*t + rng.uniform(0, 2*np.pi)) for k in (1, 2, 4))
@@ -441,7 +442,7 @@ def scene_corner(source:ToySource, region:int, look:Look) -> tuple[float, float]
     blocks_away = turn*np.ceil(2*source.scene_size*METRES/block)
     return (np.floor(x/block) + blocks_away)*block, np.ceil(y/block)*block
 
-def write_tile(s:Scene, at:tuple[slice, slice], name:str, root:Path, grid) -> None:
+def write_tile(s:Scene, at:tuple[slice, slice], name:str, root:Path, grid:Affine) -> None:
     "Image, EXTRA bands and mask of one tile"
     write_raster(root/f'images/{name}.tif', s.image[at].transpose(2, 0, 1), grid, CRS, nodata=0)
     write_raster(root/f'extra/{name}.tif', s.extra[at].transpose(2, 0, 1), grid, CRS, names=BANDS)
@@ -502,7 +503,7 @@ def make_toy(source:ToySource,                     # the world
     return write_manifest(table, path)
 
 def tiny_toy(folder:str|Path,   # where
-             **settings         # fields of `ToySource` that differ
+             **settings:Any     # fields of `ToySource` that differ
             ) -> Path:          # the manifest
     "A world of a second or two, for tests and examples: 128 tiles of 64 pixels in two regions"
     tiny = dict(regions=2, scene_size=512, tile_size=64, block_size=384, prevalence=0.03)
@@ -540,7 +541,7 @@ def scored_tiles(n_pos:int=40,     # tiles with slumps
                  n_neg:int=400,    # tiles without
                  seed:int=0,       # fixes them
                  blocks:int=40,    # blocks of the tiles, in turn
-                 **settings        # further arguments of `scored_tile`
+                 **settings:Any    # further arguments of `scored_tile`
                 ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
     "Logits float16 (N, side, side), masks uint8 (N, side, side), and the table of tiles that `Meter` takes"
     rng = np.random.default_rng(seed)

@@ -240,6 +240,31 @@ def test_results_are_read_on_any_platform():
     done = subprocess.run([sys.executable, '-c', ON_ANY_PLATFORM], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
+def public(tree):
+    "Public functions and classes of a module, and public methods of its public classes: (qualified name, node)"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+                yield from ((f'{node.name}.{m.name}', m) for m in methods if not m.name.startswith('_'))
+
+def lacks(node):
+    "What a definition lacks: its docstring, or annotations"
+    missing = [] if ast.get_docstring(node) else ['a docstring']
+    if isinstance(node, ast.FunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [argument.arg for argument in arguments if not argument.annotation]
+        missing += [name for name in names if name not in ('self', 'cls')]
+        missing += [] if node.returns else ['what it returns']
+    return missing
+
+@pytest.mark.parametrize('name', ORDER + SYSTEMS)
+def test_public_definitions_are_annotated_and_described(name):
+    tree = ast.parse((ROOT/'rtsseg'/f'{name.replace(".", "/")}.py').read_text())
+    missing = {where: found for where, node in public(tree) if (found := lacks(node))}
+    assert not missing, '\n'.join(f'{where}: {", ".join(found)}' for where, found in missing.items())
+
 # ---------------------------------------------------------------- plain code and plain words
 CODE = [*notebooks, *(ROOT/name for name in tracked() if name.endswith('.py') and not name.startswith('rtsseg/'))]
 PROSE = [*notebooks, *(ROOT/name for name in tracked() if name.endswith(('.md', '.qmd')))]
@@ -377,7 +402,9 @@ def test_links_and_pictures_of_the_readme_are_there():
 
 def test_readme_lists_chapters_and_commands():
     for path in chapters:
-        assert f'({path.relative_to(ROOT).as_posix()})' in readme(), f'the table of chapters lacks {path.name}'
+        title, description = nbformat.read(path, 4).cells[0].source.split('\n')
+        row = f'| [{title[2:]}]({path.relative_to(ROOT).as_posix()}) | {description[2:]} |'
+        assert row in readme(), f'the table of chapters lacks {row}'
     for command in scripts:
         assert command in readme()
 

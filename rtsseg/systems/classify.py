@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -125,7 +125,8 @@ class ShuffledBatches:
     def __init__(self, n:int, batch_size:int, seed:int):
         self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 1
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch:int) -> None:
+        "Choose the epoch (1-based) that is yielded next"
         self.epoch = epoch
 
     def __len__(self):
@@ -146,12 +147,14 @@ class ImageFeed(Feed):
         self.classes = sorted(self.table.label.unique())
 
     @cached_property
-    def hash(self):
+    def hash(self) -> str:
+        "Hash of the list of images and their contents: 16 hexadecimal digits"
         contents = [digest(self.root/path) for path in self.table.path]
         text = json.dumps([self.table.values.tolist(), contents])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def check(self):
+    def check(self) -> None:
+        "Read every image once; raises one `DataError` with all problems"
         problems = [f'split {name!r}: no image' for name in ('train', 'val') if not self.size(name)]
         unknown = set(self.classes) - set(self.table.label[self.table.split == 'train'])
         problems += [f'label {label!r}: not in the training split' for label in sorted(unknown)]
@@ -163,9 +166,11 @@ class ImageFeed(Feed):
         raise_problems(self.source, problems)
 
     def images(self, split:str) -> Images:
+        "The images of a split"
         return Images(self.root, self.table[self.table.split == split], self.classes, self.cfg.data)
 
-    def loader(self, split:str, **order) -> DataLoader:
+    def loader(self, split:str, **order:Any) -> DataLoader:
+        "A loader of a split; `order` is the `batch_size` or the `batch_sampler` of `DataLoader`"
         settings, workers = self.cfg.loader, min(self.cfg.loader.num_workers, os.cpu_count())
         with_workers = {}
         if workers:
@@ -174,14 +179,17 @@ class ImageFeed(Feed):
         return DataLoader(self.images(split), num_workers=workers, generator=torch.Generator(),
                           pin_memory=settings.pin_memory and torch.cuda.is_available(), **with_workers, **order)
 
-    def loaders(self):
+    def loaders(self) -> tuple[DataLoader, DataLoader]:
+        "Shuffled, augmented training batches, and the validation split in order"
         batches = ShuffledBatches(self.size('train'), self.cfg.batch_size, self.cfg.seed)
         return self.loader('train', batch_sampler=batches), self.split('val', None)
 
-    def split(self, name, packed):
+    def split(self, name:str, packed:'PackedClassifier|None') -> DataLoader:
+        "Every image of a split once, in order"
         return self.loader(name, batch_size=self.cfg.batch_size)
 
-    def size(self, split):
+    def size(self, split:str) -> int:
+        "How many images a split holds"
         return int((self.table.split == split).sum())
 
 # %% ../../nbs/systems/classify.ipynb #ccltask
@@ -193,7 +201,8 @@ class Classifier(nn.Module):
         self.encoder = timm.create_model(name, pretrained=pretrained, num_classes=0)
         self.head = nn.Linear(self.encoder.num_features, classes)
 
-    def forward(self, image):
+    def forward(self, image:torch.Tensor) -> torch.Tensor:
+        "Logits float (N, classes) of images float (N, 3, H, W)"
         return self.head(self.encoder(image))
 
 def build_classifier(model:ImageModel, classes:int, pretrained:bool) -> Classifier:
@@ -221,22 +230,27 @@ class ClassifyTask(Task):
     def __init__(self, cfg:ClassifyConfig):
         self.monitor = cfg.metrics.monitor
 
-    def parts(self, model):
+    def parts(self, model:Classifier) -> dict[str, list[nn.Module]]:
+        "Encoder and linear head"
         return dict(encoder=[model.encoder], decoder=[model.head])
 
-    def forward(self, model, batch):
+    def forward(self, model:Classifier, batch:dict) -> torch.Tensor:
+        "Logits float (N, classes)"
         return model(batch['image'])
 
-    def count(self, batch):
+    def count(self, batch:dict) -> dict[str, float]:
+        "The mean is taken over images"
         return dict(cross_entropy=len(batch['label']))
 
-    def loss(self, out, batch):
+    def loss(self, out:torch.Tensor, batch:dict) -> dict[str, torch.Tensor]:
+        "Cross-entropy, mean over the images of the batch"
         return dict(cross_entropy=F.cross_entropy(out, batch['label']))
 
-    def meter(self):
+    def meter(self) -> SampleMeter:
+        "A new meter of accuracy and macro-F1"
         return SampleMeter(self.rows, classification_scores)
 
-    def rows(self, out, batch):
+    def rows(self, out:torch.Tensor, batch:dict) -> dict[str, Any]:
         "Rows of the table, from a batch"
         confidence, predicted = out.softmax(1).max(1)
         return dict(sample=batch['sample'], group=batch['group'], label=batch['label'].cpu().numpy(),
@@ -264,26 +278,34 @@ class Classify(System):
     name = 'classify'
     Config = ClassifyConfig
 
-    def feed(self, cfg, prepare=False):
+    def feed(self, cfg:ClassifyConfig, prepare:bool=False) -> ImageFeed:
+        "The images of the config's source; raises `DataError`"
         return ImageFeed(cfg)
 
-    def model(self, cfg, feed):
+    def model(self, cfg:ClassifyConfig, feed:ImageFeed) -> Classifier:
+        "A new classifier; raises `ConfigError` where timm does not know the model"
         return build_classifier(cfg.model, len(feed.classes), cfg.model.pretrained)
 
-    def task(self, cfg, feed):
+    def task(self, cfg:ClassifyConfig, feed:ImageFeed) -> ClassifyTask:
+        "Forward pass, cross-entropy and meter"
         return ClassifyTask(cfg)
 
-    def metrics(self, table, cfg, weights=None):
+    def metrics(self, table:SampleTable, cfg:ClassifyConfig, weights:np.ndarray|None=None) -> dict[str, float]:
+        "Accuracy and macro-F1"
         return classification_scores(table, weights)
 
-    def sections(self, results):
+    def sections(self, results:Any) -> dict[str, list]:
+        "Sections of a report over tables of samples: {heading: blocks of a page}"
         from rtsseg.shared import table_sections
         return table_sections(results)
 
-    def measured_by(self, cfg):
+    def measured_by(self, cfg:ClassifyConfig) -> tuple[ImageMetrics, Path]:
+        "The metric settings and the source, which comparable runs have in common"
         return cfg.metrics, cfg.data.source
 
-    def package(self, folder, model, cfg, feed, best, environment):
+    def package(self, folder:Path, model:Classifier, cfg:ClassifyConfig, feed:ImageFeed, best:dict,
+                environment:dict) -> None:
+        "Write the model directory: class names, model card, weights, config and metrics"
         write_atomic(folder/CLASSES, json.dumps(dict(classes=feed.classes), indent=1))
         card = CARD.format(name=cfg.name, side=cfg.data.image_size, n=len(feed.classes), model=cfg.model.name,
                            classes=', '.join(feed.classes), rtsseg=environment.get('rtsseg'), seed=cfg.seed,
@@ -292,7 +314,8 @@ class Classify(System):
         write_atomic(folder/'README.md', card)
         save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source'}))
 
-    def unpack(self, folder):
+    def unpack(self, folder:Path) -> PackedClassifier:
+        "Load a model directory; raises `ModelError`"
         folder = Path(folder)
         with model_errors(folder):
             check_directory(folder, [CLASSES])

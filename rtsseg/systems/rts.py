@@ -8,9 +8,11 @@ __all__ = ['IOU_GAP', 'BALANCED_GAP', 'RtsFeed', 'segmentation_signs', 'RTS', 'm
 # %% ../../nbs/systems/rts.ipynb #irts
 import os
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from ..config import RtsConfig
-from ..system import Feed, System, divergence
+from ..system import Feed, Pass, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
 class RtsFeed(Feed):
@@ -20,33 +22,38 @@ class RtsFeed(Feed):
         self.cfg, self.manifest = cfg, manifest
         self.source, self.hash = manifest.path.name, manifest.hash
 
-    def check(self):
+    def check(self) -> None:
         "Read every tile of every split, and compute the statistics of the training split"
         from rtsseg.prepare import check_all_tiles, statistics
         check_all_tiles(self.cfg, self.manifest)
         statistics(self.cfg, self.manifest)
 
     @cached_property
-    def built(self):
+    def built(self) -> Any:
         "Both loaders, and the statistics with which tiles are normalised"
         from rtsseg.tiles import loaders
         return loaders(self.cfg, self.manifest)
 
-    def loaders(self):
+    def loaders(self) -> tuple[Any, Any]:
+        "Loaders of the training and of the validation split"
         return self.built.train, self.built.val
 
-    def split(self, name, packed):
+    def split(self, name:str, packed:Any) -> Any:
+        "A loader of every tile of a split, normalised with the statistics of the packed model"
         from rtsseg.tiles import eval_loader
         return eval_loader(self.manifest.of(name), packed.stats, self.cfg)
 
-    def size(self, split):
+    def size(self, split:str) -> int:
+        "How many tiles a split holds"
         return len(self.manifest.of(split))
 
-    def warnings(self):
+    def warnings(self) -> list[str]:
+        "Splits with too few positive tiles, a line each"
         from rtsseg.splits import thin_splits
         return [f'{problem}: a number from few tiles says little' for problem in thin_splits(self.manifest.table)]
 
-    def observers(self):
+    def observers(self) -> list:
+        "An observer that stops the run where too many tiles cannot be read"
         from rtsseg.tiles import UnreadableTiles
         return [UnreadableTiles(self.built)]
 
@@ -81,7 +88,8 @@ class RTS(System):
     views = ('none', 'minimal', 'standard', 'full')
     group_name = 'blocks with positives'
 
-    def feed(self, cfg, prepare=False):
+    def feed(self, cfg:RtsConfig, prepare:bool=False) -> RtsFeed:
+        "The tiles of the manifest, which is made from its source first where it is missing; raises `DataError`"
         from rtsseg.manifest import read_manifest
         from rtsseg.prepare import prepare as prepare_manifest
         if not prepare:
@@ -91,119 +99,145 @@ class RTS(System):
             self.refuse_early(cfg)
         return RtsFeed(cfg, prepare_manifest(cfg))
 
-    def refuse_early(self, cfg):
+    def refuse_early(self, cfg:RtsConfig) -> None:
         "Raise `ConfigError` where the device is missing or the model cannot be built"
         from rtsseg.processes import make_accelerator
         if cfg.device == 'cuda':
             make_accelerator(cfg)
         self.model(cfg, None)
 
-    def model(self, cfg, feed):
+    def model(self, cfg:RtsConfig, feed:RtsFeed|None) -> Any:
+        "A new segmentation network; raises `ConfigError` where the tile size does not fit it"
         from rtsseg.models import build, check_size
         model = build(cfg.model)
         check_size(model, cfg.data.tile_size)
         return model
 
-    def task(self, cfg, feed):
+    def task(self, cfg:RtsConfig, feed:RtsFeed) -> Any:
+        "Binary segmentation, judged by PR-AUC on the validation tiles"
         from rtsseg.segment import SegmentTask, background_ratio
         return SegmentTask(cfg, feed.manifest.of('val').table, background_ratio(feed.built))
 
-    def metrics(self, table, cfg, weights=None):
+    def metrics(self, table:Any, cfg:RtsConfig, weights:Any=None) -> dict[str, float]:
+        "Pixel and object metrics of the evidence"
         from rtsseg.segment import headline
         return headline(table, cfg)
 
-    def package(self, folder, model, cfg, feed, best, environment):
+    def package(self, folder:Path, model:Any, cfg:RtsConfig, feed:RtsFeed, best:dict, environment:dict) -> None:
+        "Write the model directory, with the statistics that normalise a scene"
         from rtsseg.infer import save_model
         save_model(folder, model, cfg, feed.built.stats, best, environment)
 
-    def unpack(self, folder):
+    def unpack(self, folder:Path) -> Any:
+        "Load a model directory; raises `ModelError`"
         from rtsseg.infer import load_model
         return load_model(folder)
 
-    def warnings(self, cfg):
+    def warnings(self, cfg:RtsConfig) -> list[str]:
+        "Settings that are valid but probably a mistake, a line each"
         return cfg.doubtful_settings()
 
-    def overfitting(self, history, cfg):
+    def overfitting(self, history:list[dict], cfg:RtsConfig) -> dict[str, str]:
+        "The warning signs of guide 10.5: {sign: remedy}"
         return segmentation_signs(history, cfg)
 
-    def curves(self, cfg):
+    def curves(self, cfg:RtsConfig) -> dict[str, list[str]]:
+        "Panels of PR-AUC and IoU: {title: columns of the log}"
         return {'PR-AUC': [f'val/{name}' for name in dict.fromkeys([cfg.metrics.monitor, 'pr_auc@1', 'pr_auc@native'])],
                 'IoU': ['train/iou', 'val/iou@1']}
 
-    def largest_batch(self, cfg):
+    def largest_batch(self, cfg:RtsConfig) -> int:
+        "The largest batch that fits into memory, in tiles; raises `ConfigError` where none does"
         from rtsseg.check import probe
         return probe(cfg)['batch_size']
 
-    def measured_by(self, cfg):
+    def measured_by(self, cfg:RtsConfig) -> tuple[Any, Path]:
+        "The metric settings and the manifest, which comparable runs have in common"
         return cfg.metrics, cfg.data.manifest
 
-    def check_variant(self, cfg, feed):
+    def check_variant(self, cfg:RtsConfig, feed:RtsFeed) -> None:
+        "Build the model and read one training tile; raises `ConfigError` and `DataError`"
         from rtsseg.tiles import read_tile
         self.model(cfg, feed)
         read_tile(feed.manifest.of('train'), 0, cfg.data.extra_bands)
 
-    def check(self, cfg, batches=20, picture=''):
+    def check(self, cfg:RtsConfig, batches:int=20, picture:str='') -> None:
+        "Print the checklist of a run, and draw one augmented batch; raises `DataError` and `ConfigError`"
         from rtsseg.check import check_and_draw
         check_and_draw(cfg, batches, picture)
 
-    def probe(self, cfg):
+    def probe(self, cfg:RtsConfig) -> None:
+        "Print the largest batch that fits, and what memory is used for"
         from rtsseg.check import probe, show_probe
         print(show_probe(probe(cfg), cfg))
 
-    def calibrate(self, folder, cfg, views):
+    def calibrate(self, folder:Path, cfg:RtsConfig, views:str) -> Any:
+        "Write calibration.json from the validation evidence, and return the calibration; raises `DataError`"
         from rtsseg.calibration import calibrate_pixels
         return calibrate_pixels(folder, cfg, views)
 
-    def default_views(self, cfg):
+    def default_views(self, cfg:RtsConfig) -> str:
+        "The views of the config"
         return cfg.infer.views
 
-    def selection_rule(self, cfg, views):
+    def selection_rule(self, cfg:RtsConfig, views:str) -> str:
+        "How checkpoint, calibration and thresholds are chosen: a line for the test ledger"
         from rtsseg.observe import selection_rule
         return selection_rule(cfg, views)
 
-    def missing_before_test(self, folder, views):
+    def missing_before_test(self, folder:Path, views:str) -> str:
+        "A message where no threshold of these views was chosen on validation yet; '' otherwise"
         from rtsseg.observe import calibrated_thresholds
         if calibrated_thresholds(folder, views):
             return ''
         return (f'views {views} are not calibrated yet, so no threshold was chosen before the test split is read: '
                 f'rtsseg-calibrate --run {os.path.relpath(folder)} --views {views}')
 
-    def observe(self, packed, feed, ask, earlier=None):
+    def observe(self, packed:Any, feed:RtsFeed, ask:Pass, earlier:Any=None) -> Any:
+        "The evidence of a model over a split; after an earlier pass, with finer bins over the range of its scores"
         from rtsseg.observe import observe_tiles
         packed.model.to(ask.accelerator.device)
         bins = earlier.score_range if earlier is not None else 'float16'
         part = feed.manifest.of(ask.split)
         return observe_tiles(packed, feed.split(ask.split, packed), part, feed.cfg, ask, bins)
 
-    def unresolved(self, table, cfg):
+    def unresolved(self, table:Any, cfg:RtsConfig) -> str:
+        "Why the bins of the scores are too coarse for the metrics; '' where they are fine"
         from rtsseg.observe import why_unresolved
         return why_unresolved(table, cfg)
 
-    def attachments(self, packed, feed, ask, table):
+    def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
+        "Logits of the tiles that a report shows, as an .npz file"
         from rtsseg.observe import logits_for_pictures
         part = feed.manifest.of(ask.split)
         return {'.npz': logits_for_pictures(packed, feed.split(ask.split, packed), part, ask, table)}
 
-    def read_table(self, path):
+    def read_table(self, path:Path) -> Any:
+        "Read the evidence of a split; raises `ValueError`"
         from rtsseg.evidence import Evidence
         return Evidence.read(path)
 
-    def describe(self, table, cfg):
+    def describe(self, table:Any, cfg:RtsConfig) -> str:
+        "What the evidence says at each class ratio, in short"
         from rtsseg.observe import describe_evidence
         return describe_evidence(table, cfg.metrics.ratios)
 
-    def samples(self, table):
+    def samples(self, table:Any) -> list[str]:
+        "Names of the tiles"
         return list(table['tile_id'])
 
-    def count_groups(self, table):
+    def count_groups(self, table:Any) -> int:
+        "How many blocks hold positive tiles"
         return len(set(table['block'][table['positive']]))
 
-    def replicates(self, table, cfg, n, seed=0):
+    def replicates(self, table:Any, cfg:RtsConfig, n:int, seed:int=0) -> Any:
+        "The monitored PR-AUC in n bootstrap draws of blocks: float (n,)"
         from rtsseg.intervals import resample
         ratio = monitored_ratio(cfg)
         return resample(table, [ratio], ious=(), replicates=n, seed=seed)[ratio]['pr_auc']
 
-    def noise_notes(self, table, cfg):
+    def noise_notes(self, table:Any, cfg:RtsConfig) -> list[str]:
+        "The guide's own measure of noise: the standard deviation over five draws of negatives"
         from rtsseg.intervals import subsample
         from rtsseg.metrics import negative_weight
         ratio = monitored_ratio(cfg)
@@ -212,11 +246,13 @@ class RTS(System):
         spread = subsample(table, ratio, draws=5)['pr_auc'][1]
         return [f'standard deviation over five draws of negatives, as the guide has it: {spread:.4f}']
 
-    def sections(self, results):
+    def sections(self, results:Any) -> dict[str, list]:
+        "Sections of the report on one configuration: {heading: blocks of a page}"
         from rtsseg.pixel_report import sections
         return sections(results)
 
-    def comparison(self, results, split):
+    def comparison(self, results:list[Any], split:str) -> dict[str, list]:
+        "Sections of the report that compares several configurations: {heading: blocks of a page}"
         from rtsseg.pixel_report import comparison
         return comparison(results, split)
 
