@@ -264,7 +264,7 @@ def temperature_verdict(found:dict[str, Fit]     # of `fits`
         text = 'temperature alone makes no probabilities of these scores: it has no best value'
         return text if both.why else f'{text}{advice} does'
     if t.excess.low is None:
-        return f'whether temperature alone is enough cannot be told ({t.excess.why}): {times}'
+        return f'whether temperature alone is enough is not known ({t.excess.why}): {times}'
     if abs(t.excess.value - 1) <= MAX_EXCESS or t.excess.low <= 1 <= t.excess.high:
         return f'temperature alone is enough: {times}'
     text = f'temperature alone is not enough: {times}'
@@ -740,7 +740,7 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     good = gains[gains.verdict == 'gain']
     unknown = gains.why[gains.verdict == 'unknown']
     if not len(good) and len(unknown):
-        return f'whether test-time augmentation is worth it cannot be told: {unknown.iloc[0]}'
+        return f'whether test-time augmentation is worth it is not known: {unknown.iloc[0]}'
     if not len(good):
         return 'test-time augmentation is not recommended: no gain beyond the noise'
     best = good.iloc[0]

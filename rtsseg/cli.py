@@ -108,7 +108,7 @@ def argument_parser(command:str,                  # how the command is called
     return parser
 
 # %% ../nbs/10_cli.ipynb #17d37232
-RESUMES = 'What was saved is kept; once this is mended, the same command resumes'
+RESUMES = 'What was saved is kept. Fix this, and the same command resumes'
 
 def print_error(text:str) -> None:
     "A line on stderr, after all that was printed before"
@@ -216,7 +216,7 @@ def rtsseg_train(shared:RunArguments=RunArguments(),
                  fresh:bool=False,     # move the run that stands there aside, and start over
                  force:bool=False,     # continue a run folder whose config.yaml was changed, with this config
                  detach:bool=False,    # return at once and let the run outlive this shell; it writes to train.out
-                 inline:bool=False     # train in this very process
+                 inline:bool=False     # train in this process
                 ) -> None:
     "Train a model; started again, the same command resumes the run"
     if os.environ.get('RTSSEG_PIPE') and inline:

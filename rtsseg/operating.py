@@ -311,7 +311,7 @@ def precision_falls(thresholds:np.ndarray,    # (n,) raw probabilities, ascendin
     text = (f'object precision falls from {precision[0, low]:.3f} at {name(thresholds[low])} '
             f'to {precision[0, high]:.3f} at {name(thresholds[high])}: a higher threshold is not always safer')
     if why:
-        text += f' (whether that is more than noise cannot be told: {why})'
+        text += f' (whether that is more than noise is not known: {why})'
     return text
 
 # %% ../nbs/05b_operating.ipynb #bca57fd3

@@ -256,7 +256,7 @@ def start_training(cfg:RunConfig,          # the whole tree
 
     Raises `ConfigError`, `DataError`, `RunError`, and `Stopped` where it was stopped before its end."""
     if inline and (detach or processes != 1):
-        raise ConfigError('--inline trains in this very process: leave out --processes and --detach')
+        raise ConfigError('--inline trains in this process: leave out --processes and --detach')
     if not inline:
         drop_rank_variables()
     if fresh or force:

@@ -155,7 +155,7 @@ def test_the_excess_is_what_probabilities_add_up_to():
     for f in found.values():
         assert f.slope.low < f.slope.value < f.slope.high
     few = drawn(1, 1, 2).select(np.isin(np.arange(200) % 20, range(5)))
-    assert 'cannot be told' in temperature_verdict(
+    assert 'is not known' in temperature_verdict(
         fits(few, Replicates(few, 100))
     ) and '5 blocks hold positives, 10 are needed' in temperature_verdict(fits(few, Replicates(few, 100)))
 
@@ -508,7 +508,7 @@ def test_views_of_few_blocks_cannot_be_told_apart(folder):
     assert gains.verdict.tolist()[1:] == ['unknown'] * 3 and gains.gain.notna().sum() == 3
     assert (
         recommend(gains)
-        == 'whether test-time augmentation is worth it cannot be told: '
+        == 'whether test-time augmentation is worth it is not known: '
         'no interval: 9 blocks hold positives, 10 are needed'
     )
 

@@ -394,7 +394,7 @@ def test_a_taken_or_changed_run_folder_is_refused_in_one_line(tiny, tmp_path, ca
     listed = message.split(' (')[1].split(')')[0]
     assert listed.count(' → ') == 5
     assert ', and 1 more). ' in message
-    in_process = 'error: --inline trains in this very process: leave out --processes and --detach\n'
+    in_process = 'error: --inline trains in this process: leave out --processes and --detach\n'
     assert refused(inline=True, detach=True) == in_process
 
 @pytest.fixture
