@@ -45,7 +45,7 @@ def encoder_problems(cfg:Model) -> list[str]:
         if not exists:
             names = [f'tu-{n}' for n in timm.list_models()] if is_timm(name) else smp.encoders.encoders
             close = difflib.get_close_matches(name, names, n=5, cutoff=0)
-            problems.append(f'model.{field}: unknown: {name!r}{nearest(name, close)}')
+            problems.append(f'model.{field}: no such encoder: {name!r}{nearest(name, close)}')
         if cfg.architecture in ('unetplusplus', 'linknet') and name.startswith('mit_'):
             problems.append(f'model.architecture: {cfg.architecture} cannot take the encoder {name!r}, '
                             'which has no features at half size: use segformer')
@@ -76,7 +76,7 @@ def check_names(cfg:Model) -> None:
     problems = []
     if cfg.architecture not in ARCHITECTURES:
         hint = nearest(cfg.architecture, ARCHITECTURES)
-        problems.append(f'model.architecture: unknown: {cfg.architecture!r}{hint}')
+        problems.append(f'model.architecture: no such architecture: {cfg.architecture!r}{hint}')
     problems += encoder_problems(cfg) + fusion_problems(cfg) + option_problems(cfg)
     if problems:
         raise ConfigError('\n'.join(problems))

@@ -422,7 +422,7 @@ def test_a_command_that_is_refused_leaves_the_run_as_it_was(tiny, undisturbed, t
 
 @pytest.mark.parametrize('inline', [True, False])
 @pytest.mark.parametrize('override, words', [
-    ('model.architecture=foo', "unknown: 'foo'"),
+    ('model.architecture=foo', "no such architecture: 'foo'"),
     ('model.options={"foo": 1}', 'model.options.foo'),
     ('device=cuda', 'no GPU'),
 ])

@@ -327,9 +327,9 @@ MODEL_CONFIGS = {
     'a decoder of 10¹¹ weights': (options(decoder_channels=[10**5] * 5), 'builds a model larger than'),
     'larger than any memory': (options(decoder_channels=[10**9] * 5), 'builds a model larger than'),
     'a billion bands': (dict(in_channels=10**9), 'in_channels'),
-    'an encoder of a hub': (dict(encoder='tu-hf-hub:somebody/model'), 'no .tu-hf-hub'),
-    'an encoder by path': (dict(encoder='tu-local-dir:/etc'), 'no .tu-local-dir'),
-    'an unknown encoder': (dict(encoder='os.system'), "no 'os.system'"),
+    'an encoder of a hub': (dict(encoder='tu-hf-hub:somebody/model'), 'no such encoder: .tu-hf-hub'),
+    'an encoder by path': (dict(encoder='tu-local-dir:/etc'), 'no such encoder: .tu-local-dir'),
+    'an unknown encoder': (dict(encoder='os.system'), "no such encoder: 'os.system'"),
     'an unknown option': (dict(architecture='unet', encoder='resnet18') | options(__class__='x'), 'no such option'),
     'weights of a path': (options(checkpoint_path='/etc/passwd'), 'model.options.checkpoint_path: no such option'),
     'weights of an address': (
