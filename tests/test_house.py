@@ -262,8 +262,9 @@ def lacks(node):
 @pytest.mark.parametrize('name', ORDER + SYSTEMS)
 def test_public_definitions_are_annotated_and_described(name):
     tree = ast.parse((ROOT/'rtsseg'/f'{name.replace(".", "/")}.py').read_text())
-    missing = {where: found for where, node in public(tree) if (found := lacks(node))}
-    assert not missing, '\n'.join(f'{where}: {", ".join(found)}' for where, found in missing.items())
+    missing = {where: lacks(node) for where, node in public(tree)}
+    lines = [f'{where}: {", ".join(found)}' for where, found in missing.items() if found]
+    assert not lines, '\n'.join(lines)
 
 # ---------------------------------------------------------------- plain code and plain words
 CODE = [*notebooks, *(ROOT/name for name in tracked() if name.endswith('.py') and not name.startswith('rtsseg/'))]
