@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files that take minutes start first, so that no worker is left alone with one of them at the end
 LONG = [
-    'test_run_time', 'test_train', 'test_experiments', 'test_inference', 'test_security', 'test_report', 'test_models',
+    'test_run_time', 'test_train', 'test_main_job', 'test_experiments', 'test_toy_learnable', 'test_inference',
+    'test_security', 'test_report', 'test_models',
 ]
 
 # The same examples in every run, on a slow machine too.
