@@ -27,7 +27,6 @@ import numpy as np
 import rasterio.shutil
 import torch
 from filelock import FileLock, Timeout
-from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 from scipy.special import logit
@@ -113,10 +112,10 @@ class Scene:
         channels = np.concatenate([image, extra], 2)
         return torch.from_numpy(self.stats.normalise(channels).transpose(2, 0, 1))
 
-def choose_crs(name:str,          # file name of the scene
-               found:CRS|None,    # its own CRS
-               given:str          # what the user named
-              ) -> CRS|str|None:  # the CRS of the map
+def choose_crs(name:str,                        # file name of the scene
+               found:rasterio.crs.CRS|None,     # its own CRS
+               given:str                        # what the user named
+              ) -> rasterio.crs.CRS|str|None:   # the CRS of the map
     "The CRS of a scene, or the one that the user named for a scene without; raises `ConfigError` and `DataError`"
     if found and given:
         raise ConfigError(f'crs: {name} names its CRS, {crs_name(found)}: '
