@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_DIFFERENCE', 'RULE', 'ABLATION_FILES', 'Comparison', 'compare_seeds', 'counted', 'false_gain_rate', 'number',
-           'with_spread', 'markdown_table', 'Ablation', 'new_ablation', 'ablate']
+           'with_spread', 'pipe_table', 'Ablation', 'new_ablation', 'ablate']
 
 # %% ../nbs/09a_ablate.ipynb #iablatio
 import hashlib
@@ -88,8 +88,8 @@ def with_spread(mean:float, std:float, sign:str='') -> str:
     "'0.5900 ± 0.0141', without a spread for NaN"
     return number(mean, sign) if math.isnan(std) else f'{number(mean, sign)} ± {number(std)}'
 
-def markdown_table(head:list[str], rows:list[list[str]]) -> list[str]:
-    "The lines of a Markdown table"
+def pipe_table(head:list[str], rows:list[list[str]]) -> list[str]:
+    "The lines of a Markdown table that is also read as plain text: nothing is escaped"
     lines = [head, ['---'] * len(head), *rows]
     return ['| ' + ' | '.join(line) + ' |' for line in lines]
 
@@ -169,7 +169,7 @@ class Ablation:
                 row['verdict'],
             ])
         notes = [f'- {note}' for note in self.notes()]
-        return '\n'.join([*markdown_table(head, rows), '', *notes])
+        return '\n'.join([*pipe_table(head, rows), '', *notes])
 
     __repr__ = _repr_markdown_ = __str__
 

@@ -6,9 +6,9 @@
 __all__ = ['MAX_EXCESS', 'AGAIN', 'POINT_KINDS', 'VIEW_NAMES', 'summed_nll', 'nll', 'fit_temperature', 'why_no_temperature',
            'fit_slope_intercept', 'minimise_logistic', 'prior_shift', 'reliability', 'ece', 'brier', 'Fit',
            'likelihood_tables', 'fit_replicates', 'fits', 'temperature_verdict', 'Region', 'Scores', 'Quality',
-           'read_stored', 'Calibration', 'QualityByRatio', 'quality_table', 'RegionCalibrator', 'calibrate_evidence',
-           'show_reliability', 'show_pr', 'fill', 'CalibrationText', 'show_calibration', 'read_events', 'views_gain',
-           'recommend', 'calibrate', 'calibrate_pixels', 'show_views']
+           'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio', 'RegionCalibrator', 'calibrate_evidence',
+           'show_reliability', 'show_pr', 'fill', 'CalibrationText', 'show_calibration', 'readable_events',
+           'views_gain', 'recommend', 'calibrate', 'calibrate_pixels', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -449,7 +449,7 @@ class QualityByRatio:
         return Scores(nll=self.drawn.estimate(loss / mass), brier=self.drawn.estimate(square / mass),
                       ece=Estimate(error))
 
-def quality_table(evidence:Evidence,
+def quality_by_ratio(evidence:Evidence,
                   drawn:Replicates,
                   found:dict[str, Fit],       # of `fits`
                   method:str,                 # which of them is used
@@ -536,7 +536,7 @@ def calibrate_evidence(evidence:Evidence,             # of the validation split
         temperature=temperature, temperature_why=why, temperature_enough=temperature_verdict(found), fits=found,
         ratio=cfg.ratio, target_precision=cfg.target_precision, min_recall=cfg.min_recall,
         **calibrator.points(evidence, drawn), regions=regions,
-        quality=quality_table(evidence, drawn, found, cfg.method, shifts, metrics.ratios),
+        quality=quality_by_ratio(evidence, drawn, found, cfg.method, shifts, metrics.ratios),
         n_pos_tiles=int(positive.sum()), n_neg_tiles=int((~positive).sum()), evidence=evidence.hash)
 
 # %% ../nbs/06_calibrate.ipynb #01f5e49b
@@ -684,7 +684,7 @@ def show_calibration(c:Calibration) -> str:
 # cheapest first
 VIEW_NAMES = Infer.model_fields['views'].annotation.__args__
 
-def read_events(log:Path) -> Iterator[dict]:
+def readable_events(log:Path) -> Iterator[dict]:
     "The events of a log; a line that was cut off, as by a full disk, is skipped"
     if not log.exists():
         return
@@ -721,7 +721,7 @@ def _pr_auc_label(ratio):
 
 def _seconds_per_tile(folder):
     "{views: seconds} of the last pass over validation"
-    events = read_events(inside(folder/'log.jsonl', folder))
+    events = readable_events(inside(folder/'log.jsonl', folder))
     passes = [e for e in events if e['event'] == 'evaluate' and e['split'] == 'val']
     return {e['views']: e['seconds'] / e['tiles'] for e in passes}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'ScheduleName', 'Source', 'RisingPair', 'Ratio',
-           'GUIDE_CURRICULUM', 'LossPart', 'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'BUILT_IN_SYSTEMS',
+           'GUIDE_CURRICULUM', 'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'BUILT_IN_SYSTEMS',
            'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding',
            'Since', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA',
            'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'LoopConfig', 'ToySource',
@@ -427,7 +427,7 @@ class Sampler(Strict):
         0., description="draw the epoch's negatives by their own last training loss: 0 evenly, 1 by the loss alone")
 
 # %% ../nbs/00b_config.ipynb #7a606465
-LossPart = Literal['focal', 'cross_entropy', 'tversky', 'dice']
+LossName = Literal['focal', 'cross_entropy', 'tversky', 'dice']
 
 def check_no_repeats(parts:list[str]) -> list[str]:
     "Raises `ValueError` where a part is named twice"
@@ -437,7 +437,7 @@ def check_no_repeats(parts:list[str]) -> list[str]:
 
 class Loss(Strict):
     "Guide 5"
-    parts: Annotated[list[LossPart], AfterValidator(check_no_repeats)] = Field(
+    parts: Annotated[list[LossName], AfterValidator(check_no_repeats)] = Field(
         ['focal'], min_length=1, description='what is added up; loss_weights weighs each, 1 where it is not named')
     gamma: float = Field(2.0, ge=0, description='focal: focus on hard pixels')
     alpha: Fraction = Field(0.25, description='focal: weight of the positive class')
@@ -592,7 +592,7 @@ class RtsConfig(RunConfig):
                    'no negative tile')
         weights = {'loss_weights': self.loss_weights}
         weights |= {f'stages.{i}.loss_weights': stage.loss_weights for i, stage in enumerate(self.stages)}
-        parts = get_args(LossPart)
+        parts = get_args(LossName)
         for where, named in weights.items():
             for name in set(named) - set(parts):
                 yield f'{where}: {name!r} is not a part of the loss{nearest(name, parts)}'

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from .console import DataError
 from .files import digest, inside, write_atomic
 from .scores import CODES, Bins, clipped_scores, decode, tile_histograms
-from .shapes import BANDS, PAIRS, PREDICTED, TRUTH, WIDTHS, as_columns, tile_bands, tile_objects
+from .shapes import BAND_FIELDS, PAIRS, PREDICTED, TRUTH, WIDTHS, as_columns, tile_bands, tile_objects
 
 # %% ../nbs/03c_evidence.ipynb #8aa80a6f
 def tile_evidence(logits:np.ndarray,                   # float (H, W)
@@ -47,7 +47,7 @@ IDENTITY = dict(tile_id=pa.string(), split=pa.string(), region=pa.string(), bloc
 HISTOGRAMS = dict(pos_codes=pa.uint16(), pos_counts=pa.uint32(), neg_codes=pa.uint16(), neg_counts=pa.uint32())
 
 # tables of a tile and the types of their columns
-NESTED = dict(predicted=PREDICTED, truth=TRUTH, pairs=PAIRS, bands=BANDS)
+NESTED = dict(predicted=PREDICTED, truth=TRUTH, pairs=PAIRS, bands=BAND_FIELDS)
 
 def _list_of_structs(dtypes):
     return pa.list_(pa.struct([(name, pa.type_for_alias(dtype)) for name, dtype in dtypes.items()]))

@@ -18,7 +18,7 @@ from .audit import LEAK_KINDS, audit
 from .columns import SPLITS
 from .config import Data
 from .console import DataError, progress, raise_problems, some_names
-from .findings import Finding, listed
+from .findings import Finding, cases_finding
 from .ground import BOX, crs_name, footprints
 from .manifest import Manifest
 from .raster import open_raster, resolve_inside
@@ -135,9 +135,9 @@ def _check_headers(manifest, tiles, tile_size):
     odd = tiles[tiles['shape'] != want]
     sizes = [f'{name}: {shape} pixels' for name, shape in zip(_names(manifest, odd), odd['shape'])]
     dtypes = {dtype: _rows(manifest, part) for dtype, part in tiles.groupby('dtype')}
-    return [listed('grid', places, 'error', 'CRS and footprint as in the manifest'),
-            listed('tile size', sizes, 'error', f'all {want}', f'data.tile_size is {tile_size}'),
-            listed('dtype', mixed_dtypes(dtypes), 'error', f'all {tiles.dtype.iloc[0]}')]
+    return [cases_finding('grid', places, 'error', 'CRS and footprint as in the manifest'),
+            cases_finding('tile size', sizes, 'error', f'all {want}', f'data.tile_size is {tile_size}'),
+            cases_finding('dtype', mixed_dtypes(dtypes), 'error', f'all {tiles.dtype.iloc[0]}')]
 
 # %% ../nbs/01i_filecheck.ipynb #efileche5
 def _balance(what, tiles, need=''):
@@ -169,7 +169,7 @@ def _pixel_range(name, tiles, seen, channels):
         constant = [channel for channel, same in zip(channels, seen.constant) if same]
         low, high = tiles.low.min(), tiles.high.max()
         findings += [Finding('ok', f'range {name}', f'R, G, B from {low:.0f} to {high:.0f}'),
-                     listed(f'constant bands {name}', constant, 'error')]
+                     cases_finding(f'constant bands {name}', constant, 'error')]
     return findings
 
 def _check_split(manifest, name, seen, channels):
@@ -194,12 +194,12 @@ def _check_content(manifest, tiles):
     other = tiles[(claimed != tiles.positive) & (tiles.positive > 0)]
     counts = [f'tile {row.tile_id!r}: {row.n_positive} in the manifest, {n} in the mask'
               for row, n in zip(_rows(manifest, other), other.positive)]
-    findings = [listed('black tiles', _names(manifest, black), 'warning',
+    findings = [cases_finding('black tiles', _names(manifest, black), 'warning',
                        note='mostly 0 0 0 that is not declared as nodata'),
-                listed('wholly ignored', _names(manifest, ignored), 'note',
+                cases_finding('wholly ignored', _names(manifest, ignored), 'note',
                        note=f'the mask is 255 everywhere, in {len(ignored)} tiles'),
-                listed('positive without positives', map(empty_positive, _rows(manifest, empty)), 'error'),
-                listed('n_positive', counts, 'warning', 'agrees with the masks')]
+                cases_finding('positive without positives', map(empty_positive, _rows(manifest, empty)), 'error'),
+                cases_finding('n_positive', counts, 'warning', 'agrees with the masks')]
     if tiles.ignored.sum() > tiles.nodata.sum() and not tiles.positive.sum():
         findings.append(Finding('error', 'mask values', '0 and 255, never 1',
                                 'if 255 means positive, import with classes {0: 0, 255: 1}'))

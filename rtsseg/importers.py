@@ -23,7 +23,7 @@ from rasterio.transform import Affine
 from .columns import SPLITS, TEXT, complete_table, row_name, text_column
 from .config import ConfigError, FieldSource, TableSource, read_yaml
 from .console import DataError, nearest, progress, raise_problems
-from .manifest import Manifest, read_manifest, read_table, write_manifest
+from .manifest import Manifest, read_manifest, read_table_file, write_manifest
 from .raster import check_same_grid, open_raster, resolve_inside, valid_pixels, write_raster
 from .rawtile import shrink, tile_offsets
 from .splits import make_splits
@@ -43,7 +43,7 @@ def _pattern_problems(setting, pattern, columns):
 
 def _mapped_table(source):
     "The table with the columns that the config maps, as text. Raises one `DataError`"
-    table, problems = read_table(source.path), []
+    table, problems = read_table_file(source.path), []
     for ours, theirs in source.columns.items():
         if ours not in TEXT:
             problems.append(f'columns: {ours!r} is not a column of a manifest{nearest(ours, TEXT)}')
@@ -227,7 +227,7 @@ def import_table(source:TableSource,            # what to map, and how
 # %% ../nbs/01j_importers.ipynb #eimporte8
 def _read_metadata(root):
     "metadata.csv with column names in lower case. Raises `DataError`"
-    meta = read_table(root/'metadata.csv')
+    meta = read_table_file(root/'metadata.csv')
     meta.columns = [name.lower() for name in meta.columns]
     repeated = meta.columns[meta.columns.duplicated()].unique()
     raise_problems('metadata.csv', [f'column {name!r} appears more than once, in upper and lower case'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_tensors', 'mismatch', 'check_timm_checkpoint', 'missing_channels', 'widen', 'LateFusion', 'encoders',
            'has_layers', 'repeated_blocks', 'fixed_statistics', 'forward_twice', 'checkpoint_blocks', 'make_model',
-           'state_to_load', 'first_channels', 'widen_model', 'extra_encoder_name', 'fuse', 'load_state', 'build',
+           'state_to_load', 'first_channels', 'widen_model', 'extra_encoder_name', 'fuse', 'load_into', 'build',
            'parts', 'timm_layers', 'input_channels', 'check_size']
 
 # %% ../nbs/04_models.ipynb #imodels
@@ -270,7 +270,7 @@ def fuse(cfg:Model,           # names the fusion
     return LateFusion(model, extra)
 
 # %% ../nbs/04_models.ipynb #ccb17ca5
-def load_state(cfg:Model,                       # names the weights, for the message
+def load_into(cfg:Model,                       # names the weights, for the message
                model:nn.Module,                 # changed in place
                state:dict[str, torch.Tensor]    # from `state_to_load`
               ) -> None:
@@ -300,7 +300,7 @@ def build(cfg:Model          # architecture, encoder, weights, number of channel
         rgb = make_model(cfg, cfg.encoder, 3)
         state = state_to_load(cfg, tensors)
         model = fuse(cfg, widen_model(cfg, rgb))
-        load_state(cfg, model, state)
+        load_into(cfg, model, state)
     if cfg.gradient_checkpointing:
         for encoder, name in zip(encoders(model), [cfg.encoder, extra_encoder_name(cfg)]):
             checkpoint_blocks(encoder, name)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FOUND', 'NOT_REACHED', 'NO_PROBABILITY', 'RATIO_TEXT', 'WORDS', 'THRESHOLD_TEXT', 'RELIABILITY_CAPTION',
-           'VALIDATION_TEXT', 'ESTIMATORS_TEXT', 'CURVES_CAPTION', 'BANDS', 'NO_BANDS', 'GALLERY_TEXT', 'NO_GALLERY',
-           'DATA_TEXT', 'OLD_CALIBRATION', 'NO_MANIFEST_NOTE', 'ROUNDED', 'COMPARISON_CAPTION', 'of_hundred',
-           'headline_sentences', 'headline_card', 'headline_cards', 'headline_section', 'ThresholdTables', 'cell_texts',
-           'slider_positions', 'slider', 'ThresholdExplorer', 'threshold_section', 'seed_blocks', 'shown_seed',
-           'calibration_section', 'validation_section', 'curves_caption', 'curves_section', 'objects_section',
-           'regions_section', 'gallery_blocks', 'data_section', 'score_grid', 'pixel_notes', 'sections', 'comparison']
+           'VALIDATION_TEXT', 'ESTIMATORS_TEXT', 'CURVES_CAPTION', 'BANDS_TEXT', 'NO_BANDS', 'GALLERY_TEXT',
+           'NO_GALLERY', 'DATA_TEXT', 'OLD_CALIBRATION', 'NO_MANIFEST_NOTE', 'ROUNDED', 'COMPARISON_CAPTION',
+           'of_hundred', 'headline_sentences', 'headline_card', 'headline_cards', 'headline_section', 'ThresholdTables',
+           'cell_texts', 'slider_positions', 'slider', 'ThresholdExplorer', 'threshold_section', 'seed_blocks',
+           'shown_seed', 'calibration_section', 'validation_section', 'curves_caption', 'curves_section',
+           'objects_section', 'regions_section', 'gallery_blocks', 'data_section', 'score_grid', 'pixel_notes',
+           'sections', 'comparison']
 
 # %% ../nbs/06h_pixel_report.ipynb #ipixrep
 from collections.abc import Callable
@@ -247,8 +248,8 @@ def validation_section(results:PixelResults) -> list:
 CURVES_CAPTION = ('{split}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on '
                   'validation, hollow where the target precision was not reached there. {bands}')
 
-BANDS = ('Bands: 95% over blocks, {replicates} replicates; without a band, fewer than {support} tiles without a slump '
-         'support the curve.')
+BANDS_TEXT = ('Bands: 95% over blocks, {replicates} replicates; without a band, fewer than {support} tiles without '
+              'a slump support the curve.')
 
 NO_BANDS = 'No bands: fewer than {groups} blocks hold positives.'
 
@@ -256,7 +257,7 @@ def curves_caption(results:PixelResults) -> str:
     "What the curves and their bands are"
     bands = NO_BANDS.format(groups=MIN_GROUPS)
     if positive_blocks(results.evidence) >= MIN_GROUPS:
-        bands = BANDS.format(replicates=results.metrics.replicates, support=MIN_SUPPORT)
+        bands = BANDS_TEXT.format(replicates=results.metrics.replicates, support=MIN_SUPPORT)
     split = 'Test' if results.split == 'test' else 'Validation'
     return CURVES_CAPTION.format(split=split, bands=bands)
 

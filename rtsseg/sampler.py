@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     tiles: int
 
 # %% ../nbs/02_sampler.ipynb #6541ee60
+# (seed, epoch, tile, occurrence): what decides the random draws of one place in a batch
 Key = tuple[int, int, int, int]
 
 class Batches:

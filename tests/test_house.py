@@ -266,6 +266,24 @@ def test_public_definitions_are_annotated_and_described(name):
     lines = [f'{where}: {", ".join(found)}' for where, found in missing.items() if found]
     assert not lines, '\n'.join(lines)
 
+def defined(tree):
+    "Names that a module defines itself"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+def test_a_public_name_means_one_thing():
+    "No two rooms define it"
+    rooms = {}
+    for room in ORDER + SYSTEMS:
+        for name in defined(ast.parse((ROOT/'rtsseg'/f'{room.replace(".", "/")}.py').read_text())):
+            if not name.startswith('_'):
+                rooms.setdefault(name, set()).add(room)
+    several = {name: sorted(found) for name, found in rooms.items() if len(found) > 1}
+    assert not several, several
+
 # ---------------------------------------------------------------- plain code and plain words
 CODE = [*notebooks, *(ROOT/name for name in tracked() if name.endswith('.py') and not name.startswith('rtsseg/'))]
 PROSE = [*notebooks, *(ROOT/name for name in tracked() if name.endswith(('.md', '.qmd')))]
