@@ -704,16 +704,15 @@ def views_gain(folder:str|Path      # a run folder with validation evidence of s
     folder = require_finished(folder)
     cfg = load(inside(folder/'config.yaml', folder))
     seen = {v: run_evidence(folder, 'val', v) for v in VIEW_NAMES if evidence_path(folder, 'val', v).exists()}
-    monitor = cfg.metrics.monitor.removeprefix('pr_auc@')
-    monitor = int(monitor) if monitor.isdigit() else monitor
-    ratios = list(dict.fromkeys([monitor, *cfg.metrics.ratios]))
+    monitored = cfg.metrics.monitored_ratio
+    ratios = list(dict.fromkeys([monitored, *cfg.metrics.ratios]))
     seconds = _seconds_per_tile(folder)
     rows = {}
     for views, evidence in seen.items():
         values = {_pr_auc_label(r): float(average_precision(histogram(evidence, r), evidence.exact)) for r in ratios}
         rows[views] = {'seconds a tile': seconds.get(views, np.nan)} | values
         if views != 'none' and 'none' in seen:
-            rows[views] |= _gain(seen['none'], evidence, monitor, cfg.metrics.replicates)
+            rows[views] |= _gain(seen['none'], evidence, monitored, cfg.metrics.replicates)
     return pd.DataFrame.from_dict(rows, orient='index')
 
 def _pr_auc_label(ratio):

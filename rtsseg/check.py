@@ -30,7 +30,7 @@ from accelerate.utils import find_executable_batch_size
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from .config import ConfigError, EarlyStopping, RtsConfig
+from .config import ConfigError, EarlyStopping, RtsConfig, TrackerConfig
 from .console import DataError, some_names
 from .filecheck import check_files
 from .findings import LEVELS, Finding, error_lines, has_errors, readiness, show_findings
@@ -232,12 +232,12 @@ def check_pins() -> Finding:
         return Finding('warning', '', f'{len(differs)} of {len(pins)} are others', ', '.join(differs[:3]))
     return Finding('ok', '', f'{len(pins)}, as in requirements.txt')
 
-def check_tracker(cfg:RtsConfig) -> Finding:
+def check_tracker(tracker:TrackerConfig) -> Finding:
     "Whether the tracker answers"
-    if cfg.tracker.kind == 'none':
+    if tracker.kind == 'none':
         return Finding('ok', '', 'none is kept')
     try:
-        address = urlsplit(cfg.tracker.uri or '')
+        address = urlsplit(tracker.uri or '')
         if address.scheme in ('http', 'https'):
             port = address.port or (443 if address.scheme == 'https' else 80)
             socket.create_connection((address.hostname, port), timeout=3).close()
@@ -279,7 +279,7 @@ def environment_findings(cfg:RtsConfig          # tracker, model, early_stopping
         noise = Finding('note', '', f'min_delta {min_delta:g}', advice)
     untried = 'not tried here: rtsseg-probe finds out whether it fits'
     batch = Finding('note', '', f'batch_size {cfg.batch_size}', untried)
-    return {'tracker reachable': check_tracker(cfg), 'baseline config validated': check_model(cfg),
+    return {'tracker reachable': check_tracker(cfg.tracker), 'baseline config validated': check_model(cfg),
             'GPU memory profiled, batch size confirmed': batch, 'library versions pinned': check_pins(),
             'noise floor measured': noise} | check_git()
 

@@ -512,6 +512,12 @@ class Metrics(Strict):
     replicates: PositiveInt = Field(1000, description='bootstrap replicates behind an interval')
     draws: PositiveInt = Field(20, description='draws of the subsampling estimator')
 
+    @property
+    def monitored_ratio(self) -> int|str:
+        "r of 1:r at which PR-AUC is monitored, or 'native'"
+        ratio = self.monitor.removeprefix('pr_auc@')
+        return ratio if ratio == 'native' else int(ratio)
+
 class Calibrate(Strict):
     "Guide 6.4 and 12"
     ratio: Ratio = Field(200, description='the prevalence under which the temperature is fitted')

@@ -113,8 +113,8 @@ def save_model(folder:str|Path,       # the model directory
     return save_weights(folder, model, cfg, best, MACHINE_FIELDS)
 
 # %% ../nbs/04a_infer.ipynb #a5ffd92c
-def read_stats(folder:Path,    # a model directory
-               cfg:RtsConfig      # its config
+def read_stats(folder:Path,              # a model directory
+               extra_bands:list[str]     # of its config
               ) -> Stats:
     "Statistics that fit the bands of a config; raises `ValueError`"
     StatsFile = create_model(STATS, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)})
@@ -122,7 +122,7 @@ def read_stats(folder:Path,    # a model directory
         stats = Stats(**typed(StatsFile, read_json(folder/STATS, folder), STATS))
     except DataError as e:
         raise ValueError(f'{STATS}: {e}') from None
-    bands = ['R', 'G', 'B', *cfg.data.extra_bands]
+    bands = ['R', 'G', 'B', *extra_bands]
     if stats.channels != bands:
         raise ValueError(f'{STATS} has the bands {stats.channels}, and config.yaml {bands}, in this order')
     with np.errstate(over='ignore'):
@@ -150,7 +150,7 @@ def load_model(folder:str|Path,               # a model directory
     with model_errors(folder):
         check_directory(folder, [STATS])
         cfg, best = load(folder/'config.yaml'), read_best(folder)
-        stats = read_stats(folder, cfg)
+        stats = read_stats(folder, cfg.data.extra_bands)
         without_weights = cfg.model.model_copy(update=dict(weights=None))
         model = load_weights(folder, lambda: build(without_weights))
     return Predictor(folder, cfg, place_model(model, device).eval(), stats, best)

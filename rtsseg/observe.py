@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .config import RtsConfig
+from .config import Metrics, RtsConfig
 from .console import DataError, progress
 from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
@@ -59,9 +59,9 @@ def calibrated_thresholds(folder:Path,   # a run folder
         raise DataError(f'{e}: rtsseg-calibrate --run {os.path.relpath(folder)} makes it again') from None
     return [point['raw_threshold'] for point in stored.get('thresholds', {}).values()]
 
-def object_thresholds(cfg:RtsConfig, folder:Path, split:str, views:str) -> list[float]:
+def object_thresholds(metrics:Metrics, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid, and beyond validation the calibrated ones of pixels"
-    thresholds = {*cfg.metrics.object_thresholds, cfg.metrics.reference_threshold}
+    thresholds = {*metrics.object_thresholds, metrics.reference_threshold}
     if split != 'val':
         thresholds.update(calibrated_thresholds(folder, views))
     return sorted(thresholds)
@@ -81,22 +81,22 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
                   bins:Bins='float16'        # the grid of scores
                  ) -> Evidence:
     "One pass over a split; raises `DataError` where too many tiles cannot be read"
-    thresholds = object_thresholds(cfg, ask.folder, ask.split, ask.views)
+    thresholds = object_thresholds(cfg.metrics, ask.folder, ask.split, ask.views)
     meter = Meter(part.table, thresholds, bins, ask.views, widths=cfg.metrics.boundary_widths)
     for batch in progress(loader, f'{ask.split}: batches of tiles'):
         meter.update(tile_logits(packed, batch['image'], ask), batch['target'], batch['tile'])
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
     return meter.evidence()
 
-def why_unresolved(evidence:Evidence, cfg:RtsConfig) -> str:
+def why_unresolved(evidence:Evidence, ratios:list[int]) -> str:
     "Why PR-AUC of an evidence is uncertain by more than 1e-4; '' where it is not"
-    if is_resolved(evidence, cfg.metrics.ratios):
+    if is_resolved(evidence, ratios):
         return ''
     if evidence.bins == 'float16':
         low, high = evidence.score_range
         return ('half precision leaves PR-AUC uncertain by more than 1e-4; '
                 f'a second pass counts scores on a finer grid from {low:g} to {high:g}')
-    bounds = {r: ap_bounds(histogram(evidence, r), evidence.exact) for r in cfg.metrics.ratios}
+    bounds = {r: ap_bounds(histogram(evidence, r), evidence.exact) for r in ratios}
     shown = ', '.join(f'between {low:.5f} and {high:.5f} at 1:{r}' for r, (low, high) in bounds.items())
     return f'PR-AUC stays uncertain by more than 1e-4: {shown}'
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .audit import leaks
-from .config import FieldSource, RtsConfig, TableSource, ToySource
+from .config import Data, FieldSource, RtsConfig, TableSource, ToySource
 from .console import DataError, logger
 from .filecheck import check_files, check_tile_sizes
 from .files import FileError, read_json, write_atomic
@@ -80,17 +80,17 @@ def _make(source, cfg):
     else:
         import_field(source, path, cfg.data.block_size)
 
-def tile_problems(cfg:RtsConfig, manifest:Manifest) -> list[str]:
+def tile_problems(manifest:Manifest, cfg:Data) -> list[str]:
     "Every problem of a single tile, one line each"
-    of_tiles = [f for f in check_files(manifest, cfg.data) if f.each]
+    of_tiles = [f for f in check_files(manifest, cfg) if f.each]
     return [f'{manifest.path.name}: {line}' for line in error_lines(of_tiles)]
 
-def all_problems(cfg:RtsConfig,
-                 manifest:Manifest,
+def all_problems(manifest:Manifest,
+                 cfg:Data,
                  found:str            # the problems that were found first
                 ) -> DataError:
     "An error with the problems that were found, and those of every tile"
-    return DataError('\n'.join([found, *tile_problems(cfg, manifest)]))
+    return DataError('\n'.join([found, *tile_problems(manifest, cfg)]))
 
 def find_manifest(cfg:RtsConfig     # data.manifest and data.source
                  ) -> Manifest:
@@ -108,7 +108,7 @@ def find_manifest(cfg:RtsConfig     # data.manifest and data.source
     except DataError as e:
         if e.valid_rows is None or not len(e.valid_rows):
             raise
-        problems = all_problems(cfg, e.valid_rows, str(e))
+        problems = all_problems(e.valid_rows, cfg.data, str(e))
     raise problems
 
 # %% ../nbs/01m_prepare.ipynb #a1dae980
@@ -128,7 +128,7 @@ def prepare(cfg:RtsConfig          # data.manifest and data.source
     if shared and cfg.data.split_check == 'error':
         problems.append(f'{name}: {optimistic}: make the splits again, or set data.split_check to warn')
     if problems:
-        raise all_problems(cfg, manifest, '\n'.join(problems))
+        raise all_problems(manifest, cfg.data, '\n'.join(problems))
     if shared:
         logger.warning(f'{name}: {optimistic}: {"; ".join(shared)}')
     return manifest
@@ -143,7 +143,7 @@ def check_all_tiles(cfg:RtsConfig, manifest:Manifest) -> None:
             stored = Stats.load(path)
             if stored.manifest_hash == manifest.hash and {*cfg.data.extra_bands} <= {*stored.channels}:
                 return
-    problems = tile_problems(cfg, manifest)
+    problems = tile_problems(manifest, cfg.data)
     if problems:
         raise DataError('\n'.join(problems))
 

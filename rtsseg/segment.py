@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .config import RtsConfig
+from .config import Metrics, RtsConfig
 from .evidence import Evidence, Meter
 from .intervals import summary
 from .loop import Task
@@ -55,7 +55,7 @@ class SegmentMeter:
 
     def compute(self) -> dict[str, float]:
         "The metrics by name and ratio, as `headline` gives them"
-        return headline(self.table(), self.cfg)
+        return headline(self.table(), self.cfg.metrics)
 
 class SegmentTask(Task):
     "Pixels of one class against the rest, on any model that gives one logit a pixel (guide 5, 6, 10.2)"
@@ -115,13 +115,9 @@ class SegmentTask(Task):
 HEADLINE_METRICS = ['pr_auc', 'iou', 'f1', 'object_precision_30', 'object_recall_30', 'object_f1_30']
 
 def headline(evidence:Evidence,     # of one pass
-             cfg:RtsConfig          # ratios and the reference threshold
+             metrics:Metrics        # ratios and the reference threshold
             ) -> dict[str, float]:  # as 'pr_auc@200', 'pr_auc@native', 'object_f1_30@200'
     "The numbers of one validation, by name and ratio"
-    monitored = cfg.metrics.monitor.removeprefix('pr_auc@')
-    if monitored != 'native':
-        monitored = int(monitored)
-    ratios = dict.fromkeys([*cfg.metrics.ratios, 1, 'native', monitored])
-    threshold = cfg.metrics.reference_threshold
-    found = summary(evidence, ratios, threshold, ious=(0.3,), min_area=cfg.metrics.min_area)
+    ratios = dict.fromkeys([*metrics.ratios, 1, 'native', metrics.monitored_ratio])
+    found = summary(evidence, ratios, metrics.reference_threshold, ious=(0.3,), min_area=metrics.min_area)
     return {f'{name}@{ratio}': found[ratio][name] for ratio in ratios for name in HEADLINE_METRICS}

@@ -313,19 +313,19 @@ def divergence(history:list[dict],    # epochs, as in `TrainingState.history`
     validated = [row for row in history if 'val/loss' in row][-3:]
     if len(validated) < 3 or validated[-1] is not history[-1]:
         return {}
-    train = np.array([training_loss(row, cfg) for row in validated])
+    train = np.array([training_loss(row, cfg.loss_weights) for row in validated])
     val = np.array([row['val/loss'] for row in validated])
     if (np.diff(train) < 0).all() and (np.diff(val) > 0).all():
         remedy = 'the training loss falls while the validation loss rises; increase dropout or augmentation'
         return {'train-val divergence': remedy}
     return {}
 
-def training_loss(row:dict, cfg:RunConfig) -> float:
+def training_loss(row:dict, weights:dict[str, float]) -> float:
     "The training loss of an epoch, its parts weighted as in the validation loss; NaN where no step had a finite loss"
     parts = {name.removeprefix('train/loss/'): value for name, value in row.items() if name.startswith('train/loss/')}
     if not parts:
         return float('nan')
-    return sum(cfg.loss_weights.get(name, 1.) * value for name, value in parts.items())
+    return sum(weights.get(name, 1.) * value for name, value in parts.items())
 
 def observe_samples(task:'Task', packed:Any, feed:Feed, ask:Pass) -> SampleTable:
     "One pass of a model over a split, collected by the task's own meter"

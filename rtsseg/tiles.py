@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmenter, boundary
-from .config import ConfigError, RtsConfig
+from .config import ConfigError, Loader, RtsConfig
 from .console import DataError, logger
 from .files import FileError, read_json, typed, write_atomic
 from .ground import BOX
@@ -241,14 +241,13 @@ def eval_loader(manifest:Manifest,    # one split
                 cfg:RtsConfig         # batch size and workers
                ) -> DataLoader:
     "Every tile of a split once, in order, without augmentation"
-    return make_loader(TileDataset(manifest, stats, cfg), cfg, batch_size=cfg.batch_size)
+    return make_loader(TileDataset(manifest, stats, cfg), cfg.loader, batch_size=cfg.batch_size)
 
 def make_loader(dataset:Dataset,
-                cfg:RtsConfig,       # loader
+                loader:Loader,
                 **batching:Any       # batch_size or batch_sampler of `DataLoader`
                ) -> DataLoader:
     "A loader with the workers of the config, at most one per core"
-    loader = cfg.loader
     n = min(loader.num_workers, os.cpu_count())
     workers = dict(timeout=loader.timeout, prefetch_factor=loader.prefetch_factor,
                    persistent_workers=loader.persistent_workers)
@@ -270,7 +269,7 @@ def loaders(cfg:RtsConfig,                    # data, sampler, augment, loss and
         sampler = Batches(train.table.positive.to_numpy(), cfg.sampler, cfg.batch_size, cfg.seed)
     except ValueError as e:
         raise ConfigError(f'sampler: {e}') from None
-    training = make_loader(TileDataset(train, stats, cfg), cfg, batch_sampler=sampler)
+    training = make_loader(TileDataset(train, stats, cfg), cfg.loader, batch_sampler=sampler)
     return Loaders(training, eval_loader(val, stats, cfg), stats, manifest)
 
 # %% ../nbs/02b_tiles.ipynb #3f1422f2

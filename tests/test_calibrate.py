@@ -635,7 +635,7 @@ def test_validation_does_not_depend_on_its_calibration(untrained, toy):
     point = calibrate_evidence(toy, CFG, METRICS)
     point.save(folder / 'model' / 'calibration.json')
     try:
-        val, test = (object_thresholds(cfg, folder, split, 'none') for split in ('val', 'test'))
+        val, test = (object_thresholds(cfg.metrics, folder, split, 'none') for split in ('val', 'test'))
     finally:
         (folder / 'model' / 'calibration.json').unlink()
         seal_model(folder / 'model')

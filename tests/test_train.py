@@ -496,7 +496,7 @@ def test_a_real_run_in_two_processes(tiny, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     folder = run_folder(cfg, prepare(cfg).hash)
     assert events(folder, 'start')[0]['processes'] == 2
-    seen = headline(Evidence.read(evaluate(folder, 'val')), cfg)
+    seen = headline(Evidence.read(evaluate(folder, 'val')), cfg.metrics)
     exported = json.loads((folder/'model'/'metrics.json').read_text())['metrics']
     # evaluation counts on finer bins
     assert {name: exported[name] for name in seen} == pytest.approx(seen, abs=1e-4, nan_ok=True)
