@@ -11,9 +11,9 @@ export NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 mkdir -p "$out"
 number=0
 
-# A chapter shows examples to its readers first; its own run starts below the line "This run".
-only_this_run() {
-  sed -un '1,/^This run$/!p'
+# Chapters run in nbs/, and print paths from there
+from_root() {
+  sed -u 's|\.\./runs/|runs/|g'
 }
 
 # stage TITLE NOTEBOOK [more arguments of papermill]
@@ -23,7 +23,7 @@ stage() {
   local name=${number}_$notebook
   printf '\n%d/6 %s …\n' "$number" "$title"
   if ! papermill "$notebook.ipynb" "$out/$name.ipynb" -p config "$config" "${@:3}" \
-         --no-progress-bar --stdout-file - 2>"$out/$name.log" | only_this_run; then
+         --no-progress-bar --stdout-file - 2>"$out/$name.log" | from_root; then
     tail -n 40 "$out/$name.log"
     echo "stopped at $notebook.ipynb: see runs/notebooks/$name.ipynb"
     exit 1
@@ -38,7 +38,3 @@ stage 'validation'  05a_evaluate -p split val
 stage 'calibration' 06_calibrate
 stage 'test'        05a_evaluate -p split test
 stage 'report'      07_report
-
-cd "$root"
-echo
-rtsseg-report --config "$config"

@@ -7,8 +7,8 @@ __all__ = ['MAX_EXCESS', 'AGAIN', 'POINT_KINDS', 'VIEW_NAMES', 'summed_nll', 'nl
            'fit_slope_intercept', 'minimise_logistic', 'prior_shift', 'reliability', 'ece', 'brier', 'Fit',
            'likelihood_tables', 'fit_replicates', 'fits', 'temperature_verdict', 'Region', 'Scores', 'Quality',
            'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio', 'RegionCalibrator', 'calibrate_evidence',
-           'show_reliability', 'show_pr', 'fill', 'CalibrationText', 'show_calibration', 'readable_events',
-           'views_gain', 'recommend', 'calibrate', 'calibrate_pixels', 'show_views']
+           'show_reliability', 'show_pr', 'show_curves', 'fill', 'CalibrationText', 'show_calibration',
+           'readable_events', 'views_gain', 'recommend', 'calibrate', 'calibrate_pixels', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from pydantic import ValidationError, model_validator
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logit
@@ -593,6 +594,17 @@ def show_pr(evidence:Evidence,
     ax.set(xlabel='recall', ylabel='precision', ylim=(0, 1.02), title=title)
     ax.legend(fontsize=7)
     return ax
+
+# %% ../nbs/06_calibrate.ipynb #99e15d2b
+def show_curves(evidence:Evidence, calibration:Calibration) -> Figure:
+    "Reliability at every ratio, and the thresholds"
+    ratios = list(dict.fromkeys([calibration.ratio, *calibration.thresholds]))
+    fig, axes = plt.subplots(1, len(ratios) + 1, figsize=(3.4 * (len(ratios) + 1), 3.2), dpi=72)
+    for ax, r in zip(axes, ratios, strict=False):
+        show_reliability(evidence, calibration, r, ax)
+    show_pr(evidence, calibration, axes[-1])
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/06_calibrate.ipynb #f70dade3
 def fill(text:str, indent:str='') -> str:

@@ -16,8 +16,8 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'Sche
            'nodes_in', 'path_places', 'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors',
            'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers',
            'config_class', 'load', 'select_fields', 'decides', 'is_hashed', 'deciding_settings', 'hashed_settings',
-           'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names', 'check_parameters',
-           'notebook_parameters']
+           'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example',
+           'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -1070,14 +1070,30 @@ def check_parameters(known:list[str],   # parameters that a notebook has
     if unknown:
         raise ConfigError('\n'.join(f'no such parameter: {name!r}{nearest(name, known)}' for name in unknown))
 
+def is_example(source:str    # a cell of a chapter
+              ) -> bool:
+    "Whether a cell is neither exported nor marked `slow`, and does more than import"
+    if re.search(r'^#\| *(export|slow)', source, re.MULTILINE):
+        return False
+    return not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+
+def skip_examples(lines:list[str]    # of a cell
+                 ) -> list[str]:
+    "The cell, empty if it is an example: a transformer of IPython's input"
+    return [] if is_example(''.join(lines)) else lines
+
 def notebook_parameters(namespace:dict    # globals() of a notebook, right below its parameters
                        ) -> dict:         # those that all chapters share, as `settings` takes them
-    "The parameters of a chapter; raises `ConfigError` where one is unknown or a setting is wrong"
+    """The parameters of a chapter; raises `ConfigError` where one is unknown or a setting is wrong.
+
+    Where papermill injected parameters, the examples below are skipped: the chapter defines what it exports, and runs.
+    """
     cells = namespace.get('In', [])
     injected = [at for at, cell in enumerate(cells) if cell.startswith('# Parameters\n')]
     if injected:
         at = injected[-1]
         check_parameters(assigned_names(cells[at - 1]), assigned_names(cells[at]))
+        namespace['get_ipython']().input_transformers_cleanup.append(skip_examples)
     given = {name: namespace[name] for name in SHARED_PARAMETERS}
     settings(**given)
     return given

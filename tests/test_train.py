@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -164,6 +165,8 @@ def test_papermill_trains(tiny_file, tmp_path):
     folder = run_folder(cfg, prepare(cfg).hash)
     assert (folder/'model'/'model.safetensors').exists()
     assert load(folder/'config.yaml').lr.base_lr == 3e-4
+    # the examples of the chapter are skipped
+    assert [cell.source for cell in nbformat.read(out, 4).cells if cell.get('outputs')][0].startswith('#| slow')
     assert 'events are still to be delivered' in out.read_text()
     for text in (out.read_text(), done.stdout, done.stderr):
         assert 'canary' not in text
