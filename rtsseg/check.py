@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from .config import ConfigError, EarlyStopping, RtsConfig, TrackerConfig
 from .console import DataError, some_names
 from .filecheck import check_files
-from .findings import LEVELS, Finding, error_lines, has_errors, readiness, show_findings
+from .findings import LEVELS, Finding, FindingTable, error_lines, has_errors, readiness
 from .loop import TrainingState, fit
 from .manifest import Manifest
 from .models import build, check_size
@@ -314,9 +314,9 @@ def check(cfg:RtsConfig,          # of the run
     if not has_errors([*seen, *answers.values()]):
         seen += check_loaders(cfg, manifest, batches)
     lines = checklist(seen, _of_batches(seen), cfg, stats_path(cfg, manifest), answers)
-    print(show_findings(seen))
+    print(FindingTable(seen))
     print('\nPre-training checklist (guide 10.1)')
-    print(show_findings(lines))
+    print(FindingTable(lines))
     print(f'\n{readiness([*seen, *lines])}', flush=True)
     if has_errors([*seen, *lines]):
         # the other lines repeat what files and loaders said

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 
+from .console import RtssegError
 from .runs import RunError, Stopped
 
 # %% ../nbs/04h_launch.ipynb #d06b36a8
@@ -126,7 +127,7 @@ def wait_for_processes(processes:list[subprocess.Popen]) -> int:
     for process in running:
         process.kill()
         process.wait()
-    explained = [code for code in failed if code in (2, 3)]
+    explained = [code for code in failed if code in (RtssegError.code, Stopped.code)]
     return (explained or failed or [0])[0]
 
 # %% ../nbs/04h_launch.ipynb #clarelay

@@ -8,6 +8,7 @@ __all__ = ['source_settings', 'is_made', 'make_manifest', 'tile_problems', 'all_
 
 # %% ../nbs/01m_prepare.ipynb #iprepare
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -62,7 +63,7 @@ def make_manifest(cfg:RtsConfig) -> None:
         # another process may have made it meanwhile
         if is_made(source, path):
             return
-        logger.info(f'{path} does not exist: it is made now, as data.source says ({source.kind})')
+        logger.info(f'{os.path.relpath(path)} does not exist: it is made now, as data.source says ({source.kind})')
         try:
             _make(source, cfg)
         except DataError:

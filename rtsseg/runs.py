@@ -277,8 +277,9 @@ def require_finished(folder:str|Path      # a run folder
 # %% ../nbs/00c_runs.ipynb #1d6d678b
 class RunError(RtssegError, RuntimeError):
     "A run that cannot begin or did not finish"
+    code = 3
 
-    def __init__(self, message:str, code:int=3):
+    def __init__(self, message:str, code:int=code):
         super().__init__(message)
         self.code = code
 

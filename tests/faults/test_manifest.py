@@ -11,7 +11,7 @@ from rtsseg.audit import leaks
 from rtsseg.config import RtsConfig
 from rtsseg.console import DataError
 from rtsseg.filecheck import check_files
-from rtsseg.findings import show_findings
+from rtsseg.findings import FindingTable
 from rtsseg.manifest import add_hashes, read_manifest, write_manifest
 from rtsseg.prepare import prepare
 from rtsseg.training import train
@@ -302,7 +302,7 @@ def test_07_html_in_names(world):
     table.loc[0, ['tile_id', 'image', 'mask']] = ['<img src=x>', '<b>t0.tif', '<b>t0_m.tif']
     table.to_csv(world/'m.csv', index=False)
     rewrite(world/'<b>t0_m.tif', lambda mask: mask * 0 + 255)
-    shown = show_findings(check_files(read_manifest(world/'m.csv'), CFG.data))
+    shown = FindingTable(check_files(read_manifest(world/'m.csv'), CFG.data))
     page = shown._repr_html_()
     assert '&lt;script&gt;' in page and '&lt;img' in page
     assert not re.search('<(script|img|b)\\b', page)
