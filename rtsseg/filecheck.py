@@ -87,10 +87,17 @@ def _object_areas(label):
 def _tile_counts(tile):
     "Counts of the pixels of a tile"
     data = tile.rgb[:, tile.valid]
-    return dict(shape='{} × {}'.format(*tile.label.shape), dtype=str(data.dtype), pixels=tile.label.size,
-                nodata=int((~tile.valid).sum()), ignored=int((tile.label == 255).sum()),
-                positive=int((tile.label == 1).sum()), black=int((~data.any(0)).sum()),
-                low=data.min() if data.size else np.nan, high=data.max() if data.size else np.nan)
+    return dict(
+        shape='{} × {}'.format(*tile.label.shape),
+        dtype=str(data.dtype),
+        pixels=tile.label.size,
+        nodata=int((~tile.valid).sum()),
+        ignored=int((tile.label == 255).sum()),
+        positive=int((tile.label == 1).sum()),
+        black=int((~data.any(0)).sum()),
+        low=data.min() if data.size else np.nan,
+        high=data.max() if data.size else np.nan,
+    )
 
 def _planes(tile:RawTile):
     "All channels of a tile in one array"

@@ -274,13 +274,20 @@ class TrainingState:
         average = {}
         if self.average:
             average = dict(steps=self.average.steps, module=self.average.module.state_dict())
-        history = [{k: v for k, v in row.items() if k not in self.MEASURED} for row in self.history]
         return dict(
-            model=self.model.state_dict(), modules=helpers.state_dict() if helpers else {}, average=average,
-            optimizer=self.optimizer.state_dict(), scaler=scaler.state_dict() if scaler else {},
-            sampler=self.sampler.state() if hasattr(self.sampler, 'state') else {}, stopper=vars(self.stopper),
-            plateau=vars(self.plateau), machine=self.processes.machine, history=history, **vars(self.totals),
-            **{name: getattr(self, name) for name in self.SAVED})
+            model=self.model.state_dict(),
+            modules=helpers.state_dict() if helpers else {},
+            average=average,
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler else {},
+            sampler=self.sampler.state() if hasattr(self.sampler, 'state') else {},
+            stopper=vars(self.stopper),
+            plateau=vars(self.plateau),
+            machine=self.processes.machine,
+            history=[{k: v for k, v in row.items() if k not in self.MEASURED} for row in self.history],
+            **vars(self.totals),
+            **{name: getattr(self, name) for name in self.SAVED},
+        )
 
     def load(self, state:dict) -> None:
         "Resume from a state; raises `CheckpointError` where it does not fit"

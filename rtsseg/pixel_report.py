@@ -7,14 +7,15 @@ __all__ = ['FOUND', 'NOT_REACHED', 'NO_PROBABILITY', 'RATIO_TEXT', 'WORDS', 'THR
            'VALIDATION_TEXT', 'ESTIMATORS_TEXT', 'CURVES_CAPTION', 'BANDS_TEXT', 'NO_BANDS', 'GALLERY_TEXT',
            'NO_GALLERY', 'DATA_TEXT', 'OLD_CALIBRATION', 'NO_MANIFEST_NOTE', 'ROUNDED', 'COMPARISON_CAPTION',
            'of_hundred', 'headline_sentences', 'headline_card', 'headline_cards', 'headline_section', 'ThresholdTables',
-           'cell_texts', 'slider_positions', 'slider', 'ThresholdExplorer', 'threshold_section', 'seed_blocks',
-           'shown_seed', 'calibration_section', 'validation_section', 'curves_caption', 'curves_section',
-           'objects_section', 'regions_section', 'gallery_blocks', 'data_section', 'score_grid', 'pixel_notes',
-           'sections', 'comparison']
+           'cell_texts', 'PixelRow', 'ObjectRow', 'slider_positions', 'slider', 'ThresholdExplorer',
+           'threshold_section', 'seed_blocks', 'shown_seed', 'calibration_section', 'validation_section',
+           'curves_caption', 'curves_section', 'objects_section', 'regions_section', 'gallery_blocks', 'data_section',
+           'score_grid', 'pixel_notes', 'sections', 'comparison']
 
 # %% ../nbs/06h_pixel_report.ipynb #ipixrep
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import logit
@@ -23,7 +24,7 @@ from .bootstrap import MIN_GROUPS, Estimate
 from .evidence import Evidence
 from .figures import GALLERY_KINDS, comparison_figure, gallery, pr_figure, reliability_figure
 from .intervals import MIN_SUPPORT
-from .page import Bullets, Cards, Deferred, Fold, ImageGrid, Link, Picture, Slider, Table, Text
+from .page import Bullets, Cards, Deferred, Fold, ImageGrid, Link, Number, Picture, Slider, Table, Text
 from .pixel_results import PixelResults, PixelRun, check_same_tiles, confirm, pixel_results, ratio_thresholds
 from .results import ReportError, Results, listed, ratio_name, short_path
 from .scores import CODES
@@ -138,27 +139,55 @@ def cell_texts(cells:list) -> list[str]:
     "Cells as they print"
     return [str(cell) for cell in cells]
 
+class PixelRow(NamedTuple):
+    "A row of the table of thresholds of pixels"
+    ratio: str
+    score: Number
+    threshold: Number
+    # the nearest threshold of objects
+    nearest: Number
+    metrics: list
+
+class ObjectRow(NamedTuple):
+    "A row of the table of thresholds of objects"
+    ratio: str
+    # smallest object, pixels
+    area: int
+    uncalibrated: Number
+    threshold: Number
+    metrics: list
+
 def slider_positions(found:ThresholdTables, split:str) -> dict:
     "What the slider shows of one seed at each of its positions; see the script of the page"
     run = found.run
     ratios = run.cfg.metrics.ratios
-    names = [ratio_name(r) for r in ratios]
-    # columns of pixels: ratio, score, threshold, nearest threshold of objects, precision, recall
-    pixels = {name: [row for row in found.pixels.rows if row[0] == name] for name in names}
-    # columns of objects: ratio, smallest object, uncalibrated, threshold, precision …
-    areas = list(dict.fromkeys(row[1] for row in found.objects.rows))
-    objects = {(name, area): [row for row in found.objects.rows if row[:2] == [name, area]]
-               for name in names for area in areas}
-    pixel_rows, object_rows = pixels[names[0]], objects[names[0], areas[0]]
-    scores = [row[1].value for row in pixel_rows]
-    known = [row[2].value for row in object_rows]
+    pixels, objects = {}, {}
+    for row in found.pixels.rows:
+        row = PixelRow(*row[:4], row[4:])
+        pixels.setdefault(row.ratio, []).append(row)
+    for row in found.objects.rows:
+        row = ObjectRow(*row[:4], row[4:])
+        objects.setdefault(row.area, {}).setdefault(row.ratio, []).append(row)
+
+    # positions are the same at every ratio and area
+    first_pixels = next(iter(pixels.values()))
+    first_objects = next(iter(next(iter(objects.values())).values()))
+    scores = [row.score.value for row in first_pixels]
+    known = [row.uncalibrated.value for row in first_objects]
     chosen = [threshold_score(run, split, t) for t in ratio_thresholds(run, ratios).values()]
-    by_area = {area: [[cell_texts(row[4:]) for row in objects[name, area]] for name in names] for area in areas}
-    return dict(value=[row[2].value for row in pixel_rows], text=cell_texts(row[2] for row in pixel_rows),
-                cut=cell_texts(row[3] for row in object_rows),
-                nearest=[known.index(row[3].value) for row in pixel_rows],
-                chosen=[scores.index(score) for score in chosen],
-                pixels=[[cell_texts(row[4:]) for row in pixels[name]] for name in names], objects=by_area)
+
+    def metrics_of(by_ratio):
+        return [[cell_texts(row.metrics) for row in by_ratio[ratio_name(r)]] for r in ratios]
+
+    return dict(
+        value=[row.threshold.value for row in first_pixels],
+        text=cell_texts(row.threshold for row in first_pixels),
+        cut=cell_texts(row.threshold for row in first_objects),
+        nearest=[known.index(row.nearest.value) for row in first_pixels],
+        chosen=[scores.index(score) for score in chosen],
+        pixels=metrics_of(pixels),
+        objects={area: metrics_of(by_ratio) for area, by_ratio in objects.items()},
+    )
 
 def slider(results:PixelResults, split:str,
            found:list[ThresholdTables]    # of each seed

@@ -89,8 +89,12 @@ def join_tiles(rows:np.ndarray,              # (k, k): rows of a table, −1 for
     "Tiles side by side"
     k, one = len(rows), next(iter(tiles.values()))
     h, w = one.label.shape
-    joined = RawTile(rgb=np.zeros((3, k*h, k*w), one.rgb.dtype), extra=np.zeros((len(one.extra), k*h, k*w), 'float32'),
-                     label=np.full((k*h, k*w), 255, 'uint8'), valid=np.zeros((k*h, k*w), bool))
+    joined = RawTile(
+        rgb=np.zeros((3, k*h, k*w), one.rgb.dtype),
+        extra=np.zeros((len(one.extra), k*h, k*w), 'float32'),
+        label=np.full((k*h, k*w), 255, 'uint8'),
+        valid=np.zeros((k*h, k*w), bool),
+    )
     for (r, c), i in np.ndenumerate(rows):
         if i < 0:
             continue
