@@ -24,7 +24,6 @@ from .files import FileError, read_json, write_atomic
 from .findings import error_lines
 from .importers import import_field, import_table
 from .manifest import FORMATS, Manifest, read_manifest
-from .pretrained import pretrained_stats
 from .runs import run_folder
 from .stats import Stats, compute_stats
 from .toy import make_toy
@@ -166,6 +165,8 @@ def statistics(cfg:RtsConfig, manifest:Manifest) -> Stats:
             return stored
     mean, std = [], []
     if cfg.model.normalisation == 'pretrained':
+        # reading tiles does not need timm, which takes seconds to import
+        from rtsseg.pretrained import pretrained_stats
         mean, std = pretrained_stats(cfg.model)
     computed = _checked_stats(cfg, manifest)
     stats = replace(computed, mean=[*mean, *computed.mean[len(mean):]], std=[*std, *computed.std[len(std):]],
