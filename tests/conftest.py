@@ -1,5 +1,6 @@
 "What tests share. Environment variables are set before torch or albumentations are imported"
 import os
+import signal
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -42,6 +43,16 @@ def tiny_world(tmp_path_factory):
     "Manifest of a small toy world, made once. Tests read it and write elsewhere"
     from rtsseg.toy import tiny_toy
     return Path(tiny_toy(tmp_path_factory.mktemp('toy')))
+
+@pytest.fixture
+def default_signals():
+    "SIGINT and SIGHUP mean what they mean in a terminal, also where nohup or a background job ignores them"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 @pytest.fixture
 def world(tmp_path):

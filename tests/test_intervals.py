@@ -217,7 +217,7 @@ def population(scenes, side=512, tile=32, block=4):
             identity = dict(
                 tile_id=f'{region:02}-{i:02}-{j:02}',
                 split='test',
-                region=land.look.name,
+                region=land.landscape.name,
                 block=f'{region:02}-{i // block}-{j // block}',
                 positive=bool((land.mask[part] == 1).any()),
                 pixel_size=3.

@@ -539,19 +539,12 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     for word in ('Traceback', '[rank'):
         assert word not in out + err
 
-@pytest.fixture
-def interruptible():
-    "SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it"
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, old)
-
 @pytest.mark.parametrize('what, work', [
     (KeyboardInterrupt, 'until [ -e {waits} ]; do sleep .05; done; kill -INT $PPID'),
     (BrokenPipeError, 'echo something; yes | head -c 200000'),
 ])
-def test_a_launcher_that_is_interrupted_or_whose_output_is_closed(tiny, tmp_path, monkeypatch, interruptible,
-                                                                  what, work):
+@pytest.mark.usefixtures('default_signals')
+def test_a_launcher_that_is_interrupted_or_whose_output_is_closed(tiny, tmp_path, monkeypatch, what, work):
     """It closes the pipe, at which the trainer saves and stops, and waits for that, however much the trainer prints
     meanwhile"""
     cfg, _ = elsewhere(tiny, tmp_path)

@@ -479,6 +479,7 @@ def test_42_a_raster_of_others_is_kept(model, tmp_path):
         predict(model, path, mine)
     assert mine.read_bytes() == before
 
+@pytest.mark.usefixtures('default_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
 def test_42_asked_to_stop(model, tmp_path, capsys, monkeypatch, number):
     "A signal ends the command after the current windows, with exit code 3, and the same command resumes"

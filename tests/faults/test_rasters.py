@@ -17,6 +17,7 @@ from helpers.tiles import (
     PLACE,
     errors,
     files,
+    make_world,
     no_connection,
     refused,
     rewrite,
@@ -36,7 +37,7 @@ from rtsseg.importers import import_table
 from rtsseg.loop import fit
 from rtsseg.manifest import Manifest, add_hashes, read_manifest, write_manifest
 from rtsseg.models import build
-from rtsseg.prepare import check_all_tiles, statistics
+from rtsseg.prepare import check_all_tiles, statistics, stats_path
 from rtsseg.segment import SegmentTask
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import UnreadableTiles, loaders, read_tile
@@ -71,10 +72,10 @@ def test_08_no_list_is_endless(tmp_path):
     found = errors(tmp_path)
     assert len([line for line in found if 'cannot be read' in line]) == 50 and '… and 10 more' in found
 
-@pytest.fixture
-def many(world):
-    """many.csv: 1001 training tiles, five of them positive and drawn in every epoch. All others are one file; the
-    positive ones have files of their own, which a test may damage"""
+@pytest.fixture(scope='module')
+def many_made(tmp_path_factory):
+    "The world of `many`, made once"
+    world = make_world(tmp_path_factory.mktemp('many')/'world')
     table = read_manifest(world/'full.csv').table.drop(columns='positive')
     shutil.copy(world/'t0_m.tif', world/'zero.tif')
     rewrite(world/'zero.tif', lambda mask: mask * 0)
@@ -89,6 +90,26 @@ def many(world):
         train.loc[i, 'image'] = f'p{i}.tif'
     write_manifest(pd.concat([train, table[table.split != 'train']]), world/'many.csv')
     return world
+
+@pytest.fixture
+def many(many_made, tmp_path):
+    """many.csv: 1001 training tiles, five of them positive and drawn in every epoch. All others are one file; the
+    positive ones have files of their own, which a test may damage"""
+    return shutil.copytree(many_made, tmp_path/'world')
+
+@pytest.fixture(scope='module')
+def statistics_made(many_made):
+    "The folder with the statistics of `many`, for runs of one and of two epochs"
+    manifest = read_manifest(many_made/'many.csv')
+    stats = statistics(settings(many_made, 'many.csv'), manifest)
+    stats.save(stats_path(settings(many_made, 'many.csv', epochs=2), manifest))
+    return many_made.parent/'runs'
+
+@pytest.fixture
+def counted(many, statistics_made):
+    "`many`, whose statistics exist"
+    shutil.copytree(statistics_made, many.parent/'runs')
+    return many
 
 def train_on(world, workers=0, **more):
     "A run on these tiles, without its notebook"
@@ -111,9 +132,9 @@ def test_08_one_tile_of_a_thousand_is_left_out(many, workers, capsys):
     assert 'note: 1 of 1001 training tiles could not be read, and counted as 255' in printed.out
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_08_more_than_that_stop_the_run(many, workers):
+def test_08_more_than_that_stop_the_run(counted, workers):
     "It says which tiles and files, and resumes when they are whole again"
-    statistics(settings(many, 'many.csv', epochs=2), read_manifest(many/'many.csv'))
+    many = counted
     whole = (many/'p1.tif').read_bytes()
     for i in (1, 2):
         truncate(many/f'p{i}.tif')
@@ -128,12 +149,12 @@ def test_08_more_than_that_stop_the_run(many, workers):
         (many/f'p{i}.tif').write_bytes(whole)
     assert train_on(many, workers, epochs=2).finished
 
-def test_08_processes_count_together(many, tmp_path):
+def test_08_processes_count_together(counted, tmp_path):
     """Each process reads other tiles. Before a validation is kept, and at the end of an epoch, all know the unreadable
     ones of all, and stop together"""
-    feed = loaders(settings(many, 'many.csv'))
+    feed = loaders(settings(counted, 'many.csv'))
     for i in (1, 2):
-        truncate(many/f'p{i}.tif')
+        truncate(counted/f'p{i}.tif')
     def reduce(flags):
         "The other process has found tile 2"
         found = flags.clone()
@@ -150,9 +171,10 @@ def test_08_processes_count_together(many, tmp_path):
     watch.on_judged(run)
     assert reasons and reasons[0].startswith('training: 2 of 1001 tiles cannot be read')
 
-def test_08_unreadable_tiles_in_validation(many):
+def test_08_unreadable_tiles_in_validation(counted):
     """Nothing is kept of a validation that lacked tiles, even the last one: the run stops until they are mended, and
     then ends as if nothing had happened"""
+    many = counted
     whole = (many/'t3_m.tif').read_bytes()
     truncate(many/'t3_m.tif')
     for _ in range(2):
@@ -176,15 +198,15 @@ def test_08_statistics_of_too_few_tiles_are_refused(many):
     assert not (many.parent/'runs').exists()
 
 @pytest.mark.parametrize('content', ['{', '[]', '{"training": 5}', '{"training": [1]}', '\0'])
-def test_08_a_damaged_list_of_lost_tiles(many, content, capsys):
-    "It is not used, and a note says so"
-    (many.parent/'run').mkdir()
-    (many.parent/'run'/'unread.json').write_text(content)
-    assert train_on(many, epochs=1).finished
+def test_08_a_damaged_list_of_lost_tiles(counted, tmp_path, content, capsys):
+    "It is not used, a note says so, and the run begins"
+    (tmp_path/'unread.json').write_text(content)
+    watch = UnreadableTiles(loaders(settings(counted, 'many.csv')))
+    # it does not ask the run to stop
+    watch.on_start(SimpleNamespace(folder=tmp_path))
     printed = capsys.readouterr()
     assert 'note: unread.json' in printed.out + printed.err
 
-# ---------------------------------------------------------------- 9: hashes
 def write_uncompressed(file):
     "Write a raster again without compression, so that a flipped byte is a changed pixel"
     with rasterio.open(file) as ds:
