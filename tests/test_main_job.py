@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from helpers.runs import MODEL, toy_world
+from helpers.runs import MODEL, tiny
 from helpers.shell import CLEAN, shell
 from rtsseg.config import load, to_yaml
 from rtsseg.evidence import Evidence
@@ -45,20 +45,7 @@ def papermill(notebook, out, *parameters):
 def job(tmp_path_factory):
     "The run folder after every stage through papermill, and what the last stage printed"
     folder = tmp_path_factory.mktemp('job')
-    cfg = load(
-        overrides=['loader.num_workers=0'],
-        name='job',
-        runs=folder/'runs',
-        device='cpu',
-        epochs=2,
-        batch_size=8,
-        val_frequency=1,
-        freeze_backbone_epochs=0,
-        lr=dict(base_lr=1e-3, backbone_lr_multiplier=1.),
-        data=dict(manifest=toy_world(folder), tile_size=64, split_check='warn'),
-        sampler=dict(curriculum=[dict(first=1, last=2, ratio=1)]),
-        model=MODEL,
-    )
+    cfg = tiny(folder, name='job', epochs=2)
     (folder/'job.yaml').write_text(to_yaml(cfg))
     out = folder/'out.ipynb'
     for notebook, *more in STAGES:
@@ -122,8 +109,10 @@ def test_scikit_learn_agrees_on_the_exported_model(job):
 
 @pytest.mark.real
 def test_real_sentinel_tiles_from_check_to_report(data_dir, tmp_path):
-    "configs/s2_landslide.yaml end to end, at two epochs. Its labels are sparse points, so quality is not asserted"
+    """configs/s2_landslide.yaml end to end, with a small model and two epochs. Its labels are sparse points, so quality
+    is not asserted"""
     overrides = [f'runs={tmp_path}/runs', 'tracker.kind=none', 'val_frequency=1', 'batch_size=4']
+    overrides += [f'model.encoder={MODEL["encoder"]}', f'model.options={json.dumps(MODEL["options"])}']
     common = [
         *('--config', ROOT/'configs'/'s2_landslide.yaml'),
         *('--manifest', tmp_path/'s2'/'manifest.csv'),
