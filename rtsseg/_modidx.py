@@ -764,6 +764,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.objects._described': ('objects.html#_described', 'rtsseg/objects.py'),
                                 'rtsseg.objects._miss_kinds': ('objects.html#_miss_kinds', 'rtsseg/objects.py'),
                                 'rtsseg.objects._overlaps': ('objects.html#_overlaps', 'rtsseg/objects.py'),
+                                'rtsseg.objects._overlaps_at': ('objects.html#_overlaps_at', 'rtsseg/objects.py'),
                                 'rtsseg.objects._thresholds': ('objects.html#_thresholds', 'rtsseg/objects.py'),
                                 'rtsseg.objects.false_alarms': ('objects.html#false_alarms', 'rtsseg/objects.py'),
                                 'rtsseg.objects.grid_counts': ('objects.html#grid_counts', 'rtsseg/objects.py'),

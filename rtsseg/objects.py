@@ -60,6 +60,14 @@ def _overlaps(evidence, thresholds):
     order = np.lexsort((overlaps.true_row, -overlaps.iou, overlaps.predicted_row))
     return predicted, truth, overlaps.iloc[order].reset_index(drop=True)
 
+def _overlaps_at(evidence, threshold):
+    "`_overlaps` at one threshold. The last answer stays with the evidence: other IoUs ask for the same"
+    known, found = getattr(evidence, '_last_overlaps', (None, None))
+    if known != threshold:
+        found = _overlaps(evidence, [threshold])
+        evidence._last_overlaps = threshold, found
+    return found
+
 def _best_and_matched(overlaps, iou, min_area):
     "Rows of the best overlap of each prediction, and rows of those that are a match; thresholds do not mix"
     predicted, true_key = overlaps.predicted_row.to_numpy(), overlaps.true_key.to_numpy()
@@ -81,7 +89,7 @@ def match_objects(evidence:Evidence,     # of a split
                  ) -> Matches:
     "Greedy one-to-one matching, the five steps of guide 6.2"
     threshold = evidence.nearest_threshold(threshold)
-    predicted, truth, overlaps = _overlaps(evidence, [threshold])
+    predicted, truth, overlaps = _overlaps_at(evidence, threshold)
     best, matched = (overlaps.iloc[rows] for rows in _best_and_matched(overlaps, iou, min_area))
     predicted = predicted.drop(columns=['threshold', 'cell']).assign(iou=0., match=0)
     predicted.loc[best.predicted_row, 'iou'] = best.iou.to_numpy()
