@@ -489,7 +489,7 @@ class Meter:
         return self.rows
 
     def merge(self,
-              *states:list    # `state()` of other meters
+              states:list[list]    # `state()` of other meters
              ) -> 'Meter':
         "Add what others saw"
         for rows in states:

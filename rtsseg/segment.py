@@ -47,7 +47,7 @@ class SegmentMeter:
 
     def merge(self, states:list) -> None:
         "Add the states of all processes"
-        self.meter.merge(*states)
+        self.meter.merge(states)
 
     def table(self) -> Evidence:
         "The evidence of all batches"

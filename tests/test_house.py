@@ -481,6 +481,7 @@ def site_cells(site, path):
 def front_matter(cells):
     return yaml.safe_load(cells[0].source.strip().strip('-'))
 
+@pytest.mark.slow
 def test_the_site_can_be_built(site):
     stub, parts = site_settings(site)
     assert (site/'_docs/called').read_text().split()[0] == 'render'
@@ -493,6 +494,7 @@ def test_the_site_can_be_built(site):
             assert (site/'_proc'/link['href']).is_file()
     assert any(part.get('website', {}).get('title') == 'rtsseg' for part in parts)
 
+@pytest.mark.slow
 def test_the_sidebar_lists_all_chapters(site):
     sidebars = [part.get('website', {}).get('sidebar', {}) for part in site_settings(site)[1]]
     listed = next(sidebar['contents'] for sidebar in sidebars if 'contents' in sidebar)
@@ -500,6 +502,7 @@ def test_the_sidebar_lists_all_chapters(site):
     assert top[0] == 'index.ipynb'
     assert [entry for entry in listed if isinstance(entry, str)] == top
 
+@pytest.mark.slow
 @each_notebook
 def test_a_page_shows_its_code(site, path):
     cells = site_cells(site, path)
@@ -510,6 +513,7 @@ def test_a_page_shows_its_code(site, path):
             assert cell.source.split('\n', 1)[1].strip() in text
     assert not re.search(r'^#\| *(?:default_exp|export|hide)', text, re.MULTILINE)
 
+@pytest.mark.slow
 @each_chapter
 def test_a_page_describes_what_it_exports(site, path):
     "Each public function and class has an entry with its signature or its fields"
@@ -520,6 +524,7 @@ def test_a_page_describes_what_it_exports(site, path):
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
                     assert f'### `{node.name}` {{#{node.name.lower()}}}' in text
 
+@pytest.mark.slow
 def test_links_of_the_site_resolve(site):
     "To files, and to entries of the reference"
     anchors = {}

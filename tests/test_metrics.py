@@ -378,7 +378,7 @@ def test_meter_takes_every_float_and_any_process():
         meters = [Meter(table, THRESHOLDS) for _ in range(2)]
         for i in range(4):
             meters[i % 2].update(logits[i:i + 1, None].to(dtype), masks[i:i + 1].float(), torch.tensor([i]))
-        assert meters[0].merge(meters[1].state()).evidence() == evidence
+        assert meters[0].merge([meters[1].state()]).evidence() == evidence
 
 
 @pytest.mark.parametrize('scores, exact', [
