@@ -81,8 +81,11 @@ class TimedBatches:
         workers = getattr(self.stream, '_workers', ())
         if not workers:
             return None
-        # one that dies may take a moment to be gone
-        connection.wait([worker.sentinel for worker in workers], timeout=1)
+        # one that dies may take a moment: it closes its files before it is gone
+        ending = connection.wait([worker.sentinel for worker in workers], timeout=1)
+        for worker in workers:
+            if worker.sentinel in ending:
+                worker.join()
         dead = [worker.pid for worker in workers if not worker.is_alive()]
         if dead and not self.is_late:
             return f'processes {", ".join(map(str, dead))} that prepare batches have died'
