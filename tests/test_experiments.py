@@ -75,8 +75,9 @@ def must_be_finite(name, monitor):
 @pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda path: path.stem)
 def test_it_trains(file, world):
     "Two epochs, the first with a frozen backbone"
-    manifest = world/'world'/'manifest.csv'
-    settings = dict(batch_size=6, runs=world/'runs', data=dict(manifest=manifest))
+    # a block of 2 × 2 tiles: a coarse view needs neighbours
+    source = dict(regions=1, block_size=384)
+    settings = dict(batch_size=6, runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv', source=source))
     cfg = load(base_of(file), file, CONFIGS/'test.yaml', **settings)
     cfg.model.encoder = SMALL_SIBLINGS.get(cfg.model.encoder, cfg.model.encoder)
     folder = train(cfg)

@@ -49,6 +49,8 @@ from rtsseg.training import force_config, launch, prepare_run, train
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 EPOCHS = 3
+# 72 tiles
+SMALL = dict(regions=2, scene_size=384, block_size=192)
 SIGKILL, SIGTERM, SIGHUP = signal.SIGKILL, signal.SIGTERM, signal.SIGHUP
 
 # ---------------------------------------------------------------- a small run
@@ -78,7 +80,7 @@ def tiny(tmp_path_factory):
         val_frequency=1,
         freeze_backbone_epochs=0,
         lr=dict(base_lr=1e-3, backbone_lr_multiplier=1.),
-        data=dict(manifest=toy_world(folder), tile_size=64, split_check='warn'),
+        data=dict(manifest=toy_world(folder, **SMALL), tile_size=64, split_check='warn'),
         sampler=dict(curriculum=[dict(first=1, last=EPOCHS, ratio=1)]),
         model=MODEL,
     )
@@ -617,7 +619,7 @@ def test_the_noise_floor_becomes_the_next_runs_min_delta(tiny_file, undisturbed,
     sigma = np.std(gains, ddof=1)
     assert sigma > 0
     # scores of single precision are rounded, and scikit-learn takes those of one code as tied
-    assert load(tiny_file, out).early_stopping.min_delta == pytest.approx(2 * sigma, rel=.01)
+    assert load(tiny_file, out).early_stopping.min_delta == pytest.approx(2 * sigma, rel=.02)
 
 @pytest.mark.parametrize('out', ['a folder', 'a file/noise.yaml'])
 def test_a_noise_floor_that_cannot_be_written(undisturbed, tmp_path, capsys, out):
