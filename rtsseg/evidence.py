@@ -244,15 +244,17 @@ class Evidence:
 
     def __len__(self): return len(self.table)
     def __getitem__(self, column): return self.table[column].to_numpy()
-    def __eq__(self, other): return self.meta == other.meta and self.table.equals(other.table)
+    def __eq__(self, other:object) -> bool:
+        return self.meta == other.meta and self.table.equals(other.table)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         positive = int(self['positive'].sum())
         splits = ', '.join(sorted(set(self['split']))) or 'no tile'
         return (f'Evidence of {splits}: {positive} positive and {len(self) - positive} negative tiles, '
                 f'{self["n_valid"].sum()} pixels, {len(self.thresholds)} thresholds, views {self.views}')
 
-    def _repr_html_(self): return _as_html(self)
+    def _repr_html_(self) -> str:
+        return _as_html(self)
 
     def __add__(self, other):
         for name in ('thresholds', 'bins', 'views'):

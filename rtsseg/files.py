@@ -34,7 +34,7 @@ def sync_folder(folder:Path) -> None:
 def write_atomic(path:str|Path,        # the target
                  content:str|bytes     # what it is to hold
                 ) -> Path:             # the target
-    "Write a file so that at no moment half of it is there"
+    "Write a file atomically"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')

@@ -67,7 +67,7 @@ def readiness(findings:list[Finding]   # everything that was found
 class FindingTable(list):
     "Findings, shown as text or as an HTML table"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         cells = []
         for finding in self:
             level = finding.level.upper() if finding.level in ('warning', 'error') else finding.level
@@ -76,7 +76,7 @@ class FindingTable(list):
         widths = [max((len(row[k]) for row in cells), default=0) for k in (0, 1)]
         return '\n'.join(f'{level:{widths[0]}}  {what:{widths[1]}}  {text}' for level, what, text in cells)
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         rows = ['<tr><th>level</th><th>what</th><th>seen</th><th>note</th></tr>']
         for finding in self:
             style = f'font-weight:bold;color:{LEVEL_COLOURS[finding.level]}'

@@ -277,10 +277,10 @@ class Report:
                  f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}']
         return '\n'.join([self.title, *warnings, '', str(self.headline), '', *folders, *files])
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'{self.title}\n{self.headline}'
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         return Text(self.title, 'head').html() + self.headline.html()
 
 def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seeds, or configurations to compare

@@ -166,11 +166,11 @@ class Run:
                 ['evaluated', ', '.join(splits) or 'nothing']]
         return Table(['run', f'seed {self.seed}'], rows)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (f'Run({self.cfg.name}/{self.configuration}/{self.folder.name}: {self.monitor} '
                 f'{self.best["value"]:.4f} at epoch {self.best["epoch"]})')
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         return self.summary.html()
 
 # %% ../nbs/06c_results.ipynb #cresults4
@@ -313,10 +313,10 @@ class Results:
         "Whether the ledger allowed every seed to look at the test split"
         return self.split == 'test' and not self.doubt
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'Results({self.label}: seeds {listed(self.seeds)}, {self.split} split)'
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         head = ['seed', 'epochs', 'best epoch', self.first.monitor]
         rows = []
         for run in self.runs:

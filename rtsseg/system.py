@@ -202,7 +202,7 @@ class System:
 
     def overfitting(self, history:list[dict], cfg:RunConfig) -> dict[str, str]:
         "Signs of overfitting at the last validation: {sign: remedy}"
-        return divergence(history, cfg)
+        return divergence(history, cfg.loss_weights)
 
     def curves(self, cfg:RunConfig) -> dict[str, list[str]]:
         "What a training figure shows besides losses and rates: {title of a panel: columns of the log}"
@@ -307,13 +307,13 @@ class System:
 
 # %% ../nbs/04j_system.ipynb #cobserve
 def divergence(history:list[dict],    # epochs, as in `TrainingState.history`
-               cfg:RunConfig          # loss_weights
+               weights:dict[str, float]    # of the parts of the loss
               ) -> dict[str, str]:    # {sign: remedy}; empty where the last epoch was not validated
     "Whether the training loss falls while the validation loss rises, over the last three validations"
     validated = [row for row in history if 'val/loss' in row][-3:]
     if len(validated) < 3 or validated[-1] is not history[-1]:
         return {}
-    train = np.array([training_loss(row, cfg.loss_weights) for row in validated])
+    train = np.array([training_loss(row, weights) for row in validated])
     val = np.array([row['val/loss'] for row in validated])
     if (np.diff(train) < 0).all() and (np.diff(val) > 0).all():
         remedy = 'the training loss falls while the validation loss rises; increase dropout or augmentation'

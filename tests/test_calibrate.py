@@ -241,17 +241,17 @@ def test_a_calibration(toy, method, tmp_path):
 def test_a_threshold_on_few_tiles_is_reported(toy):
     "At 1:200 eleven negative tiles decide: the global point says so, and a region uses the global point of that ratio"
     c = calibrate_evidence(toy, CFG, Metrics(ratios=[5, 200], replicates=50))
-    thin = c.thresholds[200]
+    point = c.thresholds[200]
     assert (
-        thin.reached
-        and thin.support < 30
-        and thin.why == f'rests on {thin.support} of the 30 negative tiles that are needed where each counts 20 times'
+        point.reached
+        and point.support < 30
+        and point.why == f'rests on {point.support} of the 30 negative tiles that are needed where each counts 20 times'
         and not c.thresholds[5].why
     )
     for name, region in c.regions.items():
         assert (
             set(region.thresholds) == {5}
-            and c.point(200, name) == thin
+            and c.point(200, name) == point
             and c.point(5, name) == region.thresholds[5] != c.thresholds[5]
         )
         assert (
@@ -690,7 +690,7 @@ def test_several_views_from_a_shell(untrained, capsys):
     with pytest.raises(SystemExit):
         rtsseg_evaluate(run=str(folder), views='none,stanard')
     assert (
-        "views: 'stanard' is not one of none, minimal, standard, full" in (told := capsys.readouterr().err)
-        and "did you mean 'standard'" in told
+        "views: 'stanard' is not one of none, minimal, standard, full" in (message := capsys.readouterr().err)
+        and "did you mean 'standard'" in message
         and (folder / 'log.jsonl').read_text() == before
     )

@@ -324,8 +324,8 @@ def test_said_once(caplog):
     for e in (1, 2, 5):
         b.set_epoch(e)
         list(b)
-    told = [r.getMessage() for r in caplog.records]
-    assert len(told) == 1 and '1:3' in told[0] and '1:1.5' in told[0]
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 1 and '1:3' in messages[0] and '1:1.5' in messages[0]
 
 
 @pytest.mark.parametrize('n_neg,said', [(31, 0), (30, 1), (15, 2)])
@@ -340,5 +340,5 @@ def test_no_choice_is_said_once(n_neg, said, caplog):
     for e in (1, 2, 5):
         b.set_epoch(e)
         list(b)
-    told = [r.getMessage() for r in caplog.records]
-    assert len(told) == said and all(f'all {n_neg}' in w for w in told)
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == said and all(f'all {n_neg}' in w for w in messages)

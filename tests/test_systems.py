@@ -1,6 +1,7 @@
 "A second system trains, resumes, evaluates and is measured on the shared rooms; a third comes from outside"
 import ast
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,6 @@ from rtsseg.system import SampleTable, find_run
 from rtsseg.training import train
 
 ROOT = Path(__file__).parents[1]
-SYSTEMS = sorted(path.stem for path in (ROOT/'rtsseg'/'systems').glob('*.py') if path.stem != '__init__')
 # rooms that only a segmentation of tiles needs
 RTS_ROOMS = {'audit', 'augment', 'check', 'columns', 'evidence', 'filecheck', 'findings', 'importers', 'infer',
              'losses', 'manifest', 'metrics', 'models', 'objects', 'observe', 'prepare', 'raster', 'rawtile', 'sampler',
@@ -49,12 +49,18 @@ SHARED = ['training', 'evaluation', 'system', 'log', 'noise', 'resume', 'launch'
 def test_shared_rooms_know_no_system(module):
     assert not imported_rooms(module) & (RTS_ROOMS | {'systems'})
 
-@pytest.mark.parametrize('name', SYSTEMS)
-def test_systems_never_import_each_other(name):
-    others = {f'rtsseg.systems.{other}' for other in SYSTEMS if other != name}
-    tree = ast.parse((ROOT/'rtsseg'/'systems'/f'{name}.py').read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    assert not modules & others and not modules & {other.removeprefix('rtsseg.systems.') for other in others}
+def raises_at_once(function):
+    "Whether a method of the protocol has no default"
+    *_, last = function.body
+    return isinstance(last, ast.Raise) and 'NotImplementedError' in ast.unparse(last)
+
+def test_the_page_names_every_method_that_a_system_needs():
+    tree = ast.parse((ROOT/'rtsseg'/'system.py').read_text())
+    system, = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == 'System')
+    needed = {method.name for method in system.body if isinstance(method, ast.FunctionDef) and raises_at_once(method)}
+    page = (ROOT/'nbs'/'add_a_system.qmd').read_text()
+    table = '\n'.join(line for line in page.splitlines() if line.startswith('| `'))
+    assert needed == set(re.findall(r'(\w+)\(', table.split('rtsseg.shared')[0]))
 
 def test_a_config_is_read_without_torch():
     code = "import sys; from rtsseg.config import load; load(); sys.exit('torch' in sys.modules)"

@@ -68,7 +68,7 @@ def segmentation_signs(history:list[dict],    # epochs, as in `TrainingState.his
     validated = [row for row in history if 'val/loss' in row][-3:]
     if not validated or validated[-1] is not history[-1]:
         return {}
-    signs, first, last = divergence(history, cfg), validated[0], validated[-1]
+    signs, first, last = divergence(history, cfg.loss_weights), validated[0], validated[-1]
     if last.get('train/iou', 0) > .9 and last.get('val/iou@1', 1) < .5:
         signs['large IoU gap'] = IOU_GAP
     monitor = f'val/{cfg.metrics.monitor}'

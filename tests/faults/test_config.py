@@ -152,17 +152,17 @@ def test_22_what_is_never_reached_is_warned_of(tiny, caplog):
     "Rows after the last epoch, and a backbone that stays frozen to the end; the run still trains"
     sampler = tiny.sampler.model_copy(update=dict(curriculum=RtsConfig().sampler.curriculum))
     cfg = tiny.model_copy(update=dict(freeze_backbone_epochs=1, sampler=sampler))
-    doubts = cfg.doubtful_settings()
-    assert any('rows from epoch 11 on begin after the last epoch, 1' in doubt for doubt in doubts)
-    assert any('the backbone never trains' in doubt for doubt in doubts)
+    problems = cfg.doubtful_settings()
+    assert any('rows from epoch 11 on begin after the last epoch, 1' in problem for problem in problems)
+    assert any('the backbone never trains' in problem for problem in problems)
 
     folder = train(cfg)
     warnings = {record.getMessage() for record in caplog.records if record.levelname == 'WARNING'}
-    assert set(doubts) <= warnings
+    assert set(problems) <= warnings
     assert (folder/'model'/'model.safetensors').exists()
 
     findings = [finding for finding in check(cfg, batches=1) if finding.what == 'doubtful setting']
-    assert {finding.value for finding in findings} == set(doubts)
+    assert {finding.value for finding in findings} == set(problems)
 
 # ---------------------------------------------------------------- 23: a folder of another config
 
