@@ -1488,6 +1488,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'rtsseg/systems/classify.py'),
                                          'rtsseg.systems.classify.Images.__len__': ( 'systems/classify.html#images.__len__',
                                                                                      'rtsseg/systems/classify.py'),
+                                         'rtsseg.systems.classify.Images.augmented': ( 'systems/classify.html#images.augmented',
+                                                                                       'rtsseg/systems/classify.py'),
                                          'rtsseg.systems.classify.PackedClassifier': ( 'systems/classify.html#packedclassifier',
                                                                                        'rtsseg/systems/classify.py'),
                                          'rtsseg.systems.classify.ShuffledBatches': ( 'systems/classify.html#shuffledbatches',

@@ -209,10 +209,13 @@ def light(rgb:np.ndarray,              # (H, W, 3) float32 in [0, 1], changed in
 class Pipeline:
     "A serialised albumentations pipeline on one tile, keyed as the built-in draw"
 
-    def __init__(self, path:str|Path):    # YAML or JSON of `A.save`
+    def __init__(self,
+                 path:str|Path,                   # YAML or JSON of `A.save`
+                 field:str='augment.pipeline'     # of the config that names it, for messages
+                ):
         os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
         import albumentations as A
-        path = Path(path)
+        path, self.field = Path(path), field
         kind = 'json' if path.suffix == '.json' else 'yaml'
         try:
             with warnings.catch_warnings():
@@ -221,17 +224,17 @@ class Pipeline:
                 loaded = A.load(path, data_format=kind)
         except Exception as e:
             why = ' '.join(str(e).split())
-            raise ConfigError(f'augment.pipeline: {path.name} is not an albumentations pipeline: {why}') from None
+            raise ConfigError(f'{self.field}: {path.name} is not an albumentations pipeline: {why}') from None
         self.geometric, self.colour = self._parts(A, path, loaded)
 
     def _parts(self, A, path, loaded):
         "Two pipelines: what moves pixels, and what changes colours"
         if not isinstance(loaded, A.Compose):
             kind = type(loaded).__name__
-            raise ConfigError(f'augment.pipeline: {path.name} holds {kind}, and an A.Compose is needed')
+            raise ConfigError(f'{self.field}: {path.name} holds {kind}, and an A.Compose is needed')
         for t in loaded.transforms:
             if not isinstance(t, A.DualTransform | A.ImageOnlyTransform):
-                raise ConfigError(f'augment.pipeline: {path.name}: {type(t).__name__} is not supported: '
+                raise ConfigError(f'{self.field}: {path.name}: {type(t).__name__} is not supported: '
                                   'list single transforms, each with its own p')
         geometric = [t for t in loaded.transforms if isinstance(t, A.DualTransform)]
         colour = [t for t in loaded.transforms if isinstance(t, A.ImageOnlyTransform)]
@@ -249,7 +252,7 @@ class Pipeline:
         moved = self.geometric(image=image, mask=mask)
         out = np.ascontiguousarray(moved['image'], np.float32)
         if out.shape != image.shape:
-            raise ValueError(f'augment.pipeline turns {image.shape} into {out.shape}: a tile must keep its size')
+            raise ValueError(f'{self.field} turns {image.shape} into {out.shape}: a tile must keep its size')
         rgb = self.colour(image=np.ascontiguousarray(out[..., :3]))['image']
         out[..., :3] = np.clip(rgb, 0, 1)
         return out, np.ascontiguousarray(moved['mask'])

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import albumentations as A
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from helpers.shell import CLEAN, shell
 from helpers.started import held, started
@@ -160,6 +162,20 @@ def test_its_noise_floor_is_measured(undisturbed, tmp_path):
     sigma = np.std(changes, ddof=1)
     lines = measure_noise(folder, 50, str(tmp_path/'noise.yaml'))
     assert lines[0].startswith(f'macro_f1: σ = {sigma:.4f}, over 50 paired bootstrap replicates')
+
+def test_an_albumentations_pipeline_replaces_the_mirroring(images, tmp_path):
+    "Of keyed images alone; each key has one draw"
+    path = tmp_path/'flip.yaml'
+    A.save(A.Compose([A.VerticalFlip(p=1), A.RandomBrightnessContrast((.1, .1), 0, p=1)]), path, data_format='yaml')
+    system, cfg = find_system('classify'), config(images, tmp_path/'runs')
+    plain = system.feed(cfg).images('train')
+    cfg.data.pipeline = path
+    changed = system.feed(cfg).images('train')
+    assert torch.equal(plain[0]['image'], changed[0]['image'])
+    found = changed[42, 1, 0]['image']
+    assert torch.equal(found, changed[42, 1, 0]['image'])
+    expected = (plain[0]['image'].flip(1) + .2).clamp(max=1)
+    torch.testing.assert_close(found, expected, atol=.01, rtol=0)
 
 def test_commands_serve_it(images, tmp_path):
     (tmp_path/'cfg.yaml').write_text(to_yaml(config(images, tmp_path/'runs', epochs=1)))

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..augment import Pipeline
 from ..config import ConfigError, Fraction, PositiveInt, RunConfig, RunName, Since, Strict, Undeciding, load
 from ..console import DataError, nearest, raise_problems
 from ..files import FileError, check_seal, digest, read_json, typed, write_atomic
@@ -40,6 +41,8 @@ class ImageData(Strict):
         Path('data/images'), description='folder of <split>/<class>/<image>, or a CSV with path, label and split')
     image_size: PositiveInt = Field(64, description='side to which images are resized, pixels')
     flip: Fraction = Field(0.5, description='probability of a mirrored training image')
+    pipeline: Annotated[Path|None, Since('0.2')] = Field(
+        None, description='an albumentations pipeline (YAML of A.save) in place of the mirroring')
 
 class ImageModel(Strict):
     "A timm model"
@@ -105,6 +108,7 @@ class Images(Dataset):
     def __init__(self, root:Path, table:pd.DataFrame, classes:list[str], data:ImageData):
         self.root, self.table, self.data = root, table.reset_index(drop=True), data
         self.labels = [classes.index(label) for label in self.table.label]
+        self.pipeline = Pipeline(data.pipeline, 'data.pipeline') if data.pipeline else None
 
     def __len__(self):
         return len(self.table)
@@ -112,12 +116,18 @@ class Images(Dataset):
     def __getitem__(self, key):
         row = key[-1] if isinstance(key, tuple) else int(key)
         image = read_image(self.root/self.table.path[row], self.data.image_size)
-        # keyed by (seed, epoch, row), so that workers and resumes change nothing
-        if isinstance(key, tuple) and np.random.default_rng(key).random() < self.data.flip:
-            image = image[:, ::-1]
+        if isinstance(key, tuple):
+            image = self.augmented(image, key)
         pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32) / 127.5 - 1
         return dict(image=torch.from_numpy(pixels), label=self.labels[row],
                     sample=self.table.path[row], group=self.table.group[row])
+
+    def augmented(self, image:np.ndarray, key:tuple) -> np.ndarray:
+        "A draw that the key (seed, epoch, row) decides, so that workers and resumes change nothing"
+        if self.pipeline:
+            no_mask = np.zeros(image.shape[:2], np.uint8)
+            return 255 * self.pipeline(image.astype(np.float32) / 255, no_mask, key)[0]
+        return image[:, ::-1] if np.random.default_rng(key).random() < self.data.flip else image
 
 class ShuffledBatches:
     "Batches of keys (seed, epoch, row), in an order of seed and epoch alone, without an incomplete last batch"
