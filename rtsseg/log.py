@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from .config import LoopConfig, find_system, load
 from .console import logger
@@ -143,9 +144,13 @@ class Log:
 
 def epoch_line(run:Any      # a `TrainingState` after an epoch
               ) -> str:
-    "What is printed of an epoch: time, speed, losses, and the monitored value where it was validated"
+    """What is printed of an epoch: time, speed, losses, and the monitored value where it was validated
+
+    The time left is that of the remaining epochs if each takes as long as this one."""
     row, monitor = run.history[-1], run.task.monitor
-    parts = [f"epoch {row['epoch']:>3}/{run.cfg.epochs}", f"{row['seconds']:6.1f} s",
+    seconds_left = (run.cfg.epochs - row['epoch']) * row['seconds']
+    left = f', {tqdm.format_interval(seconds_left)} left' if seconds_left > 0 else ''
+    parts = [f"epoch {row['epoch']:>3}/{run.cfg.epochs}", f"{row['seconds']:6.1f} s{left}",
              f"{row['images_per_second']:.0f} images/s, {row['wait']:.0%} waiting for data"]
     losses = {name.removeprefix('train/'): value for name, value in row.items() if name.startswith('train/loss')}
     parts.append(' '.join(f'{name} {value:.4f}' for name, value in losses.items()))
