@@ -134,20 +134,19 @@ def test_08_one_tile_of_a_thousand_is_left_out(many, workers, capsys):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_08_more_than_that_stop_the_run(counted, workers):
     "It says which tiles and files, and resumes when they are whole again"
-    many = counted
-    whole = (many/'p1.tif').read_bytes()
+    whole = (counted/'p1.tif').read_bytes()
     for i in (1, 2):
-        truncate(many/f'p{i}.tif')
-    first = train_on(many, workers, epochs=2)
+        truncate(counted/f'p{i}.tif')
+    first = train_on(counted, workers, epochs=2)
     assert not first.finished
     assert re.match(r"training: 2 of 1001 tiles cannot be read, which is more than 0.1%: tile 'n000[12]', "
                     r"image 'p[12].tif': p[12].tif cannot be read.*; tile 'n000[12]', image", first.reason)
     # what stopped the run stops it again
-    second = train_on(many, workers, epochs=2)
+    second = train_on(counted, workers, epochs=2)
     assert not second.finished and second.step == first.step + 1
     for i in (1, 2):
-        (many/f'p{i}.tif').write_bytes(whole)
-    assert train_on(many, workers, epochs=2).finished
+        (counted/f'p{i}.tif').write_bytes(whole)
+    assert train_on(counted, workers, epochs=2).finished
 
 def test_08_processes_count_together(counted, tmp_path):
     """Each process reads other tiles. Before a validation is kept, and at the end of an epoch, all know the unreadable
@@ -174,16 +173,15 @@ def test_08_processes_count_together(counted, tmp_path):
 def test_08_unreadable_tiles_in_validation(counted):
     """Nothing is kept of a validation that lacked tiles, even the last one: the run stops until they are mended, and
     then ends as if nothing had happened"""
-    many = counted
-    whole = (many/'t3_m.tif').read_bytes()
-    truncate(many/'t3_m.tif')
+    whole = (counted/'t3_m.tif').read_bytes()
+    truncate(counted/'t3_m.tif')
     for _ in range(2):
-        done = train_on(many, epochs=1)
+        done = train_on(counted, epochs=1)
         assert not done.finished and not done.history and not done.best
         assert done.reason.startswith('validation: 1 of 2 tiles cannot be read, which is more than 0.1%: '
                                       "tile 't3', mask 't3_m.tif'")
-    (many/'t3_m.tif').write_bytes(whole)
-    assert train_on(many, epochs=1).finished
+    (counted/'t3_m.tif').write_bytes(whole)
+    assert train_on(counted, epochs=1).finished
 
 def test_08_statistics_of_too_few_tiles_are_refused(many):
     "All that is wrong with the training files in one answer, and no statistics are written"
@@ -206,6 +204,8 @@ def test_08_a_damaged_list_of_lost_tiles(counted, tmp_path, content, capsys):
     watch.on_start(SimpleNamespace(folder=tmp_path))
     printed = capsys.readouterr()
     assert 'note: unread.json' in printed.out + printed.err
+
+# ---------------------------------------------------------------- 9: hashes
 
 def write_uncompressed(file):
     "Write a raster again without compression, so that a flipped byte is a changed pixel"
