@@ -451,12 +451,12 @@ class QualityByRatio:
                       ece=Estimate(error))
 
 def quality_by_ratio(evidence:Evidence,
-                  drawn:Replicates,
-                  found:dict[str, Fit],       # of `fits`
-                  method:str,                 # which of them is used
-                  shifts:dict[int, float],    # by ratio
-                  ratios:list[int]
-                 ) -> dict[int, Quality]:     # by ratio
+                     drawn:Replicates,
+                     found:dict[str, Fit],       # of `fits`
+                     method:str,                 # which of them is used
+                     shifts:dict[int, float],    # by ratio
+                     ratios:list[int]
+                    ) -> dict[int, Quality]:     # by ratio
     "How good each way of making probabilities is"
     ways = {name: QualityByRatio(evidence, drawn, f.slope.value, f.intercept.value) for name, f in found.items()}
     ways['before'] = QualityByRatio(evidence, drawn, 1., 0.)

@@ -26,11 +26,11 @@ class Finding:
     each: list = field(default_factory=list)   # every single case: tile, field, file and what is wrong with it
 
 def cases_finding(what:str,            # what was checked
-           bad:Iterable[str],   # every case that is not good
-           level:str,           # of the finding if there is any
-           good:str='none',     # what was seen if there is none
-           note:str=''          # what it means
-          ) -> Finding:
+                  bad:Iterable[str],   # every case that is not good
+                  level:str,           # of the finding if there is any
+                  good:str='none',     # what was seen if there is none
+                  note:str=''          # what it means
+                 ) -> Finding:
     "A finding about a list of cases, which is ok if the list is empty"
     bad = list(bad)
     if not bad:

@@ -22,7 +22,7 @@ from .config import Loss
 IGNORE = 255
 
 def count_valid_pixels(target:torch.Tensor   # (B, H, W): 0..1, 255 = ignore
-                ) -> torch.Tensor:     # a scalar
+                      ) -> torch.Tensor:     # a scalar
     "Number of pixels that a mean is taken over"
     return (target != IGNORE).sum()
 

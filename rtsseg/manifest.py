@@ -62,7 +62,7 @@ def _read_parquet(path):
 
 # %% ../nbs/01d_manifest.ipynb #214416d9
 def read_table_file(path:str|Path   # CSV, Parquet, GeoParquet or GeoPackage
-              ) -> pd.DataFrame:
+                   ) -> pd.DataFrame:
     "A table as it is in its file. Raises `DataError`"
     path = Path(path)
     if not path.is_file():

@@ -271,9 +271,9 @@ def fuse(cfg:Model,           # names the fusion
 
 # %% ../nbs/04_models.ipynb #ccb17ca5
 def load_into(cfg:Model,                       # names the weights, for the message
-               model:nn.Module,                 # changed in place
-               state:dict[str, torch.Tensor]    # from `state_to_load`
-              ) -> None:
+              model:nn.Module,                 # changed in place
+              state:dict[str, torch.Tensor]    # from `state_to_load`
+             ) -> None:
     "Load the weights into the model, or into its encoder. Raises `ConfigError` with the keys that do not fit"
     whole = is_model_directory(cfg.weights)
     target = model if whole else model.encoder
