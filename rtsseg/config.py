@@ -1093,6 +1093,8 @@ def notebook_parameters(namespace:dict    # globals() of a notebook, right below
     if injected:
         at = injected[-1]
         check_parameters(assigned_names(cells[at - 1]), assigned_names(cells[at]))
+        # an executed notebook would store each state of a bar
+        os.environ['RTSSEG_PLAIN_LINES'] = '1'
         namespace['get_ipython']().input_transformers_cleanup.append(skip_examples)
     given = {name: namespace[name] for name in SHARED_PARAMETERS}
     settings(**given)

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from .console import RtssegError
+from .console import RtssegError, is_interactive, status_line
 from .runs import RunError, Stopped
 
 # %% ../nbs/04h_launch.ipynb #d06b36a8
@@ -90,6 +90,7 @@ def trainer_environment(seed:int,             # of the run
     "The environment variables of a trainer"
     env = os.environ | dict(PYTHONHASHSEED=str(seed), PYTHONUNBUFFERED='1')
     env['RTSSEG_PIPE'] = '1' if attached else ''
+    env['RTSSEG_STATUS_LINE'] = '1' if attached and is_interactive() else ''
     env['RTSSEG_TRACKER_URI'] = env.get('RTSSEG_TRACKER_URI') or tracker_uri
     # threads that wait by spinning take the cores from other processes
     env.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -135,14 +136,16 @@ class Relay:
     "Prints the output of a run's processes, and keeps the reason why it ended"
 
     def __init__(self):
-        self.last = ''        # the last line that was printed
+        self.last = ''        # the last whole line that was printed
         self.reason = []      # lines from `error: ` or `stopped ` on, each once
         self.torch = []       # what torch says in processes that lost another one
         self.error = None     # why the output could not be printed
 
     def add(self, line:str) -> None:
         "Take in one line"
-        if re.match(r'\[rank\d+\]:', line):
+        if line.endswith('\r'):
+            status_line.draw(line[:-1])
+        elif re.match(r'\[rank\d+\]:', line):
             self.torch.append(line)
         elif self.reason or line.startswith(('error: ', 'stopped ')):
             # several processes say the same, and torch logs in between
@@ -150,6 +153,7 @@ class Relay:
                 self.reason.append(line)
         else:
             self.last = line.strip() or self.last
+            status_line.clear()
             print(line, end='', flush=True)
 
     def read(self,
@@ -186,7 +190,9 @@ def run_attached(program:list[str],      # the trainer
         os.close(stdin)
         os.close(stdout)
         signals.on_start(SimpleNamespace(stop=lambda why: lifeline.close()))
-        reader = threading.Thread(target=relay.read, args=(open(output, errors='replace'), lifeline), daemon=True)
+        # a line that ends with a carriage return stays one
+        lines = open(output, errors='replace', newline='')
+        reader = threading.Thread(target=relay.read, args=(lines, lifeline), daemon=True)
         reader.start()
         try:
             code = wait_for_processes(ranks)
@@ -205,6 +211,7 @@ def raise_outcome(code:int,        # exit code of the run
                   asked:str        # the signal that asked it to stop, or ''
                  ) -> None:
     "Raise what a run ended with; nothing where it is done"
+    status_line.clear()
     if relay.error:
         raise relay.error
     if not relay.why and code >= 0:

@@ -213,6 +213,7 @@ class TrainingState:
     skipped: int = 0                        # steps without an update: nothing to learn from, or no finite gradient
     bad: int = 0                            # of those without a finite loss or gradient, the last ones in a row
     totals: EpochTotals = field(default_factory=EpochTotals)   # of the epoch under way
+    length: int = 0                         # batches of the epoch under way
     waited: float = 0.                      # seconds for which the epoch waited for batches, since the start or resume
     saved_at: float = field(default_factory=time.monotonic)    # when the run began, or was last saved by the clock
     history: list = field(default_factory=list)   # a row an epoch
@@ -534,13 +535,13 @@ def train_epoch(run:TrainingState,
     "Train the epoch under way, from the batch where it stands"
     began, batches, first = time.monotonic(), loader.batch_sampler, run.batch
     seed_epoch(run)
-    batches.skip, length = run.batch, len(loader)
-    if not length:
+    batches.skip, run.length = run.batch, len(loader)
+    if not run.length:
         raise ConfigError(f'epoch {run.epoch} holds no batch: fewer samples than batch_size {run.cfg.batch_size}')
     set_train_mode(run)
     stream = TimedBatches(loader)
     while group := list(itertools.islice(stream, run.cfg.accumulate)):
-        set_rates(run, run.epoch - 1 + run.batch / length)
+        set_rates(run, run.epoch - 1 + run.batch / run.length)
         take_step(run, group)
         run.batch += len(group)
         run.waited = stream.seconds
