@@ -52,9 +52,9 @@ def test_an_experiment_names_only_what_differs(file):
     assert same <= MAY_EQUAL_THE_BASE, same - MAY_EQUAL_THE_BASE
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory):
-    "A folder that all experiments share"
-    return tmp_path_factory.mktemp('experiments')
+def manifest(tmp_path_factory):
+    "Where the world lies that the first run draws, and all others share"
+    return tmp_path_factory.mktemp('world')/'manifest.csv'
 
 def base_of(file):
     "An experiment that names no model takes the small one of the toy config"
@@ -73,11 +73,11 @@ def must_be_finite(name, monitor):
     return name.startswith(('train/loss', 'val/loss')) or name == f'val/{monitor}'
 
 @pytest.mark.parametrize('file', [*BASES, *EXPERIMENTS], ids=lambda path: path.stem)
-def test_it_trains(file, world):
-    "Two epochs, the first with a frozen backbone"
+def test_it_trains(file, manifest, tmp_path):
+    "Two epochs, the first with a frozen backbone. The run folders are large: each is removed with its test"
     # a block of 2 × 2 tiles: a coarse view needs neighbours
     source = dict(regions=1, block_size=384)
-    settings = dict(batch_size=6, runs=world/'runs', data=dict(manifest=world/'world'/'manifest.csv', source=source))
+    settings = dict(batch_size=6, runs=tmp_path/'runs', data=dict(manifest=manifest, source=source))
     cfg = load(base_of(file), file, CONFIGS/'test.yaml', **settings)
     cfg.model.encoder = SMALL_SIBLINGS.get(cfg.model.encoder, cfg.model.encoder)
     folder = train(cfg)
