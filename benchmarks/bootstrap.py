@@ -67,7 +67,8 @@ def main(tiles=20_000, replicates=1000, rounds=3):
 
     ours, peer = [], []
     for i in range(rounds):
-        fresh = Evidence(evidence.table, **evidence.meta)     # its caches are empty
+        # its caches are empty
+        fresh = Evidence(evidence.table, **evidence.meta)
         ours.append(timed(lambda evidence: bootstrap(evidence, RATIOS, replicates=replicates), fresh))
         peer.append(timed(plain, fresh, 200, draws[i], block)*replicates)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20

@@ -37,7 +37,8 @@ def slumps(every=30):
     "Slumps as labels of 3 m pixels, each in the middle of its tile, with its neighbours"
     shapes = geopandas.read_file(next((DATA/'rts_polygons').glob('*.geojson'))).geometry
     for middle in (shape.centroid for shape in shapes.iloc[::every]):
-        y = 111_320/METRES                                     # pixels in a degree
+        # pixels in a degree
+        y = 111_320/METRES
         x = y*math.cos(math.radians(middle.y))
         near = shapes.cx[middle.x - SIDE/2/x:middle.x + SIDE/2/x, middle.y - SIDE/2/y:middle.y + SIDE/2/y]
         to_pixels = [x, 0, 0, -y, SIDE/2 - x*middle.x, SIDE/2 + y*middle.y]

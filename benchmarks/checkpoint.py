@@ -67,7 +67,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update()
-        float(self.average.floats[0][0].flatten()[0])     # waits for the GPU
+        # waits for the GPU
+        float(self.average.floats[0][0].flatten()[0])
 
     def start_checkpoint(self):
         self.state.save('resume', wait=False)

@@ -14,7 +14,8 @@ def float_tensors(model):
 
 def main(rounds=100):
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # two threads would wait for each other on a busy machine
+    # two threads would wait for each other on a busy machine
+    torch.set_num_threads(1)
     model = smp.UnetPlusPlus('efficientnet-b5', encoder_weights=None).train()
     average, mirror = WeightAverage(model, .999), copy.deepcopy(model)
     averaged, live = float_tensors(mirror), float_tensors(model)

@@ -21,9 +21,11 @@ from rtsseg.scores import tile_histograms
 from rtsseg.shapes import tile_bands, tile_objects
 
 IOU = 0.3
-LOGIT = 0.5             # exact in half precision
+# exact in half precision
+LOGIT = 0.5
 THRESHOLD = 1/(1 + np.exp(-LOGIT))
-EIGHT = 2               # scikit-image's name for 8-connectivity
+# scikit-image's name for 8-connectivity
+EIGHT = 2
 
 def draw(image, centre, axes, angle):
     "Fill an ellipse with ones"

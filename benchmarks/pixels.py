@@ -126,7 +126,8 @@ def further_questions(split, evidence):
     "What another ratio or region costs"
     again = evidence.select(np.arange(len(evidence)))
     region = evidence['region'] == 'A'
-    pr_auc(again, 'native')     # fills its cache
+    # fills its cache
+    pr_auc(again, 'native')
     questions = {
         'a further ratio': lambda: pr_auc(again, 300),
         'a region, selected': lambda: pr_auc(evidence.select(region), 200),

@@ -10,6 +10,7 @@ __all__ = ['MIN_DIFFERENCE', 'RULE', 'ABLATION_FILES', 'Comparison', 'compare_se
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from .config import RunConfig, find_system
+from .console import time_left
 from .files import write_atomic
 from .runs import Stopped, config_hash
 from rtsseg.variants import (
@@ -231,10 +233,13 @@ def ablate(cfg:RunConfig,                        # the config whose fields the g
     seeds = list(dict.fromkeys(seeds))
     found = new_ablation(cfg, grid, configs, seeds)
     print(f'{len(configs)} variants × {counted(len(seeds), "seed")}: {len(configs) * len(seeds)} runs', flush=True)
+    began, total = time.monotonic(), len(configs) * len(seeds)
     with tracker_group(cfg, found.folder, ABLATION_FILES) as parent:
         for column, seed in enumerate(seeds):
             for row, (name, new) in enumerate(configs.items()):
-                print(f'\nseed {seed}, {name}', flush=True)
+                done = column * len(configs) + row
+                left = time_left(done, total, time.monotonic() - began)
+                print(f'\nrun {done + 1} of {total}: seed {seed}, {name}  {left}'.rstrip(), flush=True)
                 try:
                     found.values[row, column] = train_and_score(new.model_copy(update=dict(seed=seed)), parent)
                 except Stopped:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['status_line', 'logger', 'visible', 'nearest', 'RtssegError', 'DataError', 'first_lines', 'raise_problems',
-           'some_names', 'is_interactive', 'progress', 'StatusLine', 'ConsoleHandler']
+           'some_names', 'is_interactive', 'time_left', 'progress', 'StatusLine', 'ConsoleHandler']
 
 # %% ../nbs/00_console.ipynb #iconsole
 import difflib
@@ -90,6 +90,12 @@ def is_interactive() -> bool:
     in_jupyter = 'ipykernel.zmqshell' in sys.modules and not wants_lines
     return sys.stderr.isatty() or in_jupyter
 
+def time_left(done:int, total:int, seconds:float) -> str:
+    "What is left at the speed so far, as `12:30 left`; '' before anything is done"
+    if not done:
+        return ''
+    return f'{tqdm.format_interval(seconds / done * (total - done))} left'
+
 def progress(items:Iterable,      # what to iterate
              what:str,            # what is done with the items
              total:int|None=None, # number of items, where they have no length
@@ -108,15 +114,15 @@ def progress(items:Iterable,      # what to iterate
         now = time.monotonic()
         if now - last > every:
             last = now
-            left = (now - start) / done * (total - done)
-            print(f'{what}: {done} of {total}, {left:.0f} s left', file=sys.stderr, flush=True)
+            print(f'{what}: {done} of {total}, {time_left(done, total, now - start)}', file=sys.stderr, flush=True)
 
 # %% ../nbs/00_console.ipynb #8e523113
 class StatusLine:
     "One line below the output that is drawn over itself; without a terminal or Jupyter it shows nothing"
 
     def __init__(self):
-        self.width = 0    # characters that are on the screen
+        # characters that are on the screen
+        self.width = 0
 
     @property
     def is_shown(self) -> bool:

@@ -30,9 +30,12 @@ class StopSignals:
     "Turns SIGTERM and SIGHUP into a request to stop. A context manager, and an observer of the run that it stops"
 
     def __init__(self):
-        self.why = ''       # the name of the signal that came
-        self.run = None     # what is to be stopped, once it has started
-        self.before = {}    # signal: its handler outside of this context
+        # the name of the signal that came
+        self.why = ''
+        # what is to be stopped, once it has started
+        self.run = None
+        # signal: its handler outside of this context
+        self.before = {}
 
     def __enter__(self):
         # only the main thread may set handlers
@@ -136,10 +139,14 @@ class Relay:
     "Prints the output of a run's processes, and keeps the reason why it ended"
 
     def __init__(self):
-        self.last = ''        # the last whole line that was printed
-        self.reason = []      # lines from `error: ` or `stopped ` on, each once
-        self.torch = []       # what torch says in processes that lost another one
-        self.error = None     # why the output could not be printed
+        # the last whole line that was printed
+        self.last = ''
+        # lines from `error: ` or `stopped ` on, each once
+        self.reason = []
+        # what torch says in processes that lost another one
+        self.torch = []
+        # why the output could not be printed
+        self.error = None
 
     def add(self, line:str) -> None:
         "Take in one line"

@@ -80,7 +80,8 @@ class Log:
         self.folder, self.path, self.system = folder, folder/'log.jsonl', system
         self.differs = differs or {}
         self.seen_signs, self.noted_waiting = set(), False
-        self.drawn = 0.    # when the bar was drawn
+        # when the bar was drawn
+        self.drawn = 0.
         self.start_window(0.)
 
     def start_window(self, waited:float) -> None:

@@ -17,7 +17,8 @@ from .files import SEAL, SEALED, FileError, check_seal, read_json, write_atomic
 from .runs import RunError, config_hash, flatten, run_lock
 
 # %% ../nbs/04m_resume.ipynb #creconf
-Changes = dict[str, list]    # {field: [before, now]}
+# {field: [before, now]}
+Changes = dict[str, list]
 
 def different_fields(before:dict, now:dict) -> Changes:
     "Fields of two nested trees that differ"

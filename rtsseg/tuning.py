@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT', 'REPEATS', 'SEARCH_FILES', 'PruningObserver', 'suggest_fields', 'format_parameters', 'queue_again',
-           'KeyedSampler', 'open_storage', 'refuse_other_search', 'Searcher', 'finished_trials', 'history_figure',
-           'importance_figure', 'best_fields', 'trials_table', 'write_search', 'values_to_check', 'space_text',
-           'median_pruner', 'search', 'show_search']
+           'KeyedSampler', 'open_storage', 'refuse_other_search', 'count_states', 'count_ended', 'Searcher',
+           'finished_trials', 'history_figure', 'importance_figure', 'best_fields', 'trials_table', 'write_search',
+           'values_to_check', 'space_text', 'median_pruner', 'search', 'show_search']
 
 # %% ../nbs/09b_search.ipynb #ituning
 import io
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
 from .config import ConfigError, RunConfig, find_system
+from .console import time_left
 from .files import write_atomic
 from .loop import key_seed
 from .runs import Busy, RunError, Stopped, config_hash, flatten, run_folder
@@ -150,6 +151,15 @@ def refuse_other_search(study:optuna.Study, asked:dict) -> None:
         study.set_user_attr(name, value)
 
 # %% ../nbs/09b_search.ipynb #64976653
+def count_states(study:optuna.Study) -> Counter:
+    "How many trials are in each state"
+    return Counter(trial.state.name for trial in study.trials)
+
+def count_ended(study:optuna.Study) -> int:
+    "How many trials are finished or pruned"
+    states = count_states(study)
+    return states['COMPLETE'] + states['PRUNED']
+
 class Searcher:
     "Trains the trials of a study, one after another"
 
@@ -168,7 +178,7 @@ class Searcher:
         "The value of a trial; NaN where it failed"
         fields = suggest_fields(trial, self.cfg, self.axes)
         observer = PruningObserver(trial)
-        print(f'\ntrial {trial.number}: {format_parameters(trial.params)}', flush=True)
+        print(f'trial {trial.number}: {format_parameters(trial.params)}', flush=True)
         try:
             cfg = with_fields(self.cfg, fields)
             folder = run_folder(cfg, self.data_hash)
@@ -205,14 +215,15 @@ class Searcher:
 
     def run(self, study:optuna.Study, trials:int) -> None:
         "Train until so many trials are finished or pruned, here or elsewhere"
-        waited = 0
+        waited, began, before = 0, time.monotonic(), count_ended(study)
         while True:
             optuna.storages.fail_stale_trials(study)
-            states = Counter(trial.state.name for trial in study.trials)
-            done, elsewhere = states['COMPLETE'] + states['PRUNED'], states['RUNNING']
+            done, elsewhere = count_ended(study), count_states(study)['RUNNING']
             if done >= trials:
                 return
             if done + elsewhere < trials:
+                left = time_left(done - before, trials - before, time.monotonic() - began)
+                print(f'\n{done} of {trials} trials are done  {left}'.rstrip(), flush=True)
                 study.optimize(self.train_trial, n_trials=1, gc_after_trial=True, callbacks=[self.after_trial])
                 continue
             # the rest runs in other processes, or was killed less than two heartbeats ago

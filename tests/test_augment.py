@@ -111,7 +111,8 @@ def test_arrays_come_out_new_and_the_layout_in_memory_has_no_part():
         a = Augmenter(Augment(), [0.5] * 5)
         out = a(image, mask, key)
         assert not any(np.shares_memory(o, i) for o, i in zip(out, (image, mask)))
-        bands_first = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)  # as a raster is read
+        # as a raster is read
+        bands_first = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
         for x, y in zip(a(bands_first, np.asfortranarray(mask), key), out):
             np.testing.assert_array_equal(x, y)
 

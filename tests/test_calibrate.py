@@ -107,7 +107,8 @@ def test_slope_and_intercept_as_scikit_learn(seed, scale, offset, ratio):
     assert not why and nll(e, a, b, ratio) <= log_loss(y, theirs.predict_proba(z[:, None]), sample_weight=w) + 1e-9
     assert (a, b) == pytest.approx((theirs.coef_[0, 0], theirs.intercept_[0]), rel=5e-3, abs=5e-3)
     mean = np.average(expit(a * z + b), weights=w)
-    assert mean == pytest.approx(np.average(y, weights=w), rel=1e-6)  # an intercept makes probabilities add up
+    # an intercept makes probabilities add up
+    assert mean == pytest.approx(np.average(y, weights=w), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,8 @@ def test_a_calibration(toy, method, tmp_path):
             ) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
     assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path / 'calibration.json')) == c
-    for region in c.regions.values():  # 20 positive tiles each: own points, but where too few tiles stand behind one
+    # 20 positive tiles each: own points, but where too few tiles stand behind one
+    for region in c.regions.values():
         assert (
             region.thresholds
             and region.objects
@@ -333,7 +335,8 @@ def test_a_floor_is_not_chosen_for_what_it_hides():
         y[1:5, at : at + 4] = 1
     y[10:22, 2:14] = 1
     z[y == 1] = 3
-    z[1:5, 1:5] = -6  # two of three small ones are found, and the large one
+    # two of three small ones are found, and the large one
+    z[1:5, 1:5] = -6
     e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(0.5,))
     p = object_operating_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
     assert (p.min_area, p.precision.value, p.recall.value, p.share.value) == (0, 1, 0.75, 0.75)
@@ -473,7 +476,8 @@ def folder(tmp_path):
             dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu')
             for s in (99.0, 44.0 * len(VIEWS[views]))
         ]
-    write_atomic(folder / 'model' / 'model.safetensors', b'')  # calibration does not open it
+    # calibration does not open it
+    write_atomic(folder / 'model' / 'model.safetensors', b'')
     write_atomic(folder / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in [dict(event='start'), *log]))
     return folder
 
@@ -487,11 +491,12 @@ def test_views_by_their_gain_and_cost(folder, capsys):
         gains['PR-AUC 1:5']['full'] - gains['PR-AUC 1:5']['none']
     ) and gains.verdict.tolist()[1:] == ['noise', 'gain', 'gain']
     assert abs(gains.gain['minimal']) <= gains.noise['minimal'] and gains.gain['full'] > gains.noise['full']
+    # the cheapest, not the best
     assert (
         gains.gain['full'] > gains.gain['standard']
         and 'standard is recommended' in recommend(gains)
         and '4.0 times the time' in recommend(gains)
-    )  # the cheapest, not the best
+    )
     assert 'not recommended: no gain beyond the noise' in recommend(
         gains.loc[['none', 'minimal']]
     ) and 'nothing to compare' in recommend(views_gain(folder).loc[['none'], ['PR-AUC 1:5']])
@@ -532,7 +537,8 @@ def test_advice_can_be_typed(folder):
     ):
         calibrate(folder)
     assert not (folder / 'model').exists()
-    write_atomic(folder / 'model' / 'model.safetensors', b'')  # nor is a folder made that looks like a model
+    # nor is a folder made that looks like a model
+    write_atomic(folder / 'model' / 'model.safetensors', b'')
     evidence_path(folder, 'val', 'standard').unlink()
     with pytest.raises(
         DataError,
@@ -668,7 +674,8 @@ def test_the_test_split_before_calibration_is_reported(untrained, toy, capsys):
         seal_model(folder / 'model')
         with pytest.raises(DataError, match='calibration.json cannot be read .*rtsseg-calibrate --run'):
             evaluate(folder, 'test')
-        assert (folder.parents[2] / 'test_ledger.json').read_text() == looks  # nobody looked
+        # nobody looked
+        assert (folder.parents[2] / 'test_ledger.json').read_text() == looks
     finally:
         path.unlink()
         seal_model(folder / 'model')

@@ -309,7 +309,7 @@ def test_words_are_plain(path):
     assert not found, '\n'.join(found)
 
 @pytest.mark.parametrize('source, words', [
-    ('x = 1' + ' ' * 120 + '# far', '130 columns'),
+    ('x = 1' + ' + 1' * 30, '125 columns'),
     ('# ' + 'x' * 100, 'a comment of 102 columns'),
     ('a = 1; b = 2', 'share a line'),
     ('if a: b = 1; c = 2', 'share a line'),
@@ -319,6 +319,8 @@ def test_words_are_plain(path):
     ('x = (not a) * [1]', 'times a condition'),
     ("x = f'{a}' * bool(b)", 'times a condition'),
     ('x = y + (y := 1)', 'read before the walrus'),
+    ('while y + (y := 1):\n    x = 1', 'read before the walrus'),
+    ('x = 1  # why', 'behind code'),
     ('def f():\n' + '    x = 1\n' * 50, 'f has 51 lines'),
 ])
 def test_each_rule_finds_its_violation(source, words):
@@ -331,6 +333,8 @@ def test_each_rule_finds_its_violation(source, words):
     'def f():\n' + '    x = 1\n' * 49,
     'x = [\n    1,\n]\ny = 2',
     '#| export',
+    'def f(x:int    # what it is\n     ):\n    return x',
+    'class A:\n    x: int = 1    # what it is',
 ])
 def test_plain_code_passes(source):
     assert style.violations(source, is_exported=True) == []

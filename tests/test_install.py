@@ -18,8 +18,10 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ['search', 'track', 'notebooks', 'dev']
-IMPORTED_AS = {'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}    # where the two names differ
-OPTIONAL = {'mlflow': 'track', 'optuna': 'search'}    # package: the only extra that declares it
+# where the two names differ
+IMPORTED_AS = {'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}
+# package: the only extra that declares it
+OPTIONAL = {'mlflow': 'track', 'optuna': 'search'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')

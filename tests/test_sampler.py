@@ -285,7 +285,8 @@ def test_last_loss_counts():
     b.learn(np.flatnonzero(~positive), np.full(400, 9.0))
     b.learn(easy, np.full(200, 1.0))
     drawn = {k[2] for batch in draw(b, 2) for k in batch}
-    assert len(drawn - set(easy.tolist())) > 2 * len(drawn & set(easy.tolist())) + 20  # 20: the positives
+    # 20: the positives
+    assert len(drawn - set(easy.tolist())) > 2 * len(drawn & set(easy.tolist())) + 20
 
 
 class Echo(Dataset):

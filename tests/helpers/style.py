@@ -57,9 +57,8 @@ def conditional_products(tree):
 
 def early_reads(tree):
     "Names that are read on a line before a walrus on the same line writes them"
-    compound = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.For, ast.While, ast.With, ast.Try)
     for statement in ast.walk(tree):
-        if not isinstance(statement, ast.stmt) or isinstance(statement, compound):
+        if not isinstance(statement, ast.stmt):
             continue
         written = {}
         for node in ast.walk(statement):
@@ -79,6 +78,27 @@ def long_functions(tree):
             if lines > MAX_LINES:
                 yield node.lineno, f'{node.name} has {lines} lines (at most {MAX_LINES})'
 
+def documented_lines(tree):
+    "Lines whose trailing comment is documentation: signatures, and fields of a class"
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines |= set(range(node.lineno, node.body[0].lineno))
+        elif isinstance(node, ast.ClassDef):
+            for field in node.body:
+                if isinstance(field, (ast.Assign, ast.AnnAssign)):
+                    lines |= set(range(field.lineno, field.end_lineno + 1))
+    return lines
+
+def trailing_comments(source, tree):
+    "Comments behind code, but for those that document it"
+    documented, lines = documented_lines(tree), source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line, column = token.start
+        is_behind_code = token.type == tokenize.COMMENT and lines[line - 1][:column].strip()
+        if is_behind_code and line not in documented and not token.string.startswith('# noqa'):
+            yield line, 'a comment behind code'
+
 def odd_words(source):
     "Words of another century in comments and texts"
     try:
@@ -94,7 +114,7 @@ def violations(source, is_exported=False):
     "All that is not plain in a piece of source: (line, what)"
     tree = ast.parse(source)
     found = [*wide_lines(source), *shared_lines(tree), *nested_conditionals(tree), *conditional_products(tree)]
-    found += early_reads(tree)
+    found += [*early_reads(tree), *trailing_comments(source, tree)]
     if is_exported:
         found += long_functions(tree)
     return sorted(found)
@@ -107,6 +127,9 @@ def sources(path):
     for cell in json.loads(path.read_text())['cells']:
         text = ''.join(cell['source'])
         if cell['cell_type'] == 'code':
+            # papermill reads the comments behind parameters
+            if 'parameters' in cell['metadata'].get('tags', ()):
+                text = re.sub(r' *#.*', '', text)
             # commands of IPython are not Python
             text = re.sub(r'^[%!].*', '#', text, flags=re.MULTILINE)
             pieces.append((f'{path.name}[{cell["id"]}]', text, bool(re.search(r'^#\| *export', text, re.MULTILINE))))
