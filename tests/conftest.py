@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files that take minutes start first, so that no worker is left alone with one of them at the end
 LONG = [
-    'test_run_time', 'test_train', 'test_main_job', 'test_experiments', 'test_toy_learnable', 'test_inference',
-    'test_security', 'test_report', 'test_models',
+    'test_train', 'test_report', 'test_run_time', 'test_experiments', 'test_tracker', 'test_security', 'test_models',
+    'test_main_job', 'test_rasters', 'test_search', 'test_calibrate', 'test_toy_learnable', 'test_intervals',
+    'test_inference',
 ]
 
 # The same examples in every run, on a slow machine too.

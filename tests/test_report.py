@@ -15,11 +15,13 @@ import mistune
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, precision_recall_curve
 
+import rtsseg.figures
 from helpers.browser import Cells, chromium, in_browser, requests_of
 from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
 from helpers.runs import toy_world
@@ -45,6 +47,9 @@ from rtsseg.toy import tiny_toy
 HOSTILE = '<script>alert(1)</script>&"\''
 
 RATIOS = {1: '1:1 (balanced)', 200: '1:200'}
+
+# a PNG of one pixel
+EMPTY_PICTURE = cv2.imencode('.png', np.zeros((1, 1), np.uint8))[1].tobytes()
 
 # ---------------------------------------------------------------- invented runs
 
@@ -93,6 +98,12 @@ def both(folders, single):
 def folder(folders, tmp_path):
     "A copy of the first run folder, to change"
     return shutil.copytree(folders[0], tmp_path/'r'/'h'/'seed42')
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Pages of this test have empty pictures, which are drawn in a third of the time"
+    monkeypatch.setattr(rtsseg.figures, 'tile_figure', lambda *arguments: Figure((1, 1)))
+    monkeypatch.setattr(Figure, 'savefig', lambda self, out, **options: out.write(EMPTY_PICTURE))
 
 def pixel_numbers(*folders):
     "Results of one configuration, with evidence"
@@ -401,6 +412,7 @@ LOOKS = [
     ([(42, False), (42, True)], 'was FORCED (seed 42)'),
 ]
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('looks, says', LOOKS)
 @pytest.mark.parametrize('beside', [True, False])
 def test_the_head_tells_of_doubtful_looks(folder, cfg, tmp_path, looks, says, beside):
@@ -426,6 +438,7 @@ def evidence_of(split, table, scores, bins='float16', views='none', thresholds=(
     meter.update(scores, split.masks, np.arange(len(scores)))
     return meter.evidence()
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('bins', ['float16', (-400, 400)])
 def test_rounded_scores_have_bounds(runs, single, folder, bins):
     "Scores off the grid: the report gives bounds, which hold scikit-learn's value, and names the grid"
@@ -443,6 +456,7 @@ def test_rounded_scores_have_bounds(runs, single, folder, bins):
     assert ('65535 values from -400 to 400' in page) == (bins != 'float16')
     assert 'bounds by rounding' not in str(single.tables['Headline'][0])
 
+@pytest.mark.usefixtures('undrawn')
 def test_augmented_views_have_a_table(runs, folder):
     "Gain and cost of test-time augmentation where validation was evaluated in two ways, and no table where not"
     split = Split(runs[0], 1, 'val')
@@ -467,6 +481,7 @@ def test_augmented_views_have_a_table(runs, folder):
     assert 'test-time augmentation' in table.notes[-1]
     assert '<h3>Test-time augmentation</h3>' in report(folder).path.read_text()
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('kind', ['no slump', 'slumps only', 'one tile'])
 def test_a_split_that_supports_little(folder, kind):
     "A test split without positive tiles, without negative ones, or of one tile alone has a report with blanks"
@@ -485,6 +500,7 @@ def test_a_split_that_supports_little(folder, kind):
     text = re.sub(r'base64,[^"]*', '', done.path.read_text())
     assert 'nan' not in text.replace('nano', '')
 
+@pytest.mark.usefixtures('undrawn')
 def test_a_nan_score(runs, folder):
     "One NaN score leaves every pixel number of the split blank, and says why"
     run, split = read_pixel_run(folder), Split(runs[0], 1)
@@ -499,6 +515,7 @@ def test_a_nan_score(runs, folder):
     assert 'undefined' in str(headline)
     assert all(row[4].value is None and np.isnan(row[5].value) for row in pixels.rows)
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('shift', [20, 60])
 def test_thresholds_close_to_one(cfg, tmp_path, shift):
     """A threshold of 1 − 1e-10 is printed as such. One whose probability is rounded to 1 is not a threshold, and the
@@ -529,6 +546,7 @@ def configurations(cfg, tmp_path_factory):
     settings = [(dict(runs=root), 7.), (dict(runs=root, epochs=3), 4.)]
     return [[make_run(of_seed(cfg, seed, **more), skill=skill) for seed in (42, 43)] for more, skill in settings]
 
+@pytest.mark.usefixtures('undrawn')
 def test_configurations_are_compared(configurations, cfg):
     "The page opens with both, on validation, and the difference is that of scikit-learn's means"
     groups = [[made.folder for made in group] for group in configurations]
@@ -552,6 +570,7 @@ def test_configurations_are_compared(configurations, cfg):
         own = done.tables[f'{found.label}: Headline'][0].frame.loc['recall']
         assert own.to_list() == tables(group)['Headline'][0].frame.loc['recall'].to_list()
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('forced', [False, True])
 def test_a_comparison_on_the_test_split(configurations, cfg, forced):
     "Only where the ledger allowed every configuration to look at it"
@@ -783,6 +802,7 @@ def test_the_slider_in_a_browser(runs, single, tmp_path):
 
 # ---------------------------------------------------------------- errors
 
+@pytest.mark.usefixtures('undrawn')
 def test_other_weights_are_an_error(folder):
     best = folder/'model'/'metrics.json'
     chosen = json.loads(best.read_text())
@@ -829,6 +849,7 @@ def test_damaged_files_are_named(folder, name, damage):
     with pytest.raises(ReportError, match=f'{path.name}.*(again|copy)'):
         tables(folder)
 
+@pytest.mark.usefixtures('undrawn')
 def test_a_killed_run_has_a_report(folder):
     "The incomplete last line of its log is left out; damaged pictures are named"
     log = folder/'log.jsonl'
@@ -848,6 +869,7 @@ def test_a_killed_run_has_a_report(folder):
 
 # ---------------------------------------------------------------- places and commands
 
+@pytest.mark.usefixtures('undrawn')
 def test_where_the_page_goes(folders, tmp_path):
     (tmp_path/'file').write_text('')
     assert report(folders[0], tmp_path).path == tmp_path/'report.html'

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.shell import CLEAN, shell
-from helpers.started import held, started
+from helpers.shell import CLEAN, Program, held, running, shell
+from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
@@ -113,10 +113,10 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(images, undisturbed,
     cfg = config(images, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6))
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     folder = run_folder(cfg, find_system('classify').feed(cfg).hash)
-    program = [Path(sys.executable).with_name('rtsseg-train'), '--config', tmp_path/'cfg.yaml', '--inline']
-    with started(*program, env=held(folder, 1)) as process:
+    program = ['rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline']
+    with running(Program(*program, env=held(folder, 1))) as process:
         # the trainer waits after its first epoch
-        next(line for line in process.stdout if line.startswith('epoch   1/4'))
+        wait_for(lambda: 'epoch   1/4' in process.printed() or process.poll() is not None)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert train(cfg) == folder

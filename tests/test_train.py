@@ -1,4 +1,4 @@
-"A run as its users start it: from papermill, from a shell, killed and started again, and mirrored to a tracker"
+"A run as its users start it: from papermill, from a shell, killed and started again"
 import contextlib
 import io
 import json
@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -18,19 +17,16 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from sklearn.metrics import average_precision_score
 
 import rtsseg.launch
 import rtsseg.observe
 import rtsseg.prepare
-from helpers.children import limit_file_size
+from helpers.commands import fork_trainers_without_room
 from helpers.loop import unmeasured
-from helpers.mlflow_server import running_server
 from helpers.pair import free_port
 from helpers.runs import MODEL, in_time, toy_world
-from helpers.shell import shell
-from helpers.started import ONE_THREAD, held, started
+from helpers.shell import BIN, ONE_THREAD, Program, fork_trainers, held, running, shell
 from helpers.tiles import truncate
 from helpers.waiting import wait_for
 from rtsseg.checkpoint import load_state
@@ -47,7 +43,6 @@ from rtsseg.systems.rts import RTS
 from rtsseg.training import force_config, launch, prepare_run, train
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 EPOCHS = 3
 # 72 tiles
 SMALL = dict(regions=2, scene_size=384, block_size=192)
@@ -189,7 +184,7 @@ def test_the_environment_of_a_container_is_not_the_launchers(tiny, tmp_path):
     strange = ONE_THREAD | rank | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='1')
     given = write_config(moved_to(tiny, tmp_path, epochs=1), tmp_path)
     for words in ('epoch   1/1', 'trained already'):
-        done = shell('rtsseg-train', '--config', given, env=strange)
+        done = shell('rtsseg-train', '--config', given, env=strange, prepare=fork_trainers)
         assert done.returncode == 0, done.stdout + done.stderr
         folder, = tmp_path.glob('runs/tiny/*/seed42')
         assert words in done.stdout
@@ -220,8 +215,8 @@ def program(name, config):
     "What trains: a notebook, the command, or the trainer that both start"
     if name == 'the notebook':
         imports = 'from rtsseg.config import load\nfrom rtsseg.training import launch\n'
-        return [sys.executable, '-c', f'{imports}launch(load({str(config)!r}))']
-    command = [BIN/'rtsseg-train', '--config', config]
+        return ['-c', f'{imports}launch(load({str(config)!r}))']
+    command = ['rtsseg-train', '--config', config]
     return [*command, '--inline'] if name == 'the trainer' else command
 
 @pytest.mark.slow
@@ -234,14 +229,15 @@ def program(name, config):
 ])
 def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how):
     cfg, folder = elsewhere(tiny, tmp_path)
-    with started(*program(death, tmp_path/'tiny.yaml'), env=held(folder, 1)) as first:
+    command = program(death, tmp_path/'tiny.yaml')
+    with running(Program(*command, env=held(folder, 1), prepare=fork_trainers)) as first:
         wait_for(lambda: events(folder, 'epoch') or first.poll() is not None)
         first.send_signal(how)
-        output = first.communicate(timeout=300)[0]
+        code, output = first.wait(), first.printed()
     if how == SIGKILL:
-        assert first.returncode == -SIGKILL, output
+        assert code == -SIGKILL, output
     else:
-        assert first.returncode == 3, output
+        assert code == 3, output
         assert 'the same command resumes' in output
         assert 'Traceback' not in output
     if death == 'the command':
@@ -259,7 +255,7 @@ def test_started_again_it_ends_the_same(tiny, undisturbed, tmp_path, death, how)
 @pytest.mark.slow
 def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
     """papermill is asked to stop, then killed: it does not look like success, the trainer saves within a step, and the
-    same command comes to the same end"""
+    run comes to the same end"""
     cfg, folder = elsewhere(tiny, tmp_path)
     out = tmp_path/'out.ipynb'
     command = papermill_command(out, ('config', tmp_path/'tiny.yaml'))
@@ -270,7 +266,7 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
         return re.search(r'^ *"done: ', out.read_text(), re.M)
 
     def kill_after(epoch, how):
-        with started(*command, env=held(folder, epoch), **silent) as notebook:
+        with running(subprocess.Popen(command, env=held(folder, epoch), **silent)) as notebook:
             wait_for(lambda: epoch in logged_epochs(folder) or notebook.poll() is not None)
             assert notebook.poll() is None
             notebook.send_signal(how)
@@ -289,9 +285,8 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
     assert f'1 of {EPOCHS} epochs are done' in message
     assert 'rtsseg-train --config ' in message
     kill_after(2, SIGKILL)
-    with started(*command, **silent) as notebook:
-        assert notebook.wait(600) == 0
-    assert is_done()
+    # test_papermill_trains shows that a chapter comes to its end
+    assert train(cfg) == folder
     for start in events(folder, 'start')[1:]:
         assert start['step'] > 0
     weights = Path('model')/'model.safetensors'
@@ -467,29 +462,6 @@ def test_paths_that_no_file_can_have_end_with_two(tiny_file, tmp_path, capsys, w
     assert 'What was saved stands' not in message
     assert file_names(tmp_path) == ['file', 'runs']
 
-# ---------------------------------------------------------------- tracker
-
-@pytest.mark.slow
-def test_tracker_mirrors_the_run(tiny, tmp_path):
-    port = free_port()
-    server = f'http://127.0.0.1:{port}'
-    (tmp_path/'mlflow').mkdir()
-    cfg = moved_to(tiny, tmp_path, epochs=2, tracker=tiny.tracker.model_copy(update=dict(kind='mlflow', uri=server)))
-    with running_server(tmp_path/'mlflow', port):
-        folder = train(cfg)
-        client = MlflowClient(server)
-        found = client.get_run(json.loads((folder/'tracker.json').read_text())['run_id'])
-        history = client.get_metric_history(found.info.run_id, 'val/pr_auc_at_200')
-        artifacts = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
-    assert found.info.status == 'FINISHED'
-    assert found.data.params['lr.base_lr'] == '0.001'
-    assert found.data.tags['manifest_hash'] == prepare(cfg).hash
-    logged = [(row['epoch'], row['val/pr_auc@200']) for row in read_log(folder)]
-    assert [(metric.step, metric.value) for metric in history] == logged
-    assert artifacts >= {'config.yaml', 'environment.json', 'model'}
-    # a model is given to others, and so holds no path of this machine
-    assert str(tmp_path) not in (folder/'model'/'config.yaml').read_text()
-
 # ---------------------------------------------------------------- two processes
 
 @pytest.mark.slow
@@ -513,7 +485,7 @@ def test_one_of_two_processes_fails(tiny, tmp_path):
     cfg = moved_to(tiny, tmp_path, batch_size=4, epochs=1)
     command = ['rtsseg-train', '--config', write_config(cfg, tmp_path), '--processes', '2']
     # evidence is smaller than this, and a checkpoint larger
-    no_room = partial(limit_file_size, 400_000)
+    no_room = partial(fork_trainers_without_room, 400_000)
     done = shell(*command, env=ONE_THREAD, prepare=no_room)
     assert done.returncode == 3, done.stderr
     one_line = 'error: the last state could not be written; make room and start again: the run starts from .*\n'
@@ -526,15 +498,15 @@ def test_one_of_two_processes_fails(tiny, tmp_path):
 def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     "The other ends too, and the command prints what happened"
     cfg, folder = elsewhere(tiny, tmp_path, batch_size=4)
-    command = [BIN/'rtsseg-train', '--config', tmp_path/'tiny.yaml', '--processes', '2']
-    with started(*command, env=held(folder, 1), stderr=subprocess.PIPE) as first:
-        wait_for(lambda: events(folder, 'epoch'))
+    command = ['rtsseg-train', '--config', tmp_path/'tiny.yaml', '--processes', '2']
+    with running(Program(*command, env=held(folder, 1), prepare=fork_trainers)) as first:
+        wait_for(lambda: events(folder, 'epoch') or first.poll() is not None)
         children = Path(f'/proc/{first.pid}/task/{first.pid}/children')
         ranks = [int(number) for number in children.read_text().split()]
         assert len(ranks) == 2
         os.kill(ranks[1], SIGKILL)
-        out, err = first.communicate(timeout=300)
-    assert first.returncode == 3, err
+        code, out, err = first.wait(), first.out.read_text(), first.err.read_text()
+    assert code == 3, err
     assert error_message(err).startswith('error: the trainer was ended by SIGKILL; its last line: '), err
     for rank in ranks:
         assert not Path(f'/proc/{rank}').exists()

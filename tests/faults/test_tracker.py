@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from mlflow import MlflowClient
@@ -17,21 +18,14 @@ from mlflow import MlflowClient
 import rtsseg.track
 from helpers import runs as small_run
 from helpers.loop import At, equal, net, run, stop
-from helpers.mlflow_server import (
-    failing_port,
-    kill_server,
-    listening_port,
-    refusing_port,
-    running_server,
-    swallowing_port,
-)
+from helpers.mlflow_server import Server, failing_port, listening_port, refusing_port, swallowing_port
 from helpers.pair import free_port
 from helpers.shell import shell
 from helpers.waiting import wait_for
 from rtsseg.cli import rtsseg_track
 from rtsseg.config import RtsConfig, TrackerConfig, to_yaml
 from rtsseg.prepare import prepare
-from rtsseg.runs import read_lines, run_folder
+from rtsseg.runs import read_lines, read_log, run_folder
 from rtsseg.track import Tracker, deliver, left
 
 FAULTS = {
@@ -46,9 +40,11 @@ EPOCHS = dict(epochs=4)
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
-    port = free_port()
-    with running_server(tmp_path_factory.mktemp('mlflow'), port):
-        yield f'http://127.0.0.1:{port}'
+    "A real server, which a test may stop and start again"
+    server = Server(tmp_path_factory.mktemp('mlflow'))
+    server.start()
+    yield server
+    server.stop()
 
 @pytest.fixture(scope='module')
 def undisturbed():
@@ -57,7 +53,8 @@ def undisturbed():
 class TrackedRun:
     "A run of milliseconds whose folder has a tracker"
     def __init__(self, tmp_path, uri=None):
-        self.cfg = RtsConfig(runs=tmp_path/'runs', name='toy', tracker=dict(uri=uri))
+        tracker = dict(uri=uri, experiment='milliseconds')
+        self.cfg = RtsConfig(runs=tmp_path/'runs', name='toy', tracker=tracker)
         self.folder = tmp_path/'runs'/'toy'/'abc'/'seed42'
         self.folder.mkdir(parents=True)
 
@@ -71,10 +68,10 @@ class TrackedRun:
         return done
 
     def delivered(self, uri):
-        "The only run that a tracker holds, and its points: {metric: [(step, value, time)]}"
+        "The only run that a tracker holds of this name, and its points: {metric: [(step, value, time)]}"
         client = MlflowClient(uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found, = client.search_runs(experiments)
+        experiment = client.get_experiment_by_name(self.cfg.tracker.experiment)
+        found, = client.search_runs([experiment.experiment_id])
         assert found.info.run_id == json.loads((self.folder/'tracker.json').read_text())['run_id']
         points = {}
         for name in found.data.metrics:
@@ -155,27 +152,25 @@ def test_39_a_tracker_that_does_not_work(undisturbed, tmp_path, monkeypatch, cap
     assert world.delivered(healthy)[1] == points
 
 @pytest.mark.slow
-def test_39_death_during_a_run(undisturbed, tmp_path, capsys):
+def test_39_death_during_a_run(server, undisturbed, tmp_path, capsys):
     """A real server is killed after the second epoch and started again later: the run is not affected, and the server
     ends with every point once"""
-    port = free_port()
-    uri = f'http://127.0.0.1:{port}'
-    world = TrackedRun(tmp_path, uri)
-    with running_server(tmp_path, port) as process:
-        def kill(run):
-            wait_for(lambda: left(world.folder, uri) == 0)
-            kill_server(process)
+    world = TrackedRun(tmp_path, server.uri)
 
-        equal(undisturbed, world.train(world.tracker(), At(13, kill)))
+    def kill(run):
+        wait_for(lambda: left(world.folder, server.uri) == 0)
+        server.stop()
+
+    equal(undisturbed, world.train(world.tracker(), At(13, kill)))
     assert json.loads((world.folder/'tracker.json').read_text())['run_id']
-    assert left(world.folder, uri) == 3
+    assert left(world.folder, server.uri) == 3
     assert 'does not take what it is sent' in capsys.readouterr().out
 
-    with running_server(tmp_path, port):
-        # as the next start of a finished run does
-        world.tracker().catch_up()
-        wait_for(lambda: left(world.folder, uri) == 0)
-        found, points = world.delivered(uri)
+    server.start()
+    # as the next start of a finished run does
+    world.tracker().catch_up()
+    wait_for(lambda: left(world.folder, server.uri) == 0)
+    found, points = world.delivered(server.uri)
     assert found.info.status == 'FINISHED'
     assert points == world.kept()
     assert {len(history) for history in points.values()} == {4}
@@ -283,7 +278,7 @@ USER = {name: value for name, value in os.environ.items() if name not in TEST_VA
 
 def tracked_config(folder, experiment):
     "The config of a run of a second that is mirrored"
-    cfg = small_run.tiny(folder)
+    cfg = small_run.tiny(folder, epochs=2)
     cfg.tracker = TrackerConfig(experiment=experiment)
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
     return cfg
@@ -330,28 +325,54 @@ def train_and_deliver(config, folder, uri, environment):
     assert_no_password(folder.parents[2])
     return trained, delivered
 
-@pytest.mark.slow
-def test_39_a_password_in_the_environment(server, tmp_path):
-    "Neither the run folder, nor what is printed, nor the list of processes, nor the tracker itself holds it"
-    cfg = tracked_config(tmp_path, 'healthy')
-    folder = run_folder(cfg, prepare(cfg).hash)
-    uri = server.replace('http://', 'http://user:canary@')
-    environment = USER | dict(RTSSEG_TRACKER_URI=uri)
-    trained, delivered = train_and_deliver(tmp_path/'tiny.yaml', folder, uri, environment)
-    assert delivered.returncode == 0, delivered
-    assert 'does not take what it is sent' not in trained.stdout
+class Mirrored(NamedTuple):
+    "A run that the server mirrors, started with a password, and what its commands printed"
+    cfg: RtsConfig
+    folder: Path
+    trained: subprocess.CompletedProcess
+    delivered: subprocess.CompletedProcess
 
-    client = MlflowClient(server)
+@pytest.fixture(scope='module')
+def mirrored(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mirrored')
+    cfg = tracked_config(folder, 'healthy')
+    run = run_folder(cfg, prepare(cfg).hash)
+    uri = server.uri.replace('http://', 'http://user:canary@')
+    environment = USER | dict(RTSSEG_TRACKER_URI=uri)
+    return Mirrored(cfg, run, *train_and_deliver(folder/'tiny.yaml', run, uri, environment))
+
+@pytest.fixture
+def on_server(server, mirrored):
+    "What the server holds of the run"
+    client = MlflowClient(server.uri)
     found, = client.search_runs([client.get_experiment_by_name('healthy').experiment_id])
-    assert found.info.status == 'FINISHED'
-    assert found.data.params['epochs'] == '1'
+    return client, found
+
+@pytest.mark.slow
+def test_39_a_password_in_the_environment(mirrored, on_server, tmp_path):
+    "Neither the run folder, nor what is printed, nor the list of processes, nor the tracker itself holds it"
+    client, found = on_server
+    assert mirrored.delivered.returncode == 0, mirrored.delivered
+    assert 'does not take what it is sent' not in mirrored.trained.stdout
     assert 'canary' not in str(found.to_dictionary())
-    assert 'log.jsonl' in [file.path for file in client.list_artifacts(found.info.run_id)]
-    copies = tmp_path/'copies'
-    copies.mkdir()
-    client.download_artifacts(found.info.run_id, '', str(copies))
-    assert any(copies.rglob('log.jsonl'))
-    assert_no_password(copies)
+    client.download_artifacts(found.info.run_id, '', str(tmp_path))
+    assert any(tmp_path.rglob('log.jsonl'))
+    assert_no_password(tmp_path)
+
+@pytest.mark.slow
+def test_the_tracker_mirrors_a_run(mirrored, on_server):
+    "Settings, tags, each validation and the files"
+    client, found = on_server
+    assert found.info.status == 'FINISHED'
+    assert found.data.params['epochs'] == str(mirrored.cfg.epochs)
+    assert found.data.tags['manifest_hash'] == prepare(mirrored.cfg).hash
+    logged = [(row['epoch'], row['val/pr_auc@200']) for row in read_log(mirrored.folder)]
+    history = client.get_metric_history(found.info.run_id, 'val/pr_auc_at_200')
+    assert [(metric.step, metric.value) for metric in history] == logged
+    artifacts = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert artifacts >= {'config.yaml', 'environment.json', 'log.jsonl', 'model'}
+    # a model is given to others, and so holds no path of this machine
+    assert str(mirrored.cfg.runs) not in (mirrored.folder/'model'/'config.yaml').read_text()
 
 @pytest.mark.slow
 def test_39_a_password_in_a_config(tmp_path):

@@ -21,33 +21,31 @@ def is_healthy(port):
     except OSError:
         return False
 
-def start_server(folder, port):
-    "Start a server that keeps its data in a folder; returns its process when it answers"
-    command = [MLFLOW, 'server', '--host', '127.0.0.1', '--port', str(port), '--workers', '1']
-    stores = ['--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--artifacts-destination', folder/'artifacts']
-    process = subprocess.Popen(
-        command + stores, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_for(lambda: is_healthy(port))
-    except BaseException:
-        kill_server(process)
-        raise
-    return process
+class Server:
+    "An MLflow server that keeps its data in a folder"
 
-def kill_server(process):
-    "Kill a server and its workers; one that was killed before stays so"
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, free_port(), None
+        self.uri = f'http://127.0.0.1:{self.port}'
 
-@contextmanager
-def running_server(folder, port):
-    "A server, which is killed at the end; its process"
-    process = start_server(folder, port)
-    try:
-        yield process
-    finally:
-        kill_server(process)
+    def start(self):
+        "Start it and wait until it answers"
+        command = [MLFLOW, 'server', '--host', '127.0.0.1', '--port', str(self.port), '--workers', '1']
+        stores = ['--backend-store-uri', f'sqlite:///{self.folder}/mlflow.db']
+        stores += ['--artifacts-destination', self.folder/'artifacts']
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command + stores, start_new_session=True, **silent)
+        try:
+            wait_for(lambda: is_healthy(self.port))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self):
+        "Kill it and its workers, which may be gone"
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 # ---------------------------------------------------------------- ports where no tracker works
 

@@ -1,7 +1,7 @@
 "`python -m helpers.without_network CONFIG CALLS`: train, and write each attempt to reach another machine to a file"
 import socket
 import sys
-import time
+import threading
 
 connect_to = socket.socket.connect
 
@@ -23,8 +23,10 @@ def train_without_network():
     from rtsseg.config import load
     from rtsseg.training import train
     train(load(sys.argv[1]))
-    # time for threads that would report to somebody
-    time.sleep(3)
+    # threads that would report to somebody
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(3)
 
 if __name__ == '__main__':
     train_without_network()
