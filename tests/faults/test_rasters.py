@@ -605,7 +605,7 @@ HARM = st.one_of(st.tuples(st.just('flip'), st.floats(0, 1), st.integers(0, 255)
                  st.tuples(st.sampled_from(['count', 'value']), st.floats(0, 1), NUMBERS))
 PLACED = dict(n_positive=5, xmin=5e5, ymin=-2000096., xmax=500096., ymax=-2e6, crs='EPSG:3413', pixel_size=3.)
 
-@examples(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@examples(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(field=st.sampled_from(['image', 'mask', 'extra']), tiled=st.booleans(),
        compress=st.sampled_from(['none', 'deflate', 'lzw', 'zstd']), harm=st.lists(HARM, min_size=1, max_size=4))
 def test_08_any_damage_is_an_error_or_a_tile(tmp_path_factory, field, tiled, compress, harm):
