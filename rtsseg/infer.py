@@ -148,8 +148,11 @@ def load_model(folder:str|Path,               # a model directory
     "Load a model directory completely or not at all; raises `ModelError` that names the file and what is wrong"
     folder = Path(folder)
     with model_errors(folder):
-        check_directory(folder, [STATS])
+        check_directory(folder)
         cfg, best = load(folder/'config.yaml'), read_best(folder)
+        if not isinstance(cfg, RtsConfig):
+            raise ValueError(f'this is a model of the system {cfg.system!r}, which gives no scores of pixels')
+        check_directory(folder, [STATS])
         stats = read_stats(folder, cfg.data.extra_bands)
         without_weights = cfg.model.model_copy(update=dict(weights=None))
         model = load_weights(folder, lambda: build(without_weights))

@@ -22,9 +22,12 @@ from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.log import kept_validations
 from rtsseg.noise import measure_noise
+from rtsseg.prediction import predict
 from rtsseg.runs import read_lines, read_log, run_folder
 from rtsseg.system import SampleTable, find_run
 from rtsseg.training import train
+from rtsseg.tuning import search
+from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).parents[1]
 # rooms that only a segmentation of tiles needs
@@ -266,6 +269,20 @@ def test_a_system_from_outside_the_project(tmp_path):
     (tmp_path/'cfg.yaml').write_text('system: outsied\n')
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "did you mean 'outside'" in done.stderr, done.stderr
+
+def test_a_search_tries_its_settings(images, tmp_path):
+    (tmp_path/'space.yaml').write_text('lr.base_lr: {low: 1e-4, high: 1e-2, log: true}')
+    study = search(config(images, tmp_path/'runs', epochs=1), tmp_path/'space.yaml', trials=2)
+    values = [trial.value for trial in study.trials]
+    assert len(values) == 2 and np.isfinite(values).all()
+    exported = tmp_path.glob('runs/classify/*/seed42/model/metrics.json')
+    scores = [json.loads(path.read_text())['value'] for path in exported]
+    assert sorted(scores) == sorted(values)
+
+def test_its_model_makes_no_map(undisturbed, tmp_path):
+    with pytest.raises(ModelError, match="a model of the system 'classify', which gives no scores of pixels"):
+        predict(undisturbed/'model', tmp_path/'scene.tif', tmp_path/'map.tif')
+    assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('command, words', [
     ('calibrate', 'system classify has no calibration'),
