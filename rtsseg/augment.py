@@ -59,7 +59,12 @@ def draw(cfg:Augment,                  # what may be drawn, and how often
         saturation=lambda c: u(1-c.limit, 1+c.limit),
         gaussian_noise=noise_std,
         clahe=lambda c: (u(1, c.clip_limit), c.tile_grid_size))
-    return {n: f(getattr(cfg, n)) for n, f in numbers.items() if rng.random() < getattr(cfg, n).p}
+    drawn = {}
+    for name, draw_numbers in numbers.items():
+        settings = getattr(cfg, name)
+        if rng.random() < settings.p:
+            drawn[name] = draw_numbers(settings)
+    return drawn
 
 # %% ../nbs/02a_augment.ipynb #45983bba
 NORMAL = ndtri((np.arange(2**16) + .5)/2**16).astype(np.float32)

@@ -101,18 +101,32 @@ def check_batches(batches:Iterable[dict],        # image (B, C, H, W), target (B
 
 def _form_findings(survey, names):
     "Shapes, dtypes, and values that cannot be right"
-    without_batch = {(x[1:], y[1:]) for x, y in survey.shapes}
-    x, y = next(iter(survey.shapes))
-    fits = len(without_batch) == 1 and len(x) == 4 and x[1] == len(names) and y == (x[0], *x[2:])
-    shapes = ', '.join(f'image {a} target {b}' for a, b in survey.shapes)
-    expected = '' if fits else f'{len(names)} channels and one shape were expected'
-    labels = '0, 1, 255' + (f', and {survey.soft} soft pixels' if survey.soft else '')
-    stray, lost = survey.stray_values, survey.not_finite
+    shapes = ', '.join(f'image {image} target {target}' for image, target in survey.shapes)
+    batches = f'{len(survey.seconds)} of {shapes}'
+    if _shapes_fit(survey.shapes, len(names)):
+        batch_finding = Finding('ok', 'batches', batches, '')
+    else:
+        batch_finding = Finding('error', 'batches', batches, f'{len(names)} channels and one shape were expected')
+
     dtype_level = 'ok' if survey.dtypes == {'float32 float32'} else 'error'
-    return [Finding('ok' if fits else 'error', 'batches', f'{len(survey.seconds)} of {shapes}', expected),
-            Finding(dtype_level, 'batch dtypes', ', '.join(sorted(survey.dtypes))),
-            Finding('error' if lost else 'ok', 'finite', f'{lost} pixels are not' if lost else 'all'),
-            Finding('error' if stray else 'ok', 'target values', f'{sorted(stray)}' if stray else labels)]
+    dtype_finding = Finding(dtype_level, 'batch dtypes', ', '.join(sorted(survey.dtypes)))
+
+    finite_finding = Finding('ok', 'finite', 'all')
+    if survey.not_finite:
+        finite_finding = Finding('error', 'finite', f'{survey.not_finite} pixels are not')
+
+    labels = f'0, 1, 255, and {survey.soft} soft pixels' if survey.soft else '0, 1, 255'
+    value_finding = Finding('ok', 'target values', labels)
+    if survey.stray_values:
+        value_finding = Finding('error', 'target values', f'{sorted(survey.stray_values)}')
+    return [batch_finding, dtype_finding, finite_finding, value_finding]
+
+def _shapes_fit(shapes, channels):
+    "Whether all batches are images (B, C, H, W) with targets (B, H, W) of one size"
+    image, target = next(iter(shapes))
+    sizes = {(image[1:], target[1:]) for image, target in shapes}
+    fits_itself = len(image) == 4 and image[1] == channels and target == (image[0], *image[2:])
+    return len(sizes) == 1 and fits_itself
 
 def _channel_findings(survey, names):
     "Whether channels are normalised"

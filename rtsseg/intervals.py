@@ -181,7 +181,8 @@ def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area
 
     positive = evidence['positive']
     n_neg, n_pos = tally(np.ones((len(positive), 1)))[..., 0]
-    first_codes = {t: first_code(t, evidence.bins) for t in {_threshold_at(thresholds, ratio) for ratio in ratios}}
+    used_thresholds = {_threshold_at(thresholds, ratio) for ratio in ratios}
+    first_codes = {t: first_code(t, evidence.bins) for t in used_thresholds}
     starts, lossless = _bin_starts(evidence.pooled[:, 1].sum(0), evidence.exact, first_codes.values())
     hist = _resampled_histograms(evidence, starts, draws, block)
 
@@ -200,14 +201,21 @@ def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area
     has_nan = evidence.pooled[..., 0].any()
     found = {}
     for ratio in ratios:
-        t, w = _threshold_at(thresholds, ratio), drawn_weight(n_neg, n_pos, ratio, positive.all())
+        t = _threshold_at(thresholds, ratio)
+        w = drawn_weight(n_neg, n_pos, ratio, positive.all())
         w = np.where(has_nan, np.nan, w)[:, None]
+
+        def weighted_rates(counts, w=w):
+            in_negative, in_positive = counts
+            tp, fp, fn = (in_positive + w * in_negative).T
+            return rates(tp, fp, fn)
+
         row = dict(pr_auc=average_precision(hist[1] + w * hist[0], lossless and evidence.exact))
-        row |= rates(*(pixels[t][1] + w * pixels[t][0]).T)
-        for width, (in_negative, in_positive) in boundaries[t].items():
-            row[f'boundary_iou_{width}'] = rates(*(in_positive + w * in_negative).T)['iou']
-        for iou, (in_negative, in_positive) in objects[t].items():
-            metrics = rates(*(in_positive + w * in_negative).T)
+        row |= weighted_rates(pixels[t])
+        for width, counts in boundaries[t].items():
+            row[f'boundary_iou_{width}'] = weighted_rates(counts)['iou']
+        for iou, counts in objects[t].items():
+            metrics = weighted_rates(counts)
             row |= {_object_name(name, iou): metrics[name] for name in ('precision', 'recall', 'f1')}
         found[ratio] = row
     return found

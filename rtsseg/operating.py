@@ -242,16 +242,31 @@ def pixel_operating_points(evidence:Evidence,      # of some tiles
 
 def _pixel_point(evidence, search, raw, row, spread, score, cfg):
     "One operating point from its search, its metrics and their intervals"
+    return OperatingPoint(
+        threshold=float(expit(score(search.logit))),
+        raw_threshold=raw,
+        logit=search.logit,
+        reached=search.named,
+        precision=_known(spread['precision'], row['precision']),
+        recall=_known(spread['recall'], row['recall']),
+        best_precision=search.best_precision,
+        best_threshold=float(expit(search.best_score)),
+        w=row['w'],
+        prevalence=row['prevalence'],
+        support=row['support'],
+        why=_why_of_pixels(evidence, search, row, cfg),
+    )
+
+def _why_of_pixels(evidence, search, row, cfg):
+    "Why a target is missed or poorly supported, '' where neither is so"
     negative_top = evidence.top_code[~evidence['positive']]
-    behind = why_unsupported((negative_top >= search.best_code).sum(), row['w'])
-    why = explain(search.why_missed(cfg), behind, why_unsupported(row['support'], row['w']), '0.5')
+    above_best = (negative_top >= search.best_code).sum()
+    best_unsupported = why_unsupported(above_best, row['w'])
+    named_unsupported = why_unsupported(row['support'], row['w'])
+    why = explain(search.why_missed(cfg), best_unsupported, named_unsupported, '0.5')
     if not row['n_neg_tiles']:
         why = f'{why} No negative tiles: every ratio is the native one.'.strip()
-    return OperatingPoint(threshold=float(expit(score(search.logit))), raw_threshold=raw, logit=search.logit,
-                          reached=search.named, precision=_known(spread['precision'], row['precision']),
-                          recall=_known(spread['recall'], row['recall']), best_precision=search.best_precision,
-                          best_threshold=float(expit(search.best_score)), w=row['w'], prevalence=row['prevalence'],
-                          support=row['support'], why=why)
+    return why
 
 def _known(estimate, value):
     "An estimate; where its support is too thin for one, the plain value"

@@ -6,10 +6,10 @@
 __all__ = ['METRES', 'SMALLEST', 'LARGEST', 'MEDIAN', 'SPREAD', 'COVER', 'TUNDRA', 'WATER', 'RIVER_BAR', 'BARE_BANK',
            'BARE_PATCH', 'ROAD', 'SNOW', 'SLUMP', 'BARE', 'BANDS', 'Colour', 'LANDSCAPES', 'SKY', 'CRS', 'noise',
            'ramp', 'mix', 'blur', 'distance', 'gradient', 'shade', 'Land', 'land', 'breadth', 'covered', 'lengths',
-           'Slump', 'slump', 'place', 'slump_feet', 'try_place', 'Landscape', 'Surface', 'road', 'add_slumps',
-           'cover_with_look_alikes', 'surface', 'ground_colour', 'cloud_shadow', 'photograph', 'extra', 'ToyScene',
-           'scene', 'scene_corner', 'write_tile', 'write_region', 'is_same_world', 'make_toy', 'tiny_toy',
-           'random_blobs', 'scored_tile', 'scored_tiles']
+           'Slump', 'slump_axes', 'fraying', 'largest_piece', 'slump', 'place', 'slump_feet', 'try_place', 'Landscape',
+           'Surface', 'road', 'add_slumps', 'cover_with_look_alikes', 'surface', 'ground_colour', 'cloud_shadow',
+           'photograph', 'extra', 'ToyScene', 'scene', 'scene_corner', 'write_tile', 'write_region', 'is_same_world',
+           'make_toy', 'tiny_toy', 'random_blobs', 'scored_tile', 'scored_tiles']
 
 # %% ../nbs/01k_toy.ipynb #itoy
 import json
@@ -167,6 +167,28 @@ class Slump:
         "The patch in the scene"
         return tuple(slice(c, c + len(self.inside)) for c in self.corner)
 
+def slump_axes(extent:float,      # pixels from headwall to toe
+               downhill:float     # direction, radians from right towards down
+              ) -> tuple[np.ndarray, np.ndarray]:   # (n, n) each
+    "Pixels downhill from the headwall, and pixels to its side"
+    n = int(1.5*extent) + 24
+    y, x = np.mgrid[:n, :n].astype(np.float32) - n/2
+    along = x*np.cos(downhill) + y*np.sin(downhill) + extent/2
+    aside = y*np.cos(downhill) - x*np.sin(downhill)
+    return along, aside
+
+def fraying(width:float, n:int, rng:np.random.Generator) -> np.ndarray:    # (n, n), pixels
+    "How far an edge wanders; finer on small slumps"
+    cell = 64
+    if width < 100:
+        cell = 16 if width < 50 else 32
+    return noise(n, cell, rng, 0.45)*np.clip(0.07*width, 0.8, 8)
+
+def largest_piece(mask:np.ndarray) -> np.ndarray:
+    "The largest connected part of a mask, bool"
+    _, labels, areas, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    return labels == 1 + np.argmax(areas[1:, cv2.CC_STAT_AREA])
+
 def slump(length:float,             # metres from headwall to toe
           downhill:float,           # direction, radians from right towards down
           rng:np.random.Generator   # for its form
@@ -174,24 +196,19 @@ def slump(length:float,             # metres from headwall to toe
     "A bowl with an arcuate headwall, and a tongue"
     extent = length/METRES
     w = breadth(length)/METRES*np.exp(0.15*rng.standard_normal())
-    n = int(1.5*extent) + 24
-    y, x = np.mgrid[:n, :n].astype(np.float32) - n/2
-    u, v = x*np.cos(downhill) + y*np.sin(downhill) + extent/2, y*np.cos(downhill) - x*np.sin(downhill)
+    u, v = slump_axes(extent, downhill)
+    n = len(u)
     v = v + w*rng.uniform(-0.12, 0.12)*np.sin(np.pi*u/extent*rng.uniform(0.8, 1.6))
     # length of the bowl; the tongue is the rest
     bowl = extent*rng.uniform(0.55, 0.85)
     angle = np.arctan2(v/w, u/bowl - 0.5)
     lobes = 1 + sum(rng.uniform(-0.14, 0.14)*np.cos(k*angle + rng.uniform(0, 2*np.pi)) for k in (2, 3, 4, 5))
-    cell = 64
-    if w < 100:
-        cell = 16 if w < 50 else 32
-    frayed = noise(n, cell, rng, 0.45)*np.clip(0.07*w, 0.8, 8)
+    frayed = fraying(w, n, rng)
     # about the distance to the bowl's rim, pixels
     edge = (1 - np.hypot(2*u/bowl - 1, 2*v/w)/lobes)*w/2 + frayed
     half = w/2*rng.uniform(0.28, 0.5)*(1 + 0.35*ramp(u, 0.7*extent, extent))
     tongue = np.minimum(half - np.abs(v), np.minimum(u - bowl/2, extent - u - v**2/w)) + frayed
-    _, labels, areas, _ = cv2.connectedComponentsWithStats((np.maximum(edge, tongue) > 0).astype(np.uint8))
-    inside = labels == 1 + np.argmax(areas[1:, cv2.CC_STAT_AREA])
+    inside = largest_piece(np.maximum(edge, tongue) > 0)
     drop = np.clip(3 + 0.035*length, 5, 22)*ramp(edge, 0, 2.5 + 0.02*w)*ramp(u, 1.1*bowl, 0.1*bowl)
     scarp = ramp(edge, 4 + 0.02*w, 1.5)*(edge > 0)*ramp(u, 0.75*bowl, 0.35*bowl)
     flow = np.sin(v/np.clip(0.05*w, 1.2, 2.5) + 2.2*noise(n, 64, rng, 0.5, 2))
@@ -315,10 +332,15 @@ class Surface:
 
 def road(size:int, rng:np.random.Generator) -> np.ndarray:
     "A winding road from edge to edge, (S, S) bool"
-    t, a = np.linspace(-0.8, 0.8, 200), rng.uniform(0, 2*np.pi)
-    bend = sum(rng.uniform(-0.12, 0.12)/k*np.sin(k*4*t + rng.uniform(0, 2*np.pi)) for k in (1, 2, 4))
-    points = size*(0.5 + np.stack([t*np.cos(a) - bend*np.sin(a), t*np.sin(a) + bend*np.cos(a)], 1))
-    return cv2.polylines(np.zeros((size, size), np.uint8), [np.rint(points).astype(np.int32)], False, 1, 3) > 0
+    # in parts of the side, from the middle
+    along, heading = np.linspace(-0.8, 0.8, 200), rng.uniform(0, 2*np.pi)
+    bends = [rng.uniform(-0.12, 0.12)/k*np.sin(k*4*along + rng.uniform(0, 2*np.pi)) for k in (1, 2, 4)]
+    aside = sum(bends)
+    x = along*np.cos(heading) - aside*np.sin(heading)
+    y = along*np.sin(heading) + aside*np.cos(heading)
+    pixels = np.rint(size*(0.5 + np.stack([x, y], 1))).astype(np.int32)
+    canvas = np.zeros((size, size), np.uint8)
+    return cv2.polylines(canvas, [pixels], isClosed=False, color=1, thickness=3) > 0
 
 def add_slumps(slumps:list[Slump], size:int, rng:np.random.Generator) -> np.ndarray:
     "(5, S, S): inside, scarp, drop, the part of the drop that an older elevation model saw, flow"
