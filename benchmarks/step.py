@@ -58,7 +58,7 @@ class Bare:
         return total / len(self.loader)
 
 class Turns:
-    "After each epoch of ours, one of the bare loop; seconds a step of both"
+    "After each epoch of ours, one of the bare loop; seconds per step of both"
     def __init__(self, bare):
         self.bare = bare
         self.ours, self.theirs = [], []

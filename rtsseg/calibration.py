@@ -710,8 +710,8 @@ def views_gain(folder:str|Path      # a run folder with validation evidence of s
               ) -> pd.DataFrame:    # a row per setting
     """What test-time augmentation gains on validation, and what it costs (guide 10.4, 11).
 
-    Columns: seconds a tile, PR-AUC at each ratio; gain over `none` at the monitored ratio, its noise (2σ), the verdict,
-    and why it is unknown.
+    Columns: seconds per tile, PR-AUC at each ratio; gain over `none` at the monitored ratio, its noise (2σ), the
+    verdict, and why it is unknown.
     """
     folder = require_finished(folder)
     cfg = load(inside(folder/'config.yaml', folder))
@@ -722,7 +722,7 @@ def views_gain(folder:str|Path      # a run folder with validation evidence of s
     rows = {}
     for views, evidence in seen.items():
         values = {_pr_auc_label(r): float(average_precision(histogram(evidence, r), evidence.exact)) for r in ratios}
-        rows[views] = {'seconds a tile': seconds.get(views, np.nan)} | values
+        rows[views] = {'seconds per tile': seconds.get(views, np.nan)} | values
         if views != 'none' and 'none' in seen:
             rows[views] |= _gain(seen['none'], evidence, monitored, cfg.metrics.replicates)
     return pd.DataFrame.from_dict(rows, orient='index')
@@ -755,7 +755,7 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
     if not len(good):
         return 'test-time augmentation is not recommended: no gain beyond the noise'
     best = good.iloc[0]
-    cost = best['seconds a tile'] / gains['seconds a tile'].get('none', np.nan)
+    cost = best['seconds per tile'] / gains['seconds per tile'].get('none', np.nan)
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return (f'test-time augmentation: {best.name} is recommended, {best.gain:+.4f} PR-AUC where noise is '
             f'{best.noise:.4f}{price}; infer.views={best.name}')

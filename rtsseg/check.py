@@ -96,8 +96,9 @@ def check_batches(batches:Iterable[dict],        # image (B, C, H, W), target (B
         start = time.perf_counter()
     if not survey.seconds:
         return [Finding('error', 'batches', 'none', 'the loader yields nothing')]
+    speed = f'median {np.median(survey.seconds):.3f}, first {survey.seconds[0]:.3f}'
     return [*_form_findings(survey, names), *_channel_findings(survey, names), *_label_findings(survey),
-            Finding('ok', 'seconds a batch', f'median {np.median(survey.seconds):.3f}, first {survey.seconds[0]:.3f}')]
+            Finding('ok', 'seconds per batch', speed)]
 
 def _form_findings(survey, names):
     "Shapes, dtypes, and values that cannot be right"
@@ -147,7 +148,7 @@ def _label_findings(survey):
     shares = f'mean {np.mean(tiles):.0%}, from {min(tiles):.0%} to {max(tiles):.0%}'
     ignored = np.mean(survey.ignored)
     note = '' if some else 'no batch holds a positive pixel'
-    return [Finding('ok' if some else 'warning', 'positive tiles a batch', shares, note),
+    return [Finding('ok' if some else 'warning', 'positive tiles per batch', shares, note),
             Finding('ok', 'positive pixels', f'{np.mean(survey.positive_pixels):.3%} of those that count'),
             Finding('warning' if ignored > .5 else 'ok', 'ignored pixels', f'{ignored:.1%}')]
 
@@ -218,10 +219,10 @@ def _boundary_text(cfg):
 
 def _sampler_line(batches, cfg):
     rows = cfg.sampler.curriculum
-    mixed = [f for f in batches if f.what == 'positive tiles a batch']
+    mixed = [f for f in batches if f.what == 'positive tiles per batch']
     value = (f'positive_fraction {cfg.sampler.positive_fraction}, '
              f'curriculum 1:{rows[0].ratio} to 1:{rows[-1].ratio}')
-    return checklist_line('batch sampler', mixed, value, f'positive tiles a batch: {mixed[0].value}' if mixed else '')
+    return checklist_line('batch sampler', mixed, value, f'positive tiles per batch: {mixed[0].value}' if mixed else '')
 
 # %% ../nbs/04i_check.ipynb #ebe8c45a
 def check_pins() -> Finding:
@@ -356,7 +357,7 @@ def check_and_draw(cfg:RtsConfig,          # of the run
 
 def _of_batches(findings):
     "The findings about the training loader's batches that a line of the checklist quotes"
-    return [f for f in findings if f.what == 'positive tiles a batch']
+    return [f for f in findings if f.what == 'positive tiles per batch']
 
 # %% ../nbs/04i_check.ipynb #f5aa8e98
 class ProbeDone(Exception):
@@ -467,5 +468,5 @@ def show_probe(found:dict,        # of `probe`
                  peak=f'of a batch of {n}: {peak}', limit=limit)
     title = f'{cfg.model.architecture} with {cfg.model.encoder} in {found["precision"]} on {found["device"]}, MiB'
     lines = [f'{k:12} {found[k] / 2**20:10.1f}   {note}'.rstrip() for k, note in notes.items()]
-    tiles = f'× accumulate {cfg.accumulate} = {n * cfg.accumulate} tiles a step for each process'
+    tiles = f'× accumulate {cfg.accumulate} = {n * cfg.accumulate} tiles per step for each process'
     return '\n'.join([title, *lines, f'batch_size: {n}      # fits; {tiles}'])

@@ -48,14 +48,14 @@ def different_parts(before:dict, now:dict) -> tuple[str, str]:
 
 @dataclass
 class TestLedger:
-    "Who has read the test split of some data: test_ledger.json in a runs folder"
+    "Which configurations have read the test split: test_ledger.json in a runs folder"
     runs: Path
     data_hash: str
     # the name looks like a test's, and pytest must not collect it
     __test__ = False
 
     def check(self, look:TestLook, force:bool=False) -> dict:
-        "The ledger with this look in it; writes nothing. Raises `Locked` where another configuration came first"
+        "The ledger with this look added; writes nothing. Raises `Locked` where another configuration came first"
         ledger = read_ledger(self.runs)
         mine = dict(config=look.config, rule=look.rule)
         entry = ledger.setdefault(self.data_hash, dict(mine, looks=[]))

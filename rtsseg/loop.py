@@ -216,7 +216,7 @@ class TrainingState:
     length: int = 0                         # batches of the epoch under way
     waited: float = 0.                      # seconds for which the epoch waited for batches, since the start or resume
     saved_at: float = field(default_factory=time.monotonic)    # when the run began, or was last saved by the clock
-    history: list = field(default_factory=list)   # a row an epoch
+    history: list = field(default_factory=list)   # one row per epoch
     best: dict = field(default_factory=dict)      # epoch, step, value and metrics of the best validation
     stopper: EarlyStopper = field(default_factory=EarlyStopper)
     plateau: Plateau = field(default_factory=Plateau)

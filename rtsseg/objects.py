@@ -157,7 +157,7 @@ def object_grid(evidence:Evidence,                    # of a split
                 iou:float=0.3,                        # smallest IoU of a match
                 min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
                 thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
-               ) -> pd.DataFrame:                     # a row a threshold and floor
+               ) -> pd.DataFrame:                     # one row per threshold and floor
     """Object metrics at each threshold and each floor (guide 6.2)
 
     Columns: threshold, min_area; tp, fp, fn, precision, recall, f1 at the ratio; fp_positive and fp_negative, the
@@ -236,7 +236,7 @@ def recall_by_size(evidence:Evidence,     # of a split
                    threshold:float=0.5,   # a probability; the nearest one of the evidence's is used
                    iou:float=0.3,         # smallest IoU of a match
                    min_area:int=0         # smallest object that counts, pixels, on both sides
-                  ) -> pd.DataFrame:      # a row a class: objects, found, recall (NaN without objects), edge
+                  ) -> pd.DataFrame:      # one row per class: objects, found, recall (NaN without objects), edge
     """How many true objects are found, by their longest side on the ground
 
     A row for each of `SIZE_CLASSES`, and 'unknown' for objects of tiles without a pixel size.

@@ -274,8 +274,8 @@ def validation_section(results:PixelResults) -> list:
             estimators_table(results.first, 'val', counted), *views_tables(results.first)]
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep5
-CURVES_CAPTION = ('{split}: precision against recall at each ratio, a line a seed. Points are the thresholds chosen on '
-                  'validation, hollow where the target precision was not reached there. {bands}')
+CURVES_CAPTION = ('{split}: precision against recall at each ratio, one line per seed. Points are the thresholds '
+                  'chosen on validation, hollow where the target precision was not reached there. {bands}')
 
 BANDS_TEXT = ('Bands: 95% over blocks, {replicates} replicates; without a band, fewer than {support} tiles without '
               'a slump support the curve.')
@@ -387,7 +387,7 @@ def sections(results:Results      # of one configuration
             'Data': data_section(found),
             'Notes': [notes]}
 
-COMPARISON_CAPTION = 'Precision against recall at each ratio, a line a seed.'
+COMPARISON_CAPTION = 'Precision against recall at each ratio, one line per seed.'
 
 def comparison(results:list[Results],    # one for each configuration
                split:str                 # what may be compared: test or val

@@ -113,7 +113,7 @@ class Run:
     cfg: RunConfig
     # environment.json
     environment: dict
-    # a row an epoch: losses, rates, and the metrics of a validation
+    # one row per epoch: losses, rates, and the metrics of a validation
     epochs: pd.DataFrame
     # the other lines of the log
     events: list[dict]

@@ -191,7 +191,7 @@ def read_lines(path:Path,      # the file
 
 # %% ../nbs/00c_runs.ipynb #51856c18
 def read_log(folder:str|Path      # a run folder
-            ) -> list[dict]:      # a row an epoch
+            ) -> list[dict]:      # one row per epoch
     "The epochs of a run; lines that cannot be read are left out, with a note"
     path = Path(folder)/'log.jsonl'
     rows = [row for row, _ in read_lines(path)]

@@ -18,7 +18,7 @@ from .scores import CODES, Bins, check_tile, code_probability, decode, encode, f
 
 # %% ../nbs/03b_shapes.ipynb #94904502
 def _find_runs(masks, width):
-    "The runs of some masks, in the order of masks and pixels: a dict of int arrays, a value a run"
+    "The runs of some masks, in the order of masks and pixels: a dict of int arrays, one value per run"
     parts = []
     for number, pixels in enumerate(masks):
         # an empty column after each row, so that no run continues into the next row
@@ -68,7 +68,7 @@ def _longest_sides(runs, label, n_runs, area):
 
 def label_objects(masks:list[np.ndarray],   # where each mask is true: `np.flatnonzero(mask)`, ascending
                   shape:tuple[int, int]     # (H, W) of the masks
-                 ) -> tuple[dict, dict]:    # runs and objects, dicts of arrays with a value a run and a value an object
+                 ) -> tuple[dict, dict]:    # runs and objects: dicts of arrays, one value per run or per object
     """The 8-connected objects of some masks of one tile
 
     A run: mask, y, left, right (exclusive), first (its first pixel, counted in its mask's list),

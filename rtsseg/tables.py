@@ -49,7 +49,7 @@ class Several:
 
     @property
     def value(self) -> Any:
-        "The value, or a list of one value a seed"
+        "The value, or a list of one value per seed"
         return self.cells[0].value if len(self.cells) == 1 else [cell.value for cell in self.cells]
 
     @property
@@ -679,11 +679,11 @@ def views_tables(run:PixelRun) -> list[Table]:
         # the first row, one view, has no gain
         compared = isinstance(found.get('why'), str)
         why = found.why if compared else ''
-        rows.append([views, Number(found['seconds a tile'], '{:.3g}'), *(Number(found[k], '{:.4f}') for k in scores),
+        rows.append([views, Number(found['seconds per tile'], '{:.3g}'), *(Number(found[k], '{:.4f}') for k in scores),
                      Number(found.get('gain', np.nan), '{:+.4f}', why), Number(found.get('noise', np.nan), '{:.4f}'),
                      found.verdict if compared else '–'])
     notes = [VIEWS_NOTE.format(monitor=run.monitor_label), recommend(gains)]
-    head = ['views', 'seconds a tile', *scores, 'gain', 'noise', 'verdict']
+    head = ['views', 'seconds per tile', *scores, 'gain', 'noise', 'verdict']
     return [Table(head, rows, notes, 'Test-time augmentation')]
 
 NO_MANIFEST = ('the manifest does not exist any more, or is not what this run was trained on: '

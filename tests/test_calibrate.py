@@ -485,7 +485,7 @@ def folder(tmp_path):
 def test_views_by_their_gain_and_cost(folder, capsys):
     gains = views_gain(folder)
     assert list(gains.index) == ['none', 'minimal', 'standard', 'full'] and gains[
-        'seconds a tile'
+        'seconds per tile'
     ].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.8])
     assert gains.gain['full'] == pytest.approx(
         gains['PR-AUC 1:5']['full'] - gains['PR-AUC 1:5']['none']

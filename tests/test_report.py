@@ -477,7 +477,7 @@ def test_augmented_views_have_a_table(runs, folder):
                  for s in (split.s, better.astype(float)[split.masks != 255]))
     assert table.frame.gain['minimal'] == pytest.approx(many - one)
     assert many > one
-    assert table.frame['seconds a tile'].to_list() == pytest.approx([10 / n, 20 / n])
+    assert table.frame['seconds per tile'].to_list() == pytest.approx([10 / n, 20 / n])
     assert 'test-time augmentation' in table.notes[-1]
     assert '<h3>Test-time augmentation</h3>' in report(folder).path.read_text()
 
