@@ -16,7 +16,7 @@ import pandas as pd
 
 from .console import DataError, nearest, progress, raise_problems, some_names
 from .ground import BOX, crs_name, grid_blocks, ground_size, lonlat_centres
-from .raster import MAX_VALUES, open_raster, resolve_inside
+from .raster import MAX_VALUES, FilesInside, open_raster
 from .rawtile import HASH_COLUMNS, read_pixels, row_opener
 
 # %% ../nbs/01c_columns.ipynb #d5d65a44
@@ -166,10 +166,12 @@ def _check_hashes(table, problems):
 def _find_files(table, root, problems):
     "The file of each path, None where there is none: {field: array}"
     files = {field: np.full(len(table), None, object) for field in HASH_COLUMNS}
+    inside = FilesInside(root)
     for field, found in files.items():
-        for row in np.flatnonzero(table[field] != ''):
+        paths = table[field].to_numpy()
+        for row in np.flatnonzero(paths != ''):
             try:
-                found[row] = resolve_inside(root, table[field].iloc[row])
+                found[row] = inside.find(paths[row])
             except DataError as e:
                 problems.add([row], f'{field}: {e}')
     return files
@@ -180,10 +182,11 @@ def _check_shared_images(table, images, problems):
     if 'sha256' in table:
         identities['sha256'] = table.sha256.where(table.sha256 != '')
     for name, column in identities.items():
-        for rows in column.groupby(column).indices.values():
-            if table.split.iloc[rows].nunique() > 1:
-                image = table.image.iloc[rows[0]]
-                problems.add(rows, f'{name}: one file, {image!r}, is in {_splits_of(table, rows)}')
+        n_splits = table.split.groupby(column).nunique()
+        for shared in n_splits.index[n_splits > 1]:
+            rows = np.flatnonzero(column == shared)
+            image = table.image.iloc[rows[0]]
+            problems.add(rows, f'{name}: one file, {image!r}, is in {_splits_of(table, rows)}')
 
 def _readable_rows(table, files):
     "Rows whose files are all there"

@@ -675,6 +675,11 @@ def parse_yaml(text:str,      # YAML 1.2
                source:str     # what messages call it
               ) -> Any:       # the value
     "The value of a YAML text; raises `ConfigError`"
+    return copy.deepcopy(_parse_yaml(text, str(source)))
+
+# a command reads the config of a run several times
+@cache
+def _parse_yaml(text, source):
     if len(text) > MAX_CONFIG_CHARACTERS:
         raise ConfigError(f'{source}: longer than {MAX_CONFIG_CHARACTERS} characters: this is not a config')
     try:
