@@ -197,7 +197,7 @@ def test_a_detached_run(tiny, tmp_path):
     cfg, finish = moved_to(tiny, tmp_path, epochs=1), tmp_path/'finish'
     folder = run_folder(cfg, prepare(cfg).hash)
     given, env = write_config(cfg, tmp_path), held(folder, 1, until=finish)
-    done = shell('rtsseg-train', '--config', given, '--detach', cwd=tmp_path, env=env)
+    done = shell('rtsseg-train', '--config', given, '--detach', cwd=tmp_path, env=env, prepare=fork_trainers)
     assert done.returncode == 0, done.stderr
     where, path = done.stdout.splitlines()
     assert tmp_path/path == folder
