@@ -67,7 +67,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update()
-        # waits for the GPU
+        # wait for the GPU
         float(self.average.floats[0][0].flatten()[0])
 
     def start_checkpoint(self):

@@ -126,7 +126,7 @@ def further_questions(split, evidence):
     "What another ratio or region costs"
     again = evidence.select(np.arange(len(evidence)))
     region = evidence['region'] == 'A'
-    # fills its cache
+    # fill the cache
     pr_auc(again, 'native')
     questions = {
         'a further ratio': lambda: pr_auc(again, 300),

@@ -232,14 +232,18 @@ def ablate(cfg:RunConfig,                        # the config whose fields the g
     configs = check_variants(cfg, combinations(read_axes(grid, type(cfg)), grid), grid)
     seeds = list(dict.fromkeys(seeds))
     found = new_ablation(cfg, grid, configs, seeds)
-    print(f'{len(configs)} variants × {counted(len(seeds), "seed")}: {len(configs) * len(seeds)} runs', flush=True)
-    began, total = time.monotonic(), len(configs) * len(seeds)
+    total = len(configs) * len(seeds)
+    print(f'{len(configs)} variants × {counted(len(seeds), "seed")}: {total} runs', flush=True)
+    folders = {(run, seed): cfg.runs/run/f'seed{seed}' for run in found.runs for seed in seeds}
+    missing = {key for key, folder in folders.items() if not (folder/'model').exists()}
+    began, trained = time.monotonic(), 0
     with tracker_group(cfg, found.folder, ABLATION_FILES) as parent:
         for column, seed in enumerate(seeds):
             for row, (name, new) in enumerate(configs.items()):
-                done = column * len(configs) + row
-                left = time_left(done, total, time.monotonic() - began)
-                print(f'\nrun {done + 1} of {total}: seed {seed}, {name}  {left}'.rstrip(), flush=True)
+                number = column * len(configs) + row + 1
+                left = time_left(trained, len(missing), time.monotonic() - began)
+                print(f'\nrun {number} of {total}: seed {seed}, {name}  {left}'.rstrip(), flush=True)
+                trained += (found.runs[row], seed) in missing
                 try:
                     found.values[row, column] = train_and_score(new.model_copy(update=dict(seed=seed)), parent)
                 except Stopped:

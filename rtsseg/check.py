@@ -105,7 +105,7 @@ def _form_findings(survey, names):
     shapes = ', '.join(f'image {image} target {target}' for image, target in survey.shapes)
     batches = f'{len(survey.seconds)} of {shapes}'
     if _shapes_fit(survey.shapes, len(names)):
-        batch_finding = Finding('ok', 'batches', batches, '')
+        batch_finding = Finding('ok', 'batches', batches)
     else:
         batch_finding = Finding('error', 'batches', batches, f'{len(names)} channels and one shape were expected')
 

@@ -24,7 +24,7 @@ from typing import Any, get_args, get_origin
 from fastcore.docments import docments
 
 import rtsseg
-from .console import RtssegError, nearest, visible
+from .console import RtssegError, nearest, status_line, visible
 
 # %% ../nbs/10_cli.ipynb #0dc88d9b
 @dataclass
@@ -112,6 +112,7 @@ RESUMES = 'What was saved is kept. Fix this, and the same command resumes'
 
 def print_error(text:str) -> None:
     "A line on stderr, after all that was printed before"
+    status_line.clear()
     sys.stdout.flush()
     print(visible(text), file=sys.stderr, flush=True)
 

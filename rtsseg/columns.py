@@ -182,9 +182,10 @@ def _check_shared_images(table, images, problems):
     if 'sha256' in table:
         identities['sha256'] = table.sha256.where(table.sha256 != '')
     for name, column in identities.items():
-        n_splits = table.split.groupby(column).nunique()
-        for shared in n_splits.index[n_splits > 1]:
-            rows = np.flatnonzero(column == shared)
+        n_splits = table.split.groupby(column).transform('nunique')
+        shared = column[n_splits > 1]
+        for rows in shared.groupby(shared).groups.values():
+            rows = rows.to_numpy()
             image = table.image.iloc[rows[0]]
             problems.add(rows, f'{name}: one file, {image!r}, is in {_splits_of(table, rows)}')
 

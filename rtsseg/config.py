@@ -28,7 +28,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files as package_files
@@ -677,9 +677,9 @@ def parse_yaml(text:str,      # YAML 1.2
     "The value of a YAML text; raises `ConfigError`"
     return copy.deepcopy(_parse_yaml(text, str(source)))
 
-# a command reads the config of a run several times
-@cache
+@lru_cache(maxsize=64)
 def _parse_yaml(text, source):
+    "The same, kept: a command reads the config of a run several times"
     if len(text) > MAX_CONFIG_CHARACTERS:
         raise ConfigError(f'{source}: longer than {MAX_CONFIG_CHARACTERS} characters: this is not a config')
     try:

@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -86,8 +87,9 @@ def some_names(names:Iterable,   # any number of names
 # %% ../nbs/00_console.ipynb #d88b5e4c
 def is_interactive() -> bool:
     "Whether stderr is a terminal or a Jupyter cell, where a bar can be redrawn"
-    wants_lines = 'IN_TEST' in os.environ or 'RTSSEG_PLAIN_LINES' in os.environ
-    in_jupyter = 'ipykernel.zmqshell' in sys.modules and not wants_lines
+    if os.environ.get('RTSSEG_PLAIN_LINES'):
+        return False
+    in_jupyter = 'ipykernel.zmqshell' in sys.modules and 'IN_TEST' not in os.environ
     return sys.stderr.isatty() or in_jupyter
 
 def time_left(done:int, total:int, seconds:float) -> str:
@@ -132,10 +134,12 @@ class StatusLine:
     def draw(self, text:str) -> None:
         "Show the text instead of the one before it"
         if is_interactive():
+            # a line that wraps could not be drawn over
+            text = text[:shutil.get_terminal_size().columns - 1]
             print('\r' + text.ljust(self.width), end='', file=sys.stderr, flush=True)
             self.width = len(text)
         elif self.is_shown:
-            print(text, end='\r', flush=True)
+            print(f'\r{text}', flush=True)
 
     def clear(self) -> None:
         "Make room for a line of output"

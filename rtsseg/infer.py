@@ -151,7 +151,8 @@ def load_model(folder:str|Path,               # a model directory
         check_directory(folder)
         cfg, best = load(folder/'config.yaml'), read_best(folder)
         if not isinstance(cfg, RtsConfig):
-            raise ValueError(f'this is a model of the system {cfg.system!r}, which gives no scores of pixels')
+            raise ValueError(f'this is a model of the system {cfg.system!r}, which gives no scores of pixels: '
+                             "name the model directory of a run with system: rts")
         check_directory(folder, [STATS])
         stats = read_stats(folder, cfg.data.extra_bands)
         without_weights = cfg.model.model_copy(update=dict(weights=None))

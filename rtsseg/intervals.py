@@ -174,6 +174,12 @@ def _sums_of_draws(values, evidence, draws, block):
     np.add.at(sums, (evidence['positive'].astype(int), block), values)
     return draws @ sums
 
+def _weighted_rates(counts, w):
+    "Rates from the counts of negative and of positive tiles, each negative one counted w times"
+    in_negative, in_positive = counts
+    tp, fp, fn = (in_positive + w * in_negative).T
+    return rates(tp, fp, fn)
+
 def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area):
     "{ratio: {name: array (replicates,)}} of replicates that hold each block a number of times"
     def tally(values):
@@ -204,18 +210,12 @@ def _metrics_of_draws(evidence, draws, block, ratios, thresholds, ious, min_area
         t = _threshold_at(thresholds, ratio)
         w = drawn_weight(n_neg, n_pos, ratio, positive.all())
         w = np.where(has_nan, np.nan, w)[:, None]
-
-        def weighted_rates(counts, w=w):
-            in_negative, in_positive = counts
-            tp, fp, fn = (in_positive + w * in_negative).T
-            return rates(tp, fp, fn)
-
         row = dict(pr_auc=average_precision(hist[1] + w * hist[0], lossless and evidence.exact))
-        row |= weighted_rates(pixels[t])
+        row |= _weighted_rates(pixels[t], w)
         for width, counts in boundaries[t].items():
-            row[f'boundary_iou_{width}'] = weighted_rates(counts)['iou']
+            row[f'boundary_iou_{width}'] = _weighted_rates(counts, w)['iou']
         for iou, counts in objects[t].items():
-            metrics = weighted_rates(counts)
+            metrics = _weighted_rates(counts, w)
             row |= {_object_name(name, iou): metrics[name] for name in ('precision', 'recall', 'f1')}
         found[ratio] = row
     return found

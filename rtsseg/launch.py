@@ -150,8 +150,8 @@ class Relay:
 
     def add(self, line:str) -> None:
         "Take in one line"
-        if line.endswith('\r'):
-            status_line.draw(line[:-1])
+        if line.startswith('\r'):
+            status_line.draw(line.strip())
         elif re.match(r'\[rank\d+\]:', line):
             self.torch.append(line)
         elif self.reason or line.startswith(('error: ', 'stopped ')):
@@ -197,8 +197,8 @@ def run_attached(program:list[str],      # the trainer
         os.close(stdin)
         os.close(stdout)
         signals.on_start(SimpleNamespace(stop=lambda why: lifeline.close()))
-        # a line that ends with a carriage return stays one
-        lines = open(output, errors='replace', newline='')
+        # a carriage return begins a bar, and ends no line
+        lines = open(output, errors='replace', newline='\n')
         reader = threading.Thread(target=relay.read, args=(lines, lifeline), daemon=True)
         reader.start()
         try:
@@ -211,6 +211,7 @@ def run_attached(program:list[str],      # the trainer
             lifeline.close()
             # a process that prepares batches may outlive its trainer and keep the pipe open
             reader.join(GRACE_SECONDS)
+            status_line.clear()
     raise_outcome(code, relay, signals.why)
 
 def raise_outcome(code:int,        # exit code of the run
@@ -218,7 +219,6 @@ def raise_outcome(code:int,        # exit code of the run
                   asked:str        # the signal that asked it to stop, or ''
                  ) -> None:
     "Raise what a run ended with; nothing where it is done"
-    status_line.clear()
     if relay.error:
         raise relay.error
     if not relay.why and code >= 0:

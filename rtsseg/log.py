@@ -160,7 +160,7 @@ def epoch_bar(run:Any,           # a `TrainingState` within an epoch
              ) -> str:
     "A bar over the batches of the epoch under way, with the time left"
     of_this_process = steps * run.cfg.accumulate
-    return tqdm.format_meter(run.batch, run.length, seconds, ncols=80, unit='batch',
+    return tqdm.format_meter(run.batch, run.length, seconds, ncols=79, unit='batch',
                              initial=max(run.batch - of_this_process, 0), prefix=f'epoch {run.epoch}/{run.cfg.epochs}')
 
 def epoch_line(run:Any      # a `TrainingState` after an epoch

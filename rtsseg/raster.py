@@ -9,7 +9,6 @@ __all__ = ['MAX_VALUES', 'MAX_BLOCKS', 'TIFF_SIGNATURES', 'GDAL_OPTIONS', 'Files
 # %% ../nbs/01a_raster.ipynb #iraster
 import hashlib
 import math
-import ntpath
 import os
 import sys
 import warnings
@@ -35,7 +34,7 @@ class FilesInside:
 
     def __init__(self, root:str|Path):    # folder that must not be left
         self.root, self.real_root = str(root), os.path.realpath(root)
-        # '' as written, and as the file system has it
+        # {folder as the manifest writes it: without links}
         self.real_folders = {}
 
     def find(self, relative:str     # path as the manifest writes it
@@ -43,8 +42,8 @@ class FilesInside:
         "Raises `DataError` if the path is absolute, on a network, outside of the root or missing"
         if '://' in relative or relative.startswith('/vsi'):
             raise DataError(f'{relative!r} is a network path: only files beside the manifest are read')
-        is_windows_root = ntpath.splitdrive(relative)[0] or relative.startswith('\\')
-        if relative.startswith('/') or is_windows_root or '\0' in relative:
+        has_drive = relative[:1].isalpha() and relative[1:2] == ':'
+        if relative.startswith(('/', '\\')) or has_drive or '\0' in relative:
             raise DataError(f'{relative!r} is absolute: write it relative to the manifest')
         file = self.real_path(relative)
         if file != self.real_root and not file.startswith(os.path.join(self.real_root, '')):

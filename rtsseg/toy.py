@@ -332,7 +332,7 @@ class Surface:
 
 def road(size:int, rng:np.random.Generator) -> np.ndarray:
     "A winding road from edge to edge, (S, S) bool"
-    # in parts of the side, from the middle
+    # distances from the middle, as parts of the side
     along, heading = np.linspace(-0.8, 0.8, 200), rng.uniform(0, 2*np.pi)
     bends = [rng.uniform(-0.12, 0.12)/k*np.sin(k*4*along + rng.uniform(0, 2*np.pi)) for k in (1, 2, 4)]
     aside = sum(bends)

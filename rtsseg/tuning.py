@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT', 'REPEATS', 'SEARCH_FILES', 'PruningObserver', 'suggest_fields', 'format_parameters', 'queue_again',
-           'KeyedSampler', 'open_storage', 'refuse_other_search', 'count_states', 'count_ended', 'Searcher',
-           'finished_trials', 'history_figure', 'importance_figure', 'best_fields', 'trials_table', 'write_search',
-           'values_to_check', 'space_text', 'median_pruner', 'search', 'show_search']
+           'KeyedSampler', 'open_storage', 'refuse_other_search', 'count_trials', 'Searcher', 'finished_trials',
+           'history_figure', 'importance_figure', 'best_fields', 'trials_table', 'write_search', 'values_to_check',
+           'space_text', 'median_pruner', 'search', 'show_search']
 
 # %% ../nbs/09b_search.ipynb #ituning
 import io
@@ -151,14 +151,10 @@ def refuse_other_search(study:optuna.Study, asked:dict) -> None:
         study.set_user_attr(name, value)
 
 # %% ../nbs/09b_search.ipynb #64976653
-def count_states(study:optuna.Study) -> Counter:
-    "How many trials are in each state"
-    return Counter(trial.state.name for trial in study.trials)
-
-def count_ended(study:optuna.Study) -> int:
-    "How many trials are finished or pruned"
-    states = count_states(study)
-    return states['COMPLETE'] + states['PRUNED']
+def count_trials(study:optuna.Study) -> tuple[int, int]:
+    "How many trials are finished or pruned, and how many are running"
+    states = Counter(trial.state.name for trial in study.trials)
+    return states['COMPLETE'] + states['PRUNED'], states['RUNNING']
 
 class Searcher:
     "Trains the trials of a study, one after another"
@@ -215,10 +211,11 @@ class Searcher:
 
     def run(self, study:optuna.Study, trials:int) -> None:
         "Train until so many trials are finished or pruned, here or elsewhere"
-        waited, began, before = 0, time.monotonic(), count_ended(study)
+        waited, began = 0, time.monotonic()
+        before, _ = count_trials(study)
         while True:
             optuna.storages.fail_stale_trials(study)
-            done, elsewhere = count_ended(study), count_states(study)['RUNNING']
+            done, elsewhere = count_trials(study)
             if done >= trials:
                 return
             if done + elsewhere < trials:

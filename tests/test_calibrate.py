@@ -227,7 +227,7 @@ def test_a_calibration(toy, method, tmp_path):
             ) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
     assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path / 'calibration.json')) == c
-    # 20 positive tiles each: own points, but where too few tiles stand behind one
+    # a region has 20 positive tiles: it has points of its own, except where too few tiles support one
     for region in c.regions.values():
         assert (
             region.thresholds
@@ -335,7 +335,7 @@ def test_a_floor_is_not_chosen_for_what_it_hides():
         y[1:5, at : at + 4] = 1
     y[10:22, 2:14] = 1
     z[y == 1] = 3
-    # two of three small ones are found, and the large one
+    # one of three small objects is missed
     z[1:5, 1:5] = -6
     e = tiles([z] * 12, [y] * 12, blocks=12, thresholds=(0.5,))
     p = object_operating_points(e, Replicates(e, 50), float, Calibrate(min_areas=[0, 40]), Metrics(ratios=[1]))[0][1]
@@ -476,7 +476,7 @@ def folder(tmp_path):
             dict(event='evaluate', split='val', views=views, tiles=440, seconds=s, device='cpu')
             for s in (99.0, 44.0 * len(VIEWS[views]))
         ]
-    # calibration does not open it
+    # calibration does not open the weights
     write_atomic(folder / 'model' / 'model.safetensors', b'')
     write_atomic(folder / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in [dict(event='start'), *log]))
     return folder
@@ -536,8 +536,8 @@ def test_advice_can_be_typed(folder):
         DataError, match='model/model.safetensors is missing, so the run is not trained: rtsseg-train'
     ):
         calibrate(folder)
+    # no folder is made that looks like a model
     assert not (folder / 'model').exists()
-    # nor is a folder made that looks like a model
     write_atomic(folder / 'model' / 'model.safetensors', b'')
     evidence_path(folder, 'val', 'standard').unlink()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The main job through its notebooks, as `make demo` runs it, on a world of a few seconds; and through the commands, on
+"""The main job through its notebooks, on a world of a few seconds; and through the commands, on
 real Sentinel-2 tiles"""
 import json
 import subprocess

@@ -101,7 +101,7 @@ def folder(folders, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    "Pages of this test have empty pictures, which are drawn in a third of the time"
+    "Pages of this test have empty pictures: they are made in a third of the time"
     monkeypatch.setattr(rtsseg.figures, 'tile_figure', lambda *arguments: Figure((1, 1)))
     monkeypatch.setattr(Figure, 'savefig', lambda self, out, **options: out.write(EMPTY_PICTURE))
 

@@ -285,7 +285,7 @@ def test_last_loss_counts():
     b.learn(np.flatnonzero(~positive), np.full(400, 9.0))
     b.learn(easy, np.full(200, 1.0))
     drawn = {k[2] for batch in draw(b, 2) for k in batch}
-    # 20: the positives
+    # the 20 positive tiles are drawn as well
     assert len(drawn - set(easy.tolist())) > 2 * len(drawn & set(easy.tolist())) + 20
 
 

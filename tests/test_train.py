@@ -149,6 +149,10 @@ def papermill_command(out, *parameters):
     options = [word for name, value in parameters for word in ('-p', name, value)]
     return [BIN/'papermill', '05_train.ipynb', out, *options]
 
+def ends_well(notebook):
+    "Whether an executed chapter has the last line that it prints"
+    return re.search(r'^ *"done: ', notebook.read_text(), re.M) is not None
+
 @pytest.mark.slow
 def test_papermill_trains(tiny_file, tmp_path):
     "With a tracker that cannot be reached, and whose password no notebook ever shows"
@@ -162,6 +166,7 @@ def test_papermill_trains(tiny_file, tmp_path):
     folder = run_folder(cfg, prepare(cfg).hash)
     assert (folder/'model'/'model.safetensors').exists()
     assert load(folder/'config.yaml').lr.base_lr == 3e-4
+    assert ends_well(out)
     # the examples of the chapter are skipped
     assert [cell.source for cell in nbformat.read(out, 4).cells if cell.get('outputs')][0].startswith('#| slow')
     assert 'events are still to be delivered' in out.read_text()
@@ -261,17 +266,13 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
     command = papermill_command(out, ('config', tmp_path/'tiny.yaml'))
     silent = dict(cwd=ROOT/'nbs', stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def is_done():
-        # the last line that the chapter prints
-        return re.search(r'^ *"done: ', out.read_text(), re.M)
-
     def kill_after(epoch, how):
         with running(subprocess.Popen(command, env=held(folder, epoch), **silent)) as notebook:
             wait_for(lambda: epoch in logged_epochs(folder) or notebook.poll() is not None)
             assert notebook.poll() is None
             notebook.send_signal(how)
             assert notebook.wait(300) != 0
-        assert not is_done()
+        assert not ends_well(out)
         # the trainer has saved and is gone
         with run_lock(folder, wait=300):
             pass
@@ -285,7 +286,6 @@ def test_a_notebook_that_is_killed(tiny, undisturbed, tmp_path, capsys):
     assert f'1 of {EPOCHS} epochs are done' in message
     assert 'rtsseg-train --config ' in message
     kill_after(2, SIGKILL)
-    # test_papermill_trains shows that a chapter comes to its end
     assert train(cfg) == folder
     for start in events(folder, 'start')[1:]:
         assert start['step'] > 0

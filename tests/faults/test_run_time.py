@@ -163,7 +163,7 @@ class DyingSaver:
 @pytest.mark.slow
 def test_31_the_writer_dies_at_every_step_of_every_checkpoint(tmp_path, monkeypatch):
     "Whichever I/O step is the last one: each checkpoint can be read, and the resumed run ends in the same bits"
-    # two steps an epoch
+    # two steps per epoch
     cfg = dict(epochs=2, accumulate=5, checkpoint=dict(every=1, keep_last=1, resume_minutes=1e-9))
     undisturbed = start(**cfg)
     saver = DyingSaver(tmp_path/'trial')

@@ -161,12 +161,14 @@ def test_39_death_during_a_run(server, undisturbed, tmp_path, capsys):
         wait_for(lambda: left(world.folder, server.uri) == 0)
         server.stop()
 
-    equal(undisturbed, world.train(world.tracker(), At(13, kill)))
-    assert json.loads((world.folder/'tracker.json').read_text())['run_id']
-    assert left(world.folder, server.uri) == 3
-    assert 'does not take what it is sent' in capsys.readouterr().out
-
-    server.start()
+    try:
+        equal(undisturbed, world.train(world.tracker(), At(13, kill)))
+        assert json.loads((world.folder/'tracker.json').read_text())['run_id']
+        assert left(world.folder, server.uri) == 3
+        assert 'does not take what it is sent' in capsys.readouterr().out
+    finally:
+        # the other tests need it too
+        server.start()
     # as the next start of a finished run does
     world.tracker().catch_up()
     wait_for(lambda: left(world.folder, server.uri) == 0)
@@ -277,7 +279,7 @@ TEST_VARIABLES = 'IN_TEST', 'CI', 'PYTEST_CURRENT_TEST', 'PYTEST_VERSION', 'RTSS
 USER = {name: value for name, value in os.environ.items() if name not in TEST_VARIABLES}
 
 def tracked_config(folder, experiment):
-    "The config of a run of a second that is mirrored"
+    "The config of a run of two epochs that is mirrored"
     cfg = small_run.tiny(folder, epochs=2)
     cfg.tracker = TrackerConfig(experiment=experiment)
     (folder/'tiny.yaml').write_text(to_yaml(cfg))
@@ -364,6 +366,7 @@ def test_the_tracker_mirrors_a_run(mirrored, on_server):
     "Settings, tags, each validation and the files"
     client, found = on_server
     assert found.info.status == 'FINISHED'
+    assert found.data.params['lr.base_lr'] == str(mirrored.cfg.lr.base_lr)
     assert found.data.params['epochs'] == str(mirrored.cfg.epochs)
     assert found.data.tags['manifest_hash'] == prepare(mirrored.cfg).hash
     logged = [(row['epoch'], row['val/pr_auc@200']) for row in read_log(mirrored.folder)]

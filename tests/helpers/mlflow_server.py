@@ -43,9 +43,11 @@ class Server:
 
     def stop(self):
         "Kill it and its workers, which may be gone"
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
 
 # ---------------------------------------------------------------- ports where no tracker works
 

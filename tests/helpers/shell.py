@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import torch
+
 BIN = Path(sys.executable).parent
 
 processes = multiprocessing.get_context('forkserver')
@@ -19,7 +21,7 @@ processes.set_forkserver_preload(['rtsseg.tuning', 'rtsseg.prediction', 'rtsseg.
 
 # with IN_TEST set, nbdev's commands do nothing
 CLEAN = {name: value for name, value in os.environ.items() if name != 'IN_TEST'}
-# programs of a test train with one thread, as the test itself does
+# the same number of threads in every process of a test
 ONE_THREAD = CLEAN | dict(OMP_NUM_THREADS='1')
 
 # ---------------------------------------------------------------- a trainer that waits
@@ -43,6 +45,7 @@ def run_command(name, *args, cwd, env):
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [name, *args]
+    torch.set_num_threads(int(env.get('OMP_NUM_THREADS', torch.get_num_threads())))
     # what Python does at its start
     if '--inline' in args and 'HOLD_RUN' in env:
         runpy.run_path(str(HOLD/'sitecustomize.py'))['hold_trainer']()
@@ -78,11 +81,19 @@ class Program:
         self.process.start()
         self.pid = self.process.pid
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.wait()
+        self.folder.cleanup()
+
     def poll(self):
         return self.process.exitcode
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def wait(self, timeout=300):
         "Its exit code; raises `TimeoutExpired`"
@@ -101,15 +112,15 @@ class Program:
 @contextmanager
 def running(program):
     "A `Program` or a Popen, which is killed where it outlives the test"
-    try:
-        yield program
-    finally:
-        program.kill()
-        program.wait()
+    with program:
+        try:
+            yield program
+        finally:
+            program.kill()
 
 def shell(*call, timeout=600, **options):
-    """`shell('rtsseg-x', '--a', b)`: exit code and output, as subprocess.run returns them. What is read at import
-    (OMP_NUM_THREADS and the like) is as it is in this process. `prepare`, a function of a module, is called first"""
+    """`shell('rtsseg-x', '--a', b)`: exit code and output, as subprocess.run returns them. Of what libraries read at
+    import, the number of torch's threads is that of `env`. `prepare`, a function of a module, is called first"""
     with running(Program(*call, **options)) as program:
         code = program.wait(timeout)
         return subprocess.CompletedProcess(call, code, program.out.read_text(), program.err.read_text())
@@ -121,9 +132,9 @@ def exit_code(work):
     try:
         work()
     except SystemExit as e:
-        return e.code or 0
+        return e.code if isinstance(e.code, int) else bool(e.code)
     except BaseException:
-        # of torch, which names the rank
+        # torch's hook, which names the rank
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
@@ -137,6 +148,8 @@ class ForkedTrainer:
         self.pid = os.fork()
         if self.pid:
             return
+        # these are the launcher's to run
+        atexit._clear()
         code = 1
         try:
             os.setsid()
@@ -144,8 +157,8 @@ class ForkedTrainer:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             code = exit_code(lambda: run_command(Path(program[0]).name, *program[1:], cwd='.', env=env))
-        finally:
             sys.stdout.flush()
+        finally:
             os._exit(code)
 
     def take_streams(self, *streams):

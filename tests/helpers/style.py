@@ -129,7 +129,7 @@ def sources(path):
         if cell['cell_type'] == 'code':
             # papermill reads the comments behind parameters
             if 'parameters' in cell['metadata'].get('tags', ()):
-                text = re.sub(r' *#.*', '', text)
+                continue
             # commands of IPython are not Python
             text = re.sub(r'^[%!].*', '#', text, flags=re.MULTILINE)
             pieces.append((f'{path.name}[{cell["id"]}]', text, bool(re.search(r'^#\| *export', text, re.MULTILINE))))
