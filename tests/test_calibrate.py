@@ -227,7 +227,7 @@ def test_a_calibration(toy, method, tmp_path):
             ) and q.brier.low <= q.brier.value <= q.brier.high
         assert f'Reliability at 1:{r}' in show_reliability(toy, c, r).get_title()
     assert c.shifts[20] == 0 and Calibration.load(c.save(tmp_path / 'calibration.json')) == c
-    # a region has 20 positive tiles: it has points of its own, except where too few tiles support one
+    # with 20 positive tiles a region has its own points, except where too few tiles support one
     for region in c.regions.values():
         assert (
             region.thresholds
