@@ -53,6 +53,7 @@ def readme(root):
 
     notebook = nbformat.read(root/'nbs/index.ipynb', 4)
     notebook.metadata.language_info = {'name': 'python'}
+    notebook.cells = [cell for cell in notebook.cells if '#| hide' not in cell.source]
     for cell in notebook.cells:
         if cell.cell_type == 'code' and '#| output: false' in cell.source:
             cell.outputs = []
