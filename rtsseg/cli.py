@@ -198,7 +198,7 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
                  batches:int=20,    # batches of each loader to iterate
                  picture:str=''     # where one augmented batch is drawn; '': check.png beside the runs of this config
                 ) -> None:
-    "Check the data as a training run would see them; exit code 2 and every mistake on stderr where there is one"
+    "Check the data as a training run would see them; exits with 2 and lists every mistake"
     from rtsseg.config import find_system
     cfg = shared.settings()
     find_system(cfg.system).check(cfg, batches, picture)
@@ -243,7 +243,7 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
 def rtsseg_track(run:str='',    # run folder, or the folder of a search
                  uri:str=''     # the tracker; '': RTSSEG_TRACKER_URI, which may hold a password, or a file
                 ) -> None:
-    "Deliver what a run's tracker has not got. The address comes from the caller, never from the folder"
+    "Send the tracker of a run what it missed. The address comes from the caller, never from the folder"
     from rtsseg.track import deliver_missed
     print(deliver_missed(run, uri))
 
@@ -274,7 +274,7 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      shared:RunArguments=RunArguments(),
                      views:str=''     # none, minimal, standard or full; '' takes the config's
                     ) -> None:
-    "Make probabilities of a run's scores and choose its thresholds, on its validation evidence"
+    "Turn a run's scores into probabilities and choose its thresholds, on its validation evidence"
     from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
     folder = shared.run_folder(run)
     print(visible(show_calibration(calibrate(folder, views))))

@@ -550,7 +550,7 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
         logger.info('finished rows are kept: the same command resumes from them')
         raise
     except OSError as error:
-        raise RunError(f'{error}. When that is mended, the same command resumes from the finished rows') from None
+        raise RunError(f'{error}. Fix that, and the same command resumes from the finished rows') from None
 
 def predict(model_dir:str|Path,      # a model directory
             scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
