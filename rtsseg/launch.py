@@ -27,7 +27,9 @@ from .runs import RunError, Stopped
 
 # %% ../nbs/04h_launch.ipynb #d06b36a8
 class StopSignals:
-    "Turns SIGTERM and SIGHUP into a request to stop. A context manager, and an observer of the run that it stops"
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGHUP into a request to stop
+
+    A context manager, and an observer of the run that it stops. A second Ctrl-C interrupts at once."""
 
     def __init__(self):
         # the name of the signal that came
@@ -40,8 +42,8 @@ class StopSignals:
     def __enter__(self):
         # only the main thread may set handlers
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                # under nohup, SIGHUP is ignored and stays so
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # what nohup or a background job ignores stays ignored
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.ask)
         return self
@@ -60,6 +62,8 @@ class StopSignals:
     def ask(self, number:int, frame:FrameType|None) -> None:
         "The signal handler: ask the run to stop at the next step"
         self.why = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
         if self.run is not None:
             self.run.stop(self.why)
 
@@ -203,10 +207,6 @@ def run_attached(program:list[str],      # the trainer
         reader.start()
         try:
             code = wait_for_processes(ranks)
-        except KeyboardInterrupt:
-            lifeline.close()
-            wait_for_processes(ranks)
-            raise
         finally:
             lifeline.close()
             # a process that prepares batches may outlive its trainer and keep the pipe open

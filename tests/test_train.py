@@ -514,7 +514,7 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
         assert word not in out + err
 
 @pytest.mark.parametrize('what, work', [
-    (KeyboardInterrupt, 'until [ -e {waits} ]; do sleep .05; done; kill -INT $PPID'),
+    (Stopped, 'until [ -e {waits} ]; do sleep .05; done; kill -INT $PPID'),
     (BrokenPipeError, 'echo something; yes | head -c 200000'),
 ])
 @pytest.mark.usefixtures('default_signals')

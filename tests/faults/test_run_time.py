@@ -271,12 +271,29 @@ def terminate_twice(run):
     terminate()
     terminate()
 
-@pytest.mark.parametrize('ask', [terminate, terminate_twice])
+def interrupt(run=None):
+    "Send SIGINT to this process, as Ctrl-C does"
+    os.kill(os.getpid(), signal.SIGINT)
+
+@pytest.mark.usefixtures('default_signals')
+@pytest.mark.parametrize('ask', [terminate, terminate_twice, interrupt])
 def test_32_sigterm_in_training(undisturbed, tmp_path, ask):
     "Asked once or twice: the present step is the last one, and the run resumes from there to the same bits"
     with StopSignals() as signals:
         half = start(tmp_path, observers=[At(7, ask), signals])
     assert half.step == 7 and not half.finished
+    equal(undisturbed, resume(tmp_path))
+
+@pytest.mark.usefixtures('default_signals')
+def test_32_the_second_interrupt_does_not_wait(undisturbed, tmp_path):
+    "Ctrl-C twice interrupts at once; the run resumes from its last checkpoint"
+    def interrupt_twice(run):
+        interrupt()
+        interrupt()
+        pytest.fail('the step continued')
+
+    with StopSignals() as signals, pytest.raises(KeyboardInterrupt):
+        start(tmp_path, observers=[At(7, interrupt_twice), signals], checkpoint=SAVED_EACH_STEP)
     equal(undisturbed, resume(tmp_path))
 
 def test_32_sigterm_while_saving(undisturbed, tmp_path, monkeypatch):
