@@ -1218,6 +1218,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'rtsseg.runs.read_lines': ('runs.html#read_lines', 'rtsseg/runs.py'),
                              'rtsseg.runs.read_log': ('runs.html#read_log', 'rtsseg/runs.py'),
                              'rtsseg.runs.require_finished': ('runs.html#require_finished', 'rtsseg/runs.py'),
+                             'rtsseg.runs.require_folder': ('runs.html#require_folder', 'rtsseg/runs.py'),
                              'rtsseg.runs.run_folder': ('runs.html#run_folder', 'rtsseg/runs.py'),
                              'rtsseg.runs.run_lock': ('runs.html#run_lock', 'rtsseg/runs.py'),
                              'rtsseg.runs.try_lock': ('runs.html#try_lock', 'rtsseg/runs.py')},

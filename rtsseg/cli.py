@@ -223,8 +223,10 @@ def rtsseg_train(shared:RunArguments=RunArguments(),
     if os.environ.get('RTSSEG_PIPE') and inline:
         from rtsseg.launch import obey_pipe
         obey_pipe()
+    # a mistake in the config is refused before torch is imported
+    cfg = shared.settings()
     from rtsseg.training import start_training
-    folder = start_training(shared.settings(), processes, fresh, force, detach, inline)
+    folder = start_training(cfg, processes, fresh, force, detach, inline)
     # the process that was called prints it, not those that it started
     if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0':
         print(os.path.relpath(folder))
@@ -236,8 +238,9 @@ def rtsseg_noise(run:str='',            # run folder; '' finds it from the confi
                  out:str=''             # where the overlay goes; '' puts noise.yaml into the run folder
                 ) -> None:
     "Measure the noise floor of a run's validation, and write min_delta = 2σ to a config overlay for the next run"
+    folder = shared.run_folder(run)
     from rtsseg.noise import measure_noise
-    print('\n'.join(measure_noise(shared.run_folder(run), replicates, out)))
+    print('\n'.join(measure_noise(folder, replicates, out)))
 
 @command()
 def rtsseg_track(run:str='',    # run folder, or the folder of a search
@@ -257,10 +260,10 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
                    ) -> None:
     "Run a trained model over a split and write down what it saw"
     from rtsseg.config import find_system, load
-    from rtsseg.evaluation import evaluate, split_views
     from rtsseg.files import inside
     folder = shared.run_folder(run)
     cfg = load(inside(folder/'config.yaml', folder))
+    from rtsseg.evaluation import evaluate, split_views
     system = find_system(cfg.system)
     for name in split_views(views, cfg):
         path = evaluate(folder, split, name, force)
@@ -275,8 +278,8 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      views:str=''     # none, minimal, standard or full; '' takes the config's
                     ) -> None:
     "Turn a run's scores into probabilities and choose its thresholds, on its validation evidence"
-    from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
     folder = shared.run_folder(run)
+    from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
     print(visible(show_calibration(calibrate(folder, views))))
     gains = show_views(views_gain(folder))
     if gains:
@@ -290,15 +293,12 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
                  ) -> None:
     "Write report.html and report.md over one run, several seeds or several configurations, and print the headline"
     from rtsseg.config import ConfigError
-    from rtsseg.reporting import find_runs, report, seed_list
     named = as_list(run)
     if named and seeds:
         raise ConfigError('a run folder has its own config: leave out seeds')
-    if named:
-        folders = [shared.run_folder(folder) for folder in named]
-    else:
-        folders = find_runs(shared.settings(), seed_list(seeds))
-    print(visible(report(folders, out or None)))
+    folders, cfg = [shared.run_folder(folder) for folder in named], shared.settings()
+    from rtsseg.reporting import find_runs, report, seed_list
+    print(visible(report(folders or find_runs(cfg, seed_list(seeds)), out or None)))
 
 @command()
 def rtsseg_predict(model:str='',          # model directory, as runs/…/model
@@ -315,10 +315,10 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     import json
 
     from rtsseg.config import ConfigError
-    from rtsseg.prediction import predict
     missing = [name for name, value in dict(model=model, scene=scene, out=out).items() if not value]
     if missing:
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
+    from rtsseg.prediction import predict
     print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force), indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
@@ -331,8 +331,8 @@ def rtsseg_search(shared:RunArguments=RunArguments(),
                  ) -> None:
     "Search for good settings; started again, it resumes. Several at a time on one database share the work"
     from rtsseg.config import find_config
-    from rtsseg.tuning import search, show_search
     cfg = shared.settings()
+    from rtsseg.tuning import search, show_search
     if not any('deterministic' in text for text in shared.all_overrides()):
         cfg = cfg.model_copy(update=dict(deterministic=False))
         print('deterministic kernels are off for a search (guide 2.2); --override deterministic=true turns them on',
@@ -345,10 +345,10 @@ def rtsseg_ablate(shared:RunArguments=RunArguments(),
                   seeds:str='42 43 44'            # seeds, each for every combination
                  ) -> None:
     "Train every combination of a grid with every seed, and tell gains from noise; started again, it resumes"
-    from rtsseg.ablation import ablate
     from rtsseg.config import find_config
-    from rtsseg.reporting import seed_list
     cfg = shared.settings()
+    from rtsseg.ablation import ablate
+    from rtsseg.reporting import seed_list
     found = ablate(cfg, find_config(grid)[0], seed_list(seeds) or [cfg.seed])
     print(f'\n{found}\n\n{os.path.relpath(found.folder)}')
 

@@ -24,7 +24,7 @@ from .config import RunConfig, find_system, load
 from .console import RtssegError
 from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
 from .page import Table
-from .runs import Best, Environment, parse_event, read_ledger
+from .runs import Best, Environment, parse_event, read_ledger, require_folder
 from .system import System, table_path
 
 # %% ../nbs/06c_results.ipynb #cresults0
@@ -175,11 +175,8 @@ class Run:
 
 # %% ../nbs/06c_results.ipynb #cresults4
 def run_path(folder:str|Path) -> Path:
-    "The absolute path of a run folder; raises `ReportError` where it cannot be one"
-    path = Path(folder).resolve()
-    if not path.is_dir():
-        raise ReportError(f'{os.path.relpath(path)}: no such run folder; '
-                          'they are named like runs/<name>/<hash>/seed42')
+    "The absolute path of a run folder; raises `DataError` and `ReportError` where it is not one"
+    path = require_folder(folder).resolve()
     if len(path.parents) < 3:
         raise ReportError(f'{path}: run folders are named like runs/<name>/<hash>/seed42')
     return path

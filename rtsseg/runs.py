@@ -7,7 +7,8 @@ __all__ = ['PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_EVENTS', 'EP
            'run_folder', 'git_state', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment', 'TestLook',
            'TestLooks', 'read_ledger', 'StoredThreshold', 'StoredThresholds', 'append_line', 'read_lines', 'read_log',
            'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent', 'EvaluateEvent', 'parse_event',
-           'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside', 'try_lock', 'describe_holder', 'run_lock']
+           'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside', 'try_lock',
+           'describe_holder', 'run_lock']
 
 # %% ../nbs/00c_runs.ipynb #iruns
 import hashlib
@@ -259,6 +260,13 @@ def parse_event(line:str|bytes,           # of log.jsonl
     return row
 
 # %% ../nbs/00c_runs.ipynb #ed5f60cb
+def require_folder(folder:str|Path      # a run folder
+                  ) -> Path:            # the same
+    "Raise `DataError` where this folder is missing"
+    if not Path(folder).is_dir():
+        raise DataError(f'{folder}: no such run folder; they are named like runs/<name>/<hash>/seed42')
+    return Path(folder)
+
 def require_finished(folder:str|Path      # a run folder
                     ) -> Path:            # the same
     "Raise `DataError` where a run has no model yet"

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from .config import ConfigError, RunConfig, find_system, settings
 from .console import DataError, progress
 from .files import write_atomic
-from .runs import require_finished, run_folder
+from .runs import require_finished, require_folder, run_folder
 
 # the config of a run is read through this room, and reading a config must not import torch
 if TYPE_CHECKING:
@@ -363,8 +363,10 @@ def resolve_run(run:str|Path,      # a run folder; '' finds it from the rest
                 config:str|Path,   # for `settings`
                 **given            # for `settings`: what is laid over the config
                ) -> Path:          # the run folder
-    "The run folder that is named, or else the one that a config means; raises `ConfigError` where both are given"
+    """The run folder that is named, or else the one that a config means
+
+    Raises `ConfigError` where both are given, and `DataError` where there is no such run."""
     over = [name for name, value in given.items() if value not in ('', None, '[]')]
     if run and over:
         raise ConfigError(f'a run folder has its own config: leave out {", ".join(over)}')
-    return Path(run) if run else find_run(settings(config, **given))
+    return require_folder(run) if run else find_run(settings(config, **given))
