@@ -510,6 +510,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.ground._grid_coordinates': ('ground.html#_grid_coordinates', 'rtsseg/ground.py'),
                                'rtsseg.ground._is_map': ('ground.html#_is_map', 'rtsseg/ground.py'),
                                'rtsseg.ground._measures_metres': ('ground.html#_measures_metres', 'rtsseg/ground.py'),
+                               'rtsseg.ground._name_of': ('ground.html#_name_of', 'rtsseg/ground.py'),
                                'rtsseg.ground._project': ('ground.html#_project', 'rtsseg/ground.py'),
                                'rtsseg.ground.box_centres': ('ground.html#box_centres', 'rtsseg/ground.py'),
                                'rtsseg.ground.crs_name': ('ground.html#crs_name', 'rtsseg/ground.py'),

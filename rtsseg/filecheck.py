@@ -41,12 +41,12 @@ def balanced_correlation(negative:Moments,   # of the pixels labelled 0
 def _other_place(crs, bounds, pixel, row):
     "What is wrong with the place of a raster; '' where it is right"
     low, high = min(bounds.bottom, bounds.top), max(bounds.bottom, bounds.top)
-    raster = pd.DataFrame([dict(xmin=bounds.left, ymin=low, xmax=bounds.right, ymax=high, crs=crs)])
-    real, = footprints(raster, row['crs'])
-    claimed = shapely.box(*row[BOX])
+    box = [bounds.left, low, bounds.right, high]
     if crs == row['crs']:
-        is_near = np.abs(np.subtract(real.bounds, claimed.bounds)).max() <= pixel
+        is_near = np.abs(np.subtract(box, row[BOX].to_list())).max() <= pixel
     else:
+        real, = footprints(pd.DataFrame([dict(zip(BOX, box), crs=crs)]), row['crs'])
+        claimed = shapely.box(*row[BOX])
         is_near = real.intersection(claimed).area > .9 * real.area
     return '' if is_near else f"lies elsewhere than the manifest says (CRS {crs} and {row['crs']})"
 
@@ -276,7 +276,7 @@ def check_tile_sizes(manifest:Manifest,    # all splits; buffer tiles are not ch
     problems = []
     for row in progress(_rows(manifest, manifest.table[manifest.table.split != 'buffer']), 'reading sizes'):
         try:
-            with open_raster(resolve_inside(manifest.root, row.image)) as ds:
+            with open_raster(resolve_inside(manifest.root, row.image), georeference=False) as ds:
                 height, width = ds.shape
         except DataError:
             continue

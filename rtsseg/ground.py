@@ -38,9 +38,13 @@ def _is_map(crs, name):
 def crs_name(crs:Any    # a rasterio CRS, or anything that pyproj reads
             ) -> str:   # 'EPSG:3413' where an authority knows it, else WKT
     "The canonical name of a map's coordinate reference system. Raises `DataError`"
-    text = repr(str(crs)[:80])
+    return _name_of(crs.to_wkt() if hasattr(crs, 'to_wkt') else crs, repr(str(crs)[:80]))
+
+# every tile of a world asks for the same one
+@functools.lru_cache(64)
+def _name_of(crs, text):
     try:
-        found = pyproj.CRS.from_user_input(crs.to_wkt() if hasattr(crs, 'to_wkt') else crs)
+        found = pyproj.CRS.from_user_input(crs)
     except pyproj.exceptions.CRSError:
         raise DataError(f'{text} is not a coordinate reference system') from None
     authority = found.to_authority()

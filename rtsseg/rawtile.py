@@ -160,25 +160,28 @@ def read_pixels(opener:Callable[[str], AbstractContextManager],   # opens the ra
     return RawTile(rgb, extra, label, valid)
 
 # %% ../nbs/01b_rawtile.ipynb #erawtile6
-def row_opener(root:str|Path,   # folder that the paths are relative to
-               row:Mapping      # a row of a manifest
+def row_opener(root:str|Path,           # folder that the paths are relative to
+               row:Mapping,             # a row of a manifest
+               georeference:bool=True   # for `open_raster`
               ) -> Callable[[str], AbstractContextManager]:
     "A function that opens the 'image', 'mask' or 'extra' of a row, for `read_pixels`"
     def open_field(field):
-        return open_raster(resolve_inside(root, row[field]), sha256=row.get(HASH_COLUMNS[field], ''))
+        file, sha256 = resolve_inside(root, row[field]), row.get(HASH_COLUMNS[field], '')
+        return open_raster(file, sha256=sha256, georeference=georeference)
     return open_field
 
 def tile_name(row:pd.Series) -> str:
     "A tile, as messages name it"
     return f'tile {row.tile_id!r}, image {row.image!r}'
 
-def read_row(root:str|Path,           # folder that the paths are relative to
-             row:Mapping,             # a row of a manifest
-             names:Sequence[str]=()   # EXTRA bands, by description
+def read_row(root:str|Path,            # folder that the paths are relative to
+             row:Mapping,              # a row of a manifest
+             names:Sequence[str]=(),   # EXTRA bands, by description
+             georeference:bool=True    # whether the files must lie on each other; False for files that were checked
             ) -> RawTile:
     "Read one tile of a manifest. Raises `DataError` that names tile and field"
     try:
-        return read_pixels(row_opener(root, row), row, names)
+        return read_pixels(row_opener(root, row, georeference), row, names)
     except DataError as e:
         lines = [f"tile {row['tile_id']!r}, {line}" for line in str(e).splitlines()]
         raise DataError('\n'.join(lines)) from None

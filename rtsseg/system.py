@@ -365,7 +365,7 @@ def resolve_run(run:str|Path,      # a run folder; '' finds it from the rest
                ) -> Path:          # the run folder
     """The run folder that is named, or else the one that a config means
 
-    Raises `ConfigError` where both are given, and `DataError` where there is no such run."""
+    Raises `ConfigError` where both are given, and `DataError` where no run lies there."""
     over = [name for name, value in given.items() if value not in ('', None, '[]')]
     if run and over:
         raise ConfigError(f'a run folder has its own config: leave out {", ".join(over)}')

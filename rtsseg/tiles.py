@@ -56,11 +56,12 @@ def scale_tile(tile:RawTile,           # as it is in its files
 def read_tile(manifest:Manifest,              # one or all splits
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
-              stats:Stats|None=None           # None leaves raw values, also where data are missing
+              stats:Stats|None=None,          # None leaves raw values, also where data are missing
+              georeference:bool=True          # for `read_row`
              ) -> ScaledTile:
     "Read one tile: scaled, nodata at the channel mean and 255 in the mask. Raises `DataError` naming tile and field"
     row = manifest.table.loc[i]
-    return scale_tile(read_row(manifest.root, row, extra_bands), tile_name(row), stats)
+    return scale_tile(read_row(manifest.root, row, extra_bands, georeference), tile_name(row), stats)
 
 # %% ../nbs/02b_tiles.ipynb #a2051661
 def neighbours(manifest:Manifest,   # one split: a view must not reach into another
@@ -105,11 +106,12 @@ def join_tiles(rows:np.ndarray,              # (k, k): rows of a table, −1 for
 def read_coarse(manifest:Manifest,          # one split
                 rows:np.ndarray,            # (k, k): rows of its table, −1 for none
                 extra_bands:list[str]=(),   # EXTRA bands, by description
-                stats:Stats|None=None       # None leaves raw values, also where data are missing
+                stats:Stats|None=None,      # None leaves raw values, also where data are missing
+                georeference:bool=True      # for `read_row`
                ) -> ScaledTile:
     "Several tiles as one of their size, k times as coarse (guide 8.3). Raises `DataError` naming tile and field"
     t = manifest.table
-    tiles = {i: read_row(manifest.root, t.loc[i], extra_bands) for i in rows.ravel().tolist() if i >= 0}
+    tiles = {i: read_row(manifest.root, t.loc[i], extra_bands, georeference) for i in rows.ravel().tolist() if i >= 0}
     first = next(iter(tiles))
     expected = tiles[first].label.shape, tiles[first].rgb.dtype
     for i, tile in tiles.items():
@@ -190,10 +192,11 @@ class TileDataset(Dataset):
     def _load(self, tile, view=None):
         "A tile, or a coarser view; raises `DataError`, also for another size than data.tile_size"
         bands, size = self.cfg.data.extra_bands, self.cfg.data.tile_size
+        # every tile's place was checked before the run
         if view is None:
-            found = read_tile(self.manifest, tile, bands, self.stats)
+            found = read_tile(self.manifest, tile, bands, self.stats, georeference=False)
         else:
-            found = read_coarse(self.manifest, view, bands, self.stats)
+            found = read_coarse(self.manifest, view, bands, self.stats, georeference=False)
         h, w = found[2].shape
         if (h, w) != (size, size):
             row = self.manifest.table.loc[tile]
