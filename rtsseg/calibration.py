@@ -655,19 +655,30 @@ class CalibrationText:
         names, rows = dict(nll='NLL', ece='ECE', brier='Brier'), []
         for r, quality in self.c.quality.items():
             for key, name in names.items():
-                values = {way.replace('_', ' + '): f'{getattr(scores, key).value:.3g}' for way, scores in quality}
+                # below twelve digits there is only rounding
+                values = {way.replace('_', ' + '): f'{round(getattr(scores, key).value, 12):.3g}'
+                          for way, scores in quality}
                 rows.append(dict(ratio=f'1:{r}', error=name) | values)
         return self.table('Error of probabilities', rows)
+
+    def _temperature(self):
+        "The temperature, which is 1 / slope, and its interval, whose ends change places"
+        slope, interval = self.c.fits['temperature'].slope, ''
+        if slope.low and slope.low > 0:
+            interval = f' [{1 / slope.high:.3g}, {1 / slope.low:.3g}]'
+        marks = self.marks(self.c.temperature_why or slope.why)
+        return f'temperature {self.c.temperature:.3f}{interval} {marks}'
+
+    def _slope_and_intercept(self):
+        fit = self.c.fits['slope_intercept']
+        return f'slope {fit.slope}, intercept {fit.intercept} {self.marks(fit.why or fit.slope.why)}'
 
     def head(self) -> list[str]:
         "What was calibrated, temperature, slope and intercept"
         c = self.c
-        t, both = c.fits['temperature'].slope, c.fits['slope_intercept']
-        between = f' [{1 / t.high:.3g}, {1 / t.low:.3g}]' if t.low and t.low > 0 else ''
-        return [fill(f'{c.n_pos_tiles} tiles with a slump, {c.n_neg_tiles} without; views {c.views}; '
-                     f'probabilities by {c.method}, right at 1:{c.ratio}'),
-                f'temperature {c.temperature:.3f}{between} {self.marks(c.temperature_why or t.why)}',
-                f'slope {both.slope}, intercept {both.intercept} {self.marks(both.why or both.slope.why)}',
+        tiles = f'{c.n_pos_tiles} tiles with a slump, {c.n_neg_tiles} without'
+        scale = f'probabilities by {c.method}, right at 1:{c.ratio}'
+        return [fill(f'{tiles}; views {c.views}; {scale}'), self._temperature(), self._slope_and_intercept(),
                 fill(c.temperature_enough)]
 
     def region(self, name:str, region:Region) -> list[str]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OTHER_CHECKS', 'BatchSurvey', 'check_batches', 'show_batch', 'checklist_line', 'checklist', 'check_pins',
            'check_tracker', 'check_model', 'check_git', 'environment_findings', 'check_loaders', 'check',
-           'check_and_draw', 'ProbeDone', 'tensor_bytes', 'MemoryObserver', 'measure_steps', 'largest_batch', 'probe',
-           'peak_memory', 'show_probe']
+           'check_and_draw', 'ProbeDone', 'tensor_bytes', 'MemoryObserver', 'synthetic_batches', 'measure_steps',
+           'largest_batch', 'probe', 'peak_memory', 'show_probe']
 
 # %% ../nbs/04i_check.ipynb #icheck
 import itertools
@@ -399,14 +399,18 @@ class MemoryObserver:
                     optimizer=tensor_bytes(states), average=tensor_bytes(average),
                     activations=sum(size for address, size in self.kept.items() if address not in own))
 
+def synthetic_batches(cfg:RtsConfig, batch:int) -> DataLoader:
+    "Batches of one random tile of the size of the run's, enough for 32 optimizer steps"
+    side = cfg.data.tile_size
+    image, target = torch.randn(cfg.model.in_channels, side, side), (torch.rand(side, side) < 0.1).float()
+    tiles = [dict(image=image, target=target, tile=0)] * (32 * batch * cfg.accumulate)
+    return DataLoader(tiles, batch_size=batch)
+
 def measure_steps(cfg:RtsConfig, batch:int) -> dict[str, int]:    # bytes by what they are for
     "Train two optimizer steps on synthetic tiles, and measure memory"
     torch.manual_seed(0)
-    side = cfg.data.tile_size
     model = build(cfg.model.model_copy(update=dict(weights=None)))
-    image, target = torch.randn(cfg.model.in_channels, side, side), (torch.rand(side, side) < 0.1).float()
-    tiles = [dict(image=image, target=target, tile=0)] * (32 * batch * cfg.accumulate)
-    feed = DataLoader(tiles, batch_size=batch)
+    feed = synthetic_batches(cfg, batch)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     settings = cfg.model_copy(update=dict(batch_size=batch, epochs=1, freeze_backbone_epochs=0, stages=[]))

@@ -193,18 +193,17 @@ def _collect(manifest, extra_bands):
 
 def _check_collected(seen, channels, n):
     "Raise one `DataError` with all that keeps statistics from being made"
-    problems = seen.problems
-    if not seen.total.n:
-        problems.append('no valid pixel in the training split')
-    problems += mixed_dtypes(seen.dtypes)
+    problems = [*seen.problems, *mixed_dtypes(seen.dtypes)]
     if seen.total.n:
         constant = [channel for channel, same in zip(channels, seen.total.constant) if same]
         problems += [f'channel {channel} is constant over the training split' for channel in constant]
+    else:
+        problems.append('no valid pixel in the training split')
     try:
         skip_unreadable('statistics', seen.unreadable, n)
     except DataError as e:
-        more = [f'statistics: {problem}' for problem in first_lines(problems)]
-        raise DataError('\n'.join([str(e), *more])) from None
+        lines = [f'statistics: {problem}' for problem in first_lines(problems)]
+        raise DataError('\n'.join([str(e), *lines])) from None
     raise_problems('statistics', problems)
 
 # %% ../nbs/01f_stats.ipynb #estats5

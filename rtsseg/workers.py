@@ -58,23 +58,29 @@ class TimedBatches:
     def __iter__(self) -> 'TimedBatches':
         return self
 
-    def __next__(self):
+    @contextmanager
+    def _timed(self):
+        "Count the seconds of a wait, and end the workers where it lasts too long"
         began = time.monotonic()
-        alarm = threading.Timer(self.limit + 1, self._end_workers) if self.limit else None
-        if alarm:
+        alarm = threading.Timer(self.limit + 1, self._end_workers)
+        if self.limit:
             alarm.start()
         try:
-            return next(self.stream)
-        except (RuntimeError, EOFError, OSError) as e:
-            problem = self._problem(str(e))
-            if not problem:
-                raise
-            raise WorkerError(f'{problem}. If memory ran out, lower loader.num_workers or loader.prefetch_factor. '
-                              'The same command resumes from the last checkpoint') from None
+            yield
         finally:
+            alarm.cancel()
             self.seconds += time.monotonic() - began
-            if alarm:
-                alarm.cancel()
+
+    def __next__(self):
+        with self._timed():
+            try:
+                return next(self.stream)
+            except (RuntimeError, EOFError, OSError) as e:
+                problem = self._problem(str(e))
+                if not problem:
+                    raise
+                raise WorkerError(f'{problem}. If memory ran out, lower loader.num_workers or loader.prefetch_factor. '
+                                  'The same command resumes from the last checkpoint') from None
 
     def _problem(self, error):
         "What happened to the workers; None where they are well, and the error came from somewhere else"
