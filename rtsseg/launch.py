@@ -221,7 +221,7 @@ def raise_outcome(code:int,        # exit code of the run
     "Raise what a run ended with; nothing where it is done"
     if relay.error:
         raise relay.error
-    if not relay.why and code >= 0:
+    if relay.torch and not relay.why and code >= 0:
         print(''.join(relay.torch), end='', flush=True)
     if relay.why.startswith('error: '):
         raise RunError(relay.why.removeprefix('error: '), code)
