@@ -31,7 +31,8 @@ causes the fault and looks at what is left. This page is generated from those te
 fix it, or follow the message |
 | 3 | *stopped* early: by a signal, a full disk, a lost worker, too little memory, too many unreadable tiles | \
 run the same command again: it resumes, and ends in the same bits |
-| 130, 143 | interrupted from the keyboard, or terminated while it was starting or had nothing to save | the same |
+| 130, 143 | interrupted with Ctrl-C, or terminated, while it was starting or had nothing to save; or by a second \
+Ctrl-C | the same |
 
 Not promised: that a damaged disk or a network file system keeps what was written to it, and that results are
 the same bits on another kind of machine or with another number of CPU threads.

@@ -604,6 +604,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.launch.StopSignals.__init__': ('launch.html#stopsignals.__init__', 'rtsseg/launch.py'),
                                'rtsseg.launch.StopSignals.ask': ('launch.html#stopsignals.ask', 'rtsseg/launch.py'),
                                'rtsseg.launch.StopSignals.on_start': ('launch.html#stopsignals.on_start', 'rtsseg/launch.py'),
+                               'rtsseg.launch.StopSignals.raise_late': ('launch.html#stopsignals.raise_late', 'rtsseg/launch.py'),
                                'rtsseg.launch.drop_rank_variables': ('launch.html#drop_rank_variables', 'rtsseg/launch.py'),
                                'rtsseg.launch.obey_pipe': ('launch.html#obey_pipe', 'rtsseg/launch.py'),
                                'rtsseg.launch.raise_outcome': ('launch.html#raise_outcome', 'rtsseg/launch.py'),

@@ -400,7 +400,7 @@ class MemoryObserver:
                     activations=sum(size for address, size in self.kept.items() if address not in own))
 
 def synthetic_batches(cfg:RtsConfig, batch:int) -> DataLoader:
-    "Batches of one random tile of the size of the run's, enough for 32 optimizer steps"
+    "Batches that repeat one random tile of the run's size, more than two optimizer steps need"
     side = cfg.data.tile_size
     image, target = torch.randn(cfg.model.in_channels, side, side), (torch.rand(side, side) < 0.1).float()
     tiles = [dict(image=image, target=target, tile=0)] * (32 * batch * cfg.accumulate)

@@ -296,7 +296,8 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
     named = as_list(run)
     if named and seeds:
         raise ConfigError('a run folder has its own config: leave out seeds')
-    folders, cfg = [shared.run_folder(folder) for folder in named], shared.settings()
+    folders = [shared.run_folder(folder) for folder in named]
+    cfg = None if named else shared.settings()
     from rtsseg.reporting import find_runs, report, seed_list
     print(visible(report(folders or find_runs(cfg, seed_list(seeds)), out or None)))
 

@@ -40,8 +40,8 @@ def balanced_correlation(negative:Moments,   # of the pixels labelled 0
 # %% ../nbs/01i_filecheck.ipynb #efileche2
 def _other_place(crs, bounds, pixel, row):
     "What is wrong with the place of a raster; '' where it is right"
-    low, high = min(bounds.bottom, bounds.top), max(bounds.bottom, bounds.top)
-    box = [bounds.left, low, bounds.right, high]
+    (left, right), (low, high) = sorted((bounds.left, bounds.right)), sorted((bounds.bottom, bounds.top))
+    box = [left, low, right, high]
     if crs == row['crs']:
         is_near = np.abs(np.subtract(box, row[BOX].to_list())).max() <= pixel
     else:

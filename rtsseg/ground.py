@@ -35,7 +35,7 @@ def _is_map(crs, name):
         return False
     return True
 
-def crs_name(crs:Any    # a rasterio CRS, or anything that pyproj reads
+def crs_name(crs:Any    # a rasterio or pyproj CRS, or a text that pyproj reads
             ) -> str:   # 'EPSG:3413' where an authority knows it, else WKT
     "The canonical name of a map's coordinate reference system. Raises `DataError`"
     return _name_of(crs.to_wkt() if hasattr(crs, 'to_wkt') else crs, repr(str(crs)[:80]))

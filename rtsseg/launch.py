@@ -32,6 +32,8 @@ class StopSignals:
     A context manager, and an observer of the run that it stops. A second Ctrl-C interrupts at once."""
 
     def __init__(self):
+        # the processes of a loader inherit the handlers
+        self.process = os.getpid()
         # the name of the signal that came
         self.why = ''
         # what is to be stopped, once it has started
@@ -43,8 +45,8 @@ class StopSignals:
         # only the main thread may set handlers
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # what nohup or a background job ignores stays ignored
-                if signal.getsignal(number) != signal.SIG_IGN:
+                # what nohup ignores stays ignored; None is a handler that Python did not set
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.ask)
         return self
 
@@ -64,8 +66,16 @@ class StopSignals:
         self.why = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
+            if os.getpid() == self.process:
+                # a handler must not use Python's buffers
+                os.write(2, b'\nstopping after this step; Ctrl-C again does not wait\n')
         if self.run is not None:
             self.run.stop(self.why)
+
+    def raise_late(self) -> None:
+        "Raise `KeyboardInterrupt` where Ctrl-C came when nothing was left to stop: then it is meant for the caller"
+        if self.why == 'SIGINT':
+            raise KeyboardInterrupt
 
 # %% ../nbs/04h_launch.ipynb #claobey
 def obey_pipe() -> None:
@@ -207,12 +217,13 @@ def run_attached(program:list[str],      # the trainer
         reader.start()
         try:
             code = wait_for_processes(ranks)
-        finally:
-            lifeline.close()
             # a process that prepares batches may outlive its trainer and keep the pipe open
             reader.join(GRACE_SECONDS)
+        finally:
+            lifeline.close()
             status_line.clear()
     raise_outcome(code, relay, signals.why)
+    signals.raise_late()
 
 def raise_outcome(code:int,        # exit code of the run
                   relay:Relay,     # what it said

@@ -131,9 +131,10 @@ class TileDataset(Dataset):
     def __init__(self,
                  manifest:Manifest,         # one split
                  stats:Stats,               # of the training split
-                 cfg:RtsConfig              # data, augment and loss
+                 cfg:RtsConfig,             # data, augment and loss
+                 georeference:bool=True     # for `read_row`
                 ):
-        self.manifest, self.stats, self.cfg = manifest, stats, cfg
+        self.manifest, self.stats, self.cfg, self.georeference = manifest, stats, cfg, georeference
         self.augment = Augmenter(cfg.augment, fill=list(stats.mean))
         # tiles that could not be read, in any process
         self.unread = torch.zeros(len(manifest), dtype=torch.bool).share_memory_()
@@ -192,11 +193,10 @@ class TileDataset(Dataset):
     def _load(self, tile, view=None):
         "A tile, or a coarser view; raises `DataError`, also for another size than data.tile_size"
         bands, size = self.cfg.data.extra_bands, self.cfg.data.tile_size
-        # every tile's place was checked before the run
         if view is None:
-            found = read_tile(self.manifest, tile, bands, self.stats, georeference=False)
+            found = read_tile(self.manifest, tile, bands, self.stats, self.georeference)
         else:
-            found = read_coarse(self.manifest, view, bands, self.stats, georeference=False)
+            found = read_coarse(self.manifest, view, bands, self.stats, self.georeference)
         h, w = found[2].shape
         if (h, w) != (size, size):
             row = self.manifest.table.loc[tile]
@@ -245,10 +245,11 @@ class Loaders:
 
 def eval_loader(manifest:Manifest,    # one split
                 stats:Stats,          # of the training split
-                cfg:RtsConfig         # batch size and workers
+                cfg:RtsConfig,        # batch size and workers
+                georeference:bool=True   # for `read_row`
                ) -> DataLoader:
     "Every tile of a split once, in order, without augmentation"
-    return make_loader(TileDataset(manifest, stats, cfg), cfg.loader, batch_size=cfg.batch_size)
+    return make_loader(TileDataset(manifest, stats, cfg, georeference), cfg.loader, batch_size=cfg.batch_size)
 
 def make_loader(dataset:Dataset,
                 loader:Loader,
@@ -263,7 +264,8 @@ def make_loader(dataset:Dataset,
 
 def loaders(cfg:RtsConfig,                    # data, sampler, augment, loss and loader
             manifest:Manifest|None=None,      # None: `prepare(cfg)`
-            stats:Stats|None=None             # None: `statistics(cfg, manifest)`
+            stats:Stats|None=None,            # None: `statistics(cfg, manifest)`
+            georeference:bool=True            # for `read_row`
            ) -> Loaders:
     "Balanced, augmented training batches under the curriculum, and the validation split in order"
     manifest = manifest or prepare(cfg)
@@ -276,8 +278,8 @@ def loaders(cfg:RtsConfig,                    # data, sampler, augment, loss and
         sampler = Batches(train.table.positive.to_numpy(), cfg.sampler, cfg.batch_size, cfg.seed)
     except ValueError as e:
         raise ConfigError(f'sampler: {e}') from None
-    training = make_loader(TileDataset(train, stats, cfg), cfg.loader, batch_sampler=sampler)
-    return Loaders(training, eval_loader(val, stats, cfg), stats, manifest)
+    training = make_loader(TileDataset(train, stats, cfg, georeference), cfg.loader, batch_sampler=sampler)
+    return Loaders(training, eval_loader(val, stats, cfg, georeference), stats, manifest)
 
 # %% ../nbs/02b_tiles.ipynb #3f1422f2
 class UnreadableTiles:

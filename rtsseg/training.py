@@ -139,6 +139,7 @@ def train(cfg:RunConfig,             # the whole tree
                 print('trained already: nothing to do', flush=True)
             if tracker:
                 tracker.catch_up()
+            signals.raise_late()
             return run.folder
         finished = False
         try:
@@ -155,6 +156,7 @@ def train(cfg:RunConfig,             # the whole tree
     if not finished:
         raise Stopped(f'stopped before its end ({result.reason}) at epoch {result.epoch}, step {result.step}; '
                       'the same command resumes')
+    signals.raise_late()
     return run.folder
 
 def make_tracker(run:PreparedRun, env:dict, parent:str) -> Tracker|None:

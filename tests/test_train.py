@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 # 72 tiles
 SMALL = dict(regions=2, scene_size=384, block_size=192)
-SIGKILL, SIGTERM, SIGHUP = signal.SIGKILL, signal.SIGTERM, signal.SIGHUP
+SIGINT, SIGKILL, SIGTERM, SIGHUP = signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP
 
 # ---------------------------------------------------------------- a small run
 
@@ -227,7 +227,7 @@ def program(name, config):
 @pytest.mark.slow
 @pytest.mark.parametrize('death, how', [
     ('the notebook', SIGKILL),
-    ('the trainer', SIGTERM),
+    ('the trainer', SIGINT),
     ('the trainer', SIGKILL),
     ('the command', SIGTERM),
     ('the command', SIGHUP),
@@ -513,6 +513,23 @@ def test_a_process_of_two_that_is_killed(tiny, tmp_path):
     for word in ('Traceback', '[rank'):
         assert word not in out + err
 
+def trainer_is(script, tmp_path, monkeypatch):
+    "Let a script of the shell stand for the trainer; {waits} is a file that exists once the launcher waits"
+    waits, ranks = tmp_path/'the launcher waits', []
+    wait_for_processes = rtsseg.launch.wait_for_processes
+
+    def start(program, n, env, **streams):
+        ranks.append(subprocess.Popen(['sh', '-c', script.format(waits=f"'{waits}'")], **streams))
+        return ranks, None
+
+    def wait(processes):
+        waits.touch()
+        return wait_for_processes(processes)
+
+    monkeypatch.setattr(rtsseg.launch, 'start_processes', start)
+    monkeypatch.setattr(rtsseg.launch, 'wait_for_processes', wait)
+    return ranks
+
 @pytest.mark.parametrize('what, work', [
     (Stopped, 'until [ -e {waits} ]; do sleep .05; done; kill -INT $PPID'),
     (BrokenPipeError, 'echo something; yes | head -c 200000'),
@@ -522,27 +539,30 @@ def test_a_launcher_that_is_interrupted_or_whose_output_is_closed(tiny, tmp_path
     """It closes the pipe, at which the trainer saves and stops, and waits for that, however much the trainer prints
     meanwhile"""
     cfg, _ = elsewhere(tiny, tmp_path)
-    waits, ranks = tmp_path/'the launcher waits', []
-    script = work.format(waits=f"'{waits}'") + '; cat; sleep .5; exit 3'
-    wait_for_processes = rtsseg.launch.wait_for_processes
-
-    def start(program, n, env, **streams):
-        ranks.append(subprocess.Popen(['sh', '-c', script], **streams))
-        return ranks, None
-
-    def wait(processes):
-        waits.touch()
-        return wait_for_processes(processes)
+    ranks = trainer_is(work + '; cat; sleep .5; exit 3', tmp_path, monkeypatch)
 
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
 
-    monkeypatch.setattr(rtsseg.launch, 'start_processes', start)
-    monkeypatch.setattr(rtsseg.launch, 'wait_for_processes', wait)
     with in_time(), contextlib.redirect_stdout(Closed()), pytest.raises(what):
         launch(cfg)
     assert ranks[0].returncode == 3
+
+@pytest.mark.usefixtures('default_signals')
+def test_a_launcher_that_is_interrupted_twice_does_not_wait(tiny, tmp_path, monkeypatch):
+    "The second Ctrl-C comes while the trainer saves"
+    cfg, _ = elsewhere(tiny, tmp_path)
+    script = 'until [ -e {waits} ]; do sleep .05; done; kill -INT $PPID; cat; kill -INT $PPID; exec sleep 600'
+    ranks = trainer_is(script, tmp_path, monkeypatch)
+    monkeypatch.setattr(rtsseg.launch, 'GRACE_SECONDS', 600)
+    try:
+        with in_time(), pytest.raises(KeyboardInterrupt):
+            launch(cfg)
+        assert ranks[0].poll() is None
+    finally:
+        ranks[0].kill()
+        ranks[0].wait()
 
 # ---------------------------------------------------------------- validations and their noise
 

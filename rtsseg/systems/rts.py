@@ -21,18 +21,21 @@ class RtsFeed(Feed):
     def __init__(self, cfg, manifest):
         self.cfg, self.manifest = cfg, manifest
         self.source, self.hash = manifest.path.name, manifest.hash
+        self.is_checked = False
 
     def check(self) -> None:
         "Read every tile of every split, and compute the statistics of the training split"
         from rtsseg.prepare import check_all_tiles, statistics
         check_all_tiles(self.cfg, self.manifest)
         statistics(self.cfg, self.manifest)
+        self.is_checked = True
 
     @cached_property
     def built(self) -> Any:
         "Both loaders, and the statistics with which tiles are normalised"
         from rtsseg.tiles import loaders
-        return loaders(self.cfg, self.manifest)
+        # the check has compared the places of the files, which takes longer than reading them
+        return loaders(self.cfg, self.manifest, georeference=not self.is_checked)
 
     def loaders(self) -> tuple[Any, Any]:
         "Loaders of the training and of the validation split"

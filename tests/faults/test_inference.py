@@ -480,7 +480,7 @@ def test_42_a_raster_of_others_is_kept(model, tmp_path):
     assert mine.read_bytes() == before
 
 @pytest.mark.usefixtures('default_signals')
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_42_asked_to_stop(model, tmp_path, capsys, monkeypatch, number):
     "A signal ends the command after the current windows, with exit code 3, and the same command resumes"
     path, _ = scene(tmp_path/'scene.tif', 300, 100)

@@ -88,6 +88,14 @@ def test_16_a_mask_off_by_a_pixel_without_crs(world):
     rewrite(world/'t0_m.tif', crs=None, shift=(1, 0))
     check_unreadable(world, r'the mask is shifted against its image by \(1.00, 0.00\) pixels')
 
+def test_16_loaders_compare_places_themselves(world):
+    "Where no check has read the tiles, as in a script of one's own"
+    rewrite(world/'t2_m.tif', shift=(1, 0))
+    feed = loaders(settings(world))
+    assert sum(len(batch['tile']) for batch in feed.val) == 2
+    problem, = feed.val.dataset.lost()
+    assert "mask 't2_m.tif': the mask is shifted against its image" in problem
+
 def test_16_a_mask_of_another_size(world):
     rewrite(world/'t0_m.tif', lambda mask: mask[:, :-1])
     check_unreadable(world, "tile 't0', mask 't0_m.tif': the mask has 32 × 31 pixels, its image 32 × 32")

@@ -50,7 +50,7 @@ from rtsseg.workers import WorkerError
 FAULTS = {
     31: ('the run is killed: in a step, before or during a write, one of two processes',
          'the same command resumes and ends in the same bits'),
-    32: ('the run is asked to stop (SIGTERM): in training, in validation, while saving, twice',
+    32: ('the run is asked to stop (SIGTERM, Ctrl-C): in training, in validation, while saving, twice',
          'it stops within a step; the same command resumes'),
     33: ('the disk is full',
          'the older file stays complete and the run continues; a run whose last state cannot be written stops, '

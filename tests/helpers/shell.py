@@ -62,8 +62,9 @@ def run_redirected(*call, out, err, prepare, **options):
     "Run a command whose output goes to files"
     redirect(1, out)
     redirect(2, err)
-    # SIGHUP ends it, also where the process that runs the tests ignores it
+    # these end it, also where the process that runs the tests ignores them
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare:
         prepare()
     run_command(*call, **options)
@@ -156,6 +157,7 @@ class ForkedTrainer:
             self.take_streams(stdin, stdout, stderr)
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             code = exit_code(lambda: run_command(Path(program[0]).name, *program[1:], cwd='.', env=env))
             sys.stdout.flush()
         finally:
