@@ -68,7 +68,7 @@ class StopSignals:
             signal.signal(number, self.before[number])
             if os.getpid() == self.process:
                 # a handler must not use Python's buffers
-                os.write(2, b'\nstopping after this step; Ctrl-C again does not wait\n')
+                os.write(2, b'\nsaving, then stopping; Ctrl-C again does not wait\n')
         if self.run is not None:
             self.run.stop(self.why)
 

@@ -243,9 +243,9 @@ class Loaders:
     stats: Stats
     manifest: Manifest
 
-def eval_loader(manifest:Manifest,    # one split
-                stats:Stats,          # of the training split
-                cfg:RtsConfig,        # batch size and workers
+def eval_loader(manifest:Manifest,       # one split
+                stats:Stats,             # of the training split
+                cfg:RtsConfig,           # batch size and workers
                 georeference:bool=True   # for `read_row`
                ) -> DataLoader:
     "Every tile of a split once, in order, without augmentation"
