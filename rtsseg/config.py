@@ -222,8 +222,13 @@ class LoopConfig(Strict):
     device: Annotated[Literal['auto', 'cpu', 'cuda'], Undeciding()] = Field(
         'auto', description='auto takes a GPU where there is one')
     precision: Literal['fp16', 'bf16', 'fp32'] = Field(
-        'fp16', description='mixed precision on CUDA; a CPU always computes in fp32')
+        'fp16', description='mixed precision; a CPU computes in fp32 unless this is bf16')
     epochs: PositiveInt = Field(300, description='most epochs')
+    steps_per_epoch: Annotated[PositiveInt | None, Since('0.3')] = Field(
+        None, description='optimizer steps of an epoch; null: one pass over what the epoch holds')
+    budget_minutes: Annotated[PositiveFloat | None, Since('0.3')] = Field(
+        None, description='how long training may take on this machine: fits steps_per_epoch and val_frequency; '
+                          'null: no limit')
     batch_size: PositiveInt = Field(
         32, description='tiles per process and micro-batch; effective: × processes × accumulate')
     accumulate: PositiveInt = Field(1, description='micro-batches per optimizer step')
@@ -239,6 +244,12 @@ class LoopConfig(Strict):
         {}, description='weight of each loss part; 1 where it is not named')
     stages: Annotated[list[Stage], AfterValidator(check_gapless), AfterValidator(check_first_stage)] = Field(
         [], description='a schedule of its own; empty means the two phases of the guide')
+
+    @model_validator(mode='after')
+    def _one_length_of_an_epoch(self):
+        if self.budget_minutes and self.steps_per_epoch:
+            raise ValueError('budget_minutes fits steps_per_epoch: leave out one of them')
+        return self
 
     @model_validator(mode='after')
     def _one_way_to_slow_layers(self):

@@ -7,7 +7,8 @@ __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTo
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
            'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'set_train_mode', 'seed_epoch',
            'set_rates', 'rates_by_part', 'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch',
-           'is_warmed_up', 'watch_progress', 'end_epoch', 'scales_of', 'begin', 'resume', 'finish', 'fit']
+           'is_warmed_up', 'watch_progress', 'end_epoch', 'scales_of', 'begin', 'batches_per_epoch', 'resume', 'finish',
+           'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -694,6 +695,10 @@ def begin(cfg:LoopConfig,        # what to do
         raise ConfigError(f'hard negatives: {type(task).__name__} has no difficulty that they could be drawn by')
     return run
 
+def batches_per_epoch(cfg:LoopConfig) -> int|None:
+    "Batches of a process in an epoch of `steps_per_epoch`; None: one pass over the data"
+    return cfg.steps_per_epoch and cfg.steps_per_epoch * cfg.accumulate
+
 def resume(run:TrainingState) -> None:
     "Load the newest checkpoint, where there is one"
     if run.processes.is_main:
@@ -738,7 +743,8 @@ def fit(cfg:LoopConfig,       # what to do
     check_loader(val, 'val')
     run = begin(cfg, task, model, train.batch_sampler, Path(folder), Observers(observers))
     resume(run)
-    train, val = rank_loader(train, run.processes, even=True), rank_loader(val, run.processes, even=False)
+    train = rank_loader(train, run.processes, even=True, length=batches_per_epoch(cfg))
+    val = rank_loader(val, run.processes, even=False)
     run.tell('on_start', run)
     while run.epoch <= cfg.epochs and not run.finished and not run.reason:
         enter_stage(run)

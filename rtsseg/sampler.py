@@ -103,7 +103,13 @@ class Batches:
         if epoch != self.epoch:
             self._losses |= self._learnt
             self._learnt = {}
-        self.epoch = epoch
+        self.epoch, self.pass_number = epoch, 0
+
+    def set_pass(self,
+                 number:int    # from 0
+                ) -> None:
+        "Choose the pass of an epoch that has more steps than its pool fills: each pass is another draw"
+        self.pass_number = number
 
     @property
     def learns(self) -> bool:
@@ -144,7 +150,7 @@ class Batches:
              state:dict   # of `state`; {} starts a new run
             ) -> None:
         "Continue from `state`"
-        self.epoch = state.get('epoch', 1)
+        self.epoch, self.pass_number = state.get('epoch', 1), 0
         self._losses = dict(state.get('losses', {}))
         self._learnt = dict(state.get('learnt', {}))
 
@@ -170,30 +176,32 @@ class Batches:
         n = p.positives + p.negatives
         places = (np.arange(p.positives) * n + int(start * n)) // p.positives
         stream = np.insert(negative, places - np.arange(p.positives), rng.permutation(self.positive))
-        keys = self._keys(stream)
+        keys = self._keys(stream, np.full(len(stream), self.pass_number))
         for i in range(p.steps):
             yield keys[i * self.batch_size:(i + 1) * self.batch_size]
 
     def _balanced(self, p, negative, rng):
         "Batches with a fixed number of positives, which repeat in shuffled passes"
         n_pos, n_neg = self.n_pos, self.batch_size - self.n_pos
-        passes = -(-p.steps * n_pos // p.positives)
-        repeated = np.concatenate([rng.permutation(self.positive) for _ in range(passes)])
+        repeats = -(-p.steps * n_pos // p.positives)
+        repeated = np.concatenate([rng.permutation(self.positive) for _ in range(repeats)])
         drawn = p.tiles - min(p.negatives, p.steps * n_neg)
-        positive_keys = self._keys(repeated[:drawn], p.positives)
-        negative_keys = self._keys(negative)
+        occurrences = self.pass_number * repeats + np.arange(drawn) // p.positives
+        positive_keys = self._keys(repeated[:drawn], occurrences)
+        negative_keys = self._keys(negative, np.full(len(negative), self.pass_number))
         for i in range(p.steps):
             yield positive_keys[i * n_pos:(i + 1) * n_pos] + negative_keys[i * n_neg:(i + 1) * n_neg]
 
-    def _keys(self, tiles, pass_length=None):
-        "Keys of a stream; a tile comes once in each pass, where there are passes"
-        def occurrence(i):
-            return i // pass_length if pass_length else 0
-        return [(self.seed, self.epoch, t, occurrence(i)) for i, t in enumerate(tiles.tolist())]
+    def _keys(self, tiles, occurrences):
+        "Keys of a stream of tiles"
+        pairs = zip(tiles.tolist(), occurrences.tolist(), strict=True)
+        return [(self.seed, self.epoch, tile, occurrence) for tile, occurrence in pairs]
 
     def _rng(self, stream):
         # the spawn key keeps these draws apart from those of the tiles
-        return np.random.default_rng(np.random.SeedSequence((self.seed, self.epoch), spawn_key=(stream,)))
+        of_pass = (self.pass_number,) if self.pass_number else ()
+        seeds = np.random.SeedSequence((self.seed, self.epoch), spawn_key=(stream, *of_pass))
+        return np.random.default_rng(seeds)
 
     def _hard(self, k):
         "Draw k negatives by weight: the k smallest exponential times of these rates (Efraimidis and Spirakis 2006)"

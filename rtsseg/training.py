@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
+from .budget import with_budget
 from .checkpoint import UnsavedError, load_state
 from .config import ConfigError, RunConfig, find_system, to_yaml
 from .console import logger
@@ -172,7 +173,8 @@ def fit_or_explain(run:PreparedRun, observers:list) -> TrainingState:
     train_loader, val_loader = run.feed.loaders()
     task, model = run.system.task(run.cfg, run.feed), run.new_model()
     try:
-        return fit(run.cfg, task, model, train_loader, val_loader, run.folder, observers)
+        cfg = with_budget(run.cfg, task, model, train_loader, val_loader, run.folder)
+        return fit(cfg, task, model, train_loader, val_loader, run.folder, observers)
     except (UnsavedError, WorkerError) as e:
         raise RunError(str(e)) from None
     except torch.OutOfMemoryError:

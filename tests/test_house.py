@@ -142,7 +142,7 @@ WINGS = {
             'prepare',
     'feed': 'sampler augment tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals',
-    'learn': 'losses models weights infer checkpoint workers processes schedule loop',
+    'learn': 'losses models weights infer checkpoint workers processes schedule loop budget',
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
