@@ -80,7 +80,7 @@ def fit_to_minutes(cfg:LoopConfig,    # epochs, val_frequency and budget_minutes
     return FittedBudget(steps_per_epoch=steps, val_frequency=val_frequency, minutes=cfg.budget_minutes, pace=pace)
 
 # %% ../nbs/04o_budget.ipynb #cmeas
-# steps of each stage, and batches of the validation, that are measured; the first steps are slower than all others
+# steps of each stage, the slow first ones apart, and batches of the validation, that are measured
 WARM_STEPS, TIMED_STEPS, TIMED_BATCHES = 2, 6, 4
 
 def seconds_per_step(run:TrainingState, train:DataLoader) -> float:
