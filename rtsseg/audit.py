@@ -59,6 +59,7 @@ def _block_leaks(table):
 def leaks(manifest:Manifest       # all splits
          ) -> list[Finding]:
     "Ground that splits share: overlapping footprints and, for tiles without a CRS, shared blocks"
+    manifest = manifest.whole or manifest
     try:
         pairs = overlaps(manifest.table)
     except DataError as e:
@@ -81,6 +82,7 @@ def _equal_images(manifest):
 
 def _copies(manifest):
     "Findings about equal images"
+    manifest = manifest.whole or manifest
     table = manifest.table
     across, inside = [], []
     for rows in _equal_images(manifest):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'GREY', 'draw', 'normal', 'elastic', 'pixel_places', 'copy_channels', 'matrix', 'moves', 'warp',
-           'move_channels', 'change_contrast', 'add_noise', 'equalise', 'light', 'Pipeline', 'Augmenter', 'boundary',
-           'soft_labels']
+           'needed_rim', 'move_channels', 'change_contrast', 'add_noise', 'equalise', 'light', 'Pipeline', 'Augmenter',
+           'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
 import functools
@@ -139,13 +139,14 @@ def warp(image:np.ndarray,             # (H, W, C) float32
          mask:np.ndarray,              # (H, W) uint8
          fill:list[float],             # C values that pad the image; 255 pads the mask
          drawn:dict,                   # of `draw`
-         rng:np.random.Generator       # advances with the elastic transform
-        ) -> tuple[np.ndarray, np.ndarray]:   # image and mask, new arrays of the same shapes and types
+         rng:np.random.Generator,      # advances with the elastic transform
+         rim:int=0                     # pixels on each side that surround the tile and are left out of the result
+        ) -> tuple[np.ndarray, np.ndarray]:   # image and mask without the rim, new arrays of the same types
     "All geometric transforms of a draw by one map: linear for the image, nearest for the mask"
-    h, w = mask.shape
+    h, w = (side - 2*rim for side in mask.shape)
     before, after = moves(drawn, (h, w))
     middle, back, further = matrix(1, 0, 0, 1, (w-1)/2, (h-1)/2), np.linalg.inv(after), np.linalg.inv(before)
-    source = (middle @ further @ back @ np.linalg.inv(middle))[:2]
+    source = (matrix(1, 0, 0, 1, rim, rim) @ middle @ further @ back @ np.linalg.inv(middle))[:2]
     constant = dict(borderMode=cv2.BORDER_CONSTANT)
     if 'elastic' in drawn:
         place = cv2.transform(pixel_places(h, w), source)
@@ -162,6 +163,16 @@ def warp(image:np.ndarray,             # (H, W, C) float32
             return cv2.warpAffine(a, source, (w, h), flags=flags, borderValue=value, **constant)
     kind = cv2.INTER_LINEAR if WARP & set(drawn) else cv2.INTER_NEAREST
     return move_channels(image, fill, kind, move), move(mask, cv2.INTER_NEAREST, 255)
+
+def needed_rim(drawn:dict,    # of `draw`
+               side:int       # of a square tile, pixels
+              ) -> int:
+    "How far the corners of a draw reach beyond its tile, pixels; at most its side. An elastic move is not counted"
+    before, after = moves(drawn, (side, side))
+    half = (side - 1)/2
+    corners = np.array([[x, y, 1] for x in (-half, half) for y in (-half, half)]).T
+    reached = np.abs((np.linalg.inv(after @ before) @ corners)[:2]).max()
+    return min(math.ceil(max(reached - half - 1e-6, 0)), side)
 
 def move_channels(image:np.ndarray, fill:list[float], kind:int, move:Callable) -> np.ndarray:
     "Move an image of any number of channels: OpenCV pads at most four with values of their own"
@@ -277,8 +288,9 @@ class Augmenter:
     def __call__(self,
                  image:np.ndarray,   # (H, W, C) float32: R, G, B in [0, 1], then the EXTRA channels in their own units
                  mask:np.ndarray,    # (H, W) uint8: 0, 1, 255 = ignore
-                 key:Key             # (seed, epoch, tile, occurrence)
-                ) -> tuple[np.ndarray, np.ndarray]:   # image and mask, of the same shapes and types
+                 key:Key,            # (seed, epoch, tile, occurrence)
+                 rim:int=0           # of `rim`: how much of image and mask surrounds the tile
+                ) -> tuple[np.ndarray, np.ndarray]:   # image and mask without the rim, of the same types
         "One draw; the arrays that come in stay as they are"
         self._check(image, mask)
         if not self.cfg.enabled:
@@ -287,7 +299,7 @@ class Augmenter:
             return self.pipeline(image, mask, key)
         rng = np.random.default_rng(key)
         drawn = draw(self.cfg, rng)
-        image, mask = warp(image, mask, self.fill, drawn, rng)
+        image, mask = warp(image, mask, self.fill, drawn, rng, rim)
         if len(self.fill) == 3:
             light(image, drawn, rng)
             return image, mask
@@ -295,6 +307,12 @@ class Augmenter:
         light(rgb, drawn, rng)
         copy_channels(3, [rgb], [image])
         return image, mask
+
+    def rim(self, key:Key, side:int) -> int:
+        "How many pixels around a tile a draw needs, so that nothing is padded; 0 for a pipeline"
+        if not self.cfg.enabled or self.pipeline:
+            return 0
+        return needed_rim(draw(self.cfg, np.random.default_rng(key)), side)
 
     def _check(self, image, mask):
         if image.shape != (*mask.shape, len(self.fill)) or image.dtype != np.float32 or mask.dtype != np.uint8:

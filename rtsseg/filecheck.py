@@ -13,6 +13,9 @@ import numpy as np
 import pandas as pd
 import pyproj
 import shapely
+from rasterio import windows
+from rasterio.coords import BoundingBox
+from rasterio.windows import Window
 
 from .audit import LEAK_KINDS, audit
 from .columns import SPLITS
@@ -22,7 +25,7 @@ from .findings import Finding, cases_finding
 from .ground import BOX, crs_name, footprints
 from .manifest import Manifest
 from .raster import open_raster, resolve_inside
-from .rawtile import RawTile, read_row, tile_name
+from .rawtile import RawTile, own_square, read_row, tile_name
 from .splits import thin_splits
 from .stats import Moments, empty_positive, merge_moments, mixed_dtypes, moments
 
@@ -54,6 +57,10 @@ def misplaced(manifest:Manifest, row:pd.Series) -> str:
     "What the header of an image says against its row of the manifest; '' where both agree"
     with open_raster(manifest.root/row['image']) as ds:
         crs, bounds, pixel = ds.crs, ds.bounds, abs(ds.transform.a)
+        square = own_square(row)
+        if square:
+            window = Window(square.left, square.top, square.side, square.side)
+            bounds = BoundingBox(*windows.bounds(window, ds.transform))
     if 'none' in (row['crs'], str(crs).lower()):
         agree = row['crs'] == str(crs).lower()
         return '' if agree else f"the manifest says CRS {row['crs']}, the raster {crs}"
@@ -143,7 +150,8 @@ def _check_headers(manifest, tiles, tile_size):
     sizes = [f'{name}: {shape} pixels' for name, shape in zip(_names(manifest, odd), odd['shape'])]
     dtypes = {dtype: _rows(manifest, part) for dtype, part in tiles.groupby('dtype')}
     return [cases_finding('grid', places, 'error', 'CRS and footprint as in the manifest'),
-            cases_finding('tile size', sizes, 'error', f'all {want}', f'data.tile_size is {tile_size}'),
+            cases_finding('tile size', sizes, 'error', f'all {want}', f'data.tile_size is {tile_size}',
+                          f'data.tile_size is {tile_size}; data.crops.enabled=true takes images of any size'),
             cases_finding('dtype', mixed_dtypes(dtypes), 'error', f'all {tiles.dtype.iloc[0]}')]
 
 # %% ../nbs/01i_filecheck.ipynb #efileche5

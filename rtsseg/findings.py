@@ -24,27 +24,30 @@ class Finding:
     value: str = ''  # what was seen
     note: str = ''   # what it means, or what to do
     each: list = field(default_factory=list)   # every single case: tile, field, file and what is wrong with it
+    remedy: str = '' # what to do about all cases
 
 def cases_finding(what:str,            # what was checked
                   bad:Iterable[str],   # every case that is not good
                   level:str,           # of the finding if there is any
                   good:str='none',     # what was seen if there is none
-                  note:str=''          # what it means
+                  note:str='',         # what it means
+                  remedy:str=''        # what to do about all cases
                  ) -> Finding:
     "A finding about a list of cases, which is ok if the list is empty"
     bad = list(bad)
     if not bad:
         return Finding('ok', what, good)
-    return Finding(level, what, some_names(bad), note, bad)
+    return Finding(level, what, some_names(bad), note, bad, remedy)
 
 def error_lines(findings:Iterable[Finding]) -> list[str]:
-    "All errors, a line for each case, up to 50 of one kind"
+    "All errors, a line for each case, up to 50 of one kind, and what to do about them"
     lines = []
     for finding in findings:
         if finding.level == 'error':
             value = f'{finding.value} ({finding.note})' if finding.note else finding.value
             cases = finding.each or [value]
             lines += first_lines([f'{finding.what}: {case}' for case in cases])
+            lines += [f'{finding.what}: {finding.remedy}'] if finding.remedy else []
     return lines
 
 def has_errors(findings:Iterable[Finding]) -> bool:

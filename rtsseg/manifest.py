@@ -99,6 +99,7 @@ class Manifest:
     table: pd.DataFrame   # the columns of `COLUMNS`, and positive
     root: Path            # folder that paths are relative to
     path: Path            # the file it was read from
+    whole: 'Manifest|None' = None   # of the images that these tiles are windows of; None: a tile is a whole image
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,11 +108,14 @@ class Manifest:
            split:str       # train, val, test or buffer
           ) -> 'Manifest': # its tiles, numbered from 0
         "One split"
-        return Manifest(self.table[self.table.split == split].reset_index(drop=True), self.root, self.path)
+        whole = None if self.whole is None else self.whole.of(split)
+        return Manifest(self.table[self.table.split == split].reset_index(drop=True), self.root, self.path, whole)
 
     @property
     def hash(self) -> str:   # 16 hexadecimal digits
-        "Hash of the content, whatever the format, the order of rows or the place"
+        "Hash of the content, whatever the format, the order of rows or the place; windows have that of their images"
+        if self.whole is not None:
+            return self.whole.hash
         table = self.table.sort_values('tile_id')
         hashes = table[[name for name in HASH_COLUMNS.values() if name in table]].to_dict('records')
         found = hashlib.sha256()

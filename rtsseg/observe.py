@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from .config import Metrics, RtsConfig
 from .console import DataError, progress
 from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
-from .infer import Predictor, predict_logits
+from .infer import Predictor, judged_part, predict_logits
 from .manifest import Manifest
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
 from .runs import StoredThresholds
@@ -67,11 +67,11 @@ def object_thresholds(metrics:Metrics, folder:Path, split:str, views:str) -> lis
     return sorted(thresholds)
 
 # %% ../nbs/04n_observe.ipynb #cobpass
-def tile_logits(packed:Predictor, image:torch.Tensor, ask:Pass) -> torch.Tensor:
-    "Logits of a batch of tiles, (B, H, W)"
+def tile_logits(packed:Predictor, batch:dict, ask:Pass) -> torch.Tensor:
+    "Logits of a batch of tiles, (B, H, W), without those of the context around windows"
     device = ask.accelerator.device
     with torch.inference_mode(), ask.accelerator.autocast():
-        return predict_logits(packed.model, image.to(device), ask.views)
+        return judged_part(predict_logits(packed.model, batch['image'].to(device), ask.views), batch)
 
 def observe_tiles(packed:Predictor,          # a model on the device of the pass
                   loader:DataLoader,         # the split
@@ -84,7 +84,7 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
     thresholds = object_thresholds(cfg.metrics, ask.folder, ask.split, ask.views)
     meter = Meter(part.table, thresholds, bins, ask.views, widths=cfg.metrics.boundary_widths)
     for batch in progress(loader, f'{ask.split}: batches of tiles'):
-        meter.update(tile_logits(packed, batch['image'], ask), batch['target'], batch['tile'])
+        meter.update(tile_logits(packed, batch, ask), batch['target'], batch['tile'])
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
     return meter.evidence()
 
@@ -105,8 +105,8 @@ def logits_for_pictures(packed:Predictor, loader:DataLoader, part:Manifest, ask:
     maps = {}
     for tile in picture_tiles(evidence):
         row = int(np.flatnonzero(part.table.tile_id == tile)[0])
-        image = loader.dataset[row]['image']
-        maps[tile] = tile_logits(packed, image[None], ask)[0].float().half().cpu().numpy()
+        batch = default_collate([loader.dataset[row]])
+        maps[tile] = tile_logits(packed, batch, ask)[0].float().half().cpu().numpy()
     return pack_arrays(maps)
 
 # %% ../nbs/04n_observe.ipynb #cobsay

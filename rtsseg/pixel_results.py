@@ -26,6 +26,7 @@ from .objects import IOUS
 from .operating import Replicates
 from .results import ReportError, Results, Run, read_checked, require_file, shell_path, short_path
 from .scores import CODES
+from .windows import windows_or_tiles
 
 # %% ../nbs/06e_pixel_results.ipynb #cpixelr1
 @dataclass(repr=False)
@@ -74,7 +75,7 @@ def read_calibration(run:Run) -> Calibration:
 def read_own_manifest(run:Run) -> Manifest|None:
     "The manifest that a run was trained on; None where it does not exist any more or was changed"
     try:
-        manifest = read_manifest(run.cfg.data.manifest, run.cfg.data.block_size)
+        manifest = windows_or_tiles(read_manifest(run.cfg.data.manifest, run.cfg.data.block_size), run.cfg.data)
     except (DataError, OSError):
         return None
     return manifest if manifest.hash == run.environment.get('manifest_hash') else None

@@ -210,9 +210,10 @@ def valid_pixels(ds:DatasetReader,        # an open raster
 
 # %% ../nbs/01a_raster.ipynb #eraster6
 def unwritten_pixels(ds:DatasetReader,    # an open raster
-                     planes:np.ndarray,   # whole rows that were read from it: bands × H × W
+                     planes:np.ndarray,   # what was read from it: bands × H × W
                      bands:list[int],     # which bands these are, from 1
-                     top:int=0            # first of the rows
+                     top:int=0,           # where that begins in the raster
+                     left:int=0
                     ) -> np.ndarray:      # H × W bool
     "Pixels in blocks that were never written, and are read as 0"
     rows, columns = planes.shape[1:]
@@ -220,14 +221,14 @@ def unwritten_pixels(ds:DatasetReader,    # an open raster
     for band, plane in zip(bands, planes):
         height, width = ds.block_shapes[band - 1]
         smallest = ((rows - 1) % height + 1) * ((columns - 1) % width + 1)
-        is_whole = top == 0 and rows == ds.height
+        is_whole = (rows, columns) == ds.shape
         if is_whole and plane.size - np.count_nonzero(plane) < smallest:
             continue
         for y in range(top - top % height, top + rows, height):
-            for x in range(0, columns, width):
+            for x in range(left - left % width, left + columns, width):
                 offset = ds.get_tag_item(f'BLOCK_OFFSET_{x // width}_{y // height}', 'TIFF', bidx=band)
                 if offset is None:
-                    missing[max(y - top, 0):y - top + height, x:x + width] = True
+                    missing[max(y - top, 0):y - top + height, max(x - left, 0):x - left + width] = True
     return missing
 
 # %% ../nbs/01a_raster.ipynb #eraster7

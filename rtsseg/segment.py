@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import Metrics, RtsConfig
 from .evidence import Evidence, Meter
+from .infer import judged_part
 from .intervals import summary
 from .loop import Task
 from .losses import IGNORE, make_loss
@@ -75,8 +76,8 @@ class SegmentTask(Task):
         return parts(model)
 
     def forward(self, model:nn.Module, batch:dict) -> torch.Tensor:    # (B, H, W) logits
-        "The logits of a batch"
-        return model(batch['image'])[:, 0]
+        "The logits of a batch, without those of the context around windows"
+        return judged_part(model(batch['image'])[:, 0], batch)
 
     def count(self, batch:dict) -> dict[str, float]:
         "What the mean of each loss is taken over"

@@ -25,9 +25,10 @@ from .files import FileError, read_json, typed, write_atomic
 from .ground import BOX
 from .manifest import Manifest
 from .prepare import prepare, statistics
-from .rawtile import RawTile, read_row, shrink, tile_name
+from .rawtile import RawTile, Square, ignore_seen, own_square, read_row, shrink, tile_name
 from .sampler import Batches
 from .stats import MAX_UNREADABLE, Stats
+from .windows import draw_crop, with_context, with_rim
 
 # %% ../nbs/02b_tiles.ipynb #6924ac71
 # image float32 (H, W, 3), EXTRA float32 (H, W, n), mask uint8 (H, W): 0, 1, 255
@@ -57,11 +58,12 @@ def read_tile(manifest:Manifest,              # one or all splits
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
               stats:Stats|None=None,          # None leaves raw values, also where data are missing
-              georeference:bool=True          # for `read_row`
+              georeference:bool=True,         # for `read_row`
+              square:Square|None=None         # another part of the image than the row's own
              ) -> ScaledTile:
     "Read one tile: scaled, nodata at the channel mean and 255 in the mask. Raises `DataError` naming tile and field"
     row = manifest.table.loc[i]
-    return scale_tile(read_row(manifest.root, row, extra_bands, georeference), tile_name(row), stats)
+    return scale_tile(read_row(manifest.root, row, extra_bands, georeference, square), tile_name(row), stats)
 
 # %% ../nbs/02b_tiles.ipynb #a2051661
 def neighbours(manifest:Manifest,   # one split: a view must not reach into another
@@ -125,8 +127,14 @@ def read_coarse(manifest:Manifest,          # one split
     return scale_tile(RawTile(rgb, extra, label, valid), tile_name(t.loc[first]), stats)
 
 # %% ../nbs/02b_tiles.ipynb #a78f6c5f
+def _stack(image, extra):
+    "All channels of a tile in one array (H, W, C)"
+    return np.concatenate([image, extra], 2) if extra.shape[2] else image
+
 class TileDataset(Dataset):
-    "Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself"
+    """Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself
+
+    Of the windows of a manifest, a draw is a crop, and the tile itself comes with the context around it."""
 
     def __init__(self,
                  manifest:Manifest,         # one split
@@ -139,6 +147,9 @@ class TileDataset(Dataset):
         # tiles that could not be read, in any process
         self.unread = torch.zeros(len(manifest), dtype=torch.bool).share_memory_()
         self.around = self._neighbours() if cfg.data.multi_resolution.p else None
+        self.are_windows = manifest.whole is not None
+        # what a model sees beside a tile, on each side
+        self.context = cfg.data.context
 
     def _neighbours(self):
         "Rows around each training tile, for coarser views; None for another split"
@@ -156,27 +167,70 @@ class TileDataset(Dataset):
 
     def __getitem__(self,
                     key:int|tuple           # a tile's row, or (seed, epoch, tile, occurrence)
-                   ) -> dict:               # image float32 (C, H, W), target float32 (H, W) with 255 = ignore, tile int
-        train = not isinstance(key, int | np.integer)
-        tile = key[2] if train else int(key)
-        found = self.read(tile, self.view(key) if train else None)
+                   ) -> dict:
+        """A sample: image float32 (C, H, W), target float32 (H, W) with 255 = ignore, tile int
+
+        Where the image has context, `corner` is the (row, column) at which the target begins in it, int (2,)."""
+        if isinstance(key, int | np.integer):
+            return self._evaluated(int(key))
+        return self._drawn(key)
+
+    def _evaluated(self, tile):
+        "The tile itself, with its context"
+        row = self.manifest.table.loc[tile]
+        square = with_context(row, self.context) if self.context else None
+        found = self.read(tile, square=square)
+        if found is None:
+            return self._blank(tile, self.context)
+        image, extra, mask = found
+        if square is None:
+            return self._sample(tile, _stack(image, extra), mask.astype(np.float32))
+        top, left = row['top'] - square.top, row['left'] - square.left
+        mask = mask[top:top + row['side'], left:left + row['side']]
+        ignore_seen(mask, row)
+        sample = self._sample(tile, _stack(image, extra), mask.astype(np.float32))
+        return sample | dict(corner=torch.tensor([top, left]))
+
+    def _drawn(self, key):
+        "An augmented draw"
+        tile = key[2]
+        rim = self.augment.rim(key, self.cfg.data.tile_size) if self.are_windows else 0
+        found = self._crop(key, rim) if self.are_windows else self.read(tile, self.view(key))
         if found is None:
             return self._blank(tile)
         image, extra, mask = found
-        if extra.shape[2]:
-            image = np.concatenate([image, extra], 2)
-        if train:
-            image, mask = self.augment(image, mask, key)
-        target = boundary(mask, self.cfg.loss) if train else mask.astype(np.float32)
+        image, mask = self.augment(_stack(image, extra), mask, key, rim)
+        return self._sample(tile, image, boundary(mask, self.cfg.loss))
+
+    def _crop(self, key, rim):
+        "The crop of a draw with a rim; a negative draw that would hold an object is the window itself"
+        row = self.manifest.table.loc[key[2]]
+        # apart from the draws of the augmentation
+        crop = draw_crop(row, np.random.default_rng((*key, 2)), self.cfg.data.crops.jitter)
+        found = self.read(key[2], square=with_rim(crop, rim))
+        if found is None or row['n_positive']:
+            return found
+        inner = slice(rim, rim + crop.side)
+        if (found[2][inner, inner] == 1).any():
+            found = self.read(key[2], square=with_rim(own_square(row), rim))
+            if found is not None:
+                # objects of the window before it
+                ignore_seen(found[2][inner, inner], row)
+        return found
+
+    def _sample(self, tile, image, target):
+        "What a loader batches"
         channels_first = self.stats.normalise(image).transpose(2, 0, 1)
         image = torch.from_numpy(np.ascontiguousarray(channels_first, np.float32))
         return dict(image=image, target=torch.from_numpy(target), tile=tile)
 
-    def _blank(self, tile):
+    def _blank(self, tile, context=0):
         "What an unreadable tile counts as: channel means (0 once normalised), and no label"
         size = self.cfg.data.tile_size
-        image = torch.zeros(len(self.stats.channels), size, size)
-        return dict(image=image, target=torch.full((size, size), 255.), tile=tile)
+        side = size + 2 * context
+        image = torch.zeros(len(self.stats.channels), side, side)
+        blank = dict(image=image, target=torch.full((size, size), 255.), tile=tile)
+        return blank | dict(corner=torch.tensor([context, context])) if context else blank
 
     def problem(self, tile:int) -> str:
         "Why the tile of a row cannot be read"
@@ -190,11 +244,12 @@ class TileDataset(Dataset):
         "The problem of each tile that could not be read so far, in any process"
         return [self.problem(i) for i in self.unread.nonzero()[:, 0].tolist()]
 
-    def _load(self, tile, view=None):
-        "A tile, or a coarser view; raises `DataError`, also for another size than data.tile_size"
+    def _load(self, tile, view=None, square=None):
+        "A tile, a coarser view or a square of its image; raises `DataError`, also for a tile of another size"
         bands, size = self.cfg.data.extra_bands, self.cfg.data.tile_size
         if view is None:
-            found = read_tile(self.manifest, tile, bands, self.stats, self.georeference)
+            found = read_tile(self.manifest, tile, bands, self.stats, self.georeference, square)
+            size = size if square is None else square.side
         else:
             found = read_coarse(self.manifest, view, bands, self.stats, self.georeference)
         h, w = found[2].shape
@@ -204,10 +259,10 @@ class TileDataset(Dataset):
                             f'and data.tile_size is {size}')
         return found
 
-    def read(self, tile:int, view:np.ndarray|None=None) -> ScaledTile|None:
-        "The tile or its view; None, and a note in `unread`, where the tile cannot be read"
+    def read(self, tile:int, view:np.ndarray|None=None, square:Square|None=None) -> ScaledTile|None:
+        "The tile, its view or a square of its image; None, and a note in `unread`, where it cannot be read"
         try:
-            return self._load(tile, view)
+            return self._load(tile, view, square)
         except DataError:
             if view is None:
                 self.unread[tile] = True

@@ -95,8 +95,10 @@ class RTS(System):
         "The tiles of the manifest, which is made from its source first where it is missing; raises `DataError`"
         from rtsseg.manifest import read_manifest
         from rtsseg.prepare import prepare as prepare_manifest
+        from rtsseg.windows import windows_or_tiles
         if not prepare:
-            return RtsFeed(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size))
+            manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
+            return RtsFeed(cfg, windows_or_tiles(manifest, cfg.data))
         if not cfg.data.manifest.exists():
             # tiles are not made for a model that cannot be built
             self.refuse_early(cfg)
@@ -114,6 +116,7 @@ class RTS(System):
         from rtsseg.models import build, check_size
         model = build(cfg.model)
         check_size(model, cfg.data.tile_size)
+        check_size(model, cfg.data.tile_size + 2 * cfg.data.context)
         return model
 
     def task(self, cfg:RtsConfig, feed:RtsFeed) -> Any:
