@@ -528,6 +528,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.ground.transformer': ('ground.html#transformer', 'rtsseg/ground.py')},
             'rtsseg.importers': { 'rtsseg.importers.SourceImage': ('importers.html#sourceimage', 'rtsseg/importers.py'),
                                   'rtsseg.importers._cut': ('importers.html#_cut', 'rtsseg/importers.py'),
+                                  'rtsseg.importers._false_claims': ('importers.html#_false_claims', 'rtsseg/importers.py'),
                                   'rtsseg.importers._field_rows': ('importers.html#_field_rows', 'rtsseg/importers.py'),
                                   'rtsseg.importers._import_images': ('importers.html#_import_images', 'rtsseg/importers.py'),
                                   'rtsseg.importers._mapped_table': ('importers.html#_mapped_table', 'rtsseg/importers.py'),

@@ -254,6 +254,17 @@ def _region_splits(splits, regions, problems):
         problems.append(f'splits.yaml: region {region!r} is in no split (buffer: [{region}] leaves it out)')
     return split_of
 
+def _false_claims(table, meta):
+    "Where TrainClass and label disagree, a line for each tile"
+    claims, problems = dict(zip(meta.tile_id, meta.trainclass)), []
+    for tile_id, n_positive in zip(table.tile_id, table.n_positive):
+        claim = f'tile_id {tile_id!r}, TrainClass: {claims[tile_id]}'
+        if claims[tile_id] == 'positive' and not n_positive:
+            problems.append(f'{claim}, but its label holds no slump pixel')
+        if claims[tile_id] == 'negative' and n_positive:
+            problems.append(f'{claim}, but its label holds slump pixels ({n_positive})')
+    return problems
+
 def _field_rows(root, meta, split_of, problems):
     "The rows of the manifest"
     def path(folder, tile_id):
@@ -290,9 +301,6 @@ def import_field(source:FieldSource,            # the folder
     rows = _field_rows(root, meta, split_of, problems)
     raise_problems(root.name, problems)
     table = complete_table(pd.DataFrame(rows), root, block_size, 'metadata.csv')
-    claims = table.tile_id.map(dict(zip(meta.tile_id, meta.trainclass))) == 'positive'
-    empty = table.tile_id[claims & ~table.positive]
-    raise_problems('metadata.csv', [f'tile_id {tile_id!r}, TrainClass: positive, but its label holds no slump pixel'
-                                    for tile_id in empty])
+    raise_problems('metadata.csv', _false_claims(table, meta))
     write_manifest(table, path)
     return read_manifest(path, block_size)
