@@ -304,6 +304,8 @@ class FieldSource(Strict):
     "The field's own layout: PLANET-RGB/, EXTRA/, labels/, metadata.csv, splits.yaml"
     kind: Literal['field'] = 'field'
     path: Path = Field(..., description='the folder that holds them, relative to the config file')
+    registry: Annotated[Path | None, Since('0.3')] = Field(
+        None, description='YAML file of the EXTRA bands, name: number from 1; null: by their description')
 
 Source = Annotated[ToySource | TableSource | FieldSource, Field(discriminator='kind')]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .columns import COLUMNS, SPLITS, check_columns, complete_table
+from .columns import COLUMNS, OPTIONAL, SPLITS, check_columns, complete_table
 from .console import DataError, raise_problems
 from .files import digest, write_atomic
 from .ground import BOX, crs_name, footprints
@@ -85,10 +85,10 @@ def read_table_file(path:str|Path   # CSV, Parquet, GeoParquet or GeoPackage
     return table
 
 # %% ../nbs/01d_manifest.ipynb #emanifes2
-def _hashed_line(values, hashes):
+def _hashed_line(values, optional):
     "One row, as the hash of the content sees it"
     texts = [f'{value + 0.:.12g}' if isinstance(value, float) else value for value in values]
-    filled = {name: value for name, value in hashes.items() if value}
+    filled = {name: value for name, value in optional.items() if value}
     if filled:
         texts.append(filled)
     return json.dumps(texts) + '\n'
@@ -113,9 +113,9 @@ class Manifest:
     def hash(self) -> str:   # 16 hexadecimal digits
         "Hash of the content, whatever the format, the order of rows or the place"
         table = self.table.sort_values('tile_id')
-        hashes = table[[name for name in HASH_COLUMNS.values() if name in table]].to_dict('records')
+        optional = table[[name for name in OPTIONAL if name in table]].to_dict('records')
         found = hashlib.sha256()
-        for values, filled in zip(table[COLUMNS].itertuples(index=False), hashes):
+        for values, filled in zip(table[COLUMNS].itertuples(index=False), optional):
             found.update(_hashed_line(values, filled).encode())
         return found.hexdigest()[:16]
 

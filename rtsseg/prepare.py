@@ -22,7 +22,7 @@ from .console import DataError, logger
 from .filecheck import check_files, check_tile_sizes
 from .files import FileError, read_json, write_atomic
 from .findings import error_lines
-from .importers import import_field, import_table
+from .importers import import_field, import_table, read_registry
 from .manifest import FORMATS, Manifest, read_manifest
 from .runs import run_folder
 from .stats import Stats, compute_stats
@@ -30,8 +30,11 @@ from .toy import make_toy
 
 # %% ../nbs/01m_prepare.ipynb #22a258ea
 def source_settings(source:ToySource|TableSource|FieldSource) -> dict:
-    "The settings of a source that decide the tiles; its path does not"
-    return source.model_dump(mode='json', exclude={'path'})
+    "The settings of a source that decide the tiles: the content of a registry, and no path"
+    settings = source.model_dump(mode='json', exclude={'path', 'registry'})
+    if source.kind == 'field' and source.registry:
+        settings['registry'] = read_registry(source.registry)
+    return settings
 
 def is_made(source:ToySource|TableSource|FieldSource,
             path:Path                                     # the manifest

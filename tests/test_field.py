@@ -4,11 +4,15 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 
-from rtsseg.config import FieldSource
+from rtsseg.config import FieldSource, RtsConfig
 from rtsseg.console import DataError
 from rtsseg.importers import import_field
+from rtsseg.prepare import find_manifest
+from rtsseg.raster import write_raster
 from rtsseg.rawtile import example_tiles
+from rtsseg.tiles import read_tile
 
 @pytest.fixture
 def folder(tmp_path):
@@ -42,4 +46,56 @@ def test_a_negative_tile_with_a_slump_is_named(folder):
     assert len(lines) == 2
     for name, line in zip(slumps, lines):
         assert f'{name!r}, TrainClass: negative, but its label holds slump pixels' in line
+    assert not (folder/'manifest.csv').exists()
+
+# ---------------------------------------------------------------- EXTRA bands by index
+def without_descriptions(folder):
+    "The EXTRA rasters with their two bands exchanged and no word on what they are; what they held: {tile_id: planes}"
+    held = {}
+    for file in (folder/'EXTRA').iterdir():
+        with rasterio.open(file) as ds:
+            held[file.stem], place, crs = ds.read(), ds.transform, ds.crs
+        write_raster(file, held[file.stem][::-1], place, crs)
+    return held
+
+def field_config(folder, registry=None, manifest=None, **data):
+    source = dict(kind='field', path=folder, registry=registry)
+    return RtsConfig(data=dict(source=source, manifest=manifest or folder/'manifest.csv', tile_size=64,
+                               block_size=400, split_check='warn', **data), runs=folder.parent/'runs')
+
+def test_bands_are_found_by_a_registry(folder, tmp_path):
+    held = without_descriptions(folder)
+    plain = import_field(FieldSource(path=folder), folder/'plain.csv', block_size=400)
+    with pytest.raises(DataError, match=r"no band is described as 'ndvi'"):
+        read_tile(plain, 0, ['ndvi'])
+    (tmp_path/'bands.yaml').write_text('relief: 1\nndvi: 2\n')
+    cfg = field_config(folder, registry=tmp_path/'bands.yaml')
+    manifest = find_manifest(cfg)
+    # which band is which is part of the content
+    assert manifest.hash != plain.hash
+    for row in range(len(manifest)):
+        _, extra, _ = read_tile(manifest, row, ['ndvi', 'relief'])
+        assert (extra.transpose(2, 0, 1) == held[manifest.table.tile_id[row]]).all()
+    with pytest.raises(DataError, match=r"extra_bands numbers no band 'nvdi' \(did you mean 'ndvi'"):
+        read_tile(manifest, 0, ['nvdi'])
+
+def test_a_registry_that_was_changed_is_noticed(folder, tmp_path):
+    "A manifest that was made with another one is not used silently"
+    registry = tmp_path/'bands.yaml'
+    registry.write_text('ndvi: 1\nrelief: 2\n')
+    cfg = field_config(folder, registry=registry)
+    assert find_manifest(cfg).hash == find_manifest(cfg).hash
+    registry.write_text('ndvi: 2\nrelief: 1\n')
+    with pytest.raises(DataError, match='registry ndvi=1 relief=2 .asked for: ndvi=2 relief=1'):
+        find_manifest(cfg)
+
+@pytest.mark.parametrize('text, message', [
+    ('ndvi: 0', 'bands count from 1'), ('ndvi: one', 'bands count from 1'), ('- ndvi', 'a mapping was expected'),
+    ('', 'names no band'), ('ndvi: 1\nndvi: 2', 'ndvi'), ('soil water: 1', "'soil': name=number was expected"),
+    (None, 'cannot be read')])
+def test_a_wrong_registry_is_named(folder, tmp_path, text, message):
+    if text is not None:
+        (tmp_path/'bands.yaml').write_text(text)
+    with pytest.raises(DataError, match=f'bands.yaml.*{message}'):
+        import_field(FieldSource(path=folder, registry=tmp_path/'bands.yaml'), folder/'manifest.csv')
     assert not (folder/'manifest.csv').exists()
