@@ -269,6 +269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.config.ConfigError': ('config.html#configerror', 'rtsseg/config.py'),
                                'rtsseg.config.CurriculumRow': ('config.html#curriculumrow', 'rtsseg/config.py'),
                                'rtsseg.config.Data': ('config.html#data', 'rtsseg/config.py'),
+                               'rtsseg.config.Data._one_root': ('config.html#data._one_root', 'rtsseg/config.py'),
+                               'rtsseg.config.Data.tiles_root': ('config.html#data.tiles_root', 'rtsseg/config.py'),
                                'rtsseg.config.EMA': ('config.html#ema', 'rtsseg/config.py'),
                                'rtsseg.config.EarlyStopping': ('config.html#earlystopping', 'rtsseg/config.py'),
                                'rtsseg.config.Elastic': ('config.html#elastic', 'rtsseg/config.py'),

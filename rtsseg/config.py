@@ -319,6 +319,9 @@ class Data(Strict):
     "Where tiles come from (guide 8, 10.1)"
     manifest: Annotated[Path, Undeciding()] = Field(
         Path('data/manifest.csv'), description='CSV, Parquet, GeoPackage or GeoParquet, relative to the config file')
+    root: Annotated[Path | None, Undeciding(), Since('0.3')] = Field(
+        None, description='folder that holds the tiles, and that the paths in the manifest are relative to; '
+                          'null: that of the manifest, or data.source.path for the layout of the field')
     source: Annotated[Source | None, Undeciding()] = Field(
         None, description='what makes the manifest where it is missing')
     tile_size: PositiveInt = Field(512, description='side of the tiles, pixels (guide 9.1)')
@@ -328,6 +331,22 @@ class Data(Strict):
     split_check: Annotated[Literal['error', 'warn'], Undeciding()] = Field(
         'error', description='splits that overlap or are too thin (too few positives): refuse or warn')
     multi_resolution: MultiResolution = MultiResolution()
+
+    @model_validator(mode='after')
+    def _one_root(self):
+        if self.root is not None and self.source is not None:
+            raise ValueError('root says where the tiles of a manifest lie, and source, which makes one, '
+                             'has a place of its own: leave out one of them')
+        return self
+
+    @property
+    def tiles_root(self) -> Path:
+        "The folder that holds the tiles: nothing outside of it is read, and nothing is written into it"
+        if self.root is not None:
+            return self.root
+        if self.source is not None and self.source.kind == 'field':
+            return self.source.path
+        return self.manifest.parent
 
 # %% ../nbs/00b_config.ipynb #8df88625
 RisingPair = AfterValidator(check_rising)

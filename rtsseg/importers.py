@@ -300,14 +300,11 @@ def _field_rows(root, meta, split_of, problems):
 
 # %% ../nbs/01j_importers.ipynb #fc69e461
 def import_field(source:FieldSource,            # the folder
-                 path:str|Path,                 # the manifest to make; in the folder, since its paths must not leave it
+                 path:str|Path,                 # the manifest to make, anywhere: nothing is written into the folder
                  block_size:float=10_000.       # side of a block, metres
                 ) -> Manifest:
     "Turn the field's own layout into a manifest. Raises one `DataError`"
     path, root, problems = Path(path), Path(source.path), []
-    if path.resolve().parent != root.resolve():
-        raise DataError(f'{path}: the manifest of this layout lies in its folder: '
-                        f'set data.manifest to {root/path.name}')
     meta = _read_metadata(root)
     try:
         splits = read_yaml(root/'splits.yaml')
@@ -322,4 +319,4 @@ def import_field(source:FieldSource,            # the folder
     table = complete_table(table, root, block_size, 'metadata.csv')
     raise_problems('metadata.csv', _false_claims(table, meta))
     write_manifest(table, path)
-    return read_manifest(path, block_size)
+    return read_manifest(path, block_size, root)

@@ -62,7 +62,7 @@ def predict_logits(model:nn.Module,      # gives logits (B, 1, H, W) from images
 
 # %% ../nbs/04a_infer.ipynb #0d198615
 # where things lie on the machine that trained stays out of what is published
-MACHINE_FIELDS = dict(runs=True, tracker=True, data={'manifest', 'source'})
+MACHINE_FIELDS = dict(runs=True, tracker=True, data={'manifest', 'root', 'source'})
 
 STATS = 'normalization_stats.json'
 

@@ -137,17 +137,19 @@ class Manifest:
 
 # %% ../nbs/01d_manifest.ipynb #emanifes3
 def read_manifest(path:str|Path,                # .csv, .parquet, .geoparquet or .gpkg
-                  block_size:float=10_000.      # side of a block, metres, where the manifest names none
+                  block_size:float=10_000.,     # side of a block, metres, where the manifest names none
+                  root:str|Path|None=None       # folder that its paths are relative to; None: its own
                  ) -> Manifest:
     "Read and check a manifest and compute what it lacks; nothing is written. Raises `DataError`"
     path = Path(path)
+    root = path.parent if root is None else Path(root)
     table = read_table_file(path)
     check_columns(path.name, table, ['tile_id', 'image', 'mask', 'split', 'region'])
     try:
-        return Manifest(complete_table(table, path.parent, block_size, path.name), path.parent, path)
+        return Manifest(complete_table(table, root, block_size, path.name), root, path)
     except DataError as e:
         if e.valid_rows is not None:
-            e.valid_rows = Manifest(e.valid_rows, path.parent, path)
+            e.valid_rows = Manifest(e.valid_rows, root, path)
         raise
 
 # %% ../nbs/01d_manifest.ipynb #emanifes4

@@ -74,7 +74,8 @@ def read_calibration(run:Run) -> Calibration:
 def read_own_manifest(run:Run) -> Manifest|None:
     "The manifest that a run was trained on; None where it does not exist any more or was changed"
     try:
-        manifest = read_manifest(run.cfg.data.manifest, run.cfg.data.block_size)
+        data = run.cfg.data
+        manifest = read_manifest(data.manifest, data.block_size, data.tiles_root)
     except (DataError, OSError):
         return None
     return manifest if manifest.hash == run.environment.get('manifest_hash') else None

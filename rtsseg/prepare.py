@@ -107,7 +107,7 @@ def find_manifest(cfg:RtsConfig     # data.manifest and data.source
     if source is not None and not is_made(source, path):
         make_manifest(cfg)
     try:
-        return read_manifest(path, cfg.data.block_size)
+        return read_manifest(path, cfg.data.block_size, cfg.data.tiles_root)
     except DataError as e:
         if e.valid_rows is None or not len(e.valid_rows):
             raise

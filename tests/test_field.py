@@ -6,13 +6,15 @@ import pandas as pd
 import pytest
 import rasterio
 
-from rtsseg.config import FieldSource, RtsConfig
+from helpers.runs import MODEL
+from rtsseg.config import FieldSource, RtsConfig, find_system, load
 from rtsseg.console import DataError
 from rtsseg.importers import import_field
 from rtsseg.prepare import find_manifest
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import example_tiles
 from rtsseg.tiles import read_tile
+from rtsseg.training import train
 
 @pytest.fixture
 def folder(tmp_path):
@@ -58,10 +60,13 @@ def without_descriptions(folder):
         write_raster(file, held[file.stem][::-1], place, crs)
     return held
 
-def field_config(folder, registry=None, manifest=None, **data):
+def field_config(folder, registry=None, manifest=None):
+    "A config of RGB and one EXTRA band"
     source = dict(kind='field', path=folder, registry=registry)
-    return RtsConfig(data=dict(source=source, manifest=manifest or folder/'manifest.csv', tile_size=64,
-                               block_size=400, split_check='warn', **data), runs=folder.parent/'runs')
+    data = dict(source=source, manifest=manifest or folder/'manifest.csv', tile_size=64, block_size=400,
+                split_check='warn', extra_bands=['ndvi'])
+    return RtsConfig(data=data, runs=folder.parent/'runs', model=MODEL | dict(in_channels=4), batch_size=4,
+                     epochs=1, loader=dict(num_workers=0), device='cpu', tracker=dict(kind='none'))
 
 def test_bands_are_found_by_a_registry(folder, tmp_path):
     held = without_descriptions(folder)
@@ -99,3 +104,52 @@ def test_a_wrong_registry_is_named(folder, tmp_path, text, message):
     with pytest.raises(DataError, match=f'bands.yaml.*{message}'):
         import_field(FieldSource(path=folder, registry=tmp_path/'bands.yaml'), folder/'manifest.csv')
     assert not (folder/'manifest.csv').exists()
+
+# ---------------------------------------------------------------- a folder that is only read
+@pytest.fixture
+def read_only(folder):
+    "The folder without the right to write, and what it held, down to the times"
+    def held():
+        return {file: file.stat().st_mtime_ns for file in [folder, *folder.rglob('*')]}
+    before = held()
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield folder
+    # tests may run as root, who can write everywhere
+    assert held() == before
+    for path in before:
+        path.chmod(0o755)
+
+def test_nothing_is_written_into_the_data(read_only, tmp_path):
+    "Manifest and its card at the place that is named, statistics beside the runs; a model is trained"
+    home = tmp_path/'made'/'here'
+    cfg = field_config(read_only, manifest=home/'manifest.csv')
+    folder = train(cfg)
+    assert {file.name for file in home.iterdir()} >= {'manifest.csv', 'source.json'}
+    assert (folder.parent/'normalization_stats.json').is_file()
+    # as evaluation and report read it
+    assert find_system('rts').feed(load(folder/'config.yaml')).manifest.root == read_only
+    # where the data lie is not published with the model
+    assert str(tmp_path) not in (folder/'model'/'config.yaml').read_text()
+
+def test_a_manifest_is_used_without_its_source(read_only, tmp_path):
+    "data.root says where the tiles are; another place is an error with row and field"
+    made = find_manifest(field_config(read_only, manifest=tmp_path/'manifest.csv'))
+    cfg = RtsConfig(data=dict(manifest=tmp_path/'manifest.csv', root=read_only))
+    assert find_manifest(cfg).hash == made.hash
+    with pytest.raises(DataError, match="tile_id 'Banks_00'.*'PLANET-RGB/Banks_00.tif': no such file"):
+        find_manifest(RtsConfig(data=dict(manifest=tmp_path/'manifest.csv')))
+
+def test_paths_do_not_leave_the_root(read_only, tmp_path):
+    "Not even into the folder of the manifest"
+    find_manifest(field_config(read_only, manifest=tmp_path/'manifest.csv'))
+    table = pd.read_csv(tmp_path/'manifest.csv')
+    shutil.copy(read_only/table.image[0], tmp_path/'near.tif')
+    for path, message in (('../near.tif', 'leaves'), (str(tmp_path/'near.tif'), 'absolute'), ('near.tif', 'no such')):
+        table.assign(image=table.image.where(table.index > 0, path)).to_csv(tmp_path/'manifest.csv', index=False)
+        with pytest.raises(DataError, match=rf"row 1 \(tile_id 'Banks_00'\), image: .*{message}"):
+            find_manifest(RtsConfig(data=dict(manifest=tmp_path/'manifest.csv', root=read_only)))
+
+def test_one_place_for_the_tiles(folder):
+    with pytest.raises(ValueError, match='root says where the tiles of a manifest lie'):
+        RtsConfig(data=dict(root=folder, source=dict(kind='field', path=folder)))

@@ -96,7 +96,7 @@ class RTS(System):
         from rtsseg.manifest import read_manifest
         from rtsseg.prepare import prepare as prepare_manifest
         if not prepare:
-            return RtsFeed(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size))
+            return RtsFeed(cfg, read_manifest(cfg.data.manifest, cfg.data.block_size, cfg.data.tiles_root))
         if not cfg.data.manifest.exists():
             # tiles are not made for a model that cannot be built
             self.refuse_early(cfg)
