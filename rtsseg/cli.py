@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'RunArguments', 'as_list', 'Argument', 'argument_kind', 'arguments_of', 'argument_parser',
            'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_check',
-           'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate',
+           'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -202,6 +202,26 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
     from rtsseg.config import find_system
     cfg = shared.settings()
     find_system(cfg.system).check(cfg, batches, picture)
+
+@command()
+def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParquet, a row for each tile
+                 out:str='',               # the new table, with a column split; its suffix decides the format
+                 by:str='block',           # what is dealt whole: block or region
+                 shares:str='',            # of each split; '': train=0.72 val=0.14 test=0.14
+                 regions:str='',           # YAML file instead: regions under train, val, test; others go to train
+                 seed:int=0,               # order of equal blocks
+                 block_size:int=10_000,    # side of a block, metres, where the table names none
+                 root:str=''               # folder that the table's paths are relative to; '': its own
+                ) -> None:
+    "Make splits of whole blocks or regions for a table of tiles, and write it to a new file"
+    from rtsseg.config import ConfigError
+    missing = [name for name, value in dict(table=table, out=out).items() if not value]
+    if missing:
+        raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
+    from rtsseg.splits import parse_shares, read_regions, show_splits, split_table
+    made = split_table(table, out, by, parse_shares(shares), read_regions(regions) if regions else None, seed,
+                       block_size, root or None)
+    print(show_splits(made))
 
 @command()
 def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:

@@ -1,6 +1,8 @@
 """Manifests, splits, statistics and importers across files and formats. Wrong ones are in faults/test_manifest.py,
 test_rasters.py and test_masks.py"""
+import itertools
 import json
+import re
 import shutil
 
 import cv2
@@ -16,6 +18,7 @@ from rasterio.transform import Affine
 
 from helpers.tiles import findings, rewrite, write_extra, write_tile
 from rtsseg.audit import audit
+from rtsseg.cli import main
 from rtsseg.columns import COLUMNS, complete_table
 from rtsseg.config import TableSource
 from rtsseg.console import DataError
@@ -23,7 +26,7 @@ from rtsseg.filecheck import balanced_correlation
 from rtsseg.findings import has_errors
 from rtsseg.ground import BOX, grid_blocks, overlaps
 from rtsseg.importers import import_table
-from rtsseg.manifest import Manifest, read_manifest, write_manifest
+from rtsseg.manifest import FORMATS, Manifest, read_manifest, write_manifest
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import shrink
 from rtsseg.splits import deal_splits, make_splits, thin_splits
@@ -386,3 +389,66 @@ def test_a_coarse_view_is_made_of_its_tiles(tiny_world):
 
     rows[0, 0] = -1
     assert (read_coarse(manifest, rows, stats=stats)[2][:32, :32] == 255).all()
+
+# ---------------------------------------------------------------- rtsseg split
+@pytest.fixture
+def unsplit(world):
+    "The six tiles in three regions, without splits"
+    table = pd.read_csv(world/'m.csv').drop(columns='split').assign(region=list('aabbcc'), block=list('xxyyzz'))
+    table.to_csv(world/'t.csv', index=False)
+    return world
+
+def split_command(capsys, **arguments):
+    "Exit code and what was printed"
+    code = main(['split', *itertools.chain(*((f'--{name}', str(value)) for name, value in arguments.items()))])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('by', ['block', 'region'])
+def test_split_of_any_table(unsplit, capsys, suffix, by):
+    "Whole blocks or regions, in whatever format; what is written is a manifest with these tiles"
+    table = complete_table(pd.read_csv(unsplit/'t.csv'), unsplit)
+    source = write_manifest(table, unsplit/f'source{suffix}')
+    before = source.read_bytes()
+    code, printed = split_command(capsys, table=source, out=unsplit/f'new{suffix}', by=by,
+                                  shares='train=1 val=1 test=1')
+    assert code == 0, printed
+    made = read_manifest(unsplit/f'new{suffix}').table
+    assert made.groupby(by).split.nunique().max() == 1
+    # three regions or blocks of the same area, three equal shares
+    assert made.groupby('split').size().to_dict() == dict(test=2, train=2, val=2)
+    assert made.tile_id.tolist() == table.tile_id.tolist()
+    assert re.search(r'train +2 +2 +72 +1 +1\n', printed), printed
+    assert 'thin: test holds 2 positive tiles, fewer than 100' in printed
+    assert source.read_bytes() == before
+
+def test_split_by_named_regions(unsplit, capsys, tmp_path):
+    "As splits.yaml names them; the rest trains. Elsewhere, the folder of the tiles is said"
+    (tmp_path/'s.yaml').write_text('val: [b]\ntest: [c]\n')
+    code, printed = split_command(capsys, table=unsplit/'t.csv', out=tmp_path/'else'/'new.csv',
+                                  regions=tmp_path/'s.yaml')
+    assert code == 0, printed
+    made = read_manifest(tmp_path/'else'/'new.csv', root=unsplit).table
+    assert made.groupby('region').split.first().to_dict() == dict(a='train', b='val', c='test')
+    assert f'relative to {unsplit}' in printed and 'data.root' in printed
+
+@pytest.mark.parametrize('change, message', [
+    (dict(by='blocks'), r"by: 'blocks' is not block or region \(did you mean 'block'\?\)"),
+    (dict(shares='train=1 vall=2'), r"'vall' is not a split \(did you mean 'val'\?\)"),
+    (dict(shares='train=x'), "'train=x': a share above 0 was expected"),
+    (dict(shares='train=nan'), 'a share above 0 was expected'),
+    (dict(regions='s.yaml'), r"regions: 'd' is not a region.*\n.*'a' is in val and in test"),
+    (dict(regions='s.yaml', shares='train=1'), 'one of them decides'),
+    (dict(out='t.csv'), 't.csv is there already: name another file'),
+    (dict(out='new.xlsx'), 'new.xlsx: a manifest is .csv'),
+    (dict(table='none.csv'), 'none.csv: no such file'),
+    (dict(out=''), '--out is not given'),
+])
+def test_split_says_what_is_wrong_and_writes_nothing(unsplit, capsys, monkeypatch, change, message):
+    (unsplit/'s.yaml').write_text('val: [a, d]\ntest: [a]\n')
+    monkeypatch.chdir(unsplit)
+    before = sorted(unsplit.rglob('*'))
+    code, printed = split_command(capsys, **(dict(table='t.csv', out='new.csv') | change))
+    assert code == 2 and re.search(message, printed), printed
+    assert sorted(unsplit.rglob('*')) == before
