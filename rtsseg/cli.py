@@ -218,8 +218,8 @@ def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParq
     missing = [name for name, value in dict(table=table, out=out).items() if not value]
     if missing:
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
-    from rtsseg.splits import parse_shares, read_regions, show_splits, split_table
-    made = split_table(table, out, by, parse_shares(shares), read_regions(regions) if regions else None, seed,
+    from rtsseg.splits import parse_shares, read_regions, show_splits, write_splits
+    made = write_splits(table, out, by, parse_shares(shares), read_regions(regions) if regions else None, seed,
                        block_size, root or None)
     print(show_splits(made))
 

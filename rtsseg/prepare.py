@@ -12,6 +12,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
@@ -174,6 +175,9 @@ def statistics(cfg:RtsConfig, manifest:Manifest) -> Stats:
     computed = _checked_stats(cfg, manifest)
     stats = replace(computed, mean=[*mean, *computed.mean[len(mean):]], std=[*std, *computed.std[len(std):]],
                     manifest_hash=manifest.hash)
+    if cfg.data.version:
+        now = datetime.now(UTC).isoformat(timespec='seconds')
+        stats = replace(stats, data_version=cfg.data.version, computed=now)
     stats.save(path)
     return stats
 
@@ -185,7 +189,7 @@ def _checked_stats(cfg, manifest):
     except DataError as e:
         problems.append(str(e))
     try:
-        computed = compute_stats(manifest.of('train'), cfg.data.extra_bands)
+        computed = compute_stats(manifest.of('train'), cfg.data.extra_bands, cfg.data.clip_percentiles)
     except DataError as e:
         problems.append(str(e))
     if problems:

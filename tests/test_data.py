@@ -20,7 +20,7 @@ from helpers.tiles import findings, rewrite, write_extra, write_tile
 from rtsseg.audit import audit
 from rtsseg.cli import main
 from rtsseg.columns import COLUMNS, complete_table
-from rtsseg.config import TableSource
+from rtsseg.config import RtsConfig, TableSource, hashed_settings
 from rtsseg.console import DataError
 from rtsseg.filecheck import balanced_correlation
 from rtsseg.findings import has_errors
@@ -29,8 +29,9 @@ from rtsseg.importers import import_table
 from rtsseg.manifest import FORMATS, Manifest, read_manifest, write_manifest
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import shrink
+from rtsseg.runs import config_hash
 from rtsseg.splits import deal_splits, make_splits, thin_splits
-from rtsseg.stats import Stats, compute_stats, merge_moments, moments
+from rtsseg.stats import Stats, code_values, compute_stats, merge_moments, moments, ordered_codes
 from rtsseg.tiles import neighbours, read_coarse, read_tile
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -90,6 +91,55 @@ def test_manifest_is_computed_not_written(world):
     assert manifest.of('val').table.tile_id.tolist() == ['t2', 't3']
     shutil.copytree(world, world/'moved')
     assert read_manifest(world/'moved'/'m.csv').hash == manifest.hash
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+def test_clipped_statistics_equal_numpy(tmp_path, dtype):
+    "Outliers count as the percentile; RGB exactly, EXTRA to a hundredth of the value"
+    rng = np.random.default_rng(0)
+    place, planes, extras, rows = Affine(3, 0, 0, 0, -3, 0), [], [], []
+    for k in range(3):
+        plane = rng.integers(60, 90, (3, 32, 32)).astype(dtype)
+        plane[:, :2, :4] = 255
+        extra = rng.normal(-5, 2, (1, 32, 32)).astype('float32')
+        extra[:, :1, :3] = 1e6
+        write_raster(tmp_path/f'{k}.tif', plane, place, 'EPSG:3413')
+        write_raster(tmp_path/f'{k}_e.tif', extra, place, 'EPSG:3413', names=['ndvi'])
+        rows.append(dict(tile_id=str(k), image=f'{k}.tif', mask='', extra=f'{k}_e.tif', region='r', split='train'))
+        planes, extras = [*planes, plane.reshape(3, -1)], [*extras, extra.reshape(1, -1)]
+    pd.DataFrame(rows).to_csv(tmp_path/'m.csv', index=False)
+    manifest = read_manifest(tmp_path/'m.csv').of('train')
+    values = np.concatenate([np.concatenate(planes, 1), np.concatenate(extras, 1)]).astype('float64')
+    low, high = np.percentile(values, [1, 99], axis=1, method='inverted_cdf')
+    want = np.clip(values, low[:, None], high[:, None])
+    plain, clipped = (compute_stats(manifest, ['ndvi'], clip) for clip in (None, (1, 99)))
+    divisor = np.array([clipped.scale] * 3 + [1])
+    np.testing.assert_allclose(np.array(clipped.mean) * divisor, want.mean(1), rtol=.01)
+    np.testing.assert_allclose(np.array(clipped.std) * divisor, want.std(1), rtol=.01)
+    np.testing.assert_allclose(np.array(clipped.mean[:3]) * clipped.scale, want.mean(1)[:3], rtol=1e-6)
+    np.testing.assert_allclose(np.array(clipped.std[:3]) * clipped.scale, want.std(1)[:3], rtol=1e-6)
+    assert plain.std[3] > 1e4 > 10 > clipped.std[3]
+    assert (plain.clip_percentiles, clipped.clip_percentiles) == ([], [1, 99])
+
+@quick
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_codes_keep_the_order_of_floats(values):
+    "A larger value has no smaller code, and a code stands for the value to a hundredth"
+    values = np.sort(np.array(values, 'float32'))
+    codes = ordered_codes(values)
+    assert (np.diff(codes) >= 0).all()
+    np.testing.assert_allclose(code_values('float32')[codes], values, rtol=.01, atol=1e-38)
+
+def test_version_and_clipping_are_settings(tiny_world):
+    "At their defaults they leave hash and file of older runs; each makes another run"
+    def cfg(**data):
+        return RtsConfig(data=dict(manifest=tiny_world, **data))
+    hashes = {config_hash(cfg(**data)) for data in ({}, dict(version='2.0'), dict(clip_percentiles=[1, 99]))}
+    assert len(hashes) == 3
+    settings = hashed_settings(cfg())['data']
+    assert not {'version', 'clip_percentiles', 'root'} & set(settings)
+    for wrong in ([99, 1], [1, 1], [-1, 99], [1, 101], [1]):
+        with pytest.raises(ValueError, match='clip_percentiles'):
+            cfg(clip_percentiles=wrong)
 
 @pytest.mark.parametrize('box, crs, message', [
     ((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'),
