@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'RunArguments', 'as_list', 'Argument', 'argument_kind', 'arguments_of', 'argument_parser',
            'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_check',
-           'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate',
+           'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -204,6 +204,26 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
     find_system(cfg.system).check(cfg, batches, picture)
 
 @command()
+def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParquet, a row for each tile
+                 out:str='',               # the new table, with a column split; its suffix decides the format
+                 by:str='block',           # what is dealt whole: block or region
+                 shares:str='',            # of each split; '': train=0.72 val=0.14 test=0.14
+                 regions:str='',           # YAML file instead: regions under train, val, test; others go to train
+                 seed:int=0,               # order of equal blocks
+                 block_size:int=10_000,    # side of a block, metres, where the table names none
+                 root:str=''               # folder that the table's paths are relative to; '': its own
+                ) -> None:
+    "Make splits of whole blocks or regions for a table of tiles, and write it to a new file"
+    from rtsseg.config import ConfigError
+    missing = [name for name, value in dict(table=table, out=out).items() if not value]
+    if missing:
+        raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
+    from rtsseg.splits import parse_shares, read_regions, show_splits, write_splits
+    made = write_splits(table, out, by, parse_shares(shares), read_regions(regions) if regions else None, seed,
+                       block_size, root or None)
+    print(show_splits(made))
+
+@command()
 def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:
     "Find the largest batch that fits into memory, and print what memory is used for; changes nothing, reads no data"
     from rtsseg.config import find_system
@@ -305,12 +325,13 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
 def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    scene:str='',          # GeoTIFF of any size: R, G, B as in training
                    out:str='',            # the map, a .tif; beside it comes a .tif.json
-                   extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands, by their description
+                   extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
                    views:str='',          # none, minimal, standard or full; '' takes the model's
                    crs:str='',            # of a scene that names none: as EPSG:3413, or none
                    device:str='auto',     # auto, cpu or cuda
                    batch:int=8,           # windows at once
-                   force:bool=False       # replace a map, or finished rows, that were made otherwise
+                   force:bool=False,      # replace a map, or finished rows, that were made otherwise
+                   registry:str=''        # YAML file of the bands in --extra, name: number; '': by their description
                   ) -> None:
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
     import json
@@ -320,7 +341,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     if missing:
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
     from rtsseg.prediction import predict
-    print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force), indent=1))
+    print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force, registry), indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command(resumes=True)

@@ -19,7 +19,7 @@ from .config import RtsConfig, Strict, load
 from .console import DataError
 from .files import read_json, typed, write_atomic
 from .models import build
-from .stats import Stats
+from .stats import MAY_BE_ABSENT, Stats
 from .weights import ModelError, check_directory, load_weights, model_errors, place_model, read_best, save_weights
 
 # %% ../nbs/04a_infer.ipynb #c6e9ab46
@@ -72,7 +72,7 @@ def predict_logits(model:nn.Module,      # gives logits (B, 1, H, W) from images
 
 # %% ../nbs/04a_infer.ipynb #0d198615
 # where things lie on the machine that trained stays out of what is published
-MACHINE_FIELDS = dict(runs=True, tracker=True, data={'manifest', 'source'})
+MACHINE_FIELDS = dict(runs=True, tracker=True, data={'manifest', 'root', 'source'})
 
 STATS = 'normalization_stats.json'
 
@@ -127,7 +127,8 @@ def read_stats(folder:Path,              # a model directory
                extra_bands:list[str]     # of its config
               ) -> Stats:
     "Statistics that fit the bands of a config; raises `ValueError`"
-    StatsFile = create_model(STATS, __base__=Strict, **{f.name: (f.type, ...) for f in fields(Stats)})
+    types = {f.name: (f.type, MAY_BE_ABSENT.get(f.name, ...)) for f in fields(Stats)}
+    StatsFile = create_model(STATS, __base__=Strict, **types)
     try:
         stats = Stats(**typed(StatsFile, read_json(folder/STATS, folder), STATS))
     except DataError as e:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .columns import COLUMNS, SPLITS, check_columns, complete_table
+from .columns import COLUMNS, OPTIONAL, SPLITS, check_columns, complete_table
 from .console import DataError, raise_problems
 from .files import digest, write_atomic
 from .ground import BOX, crs_name, footprints
@@ -85,10 +85,10 @@ def read_table_file(path:str|Path   # CSV, Parquet, GeoParquet or GeoPackage
     return table
 
 # %% ../nbs/01d_manifest.ipynb #emanifes2
-def _hashed_line(values, hashes):
+def _hashed_line(values, optional):
     "One row, as the hash of the content sees it"
     texts = [f'{value + 0.:.12g}' if isinstance(value, float) else value for value in values]
-    filled = {name: value for name, value in hashes.items() if value}
+    filled = {name: value for name, value in optional.items() if value}
     if filled:
         texts.append(filled)
     return json.dumps(texts) + '\n'
@@ -117,9 +117,9 @@ class Manifest:
         if self.whole is not None:
             return self.whole.hash
         table = self.table.sort_values('tile_id')
-        hashes = table[[name for name in HASH_COLUMNS.values() if name in table]].to_dict('records')
+        optional = table[[name for name in OPTIONAL if name in table]].to_dict('records')
         found = hashlib.sha256()
-        for values, filled in zip(table[COLUMNS].itertuples(index=False), hashes):
+        for values, filled in zip(table[COLUMNS].itertuples(index=False), optional):
             found.update(_hashed_line(values, filled).encode())
         return found.hexdigest()[:16]
 
@@ -141,17 +141,19 @@ class Manifest:
 
 # %% ../nbs/01d_manifest.ipynb #emanifes3
 def read_manifest(path:str|Path,                # .csv, .parquet, .geoparquet or .gpkg
-                  block_size:float=10_000.      # side of a block, metres, where the manifest names none
+                  block_size:float=10_000.,     # side of a block, metres, where the manifest names none
+                  root:str|Path|None=None       # folder that its paths are relative to; None: its own
                  ) -> Manifest:
     "Read and check a manifest and compute what it lacks; nothing is written. Raises `DataError`"
     path = Path(path)
+    root = path.parent if root is None else Path(root)
     table = read_table_file(path)
     check_columns(path.name, table, ['tile_id', 'image', 'mask', 'split', 'region'])
     try:
-        return Manifest(complete_table(table, path.parent, block_size, path.name), path.parent, path)
+        return Manifest(complete_table(table, root, block_size, path.name), root, path)
     except DataError as e:
         if e.valid_rows is not None:
-            e.valid_rows = Manifest(e.valid_rows, path.parent, path)
+            e.valid_rows = Manifest(e.valid_rows, root, path)
         raise
 
 # %% ../nbs/01d_manifest.ipynb #emanifes4

@@ -75,7 +75,9 @@ def read_calibration(run:Run) -> Calibration:
 def read_own_manifest(run:Run) -> Manifest|None:
     "The manifest that a run was trained on; None where it does not exist any more or was changed"
     try:
-        manifest = windows_or_tiles(read_manifest(run.cfg.data.manifest, run.cfg.data.block_size), run.cfg.data)
+        data = run.cfg.data
+        whole = read_manifest(data.manifest, data.block_size, data.tiles_root)
+        manifest = windows_or_tiles(whole, data)
     except (DataError, OSError):
         return None
     return manifest if manifest.hash == run.environment.get('manifest_hash') else None

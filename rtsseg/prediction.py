@@ -36,10 +36,11 @@ from .config import ConfigError
 from .console import DataError, logger, nearest, progress
 from .files import FileError, digest, inside, read_json, write_atomic
 from .ground import crs_name
+from .importers import read_registry
 from .infer import VIEWS, Predictor, load_model, predict_logits
 from .launch import StopSignals
 from .raster import GDAL_OPTIONS, open_raster
-from .rawtile import RawTile, read_pixels, tile_offsets
+from .rawtile import BAND_COLUMN, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
 from .tiles import scale_tile
 from .weights import ModelError
@@ -66,12 +67,15 @@ class Scene:
                  path:Path,            # R, G and B
                  extra:str|Path,       # the EXTRA bands; '' for a model of RGB
                  crs:str,              # CRS of a scene that has none, or none; '' for a scene with a CRS
-                 model:Predictor       # the model that will see it
+                 model:Predictor,      # the model that will see it
+                 band_numbers:str=''   # numbers of the EXTRA bands, for `parse_bands`; '': by their description
                 ):
         self.stats = model.stats
         self.tile = model.cfg.data.tile_size
         self.bands = self.stats.channels[3:]
         self.files = dict(image=str(path), extra=str(extra), mask='')
+        # as a row of a manifest, for `read_pixels`
+        self.row = self.files | {BAND_COLUMN: band_numbers}
         self.given_crs = crs
         if extra and not self.bands:
             raise ConfigError('extra: the model sees RGB only: leave --extra out')
@@ -96,7 +100,7 @@ class Scene:
         "The pixels of a row of windows; those beyond the scene are not valid"
         rows = min(self.tile, self.height - top)
         try:
-            raw = read_pixels(self._open, self.files, self.bands, Window(0, top, self.width, rows))
+            raw = read_pixels(self._open, self.row, self.bands, Window(0, top, self.width, rows))
         except DataError as error:
             raise DataError(f'rows {top} to {top + rows - 1}: {error}') from None
         padding = [(0, self.tile - rows), (0, max(self.tile - self.width, 0))]
@@ -375,7 +379,7 @@ def map_settings(job:MapJob) -> dict:
     device = next(model.model.parameters()).device.type
     files = ('config.yaml', 'normalization_stats.json', 'model.safetensors')
     model_digests = ''.join(digest(model.folder/name) for name in files)
-    return dict(
+    settings = dict(
         rtsseg=version('rtsseg'),
         model=hashlib.sha256(model_digests.encode()).hexdigest(),
         calibration=calibration_settings(job.calibration),
@@ -388,6 +392,8 @@ def map_settings(job:MapJob) -> dict:
         precision=model.cfg.precision if device == 'cuda' else 'fp32',
         device=device,
     )
+    numbers = scene.row[BAND_COLUMN]
+    return settings | {BAND_COLUMN: numbers} if numbers else settings
 
 def calibration_settings(calibration:Calibration|None) -> dict|None:
     "What a map records of its calibration"
@@ -471,7 +477,8 @@ def write_map(out:Path, scene:Scene, finished:FinishedRows) -> None:
     os.replace(optimized, out)
 
 # %% ../nbs/08_predict.ipynb #cd2f7075
-def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str, batch:int) -> None:
+def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str, batch:int,
+                    registry:str|Path) -> None:
     "Raise one `ConfigError` with all arguments of `predict` that are wrong"
     problems = []
     for name, path in dict(scene=scene, extra=extra, out=out).items():
@@ -481,6 +488,8 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
         problems.append(f'out: {out.name}: a map is a .tif')
     if out.resolve() in (scene.resolve(), Path(extra).resolve()):
         problems.append(f'out: {out.name} is what the map is made from: give the map another name')
+    if registry and not extra:
+        problems.append('registry: it numbers the bands of --extra, which is not given')
     if views not in ('', *VIEWS):
         problems.append(f'views: {views!r} is not one of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
     if device not in ('auto', 'cpu', 'cuda'):
@@ -555,24 +564,26 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
 def predict(model_dir:str|Path,      # a model directory
             scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training
             out:str|Path,            # the map, a .tif
-            extra:str|Path='',       # a GeoTIFF on the same grid with the model's EXTRA bands, by description
+            extra:str|Path='',       # a GeoTIFF on the same grid with the model's EXTRA bands
             views:str='',            # none, minimal, standard or full; '' takes the model's
             crs:str='',              # CRS of a scene that has none: EPSG:3413, for example, or none
             device:str='auto',       # auto, cpu or cuda
             batch:int=8,             # windows at once; half precision gives other last digits for another number
-            force:bool=False         # replace a map, or finished rows, of other settings
+            force:bool=False,        # replace a map, or finished rows, of other settings
+            registry:str|Path=''     # YAML file of the bands in `extra`, name: number; '': by their description
            ) -> dict:                # what the map was made with, and counts of pixels and windows
     """Make a map of calibrated probabilities (guide 4, 11.2, 12.1), or finish one that was interrupted. Raises
     `ConfigError`, `DataError`, `ModelError` or `FileError` before anything is replaced, `Stopped` where a signal
     asked to stop, and `RunError` on a full disk"""
     scene, out = Path(scene), Path(out)
-    check_arguments(scene, extra, out, views, device, batch)
+    check_arguments(scene, extra, out, views, device, batch, registry)
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = load_model(model_dir, device)
     views = views or model.cfg.infer.views
     calibration = load_calibration(model.folder, views)
-    job = MapJob(model, Scene(scene, extra, crs, model), calibration, views, batch)
+    band_numbers = read_registry(Path(registry)) if registry else ''
+    job = MapJob(model, Scene(scene, extra, crs, model, band_numbers), calibration, views, batch)
     settings = map_settings(job)
     folder = out.with_name(f'{out.name}.parts')
     with map_lock(folder), StopSignals() as signals:

@@ -12,6 +12,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,7 +23,7 @@ from .console import DataError, logger
 from .filecheck import check_files, check_tile_sizes
 from .files import FileError, read_json, write_atomic
 from .findings import error_lines
-from .importers import import_field, import_table
+from .importers import import_field, import_table, read_registry
 from .manifest import FORMATS, Manifest, read_manifest
 from .runs import run_folder
 from .stats import Stats, compute_stats
@@ -31,8 +32,11 @@ from .windows import windows_or_tiles
 
 # %% ../nbs/01n_prepare.ipynb #22a258ea
 def source_settings(source:ToySource|TableSource|FieldSource) -> dict:
-    "The settings of a source that decide the tiles; its path does not"
-    return source.model_dump(mode='json', exclude={'path'})
+    "The settings of a source that decide the tiles: the content of a registry, and no path"
+    settings = source.model_dump(mode='json', exclude={'path', 'registry'})
+    if source.kind == 'field' and source.registry:
+        settings['registry'] = read_registry(source.registry)
+    return settings
 
 def is_made(source:ToySource|TableSource|FieldSource,
             path:Path                                     # the manifest
@@ -105,7 +109,8 @@ def find_manifest(cfg:RtsConfig     # data.manifest and data.source
     if source is not None and not is_made(source, path):
         make_manifest(cfg)
     try:
-        return windows_or_tiles(read_manifest(path, cfg.data.block_size), cfg.data)
+        whole = read_manifest(path, cfg.data.block_size, cfg.data.tiles_root)
+        return windows_or_tiles(whole, cfg.data)
     except DataError as e:
         if e.valid_rows is None or not len(e.valid_rows):
             raise
@@ -172,6 +177,9 @@ def statistics(cfg:RtsConfig, manifest:Manifest) -> Stats:
     computed = _checked_stats(cfg, manifest)
     stats = replace(computed, mean=[*mean, *computed.mean[len(mean):]], std=[*std, *computed.std[len(std):]],
                     manifest_hash=manifest.hash)
+    if cfg.data.version:
+        now = datetime.now(UTC).isoformat(timespec='seconds')
+        stats = replace(stats, data_version=cfg.data.version, computed=now)
     stats.save(path)
     return stats
 
@@ -184,7 +192,7 @@ def _checked_stats(cfg, manifest):
     except DataError as e:
         problems.append(str(e))
     try:
-        computed = compute_stats(manifest.of('train'), cfg.data.extra_bands)
+        computed = compute_stats(manifest.of('train'), cfg.data.extra_bands, cfg.data.clip_percentiles)
     except DataError as e:
         problems.append(str(e))
     if problems:

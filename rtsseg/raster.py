@@ -41,13 +41,13 @@ class FilesInside:
             ) -> Path:              # the file
         "Raises `DataError` if the path is absolute, on a network, outside of the root or missing"
         if '://' in relative or relative.startswith('/vsi'):
-            raise DataError(f'{relative!r} is a network path: only files beside the manifest are read')
+            raise DataError(f'{relative!r} is a network path: only local files are read')
         has_drive = relative[:1].isalpha() and relative[1:2] == ':'
         if relative.startswith(('/', '\\')) or has_drive or '\0' in relative:
-            raise DataError(f'{relative!r} is absolute: write it relative to the manifest')
+            raise DataError(f'{relative!r} is absolute: write it relative to the folder of the tiles')
         file = self.real_path(relative)
         if file != self.real_root and not file.startswith(os.path.join(self.real_root, '')):
-            raise DataError(f"{relative!r} leaves the manifest's folder")
+            raise DataError(f"{relative!r} leaves the folder of the tiles")
         # isfile is also False for a name that is too long for the file system
         if not os.path.isfile(file):
             raise DataError(f'{relative!r}: no such file')

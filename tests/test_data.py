@@ -1,6 +1,8 @@
 """Manifests, splits, statistics and importers across files and formats. Wrong ones are in faults/test_manifest.py,
 test_rasters.py and test_masks.py"""
+import itertools
 import json
+import re
 import shutil
 
 import cv2
@@ -16,18 +18,20 @@ from rasterio.transform import Affine
 
 from helpers.tiles import findings, rewrite, write_extra, write_tile
 from rtsseg.audit import audit
+from rtsseg.cli import main
 from rtsseg.columns import COLUMNS, complete_table
-from rtsseg.config import TableSource
+from rtsseg.config import RtsConfig, TableSource, hashed_settings
 from rtsseg.console import DataError
 from rtsseg.filecheck import balanced_correlation
 from rtsseg.findings import has_errors
 from rtsseg.ground import BOX, grid_blocks, overlaps
 from rtsseg.importers import import_table
-from rtsseg.manifest import Manifest, read_manifest, write_manifest
+from rtsseg.manifest import FORMATS, Manifest, read_manifest, write_manifest
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import shrink
+from rtsseg.runs import config_hash
 from rtsseg.splits import deal_splits, make_splits, thin_splits
-from rtsseg.stats import Stats, compute_stats, merge_moments, moments
+from rtsseg.stats import Stats, code_values, compute_stats, merge_moments, moments, ordered_codes
 from rtsseg.tiles import neighbours, read_coarse, read_tile
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -87,6 +91,55 @@ def test_manifest_is_computed_not_written(world):
     assert manifest.of('val').table.tile_id.tolist() == ['t2', 't3']
     shutil.copytree(world, world/'moved')
     assert read_manifest(world/'moved'/'m.csv').hash == manifest.hash
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+def test_clipped_statistics_equal_numpy(tmp_path, dtype):
+    "Outliers count as the percentile; RGB exactly, EXTRA to a hundredth of the value"
+    rng = np.random.default_rng(0)
+    place, planes, extras, rows = Affine(3, 0, 0, 0, -3, 0), [], [], []
+    for k in range(3):
+        plane = rng.integers(60, 90, (3, 32, 32)).astype(dtype)
+        plane[:, :2, :4] = 255
+        extra = rng.normal(-5, 2, (1, 32, 32)).astype('float32')
+        extra[:, :1, :3] = 1e6
+        write_raster(tmp_path/f'{k}.tif', plane, place, 'EPSG:3413')
+        write_raster(tmp_path/f'{k}_e.tif', extra, place, 'EPSG:3413', names=['ndvi'])
+        rows.append(dict(tile_id=str(k), image=f'{k}.tif', mask='', extra=f'{k}_e.tif', region='r', split='train'))
+        planes, extras = [*planes, plane.reshape(3, -1)], [*extras, extra.reshape(1, -1)]
+    pd.DataFrame(rows).to_csv(tmp_path/'m.csv', index=False)
+    manifest = read_manifest(tmp_path/'m.csv').of('train')
+    values = np.concatenate([np.concatenate(planes, 1), np.concatenate(extras, 1)]).astype('float64')
+    low, high = np.percentile(values, [1, 99], axis=1, method='inverted_cdf')
+    want = np.clip(values, low[:, None], high[:, None])
+    plain, clipped = (compute_stats(manifest, ['ndvi'], clip) for clip in (None, (1, 99)))
+    divisor = np.array([clipped.scale] * 3 + [1])
+    np.testing.assert_allclose(np.array(clipped.mean) * divisor, want.mean(1), rtol=.01)
+    np.testing.assert_allclose(np.array(clipped.std) * divisor, want.std(1), rtol=.01)
+    np.testing.assert_allclose(np.array(clipped.mean[:3]) * clipped.scale, want.mean(1)[:3], rtol=1e-6)
+    np.testing.assert_allclose(np.array(clipped.std[:3]) * clipped.scale, want.std(1)[:3], rtol=1e-6)
+    assert plain.std[3] > 1e4 > 10 > clipped.std[3]
+    assert (plain.clip_percentiles, clipped.clip_percentiles) == ([], [1, 99])
+
+@quick
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_codes_keep_the_order_of_floats(values):
+    "A larger value has no smaller code, and a code stands for the value to a hundredth"
+    values = np.sort(np.array(values, 'float32'))
+    codes = ordered_codes(values)
+    assert (np.diff(codes) >= 0).all()
+    np.testing.assert_allclose(code_values('float32')[codes], values, rtol=.01, atol=1e-38)
+
+def test_version_and_clipping_are_settings(tiny_world):
+    "At their defaults they leave hash and file of older runs; each makes another run"
+    def cfg(**data):
+        return RtsConfig(data=dict(manifest=tiny_world, **data))
+    hashes = {config_hash(cfg(**data)) for data in ({}, dict(version='2.0'), dict(clip_percentiles=[1, 99]))}
+    assert len(hashes) == 3
+    settings = hashed_settings(cfg())['data']
+    assert not {'version', 'clip_percentiles', 'root'} & set(settings)
+    for wrong in ([99, 1], [1, 1], [-1, 99], [1, 101], [1]):
+        with pytest.raises(ValueError, match='clip_percentiles'):
+            cfg(clip_percentiles=wrong)
 
 @pytest.mark.parametrize('box, crs, message', [
     ((1e12, 1e12, 1e12 + 1, 1e12 + 1), 'EPSG:32610', 'outside of its CRS'),
@@ -386,3 +439,66 @@ def test_a_coarse_view_is_made_of_its_tiles(tiny_world):
 
     rows[0, 0] = -1
     assert (read_coarse(manifest, rows, stats=stats)[2][:32, :32] == 255).all()
+
+# ---------------------------------------------------------------- rtsseg split
+@pytest.fixture
+def unsplit(world):
+    "The six tiles in three regions, without splits"
+    table = pd.read_csv(world/'m.csv').drop(columns='split').assign(region=list('aabbcc'), block=list('xxyyzz'))
+    table.to_csv(world/'t.csv', index=False)
+    return world
+
+def split_command(capsys, **arguments):
+    "Exit code and what was printed"
+    code = main(['split', *itertools.chain(*((f'--{name}', str(value)) for name, value in arguments.items()))])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+@pytest.mark.parametrize('suffix', FORMATS)
+@pytest.mark.parametrize('by', ['block', 'region'])
+def test_split_of_any_table(unsplit, capsys, suffix, by):
+    "Whole blocks or regions, in whatever format; what is written is a manifest with these tiles"
+    table = complete_table(pd.read_csv(unsplit/'t.csv'), unsplit)
+    source = write_manifest(table, unsplit/f'source{suffix}')
+    before = source.read_bytes()
+    code, printed = split_command(capsys, table=source, out=unsplit/f'new{suffix}', by=by,
+                                  shares='train=1 val=1 test=1')
+    assert code == 0, printed
+    made = read_manifest(unsplit/f'new{suffix}').table
+    assert made.groupby(by).split.nunique().max() == 1
+    # three regions or blocks of the same area, three equal shares
+    assert made.groupby('split').size().to_dict() == dict(test=2, train=2, val=2)
+    assert made.tile_id.tolist() == table.tile_id.tolist()
+    assert re.search(r'train +2 +2 +72 +1 +1\n', printed), printed
+    assert 'thin: test holds 2 positive tiles, fewer than 100' in printed
+    assert source.read_bytes() == before
+
+def test_split_by_named_regions(unsplit, capsys, tmp_path):
+    "As splits.yaml names them; the rest trains. Elsewhere, the folder of the tiles is said"
+    (tmp_path/'s.yaml').write_text('val: [b]\ntest: [c]\n')
+    code, printed = split_command(capsys, table=unsplit/'t.csv', out=tmp_path/'else'/'new.csv',
+                                  regions=tmp_path/'s.yaml')
+    assert code == 0, printed
+    made = read_manifest(tmp_path/'else'/'new.csv', root=unsplit).table
+    assert made.groupby('region').split.first().to_dict() == dict(a='train', b='val', c='test')
+    assert f'relative to {unsplit}' in printed and 'data.root' in printed
+
+@pytest.mark.parametrize('change, message', [
+    (dict(by='blocks'), r"by: 'blocks' is not block or region \(did you mean 'block'\?\)"),
+    (dict(shares='train=1 vall=2'), r"'vall' is not a split \(did you mean 'val'\?\)"),
+    (dict(shares='train=x'), "'train=x': a share above 0 was expected"),
+    (dict(shares='train=nan'), 'a share above 0 was expected'),
+    (dict(regions='s.yaml'), r"regions: 'd' is not a region.*\n.*'a' is in val and in test"),
+    (dict(regions='s.yaml', shares='train=1'), 'one of them decides'),
+    (dict(out='t.csv'), 't.csv is there already: name another file'),
+    (dict(out='new.xlsx'), 'new.xlsx: a manifest is .csv'),
+    (dict(table='none.csv'), 'none.csv: no such file'),
+    (dict(out=''), '--out is not given'),
+])
+def test_split_says_what_is_wrong_and_writes_nothing(unsplit, capsys, monkeypatch, change, message):
+    (unsplit/'s.yaml').write_text('val: [a, d]\ntest: [a]\n')
+    monkeypatch.chdir(unsplit)
+    before = sorted(unsplit.rglob('*'))
+    code, printed = split_command(capsys, **(dict(table='t.csv', out='new.csv') | change))
+    assert code == 2 and re.search(message, printed), printed
+    assert sorted(unsplit.rglob('*')) == before

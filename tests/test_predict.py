@@ -366,6 +366,25 @@ def test_extra_bands_are_found_by_name(with_extra, tmp_path):
     assert (found == read_map(tmp_path/'b.tif')).all()
     assert ((found == NODATA) == np.isnan(planes[0])).all()
 
+def test_extra_bands_are_found_by_a_registry(with_extra, tmp_path):
+    "The same map as by description; a registry that does not fit is an error"
+    folder, scene, planes = with_extra
+    described = write_extra(tmp_path/'described.tif', planes)
+    plain = write_extra(tmp_path/'plain.tif', planes[::-1], names=[])
+    (tmp_path/'bands.yaml').write_text('relative_elevation: 1\nndvi: 2\n')
+    by_name = predict(folder, scene, tmp_path/'a.tif', described)
+    by_number = predict(folder, scene, tmp_path/'b.tif', plain, registry=tmp_path/'bands.yaml')
+    assert (read_map(tmp_path/'a.tif') == read_map(tmp_path/'b.tif')).all()
+    assert by_number['extra_bands'] == 'relative_elevation=1 ndvi=2'
+    assert 'extra_bands' not in by_name
+    with pytest.raises(DataError, match="no band is described as 'ndvi'"):
+        predict(folder, scene, tmp_path/'c.tif', plain)
+    (tmp_path/'bands.yaml').write_text('relative_elevation: 1\nndvi: 3\n')
+    with pytest.raises(DataError, match='ndvi is band 3, and the raster has 2'):
+        predict(folder, scene, tmp_path/'c.tif', plain, registry=tmp_path/'bands.yaml')
+    with pytest.raises(ConfigError, match='registry: it numbers the bands of --extra, which is not given'):
+        predict(folder, scene, tmp_path/'c.tif', registry=tmp_path/'bands.yaml')
+
 def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
     scene = write_scene(tmp_path/'scene.tif', noise(64, 64), crs=None, transform=None)
     predict(model, scene, tmp_path/'none.tif', crs='none')

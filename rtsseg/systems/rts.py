@@ -97,8 +97,8 @@ class RTS(System):
         from rtsseg.prepare import prepare as prepare_manifest
         from rtsseg.windows import windows_or_tiles
         if not prepare:
-            manifest = read_manifest(cfg.data.manifest, cfg.data.block_size)
-            return RtsFeed(cfg, windows_or_tiles(manifest, cfg.data))
+            whole = read_manifest(cfg.data.manifest, cfg.data.block_size, cfg.data.tiles_root)
+            return RtsFeed(cfg, windows_or_tiles(whole, cfg.data))
         if not cfg.data.manifest.exists():
             # tiles are not made for a model that cannot be built
             self.refuse_early(cfg)

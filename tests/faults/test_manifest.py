@@ -16,7 +16,7 @@ from rtsseg.manifest import add_hashes, read_manifest, write_manifest
 from rtsseg.prepare import prepare
 from rtsseg.training import train
 
-FAULTS = {1: ("a path that leaves the manifest's folder: ../.., absolute, or through a link",
+FAULTS = {1: ("a path that leaves the folder of the tiles: ../.., absolute, or through a link",
               'refused, with row and field'),
           2: ('a path on a network, or a table that only points to one', 'refused; no connection is opened'),
           3: ('a missing column, an empty file; a byte-order mark or Windows line ends',
@@ -39,7 +39,7 @@ PATHS = [('../x.tif', 'leaves'), ('a/../../x.tif', 'leaves'), ('link.tif', 'leav
 @pytest.mark.parametrize('path, message', PATHS, ids=lambda text: text[:20])
 @pytest.mark.parametrize('field', ['image', 'mask', 'extra'])
 def test_01_a_path_that_leaves_the_folder(world, path, message, field):
-    "Row and field are named; nothing outside of the manifest's folder is opened"
+    "Row and field are named; nothing outside of the folder of the tiles is opened"
     (world.parent/'x.tif').write_text('x')
     os.symlink(world.parent/'x.tif', world/'link.tif')
     os.symlink('loop.tif', world/'loop.tif')
@@ -53,7 +53,7 @@ def test_01_a_link_that_was_placed_later(world):
     shutil.move(world/'t0.tif', world.parent/'t0.tif')
     os.symlink(world.parent/'t0.tif', world/'t0.tif')
     note = next(finding.note for finding in check_files(manifest, CFG.data) if finding.what == 'files')
-    assert "tile 't0', image 't0.tif': 't0.tif' leaves the manifest's folder" in note
+    assert "tile 't0', image 't0.tif': 't0.tif' leaves the folder of the tiles" in note
 
 # ---------------------------------------------------------------- 2: networks
 ADDRESSES = ['/vsicurl/http://127.0.0.1:{}/x.tif', 'http://127.0.0.1:{}/x.tif', 's3://127.0.0.1:{}/x.tif',
