@@ -41,7 +41,7 @@ from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_y
 from rtsseg.console import DataError
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
-from rtsseg.files import seal_model, write_atomic
+from rtsseg.files import FileError, check_seal, seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
 from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
@@ -203,12 +203,8 @@ def share_of_positives(ratio):
 @pytest.mark.parametrize('ratio', [50, 200, 1000])
 def test_the_prior_of_training_is_corrected(trained, ratio):
     "The intercept is the log of the ratio of both prior odds; probabilities add up where those of a temperature do not"
-    found = [
-        calibrate_evidence(
-            of_balanced_training(seed, trained), Calibrate(ratio=ratio), Metrics(ratios=[ratio], replicates=100), trained
-        )
-        for seed in range(3)
-    ]
+    cfg, metrics = Calibrate(ratio=ratio), Metrics(ratios=[ratio], replicates=100)
+    found = [calibrate_evidence(of_balanced_training(seed, trained), cfg, metrics, trained) for seed in range(3)]
     want = logit(share_of_positives(ratio)) - logit(share_of_positives(trained))
     for c in found:
         assert c.method == 'temperature_intercept'
@@ -306,12 +302,15 @@ def test_cross_validation_as_scikit_learn():
         made.fit(x[:, None], label, sample_weight=weight)
         return made.coef_[0, 0], float(made.intercept_[0]) if intercept else 0.0
 
+    def surplus(b, score, label, weight):
+        return weight @ (expit(score + b) - label)
+
     held_out = np.zeros((3, len(z)))
     for train, test in LeaveOneGroupOut().split(z, y, block):
         x, label = z[train], y[train]
         at_ratio, at_training = (weighted(e, tile_of[train], label, r) for r in (ratio, trained))
         slope, _ = regression(x, label, at_training, False)
-        prior = brentq(lambda b: at_ratio @ (expit(slope * x + b) - label), -50, 50)
+        prior = brentq(surplus, -50, 50, args=(slope * x, label, at_ratio))
         lines = regression(x, label, at_ratio, False), (slope, prior), regression(x, label, at_ratio, True)
         for i, (a, b) in enumerate(lines):
             held_out[i, test] = expit(a * z[test] + b)
@@ -690,6 +689,25 @@ def test_views_by_their_gain_and_cost(folder, capsys):
     rtsseg_calibrate(run=str(folder))
     said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
+
+
+def test_the_model_card_says_what_probabilities_add_up_to(folder):
+    "One line for each setting of views, sealed; a card that was changed by hand stays as it is"
+    model = folder / 'model'
+    write_atomic(model / 'README.md', '# toy\n\n- Scores need calibration.json.\n')
+    seal_model(model)
+    found = {views: calibrate(folder, views) for views in ('none', 'full')}
+    calibrate(folder, 'none')
+    check_seal(model, ['README.md', 'calibration.json'])
+    lines = (model / 'README.md').read_text().splitlines()
+    assert lines[:3] == ['# toy', '', '- Scores need calibration.json.']
+    assert lines[3:] == [f'- Probabilities, views {views}: {found[views].promise}' for views in ('full', 'none')]
+    changed = '# mine\n'
+    write_atomic(model / 'README.md', changed)
+    calibrate(folder, 'none')
+    assert (model / 'README.md').read_text() == changed
+    with pytest.raises(FileError, match='README.md is not the file'):
+        check_seal(model, ['README.md'])
 
 
 def test_views_of_few_blocks_cannot_be_told_apart(folder):
