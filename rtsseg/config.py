@@ -589,10 +589,10 @@ class Metrics(Strict):
 
 class Calibrate(Strict):
     "Guide 6.4 and 12"
-    ratio: Ratio = Field(200, description='the prevalence under which the temperature is fitted')
-    method: Literal['temperature', 'slope_intercept'] = Field(
-        'temperature', description='how scores become probabilities: divided by T (guide 12.1), or slope × score + '
-                                   'intercept')
+    ratio: Ratio = Field(200, description='the prevalence under which probabilities are fitted')
+    method: Literal['auto', 'temperature', 'slope_intercept'] = Field(
+        'auto', description='how scores become probabilities: divided by T (guide 12.1), slope × score + intercept, '
+                            'or chosen by cross-validation over blocks, with the prior corrected')
     target_precision: float = Field(
         0.8, gt=0, lt=1, description='what a threshold has to reach, of pixels and of objects')
     min_areas: list[Annotated[int, Field(ge=0)]] = Field(

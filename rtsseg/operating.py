@@ -47,6 +47,8 @@ class Replicates:
                 ):
         draws, block = draw_groups(evidence['block'], replicates, seed)
         self.evidence = evidence
+        # of each tile
+        self.block = block
         self.draws = np.vstack([np.ones(draws.shape[1]), draws])
         positive = evidence['positive']
         # blocks of negative tiles first, then blocks of positive tiles
@@ -75,16 +77,26 @@ class Replicates:
                 out[k] = out[k] + csr_array((count.astype(float), (self.group[start + tile], code)), out[k].shape)
         return out
 
-    def _draw(self, sums):
+    def draw(self,
+             sums:np.ndarray    # (2 × blocks, …), as `by_block` gives them
+            ) -> np.ndarray:    # (2, 1 + replicates, …): sums over negative and over positive tiles
+        "Sums of blocks, added up over the blocks of each replicate"
         negative, positive = np.split(sums, 2)
         return np.stack([np.tensordot(self.draws, half, 1) for half in (negative, positive)])
+
+    def by_block(self,
+                 negative:np.ndarray,    # (65536, k): what a negative pixel of each code counts
+                 positive:np.ndarray     # (65536, k): what a positive pixel of each code counts
+                ) -> np.ndarray:         # (2 × blocks, k): blocks of negative tiles, then blocks of positive tiles
+        "Sums over the pixels of each block"
+        return self.counts[0] @ negative + self.counts[1] @ positive
 
     def pixels(self,
                negative:np.ndarray,    # (65536, k): what a negative pixel of each code counts
                positive:np.ndarray     # (65536, k): what a positive pixel of each code counts
               ) -> np.ndarray:         # (2, 1 + replicates, k): sums over negative and over positive tiles
         "Sums over pixels"
-        return self._draw(self.counts[0] @ negative + self.counts[1] @ positive)
+        return self.draw(self.by_block(negative, positive))
 
     def tally(self,
               values:np.ndarray    # (tiles, …): what each tile counts
@@ -93,7 +105,7 @@ class Replicates:
         values, n = np.asarray(values, float), len(self.group)
         by_group = csr_array((np.ones(n), (self.group, np.arange(n))), (2 * len(self.draws[0]), n))
         sums = by_group @ values.reshape(n, -1)
-        return self._draw(sums.reshape(-1, *values.shape[1:]))
+        return self.draw(sums.reshape(-1, *values.shape[1:]))
 
     def mix(self,
             sums:np.ndarray,       # of `pixels` or `tally`

@@ -59,7 +59,7 @@ FOUND = 'At {ratio}, of 100 predicted objects {precision} are slumps, and of 100
 NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation (seed {seeds}): the tables use '
                '0.5 instead, which nobody chose. The slider shows what other thresholds give.')
 
-NO_PROBABILITY = 'What this page calls a probability only ranks pixels: {why}.'
+NO_PROBABILITY = 'What this page calls a probability is {why}.'
 
 def of_hundred(estimate:Estimate) -> str:
     "A share in words"
@@ -78,8 +78,8 @@ def headline_sentences(results:PixelResults) -> list[str]:
     missed = [seed for seed, point in points.items() if point and not point.reached]
     if missed:
         sentences.append(NOT_REACHED.format(target=calibration.target_precision, seeds=listed(missed)))
-    if 'not enough' in calibration.temperature_enough and calibration.method == 'temperature':
-        sentences.append(NO_PROBABILITY.format(why=calibration.temperature_enough))
+    if not calibration.is_calibrated:
+        sentences.append(NO_PROBABILITY.format(why=calibration.promise))
     return sentences
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep2

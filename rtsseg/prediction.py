@@ -403,6 +403,8 @@ def calibration_settings(calibration:Calibration|None) -> dict|None:
     for ratio, point in calibration.thresholds.items():
         thresholds[f'1:{ratio}'] = point.threshold if point.reached else None
     return dict(
+        promise=calibration.promise,
+        excess=calibration.remaining.value,
         method=calibration.method,
         ratio=f'1:{calibration.ratio}',
         slope=calibration.slope,
@@ -504,10 +506,12 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
 def load_calibration(folder:Path,        # a model directory
                      views:str           # a key of `VIEWS`
                     ) -> Calibration|None:
-    "The calibration of a model for these views; None, and a note, if the model is not calibrated"
+    "The calibration of a model for these views, with a note of what it promises; None if there is none"
     path = folder/'calibration.json'
     if path.exists():
-        return Calibration.load(path, views)
+        found = Calibration.load(path, views)
+        logger.info(found.promise)
+        return found
     logger.info('the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities '
                 '(rtsseg-calibrate)')
     return None

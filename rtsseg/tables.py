@@ -612,14 +612,15 @@ def operating_tables(run:PixelRun) -> list[Table]:
     return [pixel_points_table(run), object_points_table(run), region_points_table(run)]
 
 # %% ../nbs/06f_tables.ipynb #ctables14
-FIT_NAMES = dict(before='scores as they are', temperature='temperature', slope_intercept='slope and intercept',
+FIT_NAMES = dict(before='scores as they are', temperature='temperature',
+                 temperature_intercept='temperature and intercept', slope_intercept='slope and intercept',
                  shifted='the used one, shifted')
 
 FIT_NOTE = ('fitted at 1:{ratio} on validation: log-odds = slope × score + intercept, and the temperature is '
             '1 / slope; below 1 the model was too hesitant, above 1 too sure')
 
 EXCESS_NOTE = ('excess: the sum of all probabilities over the positive pixels, 1 where probabilities are right on '
-               'average')
+               'average; held out: on validation blocks that the fit has not seen')
 
 QUALITY_NOTE = ('on validation; negative log-likelihood (nats a pixel), expected calibration error, mean squared '
                 'error: smaller is better')
@@ -628,15 +629,18 @@ SHIFT_NOTE = ('shift: what is added to the log-odds because slumps are rarer at 
               'more frequent')
 
 def fits_table(run:PixelRun) -> Table:
-    "The two fits of probabilities to scores"
+    "The fits of probabilities to scores"
     found = run.calibration
     rows = []
     for name, fit in found.fits.items():
         label = f'{FIT_NAMES[name]} (used)' if name == found.method else FIT_NAMES[name]
         temperature = Number(1 / fit.slope.value, '{:.3f}', fit.why) if name == 'temperature' else '–'
-        rows.append([label, temperature, fit.slope, fit.intercept, fit.excess])
-    notes = [FIT_NOTE.format(ratio=found.ratio), EXCESS_NOTE, found.temperature_enough]
-    head = ['fit', 'temperature', 'slope', 'intercept', 'excess']
+        held = found.held_out.get(name)
+        seen = [held.excess, small_number(held.nll)] if held else ['–', '–']
+        rows.append([label, temperature, fit.slope, fit.intercept, fit.excess, *seen])
+    notes = [found.promise, f'{FIT_NAMES[found.method]}: {found.method_why}', FIT_NOTE.format(ratio=found.ratio),
+             EXCESS_NOTE, found.temperature_enough]
+    head = ['fit', 'temperature', 'slope', 'intercept', 'excess', 'excess held out', 'NLL held out']
     return Table(head, rows, notes, f'From scores to probabilities, seed {run.seed}')
 
 def small_number(estimate:Estimate) -> Number:
@@ -655,9 +659,10 @@ def quality_table(run:PixelRun) -> Table:
         for name, label in FIT_NAMES.items():
             shift = Number(found.shifts[ratio], '{:+.2f}') if name == 'shifted' else '–'
             scores = getattr(quality, name)
-            rows.append([label, shift, *(small_number(error) for error in (scores.nll, scores.ece, scores.brier))])
+            errors = [small_number(error) for error in (scores.nll, scores.ece, scores.brier)]
+            rows.append([label, shift, scores.excess, *errors])
     notes = [QUALITY_NOTE, SHIFT_NOTE.format(ratio=found.ratio)]
-    head = ['probabilities by', 'shift', 'NLL', 'ECE', 'Brier score']
+    head = ['probabilities by', 'shift', 'excess', 'NLL', 'ECE', 'Brier score']
     return Table(head, rows, notes, f'Probabilities before and after, seed {run.seed}')
 
 def calibration_tables(run:PixelRun) -> list[Table]:

@@ -8,17 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
+from sklearn.model_selection import LeaveOneGroupOut
 
 from helpers.runs import MODEL, toy_world
-from rtsseg.bootstrap import Estimate
+from rtsseg.bootstrap import Estimate, draw_groups
 from rtsseg.calibration import (
     Calibration,
     Fit,
+    adds_up,
     calibrate,
     calibrate_evidence,
+    choose_fit,
+    cross_validate,
     fit_slope_intercept,
     fit_temperature,
     fits,
@@ -28,6 +33,7 @@ from rtsseg.calibration import (
     show_calibration,
     show_reliability,
     temperature_verdict,
+    training_ratio,
     views_gain,
 )
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate
@@ -35,7 +41,7 @@ from rtsseg.config import Calibrate, ConfigError, Metrics, RtsConfig, load, to_y
 from rtsseg.console import DataError
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.evidence import Evidence, Meter, evidence_path, tile_evidence
-from rtsseg.files import seal_model, write_atomic
+from rtsseg.files import FileError, check_seal, seal_model, write_atomic
 from rtsseg.infer import VIEWS, apply_view, predict_logits, save_model, undo_view
 from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
@@ -155,10 +161,182 @@ def test_the_excess_is_what_probabilities_add_up_to():
     assert found['slope_intercept'].excess.value == pytest.approx(1, abs=1e-6)
     for f in found.values():
         assert f.slope.low < f.slope.value < f.slope.high
+    few = drawn(1, 1, 0.5).select(np.isin(np.arange(200) % 20, range(5)))
+    said = temperature_verdict(fits(few, Replicates(few, 100)))
+    assert 'is not known' in said and '5 blocks hold positives, 10 are needed' in said
+    # nearly three times too many need no interval
     few = drawn(1, 1, 2).select(np.isin(np.arange(200) % 20, range(5)))
-    assert 'is not known' in temperature_verdict(
-        fits(few, Replicates(few, 100))
-    ) and '5 blocks hold positives, 10 are needed' in temperature_verdict(fits(few, Replicates(few, 100)))
+    assert 'is not enough' in temperature_verdict(fits(few, Replicates(few, 100)))
+
+
+@pytest.mark.parametrize(
+    'excess, is_right',
+    [
+        ((1.0, None, None), True),
+        ((1.09, 1.05, 1.2), True),
+        ((1.5, 0.9, 2.8), True),
+        ((1.5, 1.1, 2.8), False),
+        ((1.5, None, None), False),
+        ((105.0, 0.5, 300.0), False),
+        ((0.3, 0.1, 1.2), False),
+    ],
+)
+def test_no_noise_excuses_a_factor_of_two(excess, is_right):
+    assert adds_up(Estimate(*excess)) == is_right
+
+
+def of_balanced_training(seed, trained=1, blocks=20, scale=1.0, n=300, side=48):
+    """Scores of a perfect model that was trained at 1:trained: x has densities of unit width at -3 and 0, so its
+    log-odds are 3x + 4.5 + logit(share of positives); a third of the tiles have one pixel in a hundred positive"""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(-3, 1, (n, side, side)), np.zeros((n, side, side))
+    y[: n // 3] = rng.random((n // 3, side, side)) < 0.01
+    z = 3 * (x + 3 * y) + 4.5 + logit(share_of_positives(trained))
+    return tiles(scale * z, y, blocks)
+
+
+def share_of_positives(ratio):
+    return 0.01 / (1 + ratio)
+
+
+@pytest.mark.parametrize('trained', [1, 5])
+@pytest.mark.parametrize('ratio', [50, 200, 1000])
+def test_the_prior_of_training_is_corrected(trained, ratio):
+    "The intercept is the log of the ratio of both prior odds; probabilities add up where those of a temperature do not"
+    cfg, metrics = Calibrate(ratio=ratio), Metrics(ratios=[ratio], replicates=100)
+    found = [calibrate_evidence(of_balanced_training(seed, trained), cfg, metrics, trained) for seed in range(3)]
+    want = logit(share_of_positives(ratio)) - logit(share_of_positives(trained))
+    for c in found:
+        assert c.method == 'temperature_intercept'
+        assert c.slope == pytest.approx(1, abs=0.05)
+        assert c.intercept == pytest.approx(want, abs=0.3)
+        assert c.quality[ratio].shifted.excess.value == pytest.approx(1, abs=1e-6)
+        assert c.remaining == c.held_out['temperature_intercept'].excess
+        assert c.remaining.value == pytest.approx(1, abs=0.1)
+        assert c.promise.startswith('calibrated by temperature and intercept') and c.promise in said(c)
+        assert c.raw_excess == c.quality[ratio].before.excess
+        assert f'raw scores to {c.raw_excess}' in said(c)
+    # over draws of the pixels
+    assert np.mean([c.intercept for c in found]) == pytest.approx(want, abs=0.15)
+
+
+def said(c):
+    return ' '.join(show_calibration(c).split())
+
+
+def test_temperature_alone_is_not_called_calibrated():
+    c = calibrate_evidence(of_balanced_training(0), Calibrate(method='temperature'), Metrics(replicates=100))
+    assert c.method == 'temperature' and c.method_why == 'asked for by calibrate.method'
+    assert c.remaining.value > 2 and not c.is_calibrated
+    assert c.promise.startswith('not calibrated: ') and 'a factor of 2' in c.promise
+
+
+@pytest.mark.parametrize('scale', [0.4, 1, 3])
+def test_auto_keeps_a_temperature_that_is_enough(scale):
+    "Scores that were only scaled; one draw in twenty lies beyond two sigma"
+    methods = [choose_fit(Replicates(drawn(seed, scale), 200)).method for seed in range(6)]
+    assert methods.count('temperature') >= 5
+
+
+def test_auto_takes_slope_and_intercept_where_they_gain():
+    "Scores that were shifted by more than training says: no temperature at the ratio of training is right"
+    for seed in range(4):
+        found = choose_fit(Replicates(drawn(seed, 0.4, -1.5), 200))
+        assert found.method == 'slope_intercept' and 'they gain' in found.why
+        assert found.held_out['slope_intercept'].nll.value < found.held_out['temperature_intercept'].nll.value
+
+
+def test_with_few_blocks_the_prior_is_corrected():
+    "Nine blocks with positives tell nothing of noise"
+    e = of_balanced_training(0, blocks=9)
+    c = calibrate_evidence(e, Calibrate(), Metrics(replicates=50))
+    assert c.method == 'temperature_intercept' and c.held_out == {}
+    assert 'cannot be told: 9 blocks hold positives, 10 are needed' in c.method_why
+    assert c.remaining == c.fits['temperature_intercept'].excess and 'none held out' in c.promise
+    enough = calibrate_evidence(of_balanced_training(0, blocks=10), Calibrate(), Metrics(replicates=50))
+    assert set(enough.held_out) == {'temperature', 'temperature_intercept', 'slope_intercept'}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0.3, 3),
+    st.floats(-4, 4),
+    st.sampled_from([1, 20, 500]),
+    st.sampled_from([1, 5, 100]),
+    st.sampled_from([3, 12]),
+)
+def test_auto_never_fits_worse_than_temperature_alone(seed, scale, offset, ratio, trained, blocks):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(-3, 2, (60, 12, 12))
+    y = rng.random(z.shape) < expit(z - 1)
+    y[20:] = False
+    e = tiles(scale * z + offset, y, blocks)
+    chosen = choose_fit(Replicates(e, 30), 'auto', ratio, trained)
+    fit = chosen.fits[chosen.method]
+    alone = nll(e, 1 / fit_temperature(e, ratio)[0], 0, ratio)
+    assert nll(e, fit.slope.value, fit.intercept.value, ratio) <= alone * (1 + 1e-9)
+
+
+def weighted(e, tile_of, y, ratio):
+    "Weight of each pixel where negative tiles count w = r·n₊/n₋ times"
+    positive = e['positive']
+    used = np.unique(tile_of)
+    n_pos, n_neg = positive[used].sum(), (~positive[used]).sum()
+    return np.where(positive[tile_of], 1, ratio * n_pos / n_neg)
+
+
+def test_cross_validation_as_scikit_learn():
+    "Ten blocks are ten folds: each block is judged by fits on the other nine, each with its own weight of negatives"
+    ratio, trained = 20, 2
+    rng = np.random.default_rng(3)
+    z = rng.normal(-2, 2, (80, 10, 10)).astype(np.float16).astype(float)
+    y = rng.random(z.shape) < expit(z / 2 - 1)
+    y[40:] = False
+    e = tiles(z, y, 10)
+    tile_of = np.repeat(np.arange(80), 100)
+    z, y, block = z.ravel(), y.ravel().astype(int), tile_of % 10
+
+    def regression(x, label, weight, intercept):
+        made = LogisticRegression(C=np.inf, fit_intercept=intercept, tol=1e-12, max_iter=100_000)
+        made.fit(x[:, None], label, sample_weight=weight)
+        return made.coef_[0, 0], float(made.intercept_[0]) if intercept else 0.0
+
+    def surplus(b, score, label, weight):
+        return weight @ (expit(score + b) - label)
+
+    held_out = np.zeros((3, len(z)))
+    for train, test in LeaveOneGroupOut().split(z, y, block):
+        x, label = z[train], y[train]
+        at_ratio, at_training = (weighted(e, tile_of[train], label, r) for r in (ratio, trained))
+        slope, _ = regression(x, label, at_training, False)
+        prior = brentq(surplus, -50, 50, args=(slope * x, label, at_ratio))
+        lines = regression(x, label, at_ratio, False), (slope, prior), regression(x, label, at_ratio, True)
+        for i, (a, b) in enumerate(lines):
+            held_out[i, test] = expit(a * z[test] + b)
+
+    found = cross_validate(Replicates(e, 5), ratio, trained)
+    draws, _ = draw_groups(e['block'], 5, 0)
+    for row, times in enumerate([np.ones(10), *draws]):
+        positive = e['positive'][tile_of]
+        pixels_drawn = times[block]
+        w = np.where(positive, 1, ratio * pixels_drawn[positive].sum() / pixels_drawn[~positive].sum()) * pixels_drawn
+        for name, p in zip(('temperature', 'temperature_intercept', 'slope_intercept'), held_out):
+            want = log_loss(y, p, sample_weight=w), (w @ p) / (w @ y)
+            np.testing.assert_allclose(found[name][:, row], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'change, ratio',
+    [
+        ([], 1),
+        (['sampler.positive_fraction=0.25'], 3),
+        (['sampler.positive_fraction=null'], 20),
+        (['sampler.positive_fraction=null', 'epochs=10'], 1),
+    ],
+)
+def test_the_ratio_of_the_training_batches(change, ratio):
+    assert training_ratio(load(overrides=change)) == ratio
 
 
 def test_what_has_no_fit():
@@ -272,6 +450,14 @@ def test_an_old_file_is_refused(toy, tmp_path):
     with pytest.raises(
         ValueError, match=r'calibration.json was written by another version.*slope.*rtsseg-calibrate makes it again'
     ):
+        Calibration.load(path)
+    # of a version that chose no method
+    path = calibrate_evidence(toy, CFG, METRICS).save(tmp_path / 'earlier.json')
+    old = json.loads(path.read_text())
+    for name in ('method_why', 'held_out', 'raw_excess'):
+        del old['none'][name]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match='earlier.json was written by another version.*method_why.*makes it again'):
         Calibration.load(path)
 
 
@@ -503,6 +689,25 @@ def test_views_by_their_gain_and_cost(folder, capsys):
     rtsseg_calibrate(run=str(folder))
     said = capsys.readouterr().out
     assert 'standard is recommended' in said and 'temperature' in said and max(map(len, said.splitlines())) <= 100
+
+
+def test_the_model_card_says_what_probabilities_add_up_to(folder):
+    "One line for each setting of views, sealed; a card that was changed by hand stays as it is"
+    model = folder / 'model'
+    write_atomic(model / 'README.md', '# toy\n\n- Scores need calibration.json.\n')
+    seal_model(model)
+    found = {views: calibrate(folder, views) for views in ('none', 'full')}
+    calibrate(folder, 'none')
+    check_seal(model, ['README.md', 'calibration.json'])
+    lines = (model / 'README.md').read_text().splitlines()
+    assert lines[:3] == ['# toy', '', '- Scores need calibration.json.']
+    assert lines[3:] == [f'- Probabilities, views {views}: {found[views].promise}' for views in ('full', 'none')]
+    changed = '# mine\n'
+    write_atomic(model / 'README.md', changed)
+    calibrate(folder, 'none')
+    assert (model / 'README.md').read_text() == changed
+    with pytest.raises(FileError, match='README.md is not the file'):
+        check_seal(model, ['README.md'])
 
 
 def test_views_of_few_blocks_cannot_be_told_apart(folder):

@@ -16,7 +16,8 @@ from torch import nn
 
 import rtsseg.prediction
 from helpers.maps import CRS, GRID, noise, read_map, statistics, untrained_model, write_scene
-from rtsseg.calibration import calibrate_evidence
+from rtsseg.bootstrap import Estimate
+from rtsseg.calibration import HeldOut, calibrate_evidence
 from rtsseg.config import Calibrate, ConfigError, Metrics
 from rtsseg.console import DataError
 from rtsseg.evidence import Meter
@@ -133,6 +134,8 @@ def test_scores_become_probabilities(calibration, tmp_path):
     for ratio, point in calibration.thresholds.items():
         thresholds[f'1:{ratio}'] = point.threshold if point.reached else None
     assert made['calibration'] == dict(
+        promise=calibration.promise,
+        excess=calibration.remaining.value,
         method='slope_intercept',
         ratio='1:200',
         slope=calibration.slope,
@@ -141,6 +144,21 @@ def test_scores_become_probabilities(calibration, tmp_path):
     )
     with pytest.raises(ValueError, match="no calibration for views 'minimal'"):
         predict(folder, scene, tmp_path/'m.tif', views='minimal')
+
+def test_what_does_not_add_up_is_not_called_calibrated(calibration, tmp_path, capsys):
+    "The command and the note beside the map repeat what probabilities add up to on validation"
+    folder = untrained_model(tmp_path/'model')
+    scene = write_scene(tmp_path/'scene.tif', noise(100, 90))
+    for excess, start in ((105., 'not calibrated'), (1.02, 'calibrated by slope and intercept')):
+        held_out = {name: HeldOut(nll=Estimate(.1), excess=Estimate(excess)) for name in calibration.fits}
+        calibration.model_copy(update=dict(held_out=held_out)).save(folder/'calibration.json')
+        out = tmp_path/f'{excess:.0f}.tif'
+        predict(folder, scene, out)
+        said = f'probabilities at 1:200 add up to {excess:.3f} times the positive pixels of held-out validation blocks'
+        found = json.loads(out.with_name(f'{out.name}.json').read_text())['calibration']
+        assert found['promise'].startswith(f'{start}: {said}')
+        assert found['excess'] == excess
+        assert f'{start}: {said}' in ' '.join(capsys.readouterr().err.split())
 
 def test_a_model_that_overflows_is_not_mapped(stub, tmp_path):
     write_scene(tmp_path/'scene.tif', np.full((3, 70, 64), 102, 'uint8'))

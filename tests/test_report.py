@@ -27,7 +27,7 @@ from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
 from helpers.runs import toy_world
 from helpers.shell import shell
 from rtsseg.bootstrap import Estimate
-from rtsseg.calibration import calibrate_evidence
+from rtsseg.calibration import HeldOut, calibrate_evidence
 from rtsseg.cli import rtsseg_report
 from rtsseg.config import CurriculumRow, load, to_yaml
 from rtsseg.evidence import Meter, evidence_path
@@ -274,9 +274,10 @@ def test_regions_have_their_thresholds_or_a_reason(folder):
 
 def test_calibration_by_other_libraries(runs, single):
     made, c = runs[0], runs[0].calibration
-    both_fits = c.fits['slope_intercept']
+    both_fits, prior = c.fits['slope_intercept'], c.fits['temperature_intercept']
     ways = {'scores as they are': (1, 0, 0), 'temperature': (1 / c.temperature, 0, 0),
             'slope and intercept': (both_fits.slope.value, both_fits.intercept.value, 0),
+            'temperature and intercept': (prior.slope.value, prior.intercept.value, 0),
             'the used one, shifted': (c.slope, c.intercept, 1)}
     fitted = Split(made, c.ratio, 'val')
     there = logit(np.average(fitted.y, weights=fitted.each))
@@ -290,7 +291,8 @@ def test_calibration_by_other_libraries(runs, single):
         p = expit(slope * split.s + intercept + shift * (here - there))
         which = np.minimum((p * 15).astype(int), 14)
         gaps = [abs((split.each * (p - split.y))[which == i].sum()) for i in range(15)]
-        want = [log_loss(split.y, p, sample_weight=split.each), sum(gaps) / split.each.sum(),
+        want = [split.each @ p / (split.each @ split.y), log_loss(split.y, p, sample_weight=split.each),
+                sum(gaps) / split.each.sum(),
                 brier_score_loss(split.y, p, sample_weight=split.each)]
         assert [cell.value for cell in row[2:]] == pytest.approx(want, abs=1e-9), row[0]
         seen += 1
@@ -375,12 +377,12 @@ def test_the_headline_in_plain_words(folders):
     row['object_precision_30'] = Estimate(None, high=.004)
     points = results.runs[1].calibration.thresholds
     points[1] = points[1].model_copy(update=dict(reached=False))
-    not_enough = dict(temperature_enough='temperature alone is not enough: so')
-    results.first.calibration = results.first.calibration.model_copy(update=not_enough)
+    held_out = {name: HeldOut(nll=Estimate(.1), excess=Estimate(105.)) for name in results.first.calibration.fits}
+    results.first.calibration = results.first.calibration.model_copy(update=dict(held_out=held_out))
     bound, missed, probability = headline_sentences(results)
     assert 'predicted objects at most 1 are slumps' in bound
     assert 'No threshold reached the target precision of 0.5 on validation (seed 43)' in missed
-    assert 'only ranks pixels: temperature alone is not enough: so' in probability
+    assert 'calls a probability is not calibrated: probabilities at 1:1 add up to 105.000 times' in probability
 
 def test_what_is_used_instead(folders):
     "A target that is missed on validation is named with its seed, and numbers stay with their ratio"
@@ -520,7 +522,8 @@ def test_a_nan_score(runs, folder):
 def test_thresholds_close_to_one(cfg, tmp_path, shift):
     """A threshold of 1 − 1e-10 is printed as such. One whose probability is rounded to 1 is not a threshold, and the
     page says so, as it does of a temperature that cannot help"""
-    made = make_run(cfg.model_copy(update=dict(runs=tmp_path)), shift=shift)
+    by_temperature = cfg.calibrate.model_copy(update=dict(method='temperature'))
+    made = make_run(cfg.model_copy(update=dict(runs=tmp_path, calibrate=by_temperature)), shift=shift)
     point = made.calibration.thresholds[1]
     done = report(made.folder)
     text, row = done.path.read_text(), done.tables['Operating point'][0].rows[0]

@@ -560,6 +560,7 @@ def test_S6_notes_of_a_run_that_lie(folder, capsys, kind):
     (dict(shifts={}), 'ratios of its parts differ'),
     (dict(quality={}), 'ratios of its parts differ'),
     (dict(method='magic'), 'fits'),
+    (dict(held_out={'temperature': None}), 'held_out'),
     (dict(views='full'), "of views 'full' as that of 'none'"),
     (dict(code='x'), 'code'),
     (dict(temperature=10**400), 'temperature'),
@@ -866,7 +867,7 @@ class Page(HTMLParser):
         return [value for name, value in self.attributes if name in ('src', 'href')]
 
 EVIL = '<img src=x onerror=alert(1)></script><script>alert(1)</script>&"\'`${1}[x](javascript:alert(1))\n# h'
-REASONS = 'why', 'temperature_why', 'temperature_enough', 'monotone_why'
+REASONS = 'why', 'method_why', 'temperature_why', 'temperature_enough', 'monotone_why'
 
 def evil_reasons(tree):
     "A calibration with markup in each of its texts"
