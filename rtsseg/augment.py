@@ -41,8 +41,8 @@ def draw(cfg:Augment,                  # what may be drawn, and how often
         return u(-c.shift, c.shift), u(-c.shift, c.shift), u(1-c.scale, 1+c.scale), u(-c.rotate, c.rotate)
 
     def noise_std(c):
-        low, high = (math.sqrt(v)/255 for v in c.var_limit)
-        return u(low, high)
+        # of the scale 0..1; the variance is what is drawn evenly
+        return math.sqrt(u(*c.var_limit))/255
 
     numbers = dict(
         # quarter turns
@@ -83,7 +83,11 @@ def elastic(alpha:float,                   # strength, pixels
             at:np.ndarray,                 # (2, 2): pixel p, (x, y) from the tile's middle, gets the field of at @ p
             rng:np.random.Generator        # advances
            ) -> np.ndarray:                # (H, W, 2) float32: dx, dy in pixels
-    "A smooth random field: noise over its largest value, smoothed by sigma, times alpha"
+    """A smooth random field: normal noise over its largest value, smoothed by sigma, times alpha.
+
+    Its strength is that of albumentations' `ElasticTransform` in its default mode: `approximate=False`,
+    `same_dxdy=False`, `noise_distribution='gaussian'`.
+    """
     h, w = shape
     # nodes per pixel, and a rim of nodes that only smooths the others
     k, rim, size = min(3/sigma, 1), 12, np.array([w, h])

@@ -1,17 +1,19 @@
-"Augment: one key, one draw, in any process; masks on their images; and the boundary band by brute force"
+"Augment: one key, one draw, in any process; strengths; masks on their images; and the boundary band by brute force"
 
 import hashlib
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 from scipy.ndimage import binary_erosion
 from torch.utils.data import DataLoader, Dataset
 
-from rtsseg.augment import Augmenter, boundary
+from rtsseg.augment import Augmenter, boundary, draw, elastic
 from rtsseg.config import Augment, Loss
 
 KEYS = [(42, 1, t, o) for t in range(4) for o in range(3)]
@@ -75,6 +77,51 @@ def test_any_key_any_number_of_channels(seed, epoch, n, occurrence, channels):
     assert out.shape == image.shape and out.dtype == np.float32 and out.flags.c_contiguous and np.isfinite(out).all()
     assert m.shape == mask.shape and m.dtype == np.uint8 and set(np.unique(m)) <= {0, 1, 255}
     assert 0 <= out[..., :3].min() and out[..., :3].max() <= 1 and np.abs(out[..., 3:]).max(initial=0) <= 1001
+
+
+def test_noise_has_the_variance_of_the_guide():
+    "Drawn evenly from 10..50 on the scale 0..255: 30 on average, and every part of the range as often"
+    certain = Augment(gaussian_noise={'p': 1})
+    stds = [draw(certain, np.random.default_rng((0, 1, 0, n)))['gaussian_noise'] for n in range(4000)]
+    variances = 255**2 * np.square(stds)
+    assert variances.mean() == pytest.approx(30, abs=4 * 40 / 12**0.5 / 4000**0.5)
+    assert stats.kstest(variances, stats.uniform(10, 40).cdf).pvalue > 0.001
+
+
+def library_elastic(alpha, sigma, seed, **mode):
+    "(2, 192, 192) displacements of albumentations, pixels"
+    import albumentations
+
+    transform = albumentations.ElasticTransform(alpha=alpha, sigma=sigma, **mode)
+    transform.set_random_seed(seed)
+    maps = transform.get_params_dependent_on_data(dict(shape=(192, 192)), {})
+    return np.stack([maps['map_x'], maps['map_y']]) - np.mgrid[:192, :192][::-1]
+
+
+def field_statistics(fields):
+    "Standard deviation, largest value of a field on average, correlation of x and y; the rim of each field left out"
+    inner = np.stack(fields)[..., 40:-40, 40:-40]
+    together = np.corrcoef(inner[:, 0].ravel(), inner[:, 1].ravel())[0, 1]
+    return inner.std(), np.abs(inner).max((1, 2, 3)).mean(), together
+
+
+@pytest.mark.parametrize('alpha,sigma', [(120, 6), (40, 3), (300, 10)])
+def test_elastic_is_as_strong_as_the_mode_of_the_library_that_it_names(alpha, sigma):
+    "Over 100 draws the default mode agrees within 6%; every other mode differs by more in one of the statistics"
+    at = np.eye(2)
+    fields = [elastic(alpha, sigma, (192, 192), at, np.random.default_rng(n)).transpose(2, 0, 1) for n in range(100)]
+    spread, largest, together = field_statistics(fields)
+
+    def of_library(**other):
+        mode = dict(approximate=False, same_dxdy=False, noise_distribution='gaussian') | other
+        return field_statistics([library_elastic(alpha, sigma, n, **mode) for n in range(100)])
+
+    expected = of_library()
+    assert [spread, largest] == pytest.approx(expected[:2], rel=0.06) and abs(together) < 0.1
+    assert of_library(noise_distribution='uniform')[0] > 2 * spread
+    assert of_library(same_dxdy=True)[2] == pytest.approx(1)
+    if sigma > 3:
+        assert abs(of_library(approximate=True)[0] / spread - 1) > 0.06
 
 
 MOVES = {n: {'p': 0} for n in ('brightness', 'contrast', 'saturation', 'gaussian_noise', 'clahe')}
