@@ -390,6 +390,9 @@ class Augment(Strict):
     random_scale: RandomScale = RandomScale()
     pipeline: Annotated[Path | None, Since('0.2')] = Field(
         None, description='an albumentations pipeline (YAML of A.save) in place of the transforms above')
+    border: Annotated[Literal['constant', 'reflect'], Since('0.3')] = Field(
+        'constant', description='what a move shows beyond the tile: the mean of each channel, ignored in the mask; '
+                                'or image and mask reflected, with nothing ignored')
 
 # %% ../nbs/00b_config.ipynb #0e120b8b
 def parse_ratio(value:int|str) -> int|str:

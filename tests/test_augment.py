@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.ndimage import binary_erosion
 from torch.utils.data import DataLoader, Dataset
 
-from rtsseg.augment import Augmenter, boundary, draw, elastic
+from rtsseg.augment import Augmenter, boundary, draw, elastic, warp
 from rtsseg.config import Augment, Loss
 
 KEYS = [(42, 1, t, o) for t in range(4) for o in range(3)]
@@ -138,6 +138,63 @@ def test_the_mask_lies_on_its_image(n, h, w):
         out, m = Augmenter(Augment(**FLAT), [0.5] * 3 + [0, 0])(image, code.astype(np.uint8), (1, 1, 0, n))
         inside = binary_erosion(m != 255, iterations=2)
         assert np.abs(m - out[..., channel])[inside].max(initial=0) <= 0.51
+
+
+BORDERLESS = MOVES | {'border': 'reflect'}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(24, 64), st.integers(3, 6))
+def test_a_reflected_border_ignores_nothing(n, side, channels):
+    "No pixel becomes ignored or takes the fill; with the constant border, the same draw may do both"
+    image = np.random.default_rng(n).random((side, side, channels), dtype=np.float32)
+    mask = (image[..., 0] > 0.5).astype(np.uint8)
+    fill, key = [-9.0] * channels, (3, 1, 0, n)
+    out, m = Augmenter(Augment(**BORDERLESS), fill)(image, mask, key)
+    padded = Augmenter(Augment(**MOVES), fill)(image, mask, key)[1]
+    assert set(np.unique(m)) <= {0, 1} and out.min() >= image.min() - 1e-5
+    known = padded != 255
+    assert (m == padded)[known].all()
+
+
+def test_shares_of_ignored_pixels():
+    "The guide's list makes about a fifth of all pixels ignored; reflection none"
+
+    def shares(border):
+        augment = Augmenter(Augment(**MOVES, border=border), [0.0] * 3)
+        image, mask = np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8)
+        return [(augment(image, mask, (0, 1, 0, n))[1] == 255).mean() for n in range(600)]
+
+    assert np.mean(shares('constant')) == pytest.approx(0.19, abs=0.03)
+    assert not any(shares('reflect'))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.5, 1.2), st.floats(-180, 180), st.floats(-10, 10), st.floats(-10, 10), st.integers(0, 10**6))
+def test_reflection_is_the_librarys(scale, angle, shear_x, shear_y, n):
+    "Image and mask against cv2 by the inverse matrix, written out: reflection c b | a b c at every edge"
+    import cv2
+
+    rng = np.random.default_rng(n)
+    image, mask = rng.random((40, 40, 3), dtype=np.float32), rng.integers(0, 2, (40, 40), dtype=np.uint8)
+    drawn = dict(shift_scale_rotate=(0.1, -0.05, scale, angle), affine=(shear_x, shear_y))
+    out, m = warp(image, mask, [0.0] * 3, drawn, None, 'reflect')
+    # a mirrored mosaic of the tile, moved with a border that it never reaches
+    rim = 160
+    around = [(rim, rim), (rim, rim)]
+    wide, labels = np.pad(image, [*around, (0, 0)], mode='reflect'), np.pad(mask, around, mode='reflect')
+    cos, sin = scale * np.cos(np.radians(angle)), scale * np.sin(np.radians(angle))
+    turn = np.array([[cos, sin, 4], [-sin, cos, -2], [0, 0, 1]])
+    shear = np.array([[1, np.tan(np.radians(shear_x)), 0], [np.tan(np.radians(shear_y)), 1, 0], [0, 0, 1]])
+    to_middle = np.array([[1, 0, 19.5], [0, 1, 19.5], [0, 0, 1]])
+    back = to_middle @ np.linalg.inv(shear @ turn) @ np.linalg.inv(to_middle)
+    back[:2, 2] += rim
+    flags = cv2.WARP_INVERSE_MAP
+    expected = cv2.warpAffine(wide, back[:2], (40, 40), flags=flags | cv2.INTER_LINEAR)
+    np.testing.assert_allclose(out, expected, atol=2e-2)
+    same = m == cv2.warpAffine(labels, back[:2], (40, 40), flags=flags | cv2.INTER_NEAREST)
+    # a place half way between two pixels may round to either
+    assert same.mean() > 0.99
 
 
 @settings(deadline=None, max_examples=40)
