@@ -269,7 +269,7 @@ LOOP_UNREAD = [
     Unread(OF_TWO_PHASES, 'stages has a schedule of its own', lambda cfg: bool(cfg.stages)),
     Unread(('lr.frozen_lr',), 'freeze_backbone_epochs is 0', lambda cfg: not cfg.freeze_backbone_epochs),
     Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}', lambda cfg: cfg.lr.schedule != 'cosine'),
-    Unread(('lr.warmup_start_lr',), 'there is no warm-up',
+    Unread(('lr.warmup_start_lr',), 'the warm-up has no length',
            lambda cfg: not cfg.lr.warmup_epochs and not cfg.lr.warmup_steps),
     Unread(('lr.plateau_factor', 'lr.plateau_patience'), 'no schedule is plateau',
            lambda cfg: 'plateau' not in schedules(cfg)),

@@ -50,8 +50,9 @@ LOSS = 'loss.'
     (dict(early_stopping=dict(patience=None, window=4, start_epoch=9)), '', of('early_stopping', 'window start_epoch')),
     (dict(epochs=40, early_stopping=dict(start_epoch=60)), '', {'early_stopping.start_epoch'}),
     (dict(epochs=40, early_stopping=dict(start_epoch=9)), '', set()),
-    (dict(lr=OTHER['lr'], freeze_backbone_epochs=3, stages=[STAGE]), '', {'freeze_backbone_epochs', *of('lr', 'frozen_lr '
-     'base_lr backbone_lr_multiplier schedule min_lr warmup_epochs warmup_start_lr plateau_factor plateau_patience')}),
+    (dict(lr=OTHER['lr'], freeze_backbone_epochs=3, stages=[STAGE]), 'lr.', of('lr', 'frozen_lr base_lr '
+     'backbone_lr_multiplier schedule min_lr warmup_epochs warmup_start_lr plateau_factor plateau_patience')),
+    (dict(freeze_backbone_epochs=3, stages=[STAGE]), '', {'freeze_backbone_epochs'}),
     (dict(lr=dict(plateau_factor=.1), stages=[STAGE | dict(schedule='plateau')]), '', set()),
     (dict(lr=dict(frozen_lr=.1), freeze_backbone_epochs=0), '', {'lr.frozen_lr'}),
     (dict(lr=dict(warmup_epochs=0, warmup_start_lr=1e-5)), '', {'lr.warmup_start_lr'}),
