@@ -564,7 +564,7 @@ class Model(Strict):
         'dataset', description="RGB is normalised by the training split's mean and std, or by those that the "
                                'pretrained encoder was made with')
     dropout: Annotated[float, Since('0.3')] = Field(
-        0., ge=0, lt=1, description='probability, in training, that the segmentation head does not see a channel of the '
+        0., ge=0, lt=1, description='probability, in training, that the segmentation head misses a channel of the '
                                     "decoder's features (guide 10.5)")
     gradient_checkpointing: Annotated[bool, Undeciding()] = Field(
         False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
