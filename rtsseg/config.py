@@ -9,17 +9,17 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'Sche
            'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError',
            'Strict', 'Undeciding', 'Since', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless',
            'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage',
-           'Unread', 'changed_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource',
-           'TableSource', 'FieldSource', 'MultiResolution', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
-           'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'CurriculumRow', 'Sampler',
-           'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'TrackerConfig', 'RunConfig', 'lacks',
-           'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
-           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
-           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
-           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
-           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
-           'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema', 'parse_overrides', 'settings',
-           'assigned_names', 'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
+           'Unread', 'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig',
+           'ToySource', 'TableSource', 'FieldSource', 'MultiResolution', 'Data', 'Transform', 'ShiftScaleRotate',
+           'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'CurriculumRow',
+           'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'TrackerConfig',
+           'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system',
+           'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder',
+           'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path',
+           'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at',
+           'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides',
+           'is_hashed', 'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema', 'parse_overrides',
+           'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -224,14 +224,14 @@ class Unread:
     because: str                     # the choice in words, a format of `cfg`
     holds: Callable[[Any], bool]     # called with the tree: whether this choice was made
 
-def changed_settings(value:Any,        # a tree, or a value in it
-                     default:Any,      # what it is by default
-                     path:str=''       # its dotted name
-                    ) -> Iterator[str]:
+def differing_settings(value:Any,        # a tree, or a value in it
+                       default:Any,      # what it is by default
+                       path:str=''       # its dotted name
+                      ) -> Iterator[str]:
     "Dotted names of the settings that differ from their default"
     if isinstance(value, BaseModel) and type(value) is type(default):
         for name in type(value).model_fields:
-            yield from changed_settings(getattr(value, name), getattr(default, name), f'{path}.{name}')
+            yield from differing_settings(getattr(value, name), getattr(default, name), f'{path}.{name}')
     elif value != default:
         yield path
 
@@ -241,7 +241,7 @@ def unread_lines(cfg:BaseModel,             # the tree
     "Name the settings that differ from their default and change nothing"
     changed = []
     for name, field in type(cfg).model_fields.items():
-        changed += changed_settings(getattr(cfg, name), field.get_default(call_default_factory=True), name)
+        changed += differing_settings(getattr(cfg, name), field.get_default(call_default_factory=True), name)
     lines = []
     for rule in rules:
         if not rule.holds(cfg):

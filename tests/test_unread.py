@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtsseg.augment import Augmenter, boundary
-from rtsseg.config import RTS_UNREAD, Loss, RtsConfig, changed_settings
+from rtsseg.config import RTS_UNREAD, Loss, RtsConfig, differing_settings
 from rtsseg.losses import make_loss
 from rtsseg.schedule import learning_rate, plan_stages
 
@@ -85,7 +85,7 @@ def test_the_tables_name_settings_that_exist():
         for part in setting.split('.'):
             assert part in type(node).model_fields, setting
             node = getattr(node, part)
-    assert list(changed_settings(cfg, RtsConfig())) == []
+    assert list(differing_settings(cfg, RtsConfig())) == []
 
 def training_loss(settings):
     "Each part of the loss on one batch, its targets made by the boundary settings"
