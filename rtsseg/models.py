@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_tensors', 'mismatch', 'check_timm_checkpoint', 'missing_channels', 'widen', 'LateFusion', 'encoders',
            'has_layers', 'repeated_blocks', 'fixed_statistics', 'forward_twice', 'checkpoint_blocks', 'make_model',
-           'state_to_load', 'first_channels', 'widen_model', 'extra_encoder_name', 'fuse', 'load_into', 'build',
-           'parts', 'timm_layers', 'input_channels', 'check_size']
+           'state_to_load', 'first_channels', 'widen_model', 'extra_encoder_name', 'fuse', 'load_into', 'drop_channels',
+           'add_dropout', 'build', 'parts', 'timm_layers', 'input_channels', 'check_size']
 
 # %% ../nbs/04_models.ipynb #imodels
 import warnings
@@ -22,6 +22,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from torch import nn
+from torch.nn.functional import dropout2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -285,6 +286,22 @@ def load_into(cfg:Model,                       # names the weights, for the mess
     except RuntimeError as e:
         raise mismatch(cfg, e) from None
 
+# %% ../nbs/04_models.ipynb #dr0p0001
+def drop_channels(p:float,                          # probability of each channel
+                  head:nn.Module,                   # whose mode counts
+                  inputs:tuple[torch.Tensor, ...]   # of the head: features (B, C, H, W) first
+                 ) -> tuple[torch.Tensor, ...]:     # the same, some channels 0 and the others divided by 1 − p
+    "Drop channels of the features in training"
+    features, *others = inputs
+    return (dropout2d(features, p, head.training), *others)
+
+def add_dropout(model:nn.Module,    # changed in place
+                p:float             # probability of each channel; 0 changes nothing
+               ) -> None:
+    "Make the segmentation head of a model miss channels in training"
+    if p:
+        model.segmentation_head.register_forward_pre_hook(partial(drop_channels, p))
+
 # %% ../nbs/04_models.ipynb #493e69a1
 def build(cfg:Model          # architecture, encoder, weights, number of channels, fusion
          ) -> nn.Module:     # float32 (B, C, H, W) → logits (B, 1, H, W)
@@ -301,6 +318,7 @@ def build(cfg:Model          # architecture, encoder, weights, number of channel
         state = state_to_load(cfg, tensors)
         model = fuse(cfg, widen_model(cfg, rgb))
         load_into(cfg, model, state)
+    add_dropout(model, cfg.dropout)
     if cfg.gradient_checkpointing:
         for encoder, name in zip(encoders(model), [cfg.encoder, extra_encoder_name(cfg)]):
             checkpoint_blocks(encoder, name)

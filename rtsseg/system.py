@@ -197,8 +197,8 @@ class System:
         return cfg.metrics.monitor, 'max'
 
     def warnings(self, cfg:RunConfig) -> list[str]:
-        "Settings that are legal and probably not meant, a line each"
-        return []
+        "Settings that are valid but probably a mistake, a line each"
+        return cfg.doubtful_settings()
 
     def overfitting(self, history:list[dict], cfg:RunConfig) -> dict[str, str]:
         "Signs of overfitting at the last validation: {sign: remedy}"

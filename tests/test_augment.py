@@ -1,17 +1,19 @@
-"Augment: one key, one draw, in any process; masks on their images; and the boundary band by brute force"
+"Augment: one key, one draw, in any process; strengths; masks on their images; and the boundary band by brute force"
 
 import hashlib
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 from scipy.ndimage import binary_erosion
 from torch.utils.data import DataLoader, Dataset
 
-from rtsseg.augment import Augmenter, boundary
+from rtsseg.augment import Augmenter, boundary, draw, elastic, warp
 from rtsseg.config import Augment, Loss
 
 KEYS = [(42, 1, t, o) for t in range(4) for o in range(3)]
@@ -77,6 +79,51 @@ def test_any_key_any_number_of_channels(seed, epoch, n, occurrence, channels):
     assert 0 <= out[..., :3].min() and out[..., :3].max() <= 1 and np.abs(out[..., 3:]).max(initial=0) <= 1001
 
 
+def test_noise_has_the_variance_of_the_guide():
+    "Drawn evenly from 10..50 on the scale 0..255: 30 on average, and every part of the range as often"
+    certain = Augment(gaussian_noise={'p': 1})
+    stds = [draw(certain, np.random.default_rng((0, 1, 0, n)))['gaussian_noise'] for n in range(4000)]
+    variances = 255**2 * np.square(stds)
+    assert variances.mean() == pytest.approx(30, abs=4 * 40 / 12**0.5 / 4000**0.5)
+    assert stats.kstest(variances, stats.uniform(10, 40).cdf).pvalue > 0.001
+
+
+def library_elastic(alpha, sigma, seed, **mode):
+    "(2, 192, 192) displacements of albumentations, pixels"
+    import albumentations
+
+    transform = albumentations.ElasticTransform(alpha=alpha, sigma=sigma, **mode)
+    transform.set_random_seed(seed)
+    maps = transform.get_params_dependent_on_data(dict(shape=(192, 192)), {})
+    return np.stack([maps['map_x'], maps['map_y']]) - np.mgrid[:192, :192][::-1]
+
+
+def field_statistics(fields):
+    "Standard deviation, largest value of a field on average, correlation of x and y; the rim of each field left out"
+    inner = np.stack(fields)[..., 40:-40, 40:-40]
+    together = np.corrcoef(inner[:, 0].ravel(), inner[:, 1].ravel())[0, 1]
+    return inner.std(), np.abs(inner).max((1, 2, 3)).mean(), together
+
+
+@pytest.mark.parametrize('alpha,sigma', [(120, 6), (40, 3), (300, 10)])
+def test_elastic_is_as_strong_as_the_mode_of_the_library_that_it_names(alpha, sigma):
+    "Over 100 draws the default mode agrees within 6%; every other mode differs by more in one of the statistics"
+    at = np.eye(2)
+    fields = [elastic(alpha, sigma, (192, 192), at, np.random.default_rng(n)).transpose(2, 0, 1) for n in range(100)]
+    spread, largest, together = field_statistics(fields)
+
+    def of_library(**other):
+        mode = dict(approximate=False, same_dxdy=False, noise_distribution='gaussian') | other
+        return field_statistics([library_elastic(alpha, sigma, n, **mode) for n in range(100)])
+
+    expected = of_library()
+    assert [spread, largest] == pytest.approx(expected[:2], rel=0.06) and abs(together) < 0.1
+    assert of_library(noise_distribution='uniform')[0] > 2 * spread
+    assert of_library(same_dxdy=True)[2] == pytest.approx(1)
+    if sigma > 3:
+        assert abs(of_library(approximate=True)[0] / spread - 1) > 0.06
+
+
 MOVES = {n: {'p': 0} for n in ('brightness', 'contrast', 'saturation', 'gaussian_noise', 'clahe')}
 FLAT = MOVES | {'rotate90': {'p': 0}}
 
@@ -91,6 +138,63 @@ def test_the_mask_lies_on_its_image(n, h, w):
         out, m = Augmenter(Augment(**FLAT), [0.5] * 3 + [0, 0])(image, code.astype(np.uint8), (1, 1, 0, n))
         inside = binary_erosion(m != 255, iterations=2)
         assert np.abs(m - out[..., channel])[inside].max(initial=0) <= 0.51
+
+
+BORDERLESS = MOVES | {'border': 'reflect'}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(24, 64), st.integers(3, 6))
+def test_a_reflected_border_ignores_nothing(n, side, channels):
+    "No pixel becomes ignored or takes the fill; with the constant border, the same draw may do both"
+    image = np.random.default_rng(n).random((side, side, channels), dtype=np.float32)
+    mask = (image[..., 0] > 0.5).astype(np.uint8)
+    fill, key = [-9.0] * channels, (3, 1, 0, n)
+    out, m = Augmenter(Augment(**BORDERLESS), fill)(image, mask, key)
+    padded = Augmenter(Augment(**MOVES), fill)(image, mask, key)[1]
+    assert set(np.unique(m)) <= {0, 1} and out.min() >= image.min() - 1e-5
+    known = padded != 255
+    assert (m == padded)[known].all()
+
+
+def test_shares_of_ignored_pixels():
+    "The guide's list makes about a fifth of all pixels ignored; reflection none"
+
+    def shares(border):
+        augment = Augmenter(Augment(**MOVES, border=border), [0.0] * 3)
+        image, mask = np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8)
+        return [(augment(image, mask, (0, 1, 0, n))[1] == 255).mean() for n in range(600)]
+
+    assert np.mean(shares('constant')) == pytest.approx(0.19, abs=0.03)
+    assert not any(shares('reflect'))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.5, 1.2), st.floats(-180, 180), st.floats(-10, 10), st.floats(-10, 10), st.integers(0, 10**6))
+def test_reflection_is_the_librarys(scale, angle, shear_x, shear_y, n):
+    "Image and mask against cv2 by the inverse matrix, written out: reflection c b | a b c at every edge"
+    import cv2
+
+    rng = np.random.default_rng(n)
+    image, mask = rng.random((40, 40, 3), dtype=np.float32), rng.integers(0, 2, (40, 40), dtype=np.uint8)
+    drawn = dict(shift_scale_rotate=(0.1, -0.05, scale, angle), affine=(shear_x, shear_y))
+    out, m = warp(image, mask, [0.0] * 3, drawn, None, 'reflect')
+    # a mirrored mosaic of the tile, moved with a border that it never reaches
+    rim = 160
+    around = [(rim, rim), (rim, rim)]
+    wide, labels = np.pad(image, [*around, (0, 0)], mode='reflect'), np.pad(mask, around, mode='reflect')
+    cos, sin = scale * np.cos(np.radians(angle)), scale * np.sin(np.radians(angle))
+    turn = np.array([[cos, sin, 4], [-sin, cos, -2], [0, 0, 1]])
+    shear = np.array([[1, np.tan(np.radians(shear_x)), 0], [np.tan(np.radians(shear_y)), 1, 0], [0, 0, 1]])
+    to_middle = np.array([[1, 0, 19.5], [0, 1, 19.5], [0, 0, 1]])
+    back = to_middle @ np.linalg.inv(shear @ turn) @ np.linalg.inv(to_middle)
+    back[:2, 2] += rim
+    flags = cv2.WARP_INVERSE_MAP
+    expected = cv2.warpAffine(wide, back[:2], (40, 40), flags=flags | cv2.INTER_LINEAR)
+    np.testing.assert_allclose(out, expected, atol=2e-2)
+    same = m == cv2.warpAffine(labels, back[:2], (40, 40), flags=flags | cv2.INTER_NEAREST)
+    # a place half way between two pixels may round to either
+    assert same.mean() > 0.99
 
 
 @settings(deadline=None, max_examples=40)

@@ -96,6 +96,14 @@ def test_it_trains(file, home):
     # all run folders together would fill a small disk
     shutil.rmtree(folder)
 
+def test_the_grid_of_models_builds_the_models_of_their_experiments():
+    "Memory included: an entry keeps what its experiment sets"
+    entries = read_yaml(CONFIGS/'search'/'models.yaml')['model'].values()
+    by_encoder = {entry['model.encoder']: entry for entry in entries}
+    for experiment in ('segformer_b5', 'dinov3'):
+        model = read_yaml(CONFIGS/'experiments'/f'{experiment}.yaml')['model']
+        assert by_encoder[model['encoder']] == {f'model.{name}': value for name, value in model.items()}
+
 # ---------------------------------------------------------------- the table of the guide
 
 def table_rows(path):

@@ -73,6 +73,51 @@ def test_every_architecture_gives_a_logit_a_pixel(architecture):
     both = parts(model)
     assert parameter_ids(*both['encoder'], *both['decoder']) == parameter_ids(model)
 
+def head_inputs(model, x, n):
+    "What the segmentation head reads, over n passes"
+    seen = []
+    hook = model.segmentation_head.register_forward_hook(lambda head, inputs, out: seen.append(inputs[0]))
+    with torch.no_grad():
+        for _ in range(n):
+            model(x)
+    hook.remove()
+    return torch.stack(seen)
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_dropout_works_in_training_alone(architecture):
+    "Whole channels at its share, the others scaled up; evaluation and the weights are those of a model without it"
+    cfg, x = small_model(architecture), torch.randn(2, 3, 128, 128)
+    plain, dropping = build_seeded(cfg, 0), build_seeded(changed(cfg, dropout=.25), 0)
+    assert [*dropping.state_dict()] == [*plain.state_dict()]
+    dropping.load_state_dict(plain.state_dict())
+    assert (dropping.eval()(x) == plain.eval()(x)).all()
+
+    whole = head_inputs(plain, x, 1)
+    # the decoder stays in evaluation mode, so that only the dropout differs
+    dropping.segmentation_head.train()
+    seen = head_inputs(copy.deepcopy(dropping), x, 5)
+    kept = (seen != 0).any((3, 4)) | (whole == 0).all((3, 4))
+    expected = torch.where(kept[..., None, None], whole/.75, 0)
+    torch.testing.assert_close(seen, expected)
+    alive = (whole != 0).any((3, 4)).expand(kept.shape)
+    share = 1 - kept[alive].float().mean()
+    assert abs(share - .25) < 4*(.25*.75/alive.sum())**.5
+
+def test_without_dropout_no_random_number_is_drawn():
+    model = build(small_model('unet')).train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert (torch.get_rng_state() == before).all()
+    assert not model.segmentation_head._forward_pre_hooks
+
+def test_late_fusion_has_dropout_too():
+    cfg = small_model('unet', in_channels=4, fusion='late', dropout=.5)
+    model = build(cfg).train()
+    model.encoder.eval()
+    x = torch.randn(1, 4, 64, 64)
+    assert (head_inputs(model, x, 8) == 0).all((3, 4)).any()
+
 def test_a_decoder_that_pools_more_needs_larger_tiles():
     with pytest.raises(ConfigError, match='too small'):
         check_size(build(small_model('pan', in_channels=4)).eval(), 64)

@@ -139,10 +139,6 @@ class RTS(System):
         from rtsseg.infer import load_model
         return load_model(folder)
 
-    def warnings(self, cfg:RtsConfig) -> list[str]:
-        "Settings that are valid but probably a mistake, a line each"
-        return cfg.doubtful_settings()
-
     def overfitting(self, history:list[dict], cfg:RtsConfig) -> dict[str, str]:
         "The warning signs of guide 10.5: {sign: remedy}"
         return segmentation_signs(history, cfg)
