@@ -28,7 +28,7 @@ from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate
 from .calibration import VIEW_NAMES, Region, recommend, views_gain
-from .config import Metrics
+from .config import Metrics, ratio_text
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
@@ -495,7 +495,7 @@ def paired_differences(a:PixelResults,     # the first configuration
                        b:PixelResults,     # another one
                        split:str,          # val or test
                        cfg:Metrics         # settings for both
-                      ) -> dict[int, dict[str, Difference]]:   # {ratio: {metric: b − a}}
+                      ) -> dict[int|str, dict[str, Difference]]:   # {ratio: {metric: b − a}}
     "How much better one configuration is than another, on the same tiles"
     evidence = [[run.evidence[split] for run in x.runs] for x in (a, b)]
     thresholds = [[ratio_thresholds(run, cfg.ratios) for run in x.runs] for x in (a, b)]
@@ -615,7 +615,7 @@ def operating_tables(run:PixelRun) -> list[Table]:
 FIT_NAMES = dict(before='scores as they are', temperature='temperature', slope_intercept='slope and intercept',
                  shifted='the used one, shifted')
 
-FIT_NOTE = ('fitted at 1:{ratio} on validation: log-odds = slope × score + intercept, and the temperature is '
+FIT_NOTE = ('fitted at {ratio} on validation: log-odds = slope × score + intercept, and the temperature is '
             '1 / slope; below 1 the model was too hesitant, above 1 too sure')
 
 EXCESS_NOTE = ('excess: the sum of all probabilities over the positive pixels, 1 where probabilities are right on '
@@ -624,7 +624,7 @@ EXCESS_NOTE = ('excess: the sum of all probabilities over the positive pixels, 1
 QUALITY_NOTE = ('on validation; negative log-likelihood (nats a pixel), expected calibration error, mean squared '
                 'error: smaller is better')
 
-SHIFT_NOTE = ('shift: what is added to the log-odds because slumps are rarer at this ratio than at 1:{ratio}, or '
+SHIFT_NOTE = ('shift: what is added to the log-odds because slumps are rarer at this ratio than at {ratio}, or '
               'more frequent')
 
 def fits_table(run:PixelRun) -> Table:
@@ -635,7 +635,7 @@ def fits_table(run:PixelRun) -> Table:
         label = f'{FIT_NAMES[name]} (used)' if name == found.method else FIT_NAMES[name]
         temperature = Number(1 / fit.slope.value, '{:.3f}', fit.why) if name == 'temperature' else '–'
         rows.append([label, temperature, fit.slope, fit.intercept, fit.excess])
-    notes = [FIT_NOTE.format(ratio=found.ratio), EXCESS_NOTE, found.temperature_enough]
+    notes = [FIT_NOTE.format(ratio=ratio_text(found.ratio)), EXCESS_NOTE, found.temperature_enough]
     head = ['fit', 'temperature', 'slope', 'intercept', 'excess']
     return Table(head, rows, notes, f'From scores to probabilities, seed {run.seed}')
 
@@ -656,7 +656,7 @@ def quality_table(run:PixelRun) -> Table:
             shift = Number(found.shifts[ratio], '{:+.2f}') if name == 'shifted' else '–'
             scores = getattr(quality, name)
             rows.append([label, shift, *(small_number(error) for error in (scores.nll, scores.ece, scores.brier))])
-    notes = [QUALITY_NOTE, SHIFT_NOTE.format(ratio=found.ratio)]
+    notes = [QUALITY_NOTE, SHIFT_NOTE.format(ratio=ratio_text(found.ratio))]
     head = ['probabilities by', 'shift', 'NLL', 'ECE', 'Brier score']
     return Table(head, rows, notes, f'Probabilities before and after, seed {run.seed}')
 
