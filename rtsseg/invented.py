@@ -152,7 +152,7 @@ def write_training(cfg:RtsConfig,
                    evidence:Evidence     # of validation, by the best weights
                   ) -> None:
     "Write what training leaves behind: config, environment, log, metrics and a model file"
-    ratios = [1, *cfg.metrics.ratios, 'native']
+    ratios = dict.fromkeys([1, *cfg.metrics.ratios, 'native', cfg.metrics.monitored_ratio])
     numbers = {f'pr_auc@{r}': found['pr_auc'] for r, found in summary(evidence, ratios, ious=()).items()}
     step = STEPS_PER_EPOCH * cfg.epochs
     best = dict(epoch=cfg.epochs, step=step, value=numbers[cfg.metrics.monitor], metrics=numbers)
