@@ -344,7 +344,8 @@ class Calibration(Strict):
     n_neg_tiles: int
     # hash of the evidence that all this was read from
     evidence: str
-    # smallest object of every table, floors that were tried, positive tiles that a region needs; None in older files
+    # smallest object of every table, floors that were tried, positive tiles that a region needs;
+    # None in older files
     min_area: int|None = None
     min_areas: list[int]|None = None
     min_region_positives: int|None = None

@@ -1,4 +1,4 @@
-"How a trained model is judged is no other run: ratios, targets, views and thresholds are asked of its evidence"
+"Another way to judge a trained model does not make another run: ratios, targets, views and thresholds are asked of its evidence"
 import hashlib
 import json
 import shutil
