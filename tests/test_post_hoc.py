@@ -1,4 +1,4 @@
-"Another way to judge a trained model does not make another run: ratios, targets, views and thresholds are asked of its evidence"
+"Another way to judge a trained model does not make another run: ratios, targets, views and thresholds"
 import hashlib
 import json
 import shutil
