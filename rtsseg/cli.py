@@ -49,10 +49,10 @@ class RunArguments:
         return settings(self.config, self.manifest, self.name, self.epochs, self.seed, self.all_overrides())
 
     def run_folder(self, run:str='') -> Path:
-        "The run folder that is named, or the one of the config; raises `ConfigError` where both are given"
+        "The run folder that is named, or the one of the config; post-hoc settings are kept in it. Raises `ConfigError`"
         from rtsseg.system import resolve_run
         given = dict(manifest=self.manifest, name=self.name, epochs=self.epochs, seed=self.seed)
-        return resolve_run(run, self.config, **given, overrides=self.all_overrides() or '')
+        return resolve_run(run, self.config, self.all_overrides(), **given)
 
 def as_list(value:Any) -> list:
     "A list of what may be one text, several, or nothing"
@@ -279,10 +279,10 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
                     force:bool=False      # although another config used the test split, or config or data changed
                    ) -> None:
     "Run a trained model over a split and write down what it saw"
-    from rtsseg.config import find_system, load
-    from rtsseg.files import inside
+    from rtsseg.config import find_system
+    from rtsseg.runs import run_config
     folder = shared.run_folder(run)
-    cfg = load(inside(folder/'config.yaml', folder))
+    cfg = run_config(folder)
     from rtsseg.evaluation import evaluate, split_views
     system = find_system(cfg.system)
     for name in split_views(views, cfg):

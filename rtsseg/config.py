@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonNegativeInt', 'ScheduleName', 'OF_TWO_PHASES',
-           'LOOP_UNREAD', 'Source', 'Percent', 'Percentiles', 'RisingPair', 'Ratio', 'GUIDE_CURRICULUM', 'LossName',
-           'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD',
-           'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH',
-           'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PathOrName', 'raise_together',
-           'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints',
-           'Loader', 'Stage', 'check_first_stage', 'Unread', 'differing_settings', 'unread_lines', 'schedules',
-           'ends_before_stopping', 'LoopConfig', 'ToySource', 'TableSource', 'FieldSource', 'MultiResolution', 'Crops',
-           'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
-           'RandomScale', 'Augment', 'parse_ratio', 'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model',
-           'Metrics', 'Calibrate', 'Infer', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn',
-           'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible', 'check_yaml_events',
-           'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names', 'find_config', 'merge_trees',
-           'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths', 'Setting', 'locate',
-           'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
-           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
-           'deciding_settings', 'hashed_settings', 'to_yaml', 'write_schema', 'parse_overrides', 'settings',
-           'assigned_names', 'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
+           'LOOP_UNREAD', 'Source', 'Percent', 'Percentiles', 'RisingPair', 'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM',
+           'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD',
+           'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS',
+           'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc',
+           'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA',
+           'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread', 'differing_settings',
+           'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'TableSource', 'FieldSource',
+           'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
+           'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text',
+           'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
+           'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
+           'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
+           'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
+           'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed',
+           'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load',
+           'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as',
+           'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema',
+           'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples',
+           'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -74,6 +76,10 @@ class Undeciding:
 class Since:
     "Marks a field that was added in a later version"
     version: str
+
+@dataclass(frozen=True)
+class PostHoc:
+    "Marks a field that says how a trained model is judged: another value needs no other training"
 
 @dataclass(frozen=True)
 class PathOrName:
@@ -550,6 +556,22 @@ def parse_ratio(value:int|str) -> int|str:
 
 Ratio = Annotated[PositiveInt, BeforeValidator(parse_ratio)]
 
+def parse_judged_ratio(value:int|str) -> int|str:
+    "A ratio at which a model is judged: 20, '1:20', or 'native', that of the split. Raises `ValueError`"
+    if value == 'native':
+        return value
+    number = parse_ratio(value)
+    if not isinstance(number, (int, float)) or number < 1 or number % 1:
+        raise ValueError('a ratio is a positive whole number, or native for the ratio of the split')
+    return number
+
+JudgedRatio = Annotated[PositiveInt | Literal['native'], BeforeValidator(parse_judged_ratio)]
+
+def ratio_text(ratio:int|str    # r of 1:r, or 'native'
+              ) -> str:
+    "A ratio as people write it: '1:200', or 'native'"
+    return ratio if ratio == 'native' else f'1:{ratio}'
+
 class CurriculumRow(Strict):
     "One row of the schedule of guide 7.3"
     first: PositiveInt = Field(..., description='first epoch')
@@ -646,21 +668,22 @@ GUIDE_THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]
 
 class Metrics(Strict):
     "Guide 6 and 10.3"
-    ratios: list[Ratio] = Field(
+    ratios: Annotated[list[JudgedRatio], PostHoc()] = Field(
         [200, 500, 1000], min_length=1,
-        description='negative tiles for each positive one, at which everything is reported')
+        description='negative tiles for each positive one, at which everything is reported; native: as in the split')
     monitor: str = Field(
         'pr_auc@200', description='what validation is judged by: pr_auc@<ratio> or pr_auc@native')
     reference_threshold: float = Field(
         0.5, gt=0, lt=1, description='probability at which objects are counted during training (guide 6.2)')
-    object_thresholds: list[Probability] = Field(
+    object_thresholds: Annotated[list[Probability], PostHoc()] = Field(
         GUIDE_THRESHOLDS, description='probabilities at which objects are kept after training')
-    boundary_widths: list[PositiveInt] = Field(
+    boundary_widths: Annotated[list[PositiveInt], PostHoc()] = Field(
         [2, 3], description='widths of the band that boundary IoU compares, pixels')
-    min_area: int = Field(
+    min_area: Annotated[int, PostHoc()] = Field(
         0, ge=0, description='smallest object that counts, pixels: of predictions and of ground truth alike')
-    replicates: PositiveInt = Field(1000, description='bootstrap replicates behind an interval')
-    draws: PositiveInt = Field(20, description='draws of the subsampling estimator')
+    replicates: Annotated[PositiveInt, PostHoc()] = Field(
+        1000, description='bootstrap replicates behind an interval')
+    draws: Annotated[PositiveInt, PostHoc()] = Field(20, description='draws of the subsampling estimator')
 
     @property
     def monitored_ratio(self) -> int|str:
@@ -668,9 +691,15 @@ class Metrics(Strict):
         ratio = self.monitor.removeprefix('pr_auc@')
         return ratio if ratio == 'native' else int(ratio)
 
+    @property
+    def object_grid(self) -> list[float]:
+        "Probabilities at which a pass over validation keeps objects, ascending"
+        return sorted({*self.object_thresholds, self.reference_threshold})
+
 class Calibrate(Strict):
     "Guide 6.4 and 12"
-    ratio: Ratio = Field(200, description='the prevalence under which probabilities are fitted')
+    ratio: JudgedRatio = Field(
+        200, description='the prevalence under which probabilities are fitted: r of 1:r, or native')
     method: Literal['auto', 'temperature', 'slope_intercept'] = Field(
         'auto', description='how scores become probabilities: divided by T (guide 12.1), slope × score + intercept, '
                             'or chosen by cross-validation over blocks, with the prior corrected')
@@ -772,8 +801,8 @@ class RtsConfig(RunConfig):
     loss: Loss = Loss()
     model: Model = Model()
     metrics: Metrics = Metrics()
-    calibrate: Calibrate = Calibrate()
-    infer: Infer = Infer()
+    calibrate: Annotated[Calibrate, PostHoc()] = Calibrate()
+    infer: Annotated[Infer, PostHoc()] = Infer()
 
     @model_validator(mode='after')
     def _no_contradictions(self):
@@ -1203,28 +1232,84 @@ def is_hashed(field:FieldInfo, dumped:Any) -> bool:
     is_later = any(isinstance(mark, Since) for mark in field.metadata)
     return not is_later or dumped != to_jsonable_python(field.get_default(call_default_factory=True))
 
+def is_post_hoc(field:FieldInfo) -> bool:
+    "Whether a field says how a trained model is judged"
+    return PostHoc() in field.metadata
+
+def post_hoc_settings(node:BaseModel    # a config tree, or a node of it
+                     ) -> dict:         # as JSON holds it
+    "The settings that say how a trained model is judged"
+    found, dumped = {}, node.model_dump(mode='json')
+    for name, field in type(node).model_fields.items():
+        value = getattr(node, name)
+        if is_post_hoc(field):
+            found[name] = dumped[name]
+        elif isinstance(value, BaseModel) and (below := post_hoc_settings(value)):
+            found[name] = below
+    return found
+
+def as_trained(node:BaseModel    # a config tree, or a node of it
+              ) -> BaseModel:    # the same for all trees that train alike
+    "The tree with its post-hoc settings at their defaults"
+    changed = {}
+    for name, field in type(node).model_fields.items():
+        value = getattr(node, name)
+        if is_post_hoc(field):
+            changed[name] = field.get_default(call_default_factory=True)
+        elif isinstance(value, BaseModel):
+            changed[name] = as_trained(value)
+    return node.model_copy(update=changed)
+
+def judged_as(cfg:RunConfig,     # how the model was trained
+              asked:RunConfig    # how it is judged
+             ) -> RunConfig:
+    "A config with the post-hoc settings of another; raises `ConfigError`"
+    return load(cls=type(cfg), **merge_trees(cfg.model_dump(), post_hoc_settings(asked)))
+
+def not_post_hoc(tree:dict,             # a raw tree
+                 cls:type[BaseModel]    # the config tree that it is part of
+                ) -> list[str]:         # as 'lr.base_lr'
+    "Settings of a raw tree that another training would need"
+    found = []
+    for name, value in tree.items():
+        field = cls.model_fields[name]
+        nodes = nodes_in(field.annotation)
+        if is_post_hoc(field):
+            continue
+        if nodes and isinstance(value, dict):
+            found += [f'{name}.{below}' for below in not_post_hoc(value, nodes[0])]
+        else:
+            found.append(name)
+    return found
+
 def deciding_settings(cfg:LoopConfig   # the tree
                      ) -> dict:        # as JSON holds it
-    "The settings that decide what a run computes"
+    "The settings that decide what a run computes, or how it is judged"
     return select_fields(cfg, cfg.model_dump(mode='json'), decides)
 
 def hashed_settings(cfg:LoopConfig   # the tree
                    ) -> dict:        # as JSON holds it
-    "The settings that the hash of a run covers"
+    "The settings that the hash of a run covers; post-hoc ones stand at their defaults"
+    cfg = as_trained(cfg)
     return select_fields(cfg, cfg.model_dump(mode='json'), is_hashed)
 
 # %% ../nbs/00b_config.ipynb #641caa6f1
-def to_yaml(cfg:LoopConfig,              # the tree
-            exclude:set|dict|None=None   # what to leave out, as pydantic takes it
-           ) -> str:                     # YAML 1.2
-    "The whole tree as text"
+def yaml_text(tree:dict    # as JSON holds it
+             ) -> str:     # YAML 1.2
+    "A raw tree as text"
     yaml = YAML(typ='safe', pure=True)
     yaml.default_flow_style = None
     yaml.sort_base_mapping_type_on_output = False
     yaml.width = 140
     out = io.StringIO()
-    yaml.dump(cfg.model_dump(mode='json', exclude=exclude), out)
+    yaml.dump(tree, out)
     return out.getvalue()
+
+def to_yaml(cfg:LoopConfig,              # the tree
+            exclude:set|dict|None=None   # what to leave out, as pydantic takes it
+           ) -> str:                     # YAML 1.2
+    "The whole tree as text"
+    return yaml_text(cfg.model_dump(mode='json', exclude=exclude))
 
 def write_schema(path:str|Path,                      # where the JSON schema goes
                  cls:type[LoopConfig]=RtsConfig      # the tree

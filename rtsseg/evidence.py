@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'HISTOGRAMS', 'NESTED', 'SCHEMA', 'FORMAT', 'UNITS', 'tile_evidence', 'pixel_counts', 'Evidence',
-           'object_keys', 'Meter', 'evidence_path', 'run_evidence']
+           'object_keys', 'Meter', 'evidence_path', 'other_pass', 'run_evidence']
 
 # %% ../nbs/03c_evidence.ipynb #ievidenc
 import hashlib
@@ -510,6 +510,20 @@ def evidence_path(folder:str|Path,     # a run folder
     "Where a run keeps the evidence of a split; logits of a few informative tiles lie beside it, as .npz"
     suffix = '' if views == 'none' else f'-{views}'
     return Path(folder)/'evidence'/f'{split}{suffix}.parquet'
+
+def other_pass(evidence:Evidence,
+               thresholds:Sequence[float],    # probabilities at which objects are asked for
+               widths:Sequence[int],          # of the bands of boundary IoU that are asked for, pixels
+               more:bool=False                # whether evidence may hold objects at further thresholds
+              ) -> str:                       # '' where a pass with these settings would hold the same
+    "What evidence holds instead of what is asked for, so that another pass is needed"
+    held, asked = set(evidence.thresholds), set(map(float, thresholds))
+    if asked - held or (held - asked and not more):
+        return f'holds objects at {len(held)} thresholds that are not those of metrics.object_thresholds'
+    bands = set(map(int, evidence.nested('bands').width))
+    if bands - set(widths) or (bands and set(widths) - bands):
+        return f'holds boundary IoU of the widths {sorted(bands)}, and metrics.boundary_widths has {sorted(widths)}'
+    return ''
 
 def run_evidence(folder:Path,     # a run folder
                  split:str,       # train, val or test

@@ -21,6 +21,7 @@ from .files import write_atomic
 from .intervals import summary
 from .manifest import Manifest
 from .metrics import informative_tiles
+from .operating import selection_rule
 from .runs import config_hash, run_folder
 from .tiles import read_tile
 
@@ -133,7 +134,7 @@ def invent_run(cfg:RtsConfig,      # seed, ratios, calibration and epochs are us
               ) -> InventedRun:
     "Write the run folder of an invented model"
     folder = run_folder(cfg, world.hash)
-    thresholds = cfg.metrics.object_thresholds
+    thresholds = cfg.metrics.object_grid
     val = invent_split(world, 'val', cfg.seed, thresholds, skill, shift)
     calibration = calibrate_evidence(val.evidence, cfg.calibrate, cfg.metrics)
     chosen = [point.raw_threshold for point in calibration.thresholds.values()]
@@ -151,7 +152,7 @@ def write_training(cfg:RtsConfig,
                    evidence:Evidence     # of validation, by the best weights
                   ) -> None:
     "Write what training leaves behind: config, environment, log, metrics and a model file"
-    ratios = [1, *cfg.metrics.ratios, 'native']
+    ratios = dict.fromkeys([1, *cfg.metrics.ratios, 'native', cfg.metrics.monitored_ratio])
     numbers = {f'pr_auc@{r}': found['pr_auc'] for r, found in summary(evidence, ratios, ious=()).items()}
     step = STEPS_PER_EPOCH * cfg.epochs
     best = dict(epoch=cfg.epochs, step=step, value=numbers[cfg.metrics.monitor], metrics=numbers)
@@ -173,6 +174,6 @@ def invent_ledger(cfg:RtsConfig,
                   config:str=''                         # hash of the configuration that looked; '' is that of `cfg`
                  ) -> Path:                             # test_ledger.json
     "Write a test ledger in which some seeds of a configuration looked at the test split"
-    rule = dict(config=config or config_hash(cfg, world.hash), rule=f'best {cfg.metrics.monitor}')
+    rule = dict(config=config or config_hash(cfg, world.hash), rule=selection_rule(cfg, cfg.infer.views))
     looks = [dict(rule, seed=seed, when='2025-01-01T00:00:00+00:00', forced=forced) for seed in seeds]
     return write_atomic(cfg.runs/'test_ledger.json', json.dumps({world.hash: dict(rule, looks=looks)}))

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['picture_tiles', 'pack_arrays', 'calibrated_thresholds', 'object_thresholds', 'tile_logits', 'observe_tiles',
-           'why_unresolved', 'logits_for_pictures', 'describe_evidence', 'selection_rule']
+           'why_unresolved', 'logits_for_pictures', 'describe_evidence']
 
 # %% ../nbs/04n_observe.ipynb #iobserve
 import io
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from .config import Metrics, RtsConfig
+from .config import Metrics, RtsConfig, ratio_text
 from .console import DataError, progress
 from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
@@ -61,7 +60,7 @@ def calibrated_thresholds(folder:Path,   # a run folder
 
 def object_thresholds(metrics:Metrics, folder:Path, split:str, views:str) -> list[float]:
     "Probabilities at which objects are kept: the config's grid, and beyond validation the calibrated ones of pixels"
-    thresholds = {*metrics.object_thresholds, metrics.reference_threshold}
+    thresholds = {*metrics.object_grid}
     if split != 'val':
         thresholds.update(calibrated_thresholds(folder, views))
     return sorted(thresholds)
@@ -88,7 +87,7 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
     return meter.evidence()
 
-def why_unresolved(evidence:Evidence, ratios:list[int]) -> str:
+def why_unresolved(evidence:Evidence, ratios:list[int|str]) -> str:
     "Why PR-AUC of an evidence is uncertain by more than 1e-4; '' where it is not"
     if is_resolved(evidence, ratios):
         return ''
@@ -97,7 +96,7 @@ def why_unresolved(evidence:Evidence, ratios:list[int]) -> str:
         return ('half precision leaves PR-AUC uncertain by more than 1e-4; '
                 f'a second pass counts scores on a finer grid from {low:g} to {high:g}')
     bounds = {r: ap_bounds(histogram(evidence, r), evidence.exact) for r in ratios}
-    shown = ', '.join(f'between {low:.5f} and {high:.5f} at 1:{r}' for r, (low, high) in bounds.items())
+    shown = ', '.join(f'between {low:.5f} and {high:.5f} at {ratio_text(r)}' for r, (low, high) in bounds.items())
     return f'PR-AUC stays uncertain by more than 1e-4: {shown}'
 
 def logits_for_pictures(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass, evidence:Evidence) -> bytes:
@@ -110,25 +109,13 @@ def logits_for_pictures(packed:Predictor, loader:DataLoader, part:Manifest, ask:
     return pack_arrays(maps)
 
 # %% ../nbs/04n_observe.ipynb #cobsay
-def describe_evidence(evidence:Evidence, ratios:list[Any]    # r of 1:r
+def describe_evidence(evidence:Evidence, ratios:list[int|str]    # r of 1:r, or 'native'
                      ) -> str:
     "What a pass found, in short"
     positive = int(evidence['positive'].sum())
     lines = [f'views {evidence.views}: {positive} tiles with a slump, {len(evidence) - positive} without']
     for r in ratios:
         area = average_precision(histogram(evidence, r), evidence.exact)
-        name = f'1:{r}'
-        lines.append(f'  {name:<6} PR-AUC {area:.4f}, a negative tile counts {negative_weight(evidence, r):.3g} times')
+        weight = negative_weight(evidence, r)
+        lines.append(f'  {ratio_text(r):<6} PR-AUC {area:.4f}, a negative tile counts {weight:.3g} times')
     return '\n'.join(lines)
-
-def selection_rule(cfg:RtsConfig,  # metrics and calibrate
-                   views:str       # the views that are averaged
-                  ) -> str:        # one line
-    "How a config chooses its checkpoint, its probabilities and its thresholds"
-    c, m = cfg.calibrate, cfg.metrics
-    ratios = ', '.join(f'1:{r}' for r in m.ratios)
-    areas = ', '.join(map(str, c.min_areas))
-    return (f'best {m.monitor}, {c.method} at 1:{c.ratio}, '
-            f'precision ≥ {c.target_precision:g} up to recall {c.min_recall:g} at {ratios}, '
-            f'objects from {m.min_area} or {areas} pixels, '
-            f'regions from {c.min_region_positives} positive tiles, views {views}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'OBJECT_IOU', 'score_masses', 'Replicates', 'find_threshold', 'OperatingPoint', 'probability_text',
            'PixelSearch', 'search_pixels', 'explain', 'pixel_operating_points', 'ObjectOperatingPoint',
-           'precision_falls', 'ObjectGrid', 'object_operating_points']
+           'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule']
 
 # %% ../nbs/05b_operating.ipynb #ioperati
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
-from .config import Calibrate, Fraction, Metrics, Strict
+from .config import Calibrate, Fraction, Metrics, RtsConfig, Strict, ratio_text
 from .evidence import Evidence
 from .intervals import bootstrap, drawn_weight, summary, why_unsupported
 from .metrics import histogram, negative_weight, pr_curve, rates
@@ -207,13 +207,13 @@ class PixelSearch:
         if self.named:
             return ''
         if self.score is not None:
-            return (f'{goal} holds on validation at 1:{self.ratio} only from a score of {self.score:g} up, '
+            return (f'{goal} holds on validation at {ratio_text(self.ratio)} only from a score of {self.score:g} up, '
                     'where neighbouring probabilities are rounded to the same number, and no threshold names one')
         at = probability_text(self.best_score)
         if self.best_precision >= cfg.target_precision:
-            return (f'{goal} does not hold on validation at 1:{self.ratio}: '
+            return (f'{goal} does not hold on validation at {ratio_text(self.ratio)}: '
                     f'it is {self.best_precision:.3f} at {at}, but lower again above that')
-        return (f'{goal} is not reached on validation at 1:{self.ratio}: the best with recall of at least '
+        return (f'{goal} is not reached on validation at {ratio_text(self.ratio)}: the best with recall of at least '
                 f'{cfg.min_recall:g} is {self.best_precision:.3f}, at {at}')
 
 def search_pixels(evidence:Evidence,   # of some tiles
@@ -244,7 +244,7 @@ def pixel_operating_points(evidence:Evidence,      # of some tiles
                            score:Score,            # calibrated log-odds of a raw score
                            cfg:Calibrate,          # target and floors
                            metrics:Metrics         # ratios, replicates
-                          ) -> dict[int, OperatingPoint]:   # by ratio
+                          ) -> dict[int|str, OperatingPoint]:   # by ratio
     "The pixel threshold at each ratio (guide 12.2)"
     searches = {r: search_pixels(evidence, r, score, cfg) for r in metrics.ratios}
     raw = {r: float(expit(s.logit)) for r, s in searches.items()}
@@ -381,8 +381,9 @@ class ObjectGrid:
         if best.min_area:
             where += f' with objects of at least {best.min_area:g} pixels'
         if best.precision >= self.cfg.target_precision:
-            return f'{goal} does not hold on validation at 1:{ratio}: it is {where}, but lower again above that'
-        return (f'{goal} is not reached on validation at 1:{ratio}: '
+            return (f'{goal} does not hold on validation at {ratio_text(ratio)}: it is {where}, '
+                    'but lower again above that')
+        return (f'{goal} is not reached on validation at {ratio_text(ratio)}: '
                 f'the best that finds at least {self.cfg.min_recall:g} of all is {where}')
 
     def point(self,
@@ -441,3 +442,16 @@ def object_operating_points(evidence:Evidence,      # of some tiles, with object
         holds = np.logical_and.accumulate(reached[::-1])[::-1]
         threshold_alone[ratio] = grid.point(ratio, spread, at_floor, at_floor[holds].index[:1])
     return operating, threshold_alone
+
+# %% ../nbs/05b_operating.ipynb #oprulecd
+def selection_rule(cfg:RtsConfig,  # metrics and calibrate
+                   views:str       # the views that are averaged
+                  ) -> str:        # one line
+    "How a config chooses its checkpoint, its probabilities and its thresholds"
+    c, m = cfg.calibrate, cfg.metrics
+    ratios = ', '.join(map(ratio_text, m.ratios))
+    areas = ', '.join(map(str, c.min_areas))
+    return (f'best {m.monitor}, {c.method} at {ratio_text(c.ratio)}, '
+            f'precision ≥ {c.target_precision:g} up to recall {c.min_recall:g} at {ratios}, '
+            f'objects from {m.min_area} or {areas} pixels, '
+            f'regions from {c.min_region_positives} positive tiles, views {views}')

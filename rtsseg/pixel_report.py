@@ -21,6 +21,7 @@ import numpy as np
 from scipy.special import logit
 
 from .bootstrap import MIN_GROUPS, Estimate
+from .config import ratio_text
 from .evidence import Evidence
 from .figures import GALLERY_KINDS, comparison_figure, gallery, pr_figure, reliability_figure
 from .intervals import MIN_SUPPORT
@@ -83,12 +84,12 @@ def headline_sentences(results:PixelResults) -> list[str]:
     return sentences
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep2
-def headline_card(ratio:int, label:str, estimate:Estimate) -> tuple[str, str, str]:
+def headline_card(ratio:int|str, label:str, estimate:Estimate) -> tuple[str, str, str]:
     "A metric at the first ratio, with its interval or the reason why there is none"
     number = str(estimate).partition(' [')[0]
     if estimate.low is None:
-        return f'{label} at 1:{ratio}', number, estimate.why.split(';')[0]
-    return f'{label} at 1:{ratio}', number, f'95%: {estimate.low:.3f} to {estimate.high:.3f}'
+        return f'{label} at {ratio_text(ratio)}', number, estimate.why.split(';')[0]
+    return f'{label} at {ratio_text(ratio)}', number, f'95%: {estimate.low:.3f} to {estimate.high:.3f}'
 
 def headline_cards(results:PixelResults) -> Cards:
     "The metrics at the first ratio"
@@ -307,7 +308,7 @@ def regions_section(results:PixelResults) -> list:
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep6
 GALLERY_TEXT = ('Tiles of the {split} split, each once, where it weighs most: the image; what is labelled a slump, in '
                 'yellow (hatched: ignored); the calibrated probability, and in blue over it what is predicted: pixels '
-                'of at least {cut}, the threshold of 1:{ratio}, marked on the scale.')
+                'of at least {cut}, the threshold of {ratio}, marked on the scale.')
 
 NO_GALLERY = 'The tiles, or the scores that rtsseg-evaluate keeps for their pictures, do not exist any more.'
 
@@ -321,7 +322,8 @@ def gallery_blocks(results:PixelResults) -> list:
     if not by_kind:
         return [Text(NO_GALLERY, 'soft')]
     cut = probability_cell(run, logit(match_settings(run)['threshold']))
-    blocks = [*shown_seed(results), Text(GALLERY_TEXT.format(split=split, cut=cut, ratio=run.calibration.ratio))]
+    ratio = ratio_text(run.calibration.ratio)
+    blocks = [*shown_seed(results), Text(GALLERY_TEXT.format(split=split, cut=cut, ratio=ratio))]
     for kind, tiles in by_kind.items():
         blocks.append(Text(GALLERY_KINDS[kind], 'head'))
         if tiles:

@@ -16,9 +16,9 @@ import numpy as np
 
 from .bootstrap import Estimate
 from .calibration import Calibration
-from .config import Metrics
+from .config import Metrics, load
 from .console import DataError
-from .evidence import Evidence, evidence_path, run_evidence
+from .evidence import Evidence, evidence_path, other_pass, run_evidence
 from .intervals import MIN_SUPPORT, bootstrap, summary
 from .manifest import Manifest, read_manifest
 from .metrics import negative_weight
@@ -43,13 +43,17 @@ def read_split(run:Run,        # a run
                views:str       # the views that were averaged
               ) -> Evidence:
     "Evidence of a run; raises `ReportError` naming the command that makes it"
-    path = evidence_path(run.folder, split, views)
+    path, metrics = evidence_path(run.folder, split, views), run.cfg.metrics
     command = f'rtsseg-evaluate --run {shell_path(run.folder)} --split {split}'
     require_file(path, run.folder, command)
     try:
         found = run_evidence(run.folder, split, views)
         if not len(found) or not found.thresholds:
             raise ValueError('it holds no tile, or no objects')
+        # beyond validation, objects are also kept at the thresholds that were chosen
+        lacks = other_pass(found, metrics.object_grid, metrics.boundary_widths, more=split != 'val')
+        if lacks:
+            raise ValueError(f'it {lacks}')
     except (ValueError, OSError) as e:
         option = '' if views == 'none' else f' --views {views}'
         reason = ' '.join(str(e).split())
@@ -65,10 +69,9 @@ def read_calibration(run:Run) -> Calibration:
         found = Calibration.load(path, run.cfg.infer.views)
     except ValueError as e:
         raise ReportError(f'{e}: {command} makes it') from None
-    missing = sorted(set(run.cfg.metrics.ratios) - set(found.shifts))
-    if missing:
-        ratios = ', '.join(f'1:{r}' for r in missing)
-        raise ReportError(f'{short_path(path, 6)} was made for other ratios than {ratios} of config.yaml: '
+    different = found.different_settings(run.cfg.calibrate, run.cfg.metrics)
+    if different:
+        raise ReportError(f'{short_path(path, 6)} was made with other settings ({", ".join(different)}): '
                           f'{command} makes it again')
     return found
 
@@ -129,7 +132,8 @@ def compared_metrics(run:PixelRun,
 def confirm(run:PixelRun
            ) -> str:            # a line for the report
     "Compare the exported model with the best validation; raises `ReportError` where they differ by more than rounding"
-    cfg = run.cfg.metrics
+    # as it was trained: the best validation knows of no later setting
+    cfg = load(run.folder/'config.yaml').metrics
     if not evidence_path(run.folder, 'val').exists():
         return NOT_COMPARED.format(run=run, views=run.cfg.infer.views)
     evidence = read_split(run, 'val', 'none')

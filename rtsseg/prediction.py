@@ -32,7 +32,7 @@ from rasterio.windows import Window
 from scipy.special import logit
 
 from .calibration import Calibration
-from .config import ConfigError
+from .config import ConfigError, ratio_text
 from .console import DataError, logger, nearest, progress
 from .files import FileError, digest, inside, read_json, write_atomic
 from .ground import crs_name
@@ -401,12 +401,12 @@ def calibration_settings(calibration:Calibration|None) -> dict|None:
         return None
     thresholds = {}
     for ratio, point in calibration.thresholds.items():
-        thresholds[f'1:{ratio}'] = point.threshold if point.reached else None
+        thresholds[ratio_text(ratio)] = point.threshold if point.reached else None
     return dict(
         promise=calibration.promise,
         excess=calibration.remaining.value,
         method=calibration.method,
-        ratio=f'1:{calibration.ratio}',
+        ratio=ratio_text(calibration.ratio),
         slope=calibration.slope,
         intercept=calibration.intercept,
         thresholds=thresholds,

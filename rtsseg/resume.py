@@ -11,10 +11,10 @@ import json
 import time
 from pathlib import Path
 
-from .config import ConfigError, RunConfig, deciding_settings, load, to_yaml
+from .config import ConfigError, RunConfig, as_trained, deciding_settings, load, to_yaml
 from .console import logger
 from .files import SEAL, SEALED, FileError, check_seal, read_json, write_atomic
-from .runs import RunError, config_hash, flatten, run_lock
+from .runs import RunError, config_hash, flatten, keep_post_hoc, run_config, run_lock
 
 # %% ../nbs/04m_resume.ipynb #creconf
 # {field: [before, now]}
@@ -33,7 +33,7 @@ def changed_settings(folder:Path, cfg:RunConfig, data_hash:str) -> Changes:
         return {'config.yaml': [str(e), None]}
     if config_hash(found, data_hash) == folder.parent.name:
         return {}
-    return different_fields(deciding_settings(found), deciding_settings(cfg))
+    return different_fields(*(deciding_settings(as_trained(tree)) for tree in (found, cfg)))
 
 def describe_changes(changes:Changes, most:int=5) -> str:
     "Changes in words"
@@ -46,7 +46,9 @@ def describe_changes(changes:Changes, most:int=5) -> str:
     return ', '.join(lines)
 
 def keep_config(folder:Path, cfg:RunConfig, data_hash:str) -> None:
-    "Write config.yaml where it is missing; raises `ConfigError` where it was changed since"
+    """Write config.yaml where it is missing; raises `ConfigError` where it was changed since
+
+    Where only post-hoc settings are others, they are kept beside it."""
     path = folder/'config.yaml'
     if not path.exists():
         write_atomic(path, to_yaml(cfg))
@@ -56,6 +58,7 @@ def keep_config(folder:Path, cfg:RunConfig, data_hash:str) -> None:
         raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began '
                           f'({describe_changes(changes)}). Put it back, start over with --fresh, or continue with '
                           '--force, which the report mentions')
+    keep_post_hoc(folder, cfg)
 
 # %% ../nbs/04m_resume.ipynb #creenv
 def has_checkpoint(folder:Path) -> bool:

@@ -20,10 +20,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .config import ConfigError, RunConfig, find_system, settings
+from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
 from .console import DataError, progress
 from .files import write_atomic
-from .runs import require_finished, require_folder, run_folder
+from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
 # the config of a run is read through this room, and reading a config must not import torch
 if TYPE_CHECKING:
@@ -352,21 +352,32 @@ def table_path(folder:str|Path,     # a run folder
 
 def find_run(cfg:RunConfig     # the config
             ) -> Path:         # its run folder
-    "The run folder of a config; raises `DataError` where it is not trained, or not to its end"
+    """The run folder of a config, which is judged from now on as that config says
+
+    Raises `DataError` where it is not trained, or not to its end."""
     folder = run_folder(cfg, find_system(cfg.system).feed(cfg).hash)
     if not folder.exists():
         raise DataError(f'{cfg.name}: no run of seed {cfg.seed} and config {folder.parent.name}: '
                         'rtsseg-train with the same settings makes it')
-    return require_finished(folder)
+    folder = require_finished(folder)
+    keep_post_hoc(folder, cfg)
+    return folder
 
 def resolve_run(run:str|Path,      # a run folder; '' finds it from the rest
                 config:str|Path,   # for `settings`
-                **given            # for `settings`: what is laid over the config
+                overrides:str|list=(),   # for `settings`; with a run folder, post-hoc settings
+                **given            # for `settings`: what else is laid over the config
                ) -> Path:          # the run folder
     """The run folder that is named, or else the one that a config means
 
-    Raises `ConfigError` where both are given, and `DataError` where no run lies there."""
-    over = [name for name, value in given.items() if value not in ('', None, '[]')]
-    if run and over:
+    What says how its model is judged is kept in it. Raises `ConfigError` where a run folder is given together with what
+    would need another training, and `DataError` where no run lies there."""
+    if not run:
+        return find_run(settings(config, overrides=overrides, **given))
+    over = [name for name, value in given.items() if value not in ('', None)]
+    if over:
         raise ConfigError(f'a run folder has its own config: leave out {", ".join(over)}')
-    return require_folder(run) if run else find_run(settings(config, **given))
+    folder, overrides = require_folder(run), parse_overrides(overrides)
+    if overrides:
+        judge_run(folder, overrides)
+    return folder

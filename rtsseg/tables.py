@@ -28,7 +28,7 @@ from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate
 from .calibration import VIEW_NAMES, Region, recommend, views_gain
-from .config import Metrics
+from .config import Metrics, ratio_text
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
 from .metrics import ap_bounds, histogram, negative_weight, rates
@@ -495,7 +495,7 @@ def paired_differences(a:PixelResults,     # the first configuration
                        b:PixelResults,     # another one
                        split:str,          # val or test
                        cfg:Metrics         # settings for both
-                      ) -> dict[int, dict[str, Difference]]:   # {ratio: {metric: b − a}}
+                      ) -> dict[int|str, dict[str, Difference]]:   # {ratio: {metric: b − a}}
     "How much better one configuration is than another, on the same tiles"
     evidence = [[run.evidence[split] for run in x.runs] for x in (a, b)]
     thresholds = [[ratio_thresholds(run, cfg.ratios) for run in x.runs] for x in (a, b)]
@@ -616,7 +616,7 @@ FIT_NAMES = dict(before='scores as they are', temperature='temperature',
                  temperature_intercept='temperature and intercept', slope_intercept='slope and intercept',
                  shifted='the used one, shifted')
 
-FIT_NOTE = ('fitted at 1:{ratio} on validation: log-odds = slope × score + intercept, and the temperature is '
+FIT_NOTE = ('fitted at {ratio} on validation: log-odds = slope × score + intercept, and the temperature is '
             '1 / slope; below 1 the model was too hesitant, above 1 too sure')
 
 EXCESS_NOTE = ('excess: the sum of all probabilities over the positive pixels, 1 where probabilities are right on '
@@ -625,7 +625,7 @@ EXCESS_NOTE = ('excess: the sum of all probabilities over the positive pixels, 1
 QUALITY_NOTE = ('on validation; negative log-likelihood (nats a pixel), expected calibration error, mean squared '
                 'error: smaller is better')
 
-SHIFT_NOTE = ('shift: what is added to the log-odds because slumps are rarer at this ratio than at 1:{ratio}, or '
+SHIFT_NOTE = ('shift: what is added to the log-odds because slumps are rarer at this ratio than at {ratio}, or '
               'more frequent')
 
 def fits_table(run:PixelRun) -> Table:
@@ -638,8 +638,8 @@ def fits_table(run:PixelRun) -> Table:
         held = found.held_out.get(name)
         seen = [held.excess, small_number(held.nll)] if held else ['–', '–']
         rows.append([label, temperature, fit.slope, fit.intercept, fit.excess, *seen])
-    notes = [found.promise, f'{FIT_NAMES[found.method]}: {found.method_why}', FIT_NOTE.format(ratio=found.ratio),
-             EXCESS_NOTE, found.temperature_enough]
+    notes = [found.promise, f'{FIT_NAMES[found.method]}: {found.method_why}',
+             FIT_NOTE.format(ratio=ratio_text(found.ratio)), EXCESS_NOTE, found.temperature_enough]
     head = ['fit', 'temperature', 'slope', 'intercept', 'excess', 'excess held out', 'NLL held out']
     return Table(head, rows, notes, f'From scores to probabilities, seed {run.seed}')
 
@@ -661,7 +661,7 @@ def quality_table(run:PixelRun) -> Table:
             scores = getattr(quality, name)
             errors = [small_number(error) for error in (scores.nll, scores.ece, scores.brier)]
             rows.append([label, shift, scores.excess, *errors])
-    notes = [QUALITY_NOTE, SHIFT_NOTE.format(ratio=found.ratio)]
+    notes = [QUALITY_NOTE, SHIFT_NOTE.format(ratio=ratio_text(found.ratio))]
     head = ['probabilities by', 'shift', 'excess', 'NLL', 'ECE', 'Brier score']
     return Table(head, rows, notes, f'Probabilities before and after, seed {run.seed}')
 

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 
 from .budget import with_budget
 from .checkpoint import UnsavedError, load_state
-from .config import ConfigError, RunConfig, find_system, to_yaml
+from .config import ConfigError, RunConfig, find_system, judged_as, load, to_yaml
 from .console import logger
 from .files import SEAL, write_atomic
 from .launch import StopSignals, drop_rank_variables, run_attached, run_detached, trainer_environment
@@ -134,6 +134,8 @@ def train(cfg:RunConfig,             # the whole tree
         for doubt in [*run.system.warnings(cfg), *run.feed.warnings()]:
             logger.warning(doubt)
     with opened(run) as found, StopSignals() as signals:
+        # what a resumed run logs is measured as at its start
+        run.cfg = judged_as(cfg, load(run.folder/'config.yaml'))
         tracker = make_tracker(run, found.environment, parent)
         if found.exported:
             if is_first_process():

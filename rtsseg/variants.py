@@ -173,10 +173,10 @@ class VariantCheck:
     def check(self, name:str, fields:dict[str, object]) -> RunConfig:
         "The config of a variant; raises `ConfigError` and `DataError`"
         cfg = with_fields(self.cfg, fields)
+        self._check_comparable(cfg)
         key = config_hash(cfg)
         if key in self.runs:
             raise ConfigError(f'is the same run as {self.runs[key]}')
-        self._check_comparable(cfg)
         self._try(cfg)
         self.runs[key] = name
         return cfg

@@ -645,7 +645,7 @@ def folder(tmp_path):
     "A run whose validation was seen in four ways: minimal is as noisy as none, standard is less so, full not at all"
     cfg = load(
         runs=tmp_path,
-        metrics=dict(ratios=[5, 20], monitor='pr_auc@5', replicates=200),
+        metrics=dict(ratios=[5, 20], monitor='pr_auc@5', replicates=200, object_thresholds=[0.3, 0.5, 0.7]),
         calibrate=dict(ratio=5, target_precision=0.5),
     )
     folder = tmp_path / 'toy' / config_hash(cfg) / 'seed42'

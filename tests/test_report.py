@@ -40,6 +40,7 @@ from rtsseg.pixel_report import headline_sentences
 from rtsseg.pixel_results import pixel_results
 from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError, read_results, read_run
+from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
 from rtsseg.tables import METRICS, Several, region_table, threshold_cell
 from rtsseg.toy import tiny_toy
@@ -255,8 +256,8 @@ def test_regions_have_their_thresholds_or_a_reason(folder):
     assert set(few.frame.index) == set(run.evidence['val']['region'])
     assert all('30 are needed: global thresholds' in row[2].why and row[2].value is None for row in few.rows)
 
-    each_region = run.cfg.calibrate.model_copy(update=dict(min_region_positives=1))
-    calibration = calibrate_evidence(run.evidence['val'], each_region, run.cfg.metrics)
+    judge_run(folder, ['calibrate.min_region_positives=1'])
+    calibration = calibrate_evidence(run.evidence['val'], run_config(folder).calibrate, run.cfg.metrics)
     calibration.save(folder/'model'/'calibration.json')
     own = tables(folder)['Operating point'][2]
     want, missing = [], {}

@@ -27,7 +27,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..augment import Pipeline
-from ..config import ConfigError, Fraction, PositiveInt, RunConfig, RunName, Since, Strict, Undeciding, load
+from rtsseg.config import (
+    ConfigError,
+    Fraction,
+    PositiveInt,
+    PostHoc,
+    RunConfig,
+    RunName,
+    Since,
+    Strict,
+    Undeciding,
+    load,
+)
 from ..console import DataError, nearest, raise_problems
 from ..files import FileError, check_seal, digest, read_json, typed, write_atomic
 from ..loop import Task
@@ -52,7 +63,8 @@ class ImageModel(Strict):
 class ImageMetrics(Strict):
     "What validation is judged by"
     monitor: Literal['accuracy', 'macro_f1'] = Field('macro_f1', description='the value that chooses the best model')
-    replicates: Annotated[PositiveInt, Undeciding()] = Field(1000, description='bootstrap replicates of an interval')
+    replicates: Annotated[PositiveInt, Undeciding(), PostHoc()] = Field(
+        1000, description='bootstrap replicates of an interval')
 
 class ClassifyConfig(RunConfig):
     "The whole tree of a classification run"

@@ -184,7 +184,7 @@ class RTS(System):
 
     def selection_rule(self, cfg:RtsConfig, views:str) -> str:
         "How checkpoint, calibration and thresholds are chosen: a line for the test ledger"
-        from rtsseg.observe import selection_rule
+        from rtsseg.operating import selection_rule
         return selection_rule(cfg, views)
 
     def missing_before_test(self, folder:Path, views:str) -> str:
