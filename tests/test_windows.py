@@ -25,7 +25,7 @@ from rtsseg.splits import thin_splits
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import TileDataset
 from rtsseg.training import train
-from rtsseg.windows import cut_windows, draw_crop, label_windows, window_starts, with_context
+from rtsseg.windows import cut_windows, draw_crop, label_windows, cover_side, with_context
 
 sizes = st.integers(1, 300)
 
@@ -42,9 +42,9 @@ def blobs(height, width, seed):
 @given(size=sizes, side=st.integers(1, 80))
 def test_windows_cover_a_side_once(size, side):
     "No pixel twice, none left out, and all windows inside where the image is as large as one"
-    own = [range(start + taken, min(start + side, size)) for start, taken in window_starts(size, side)]
+    own = [range(start + taken, min(start + side, size)) for start, taken in cover_side(size, side)]
     assert [pixel for part in own for pixel in part] == list(range(size))
-    assert all(0 <= start and (start + side <= size or size < side) for start, _ in window_starts(size, side))
+    assert all(0 <= start and (start + side <= size or size < side) for start, _ in cover_side(size, side))
 
 @given(height=sizes, width=sizes, side=st.sampled_from([32, 64]), seed=st.integers(0, 999))
 def test_each_positive_pixel_is_counted_once(height, width, side, seed):
