@@ -184,6 +184,8 @@ class Loader(Strict):
     prefetch_factor: PositiveInt = Field(2, description='batches that each worker prepares ahead')
     persistent_workers: bool = Field(True, description='keep the workers alive between epochs')
     timeout: PositiveFloat = Field(300, description='seconds without a batch after which workers count as frozen')
+    cache_mb: int = Field(
+        0, ge=0, description='decoded tiles or images that each process keeps in memory, megabytes; 0 keeps none')
 
 # %% ../nbs/00b_config.ipynb #9f65059f
 class Stage(Strict):
@@ -364,7 +366,8 @@ class ToySource(Strict):
     kind: Literal['toy'] = 'toy'
     seed: int = Field(0, ge=0, description='the world is a function of this')
     regions: PositiveInt = Field(4, description='regions, each with colours and shapes of its own')
-    scene_size: PositiveInt = Field(3072, description='side of each region, pixels')
+    scene_size: PositiveInt = Field(3072, description='side of each region, pixels of 3 m')
+    downscale: PositiveInt = Field(1, description='resolution: tiles have pixels of 3 m × this')
     tile_size: PositiveInt = Field(128, description='side of a tile, pixels')
     block_size: PositiveFloat = Field(
         1536.0, description='side of a block, metres: blocks, not tiles, are assigned to the splits')
@@ -372,8 +375,9 @@ class ToySource(Strict):
 
     @model_validator(mode='after')
     def _holds_a_tile(self):
-        if self.scene_size < self.tile_size:
-            raise ValueError(f'scene_size {self.scene_size} holds no tile of tile_size {self.tile_size}')
+        if self.scene_size < self.tile_size * self.downscale:
+            raise ValueError(f'scene_size {self.scene_size} holds no tile of tile_size {self.tile_size}'
+                             f' and downscale {self.downscale}')
         return self
 
 class TableSource(Strict):

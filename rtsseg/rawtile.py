@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HASH_COLUMNS', 'BAND_COLUMN', 'EXAMPLE_SIDE', 'RawTile', 'parse_bands', 'read_pixels', 'row_opener', 'tile_name',
-           'Square', 'own_square', 'ignore_seen', 'read_square', 'read_row', 'show_tile', 'shrink', 'tile_offsets',
-           'example_tiles']
+           'Square', 'own_square', 'ignore_seen', 'read_square', 'cut_square', 'read_row', 'ImageCache', 'show_tile',
+           'shrink', 'tile_offsets', 'example_tiles']
 
 # %% ../nbs/01b_rawtile.ipynb #irawtile
 import re
@@ -236,15 +236,26 @@ def read_square(opener:Callable[[str], AbstractContextManager],   # as `read_pix
     bottom = min(square.top + square.side, int(row['height']))
     right = min(square.left + square.side, int(row['width']))
     part = read_pixels(opener, row, names, Window(left, top, right - left, bottom - top))
-    if part.label.shape == (square.side, square.side):
+    return _place_in(part, square, top - square.top, left - square.left)
+
+def _place_in(part, square, top, left):
+    "A square that holds a part of it, and is not valid elsewhere"
+    height, width = part.label.shape
+    if (height, width) == (square.side, square.side):
         return part
-    inside = slice(top - square.top, bottom - square.top), slice(left - square.left, right - square.left)
     padded = []
     for array, fill in zip(part, (0, 0, 255, False), strict=True):
         whole = np.full((*array.shape[:-2], square.side, square.side), fill, array.dtype)
-        whole[..., inside[0], inside[1]] = array
+        whole[..., top:top + height, left:left + width] = array
         padded.append(whole)
     return RawTile(*padded)
+
+def cut_square(image:RawTile, square:Square) -> RawTile:    # a copy; not valid beyond the image
+    "A square of an image that was read whole"
+    top, left = max(square.top, 0), max(square.left, 0)
+    rows, columns = slice(top, square.top + square.side), slice(left, square.left + square.side)
+    part = RawTile(*[array[..., rows, columns].copy() for array in image])
+    return _place_in(part, square, top - square.top, left - square.left)
 
 def read_row(root:str|Path,              # folder that the paths are relative to
              row:Mapping,                # a row of a manifest, or of the windows of one
@@ -261,10 +272,63 @@ def read_row(root:str|Path,              # folder that the paths are relative to
             return read_pixels(opener, row, names)
         tile = read_square(opener, row, names, own)
     except DataError as e:
-        lines = [f"tile {row['tile_id']!r}, {line}" for line in str(e).splitlines()]
-        raise DataError('\n'.join(lines)) from None
+        raise _named(e, row) from None
     ignore_seen(tile.label, row)
     return tile
+
+def _named(error, row):
+    "An error that names the tile in each line"
+    return DataError('\n'.join(f"tile {row['tile_id']!r}, {line}" for line in str(error).splitlines()))
+
+def _whole_window(row):
+    "The whole image of a window: as of any part of an image, its unwritten blocks count as nodata"
+    return None if own_square(row) is None else Window(0, 0, int(row['width']), int(row['height']))
+
+class ImageCache:
+    "Reads rows of a manifest as `read_row` does, and keeps decoded images in memory up to a limit"
+
+    def __init__(self,
+                 root:str|Path,            # folder that the paths are relative to
+                 names:Sequence[str],      # EXTRA bands
+                 georeference:bool,        # for `read_row`
+                 megabytes:int             # the limit; 0 keeps nothing
+                ):
+        self.root, self.names, self.georeference = root, names, georeference
+        self.free = megabytes * 2**20
+        # by the path of the image
+        self.kept = {}
+
+    def read(self, row:Mapping, square:Square|None=None) -> RawTile:
+        "A tile, a window or another square of its image. Raises `DataError` that names tile and field"
+        image = self._whole(row)
+        if image is None:
+            return read_row(self.root, row, self.names, self.georeference, square)
+        own = own_square(row)
+        if square is None and own is None:
+            return RawTile(*[array.copy() for array in image])
+        tile = cut_square(image, square or own)
+        if square is None:
+            ignore_seen(tile.label, row)
+        return tile
+
+    def _whole(self, row):
+        "The whole image of a row; None where it cannot be kept"
+        if row['image'] in self.kept:
+            return self.kept[row['image']]
+        if self.free <= 0:
+            return None
+        try:
+            image = read_pixels(row_opener(self.root, row, self.georeference), row, self.names, _whole_window(row))
+        except DataError as e:
+            raise _named(e, row) from None
+        size = sum(array.nbytes for array in image)
+        if size > self.free:
+            # what was read for nothing is read once: no other image is kept either
+            self.free = 0
+            return None
+        self.free -= size
+        self.kept[row['image']] = image
+        return image
 
 # %% ../nbs/01b_rawtile.ipynb #ac8096af
 def show_tile(image:np.ndarray,            # H × W × 3, any range

@@ -25,7 +25,7 @@ from .files import FileError, read_json, typed, write_atomic
 from .ground import BOX
 from .manifest import Manifest
 from .prepare import prepare, statistics
-from .rawtile import RawTile, Square, ignore_seen, own_square, read_row, shrink, tile_name
+from .rawtile import ImageCache, RawTile, Square, ignore_seen, own_square, read_row, shrink, tile_name
 from .sampler import Batches
 from .stats import MAX_UNREADABLE, Stats
 from .windows import draw_crop, with_context, with_rim
@@ -58,12 +58,11 @@ def read_tile(manifest:Manifest,              # one or all splits
               i:int,                          # row of its table
               extra_bands:list[str]=(),       # EXTRA bands, by description
               stats:Stats|None=None,          # None leaves raw values, also where data are missing
-              georeference:bool=True,         # for `read_row`
-              square:Square|None=None         # another part of the image than the row's own
+              georeference:bool=True          # for `read_row`
              ) -> ScaledTile:
     "Read one tile: scaled, nodata at the channel mean and 255 in the mask. Raises `DataError` naming tile and field"
     row = manifest.table.loc[i]
-    return scale_tile(read_row(manifest.root, row, extra_bands, georeference, square), tile_name(row), stats)
+    return scale_tile(read_row(manifest.root, row, extra_bands, georeference), tile_name(row), stats)
 
 # %% ../nbs/02b_tiles.ipynb #a2051661
 def neighbours(manifest:Manifest,   # one split: a view must not reach into another
@@ -148,6 +147,7 @@ class TileDataset(Dataset):
         self.unread = torch.zeros(len(manifest), dtype=torch.bool).share_memory_()
         self.around = self._neighbours() if cfg.data.multi_resolution.p else None
         self.are_windows = manifest.whole is not None
+        self.images = ImageCache(manifest.root, cfg.data.extra_bands, georeference, cfg.loader.cache_mb)
         # what a model sees beside a tile, on each side
         self.context = cfg.data.context
 
@@ -248,7 +248,8 @@ class TileDataset(Dataset):
         "A tile, a coarser view or a square of its image; raises `DataError`, also for a tile of another size"
         bands, size = self.cfg.data.extra_bands, self.cfg.data.tile_size
         if view is None:
-            found = read_tile(self.manifest, tile, bands, self.stats, self.georeference, square)
+            row = self.manifest.table.loc[tile]
+            found = scale_tile(self.images.read(row, square), tile_name(row), self.stats)
             size = size if square is None else square.side
         else:
             found = read_coarse(self.manifest, view, bands, self.stats, self.georeference)

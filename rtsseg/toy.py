@@ -8,8 +8,8 @@ __all__ = ['METRES', 'SMALLEST', 'LARGEST', 'MEDIAN', 'SPREAD', 'COVER', 'TUNDRA
            'ramp', 'mix', 'blur', 'distance', 'gradient', 'shade', 'Land', 'land', 'breadth', 'covered', 'lengths',
            'Slump', 'slump_axes', 'fraying', 'largest_piece', 'slump', 'place', 'slump_feet', 'try_place', 'Landscape',
            'Surface', 'road', 'add_slumps', 'cover_with_look_alikes', 'surface', 'ground_colour', 'cloud_shadow',
-           'photograph', 'extra', 'ToyScene', 'scene', 'scene_corner', 'write_tile', 'write_region', 'is_same_world',
-           'make_toy', 'tiny_toy', 'random_blobs', 'scored_tile', 'scored_tiles']
+           'photograph', 'extra', 'ToyScene', 'coarser', 'scene', 'scene_corner', 'write_tile', 'write_region',
+           'is_same_world', 'make_toy', 'tiny_toy', 'random_blobs', 'scored_tile', 'scored_tiles']
 
 # %% ../nbs/01k_toy.ipynb #itoy
 import json
@@ -32,6 +32,7 @@ from .files import write_atomic
 from .ground import ground_size
 from .manifest import write_manifest
 from .raster import write_raster
+from .rawtile import shrink
 from .splits import deal_splits
 
 # %% ../nbs/01k_toy.ipynb #ff78246c
@@ -464,6 +465,18 @@ class ToyScene:
     cover: np.ndarray      # (S, S) uint8, index into `COVER`
     landscape: Landscape
 
+def coarser(s:ToyScene, k:int) -> ToyScene:
+    "A region seen by a sensor with pixels k times as large; of the cover, every k-th pixel"
+    if k == 1:
+        return s
+    valid = s.image.any(2)
+    image, seen, mask = shrink(s.image.transpose(2, 0, 1), valid, s.mask, k)
+    bands, _, _ = shrink(s.extra.transpose(2, 0, 1), np.ones_like(valid), s.mask, k)
+    # 0 is nodata
+    image = np.where(seen, np.maximum(image, 1), 0)
+    mask[~seen] = 255
+    return ToyScene(image.transpose(1, 2, 0), bands.transpose(1, 2, 0), mask, s.cover[::k, ::k], s.landscape)
+
 def scene(source:ToySource,  # the world
           region:int   # which region, from 0
          ) -> ToyScene:
@@ -475,10 +488,10 @@ def scene(source:ToySource,  # the world
     s = surface(before, place(before, sizes[region::source.regions], rng), landscape, rng)
     image, cloud = photograph(s, landscape, rng)
     image, mask = np.clip(np.rint(255*image), 1, 255).astype(np.uint8), (s.cover == SLUMP).astype(np.uint8)
-    missed = np.arange(n) < 0.75*source.tile_size*(1 - 3*np.arange(n)[:, None]/n)
+    missed = np.arange(n) < 0.75*source.tile_size*source.downscale*(1 - 3*np.arange(n)[:, None]/n)
     image[missed] = 0
     mask[missed | ((mask == 1) & (cloud > 0.6))] = 255
-    return ToyScene(image, extra(s, rng), mask, s.cover, landscape)
+    return coarser(ToyScene(image, extra(s, rng), mask, s.cover, landscape), source.downscale)
 
 # %% ../nbs/01k_toy.ipynb #b428d431
 CRS = 'EPSG:3413'
@@ -502,16 +515,17 @@ def write_region(source:ToySource, region:int, root:Path) -> pd.DataFrame:
     left, top = scene_corner(source, region, s.landscape)
     turn = region//len(LANDSCAPES)
     name = f'{s.landscape.name} {turn + 1}' if turn else s.landscape.name
-    for r, c in np.ndindex((source.scene_size//t,)*2):
+    pixel = METRES*source.downscale
+    for r, c in np.ndindex((source.scene_size//(t*source.downscale),)*2):
         at, tile = (slice(r*t, r*t + t), slice(c*t, c*t + t)), f'{region}_{r:03d}_{c:03d}'
         if not s.image[at].any():
             continue
-        box = np.array([c, -r - 1, c + 1, -r])*t*METRES + [left, top, left, top]
-        write_tile(s, at, tile, root, from_origin(box[0], box[3], METRES, METRES))
+        box = np.array([c, -r - 1, c + 1, -r])*t*pixel + [left, top, left, top]
+        write_tile(s, at, tile, root, from_origin(box[0], box[3], pixel, pixel))
         files = [f'{kind}/{tile}.tif' for kind in ('images', 'masks', 'extra')]
         rows.append([tile, *files, name, (s.mask[at] == 1).sum(), *box])
     rows = pd.DataFrame(rows, columns='tile_id image mask extra region n_positive xmin ymin xmax ymax'.split())
-    sides = ground_size(CRS, (rows.xmin + rows.xmax)/2, (rows.ymin + rows.ymax)/2, METRES, METRES)
+    sides = ground_size(CRS, (rows.xmin + rows.xmax)/2, (rows.ymin + rows.ymax)/2, pixel, pixel)
     return rows.assign(crs=CRS, pixel_size=np.sqrt(np.prod(sides, 0)).round(6))
 
 def is_same_world(path:Path, source:ToySource) -> bool:

@@ -192,6 +192,26 @@ def test_negative_draws_hold_no_object_and_positive_ones_do(images, tmp_path):
     assert all(map(torch.equal, images[::3], images[1::3]))
     assert not all(map(torch.equal, images[::3], images[2::3]))
 
+@pytest.mark.parametrize('megabytes', [1, 100])
+def test_a_cache_changes_nothing(images, tmp_path, megabytes):
+    "Draws and evaluations of windows are the same bits, also where only some images fit into the cache"
+    cfg = image_run(images, tmp_path)
+    part = prepare(cfg).of('train')
+    stats = compute_stats(part)
+    cached_cfg = cfg.model_copy(deep=True)
+    cached_cfg.loader.cache_mb = megabytes
+    plain, cached = TileDataset(part, stats, cfg), TileDataset(part, stats, cached_cfg)
+    if megabytes == 1:
+        # room for one image, not for the next
+        cached.images.free = 150 * 150 * 5
+    for _ in range(2):
+        for i in range(len(part)):
+            for key in (i, (42, 1, i, 0)):
+                a, b = plain[key], cached[key]
+                assert a.keys() == b.keys()
+                assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    assert bool(cached.images.kept)
+
 @pytest.fixture(scope='module')
 def trained(images, tmp_path_factory):
     cfg = image_run(images, tmp_path_factory.mktemp('runs'))
