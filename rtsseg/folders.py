@@ -21,7 +21,7 @@ from rasterio.enums import ColorInterp
 from .columns import text_column
 from .config import SPLIT_FOLDERS, ImagesSource
 from .console import DataError, logger, nearest, progress, raise_problems, some_names
-from .importers import grouped_lines, read_mask_values, read_planes, read_source, write_import, write_tile
+from .importers import grouped_lines, read_mask_values, read_planes, read_source, write_image, write_import
 from .manifest import Manifest, read_table_file
 from .raster import open_raster
 
@@ -112,7 +112,7 @@ class Seen:
 
 def _is_turned(path):
     "Whether a picture says that it is to be shown turned or mirrored"
-    # what Pillow cannot read is a raster without such a tag, or has errors that are found when it is read
+    # what Pillow cannot read is a raster without this tag, or has errors that are found later
     with suppress(UnidentifiedImageError, OSError, Image.DecompressionBombError), Image.open(path) as picture:
         return picture.getexif().get(ORIENTATION, 1) != 1
     return False
@@ -259,9 +259,9 @@ def _read_list(root, names):
     return [_stem(name) for name in names if name.strip()]
 
 def _name_problems(named, pairs, where):
-    "Names that are no images, and images that are not named"
+    "Names without an image, and images that are not named"
     stems = {pair.stem for pair in pairs}
-    return [*_problem(f'names in {where} that are no images', sorted(set(named) - stems), 'correct them'),
+    return [*_problem(f'names in {where} without an image', sorted(set(named) - stems), 'correct them'),
             *_problem(f'images that are not in {where}', sorted(stems - set(named)),
                       'name them; the split buffer leaves images out')]
 
@@ -324,7 +324,7 @@ def _write_images(rows, pairs, source, folder):
         try:
             image = read_source(pair.image, pair.mask, source)
             if not problems:
-                written.append(write_tile(image, pair.tile_id, row, source.extra_bands, folder, INNER_SIDE))
+                written.append(write_image(image, pair.tile_id, row, source.extra_bands, folder, INNER_SIDE))
         except DataError as e:
             problems.append((pair.image.name, str(e)))
     raise_problems(source.path, grouped_lines(problems))

@@ -326,7 +326,7 @@ def test_two_images(tmp_path):
     assert by_split(manifest) == dict(train=['a'], val=['b'])
 
 @pytest.mark.parametrize('splits, said', [
-    (dict(train=['a', 'b', 'c', 'd', 'g'], val=['e'], test=['f']), 'that are no images: 1 (g)'),
+    (dict(train=['a', 'b', 'c', 'd', 'g'], val=['e'], test=['f']), 'without an image: 1 (g)'),
     (dict(train=['a', 'b', 'c'], val=['e'], test=['f']), 'that are not in data.source.splits: 1 (d)'),
     (dict(train=['a', 'b', 'c', 'd'], val=['e', 'a'], test=['f']), 'images in two splits: 1 (a: train and val)'),
     (dict(train='none.txt', val=['e'], test=['f']), 'a text file with a name on each line was expected')])
