@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonNegativeInt', 'ScheduleName', 'OF_TWO_PHASES',
-           'LOOP_UNREAD', 'Source', 'Percent', 'Percentiles', 'RisingPair', 'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM',
-           'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD',
-           'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS',
-           'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc',
-           'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA',
-           'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread', 'differing_settings',
-           'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'TableSource', 'FieldSource',
-           'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
-           'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text',
-           'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
-           'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
-           'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
-           'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
-           'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed',
-           'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load',
-           'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as',
-           'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema',
-           'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples',
-           'notebook_parameters']
+           'LOOP_UNREAD', 'Span', 'SPLIT_FOLDERS', 'NamePattern', 'Source', 'Percent', 'Percentiles', 'RisingPair',
+           'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName',
+           'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS',
+           'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding',
+           'Since', 'PostHoc', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate',
+           'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread',
+           'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource',
+           'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops',
+           'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
+           'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler',
+           'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'TrackerConfig', 'RunConfig', 'lacks',
+           'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
+           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
+           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
+           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
+           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
+           'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings',
+           'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names',
+           'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -380,6 +380,14 @@ class ToySource(Strict):
                              f' and downscale {self.downscale}')
         return self
 
+def check_span(pair:tuple[float, float]) -> tuple[float, float]:
+    "The lowest and the highest value of a scale; raises `ValueError` where the first is not below the second"
+    if pair[0] >= pair[1]:
+        raise ValueError('the first of the two must be below the second')
+    return pair
+
+Span = Annotated[tuple[float, float], AfterValidator(check_span)]
+
 class TableSource(Strict):
     "A table of another project: columns are mapped, rasters are cut into GeoTIFF tiles"
     kind: Literal['table'] = 'table'
@@ -392,6 +400,10 @@ class TableSource(Strict):
         {}, description='name: band of the image that becomes an EXTRA band')
     classes: dict[int, int] = Field({0: 0, 1: 1, 255: 255}, description='their mask value: ours (0, 1, 255)')
     nodata: float | None = Field(None, description='nodata value where the raster declares none')
+    value_range: Annotated[Span | None, Since('0.3')] = Field(
+        None, description='values that become 1 and 65535 in a uint16 image, linearly between, as [0.0, 0.6] for '
+                          'float32 reflectance; values beyond become the nearer end, nodata 0; '
+                          'null: as they are, which takes uint8 and uint16')
     downscale: PositiveInt = Field(
         1, description='shrink by this factor before cutting (images by area mean, masks by majority)')
     tile_size: PositiveInt | None = Field(
@@ -406,7 +418,68 @@ class FieldSource(Strict):
     registry: Annotated[Path | None, Since('0.3')] = Field(
         None, description='YAML file of the EXTRA bands, name: number from 1; null: by their description')
 
-Source = Annotated[ToySource | TableSource | FieldSource, Field(discriminator='kind')]
+SPLIT_FOLDERS = {
+    'train': 'train',
+    'training': 'train',
+    'val': 'val',
+    'valid': 'val',
+    'validation': 'val',
+    'test': 'test',
+    'testing': 'test',
+}
+
+def check_name_pattern(pattern:str) -> str:
+    "Where files lie in a folder, as '{split}/images/{stem}'; raises `ValueError`"
+    *folders, name = pattern.split('/')
+    rest = pattern.replace('{stem}', '').replace('{split}', '')
+    if name.count('{stem}') != 1 or any('{stem}' in folder for folder in folders) or {'{', '}'} & set(rest):
+        raise ValueError("a path as 'images/{stem}' or '{split}/images/{stem}' was expected: {stem} once, in the name "
+                         'of the file, and no other braces than {split}')
+    if pattern.count('{split}') > 1 or {'', '..'} & set(folders):
+        raise ValueError('a path inside of the folder was expected, with {split} at most once')
+    return pattern
+
+NamePattern = Annotated[str, AfterValidator(check_name_pattern)]
+
+class ImagesSource(Strict):
+    "Images and masks in folders, as PNG, JPEG or TIFF of any size: pairs by name, each stays one image"
+    kind: Literal['images'] = 'images'
+    path: Path = Field(..., description='the folder, relative to the config file')
+    images: NamePattern = Field(
+        'images/{stem}', description="where images lie in the folder, without suffix; '{split}/images/{stem}' takes "
+                                     'the split from the name of a folder')
+    masks: NamePattern = Field('masks/{stem}', description="where their masks lie, as 'labels/{stem}_mask'")
+    unmasked: Literal['error', 'negative'] = Field(
+        'error', description='an image without a mask: refuse it, or take it as one without objects')
+    bands: list[PositiveInt] = Field(
+        [1, 2, 3], min_length=3, max_length=3, description='bands of the image that are R, G, B; [1, 1, 1] for grey')
+    extra_bands: dict[str, PositiveInt] = Field(
+        {}, description='name: band of the image that becomes an EXTRA band')
+    classes: dict[int, Literal[0, 1, 255]] = Field(
+        {0: 0, 1: 1, 255: 255}, description='their mask value: ours (0, 1, 255); of a palette the value is the index')
+    nodata: float | None = Field(None, description='nodata value where the raster declares none')
+    value_range: Span | None = Field(
+        None, description='values that become 1 and 65535 in a uint16 image, as in a table; needed for float32 and '
+                          'signed integers')
+    downscale: PositiveInt = Field(1, description='shrink by this factor (images by area mean, masks by majority)')
+    splits: dict[Literal['train', 'val', 'test', 'buffer'], str | list[str]] | None = Field(
+        None, description='the images of each split: a text file in the folder with a name on each line, or a list of '
+                          'names; null: whole images are dealt, those on a map by blocks')
+    table: str | None = Field(
+        None, description='CSV or Parquet file in the folder, with a column stem and any of split, region and block')
+    columns: dict[Literal['stem', 'split', 'region', 'block'], str] = Field(
+        {}, description='our column of the table: theirs')
+
+    @model_validator(mode='after')
+    def _splits_once(self):
+        by_folder = '{split}' in self.images
+        if by_folder != ('{split}' in self.masks):
+            raise ValueError('images and masks: {split} is in one of them, and not in the other')
+        if by_folder and self.splits is not None:
+            raise ValueError('images has {split}, and splits names images: leave out one of them')
+        return self
+
+Source = Annotated[ToySource | TableSource | FieldSource | ImagesSource, Field(discriminator='kind')]
 
 # %% ../nbs/00b_config.ipynb #51f85770
 class MultiResolution(Strict):

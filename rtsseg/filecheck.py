@@ -26,7 +26,7 @@ from .ground import BOX, crs_name, footprints
 from .manifest import Manifest
 from .raster import open_raster, resolve_inside
 from .rawtile import RawTile, own_square, read_row, tile_name
-from .splits import thin_splits
+from .splits import ACCEPT_THIN, thin_splits
 from .stats import Moments, empty_positive, merge_moments, mixed_dtypes, moments
 
 # %% ../nbs/01i_filecheck.ipynb #1f67dc72
@@ -251,6 +251,9 @@ def _check_splits_together(manifest, data):
     thin_level = 'error' if data.split_check == 'error' else 'warning'
     findings = [Finding(thin_level, 'thin split', problem, 'a number from few tiles says little')
                 for problem in thin_splits(manifest.table)]
+    if findings:
+        # said once, after all of them
+        findings[-1].remedy = ACCEPT_THIN
     found = audit(manifest)
     for finding in found:
         if data.split_check == 'warn' and finding.level == 'error' and finding.what in LEAK_KINDS:

@@ -18,11 +18,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from .audit import leaks
-from .config import Data, FieldSource, RtsConfig, TableSource, ToySource
+from .config import Data, RtsConfig, Source
 from .console import DataError, logger
 from .filecheck import check_files, check_tile_sizes
 from .files import FileError, read_json, write_atomic
 from .findings import error_lines
+from .folders import import_images
 from .importers import import_field, import_table, read_registry
 from .manifest import FORMATS, Manifest, read_manifest
 from .runs import run_folder
@@ -31,15 +32,15 @@ from .toy import make_toy
 from .windows import windows_or_tiles
 
 # %% ../nbs/01n_prepare.ipynb #22a258ea
-def source_settings(source:ToySource|TableSource|FieldSource) -> dict:
+def source_settings(source:Source) -> dict:
     "The settings of a source that decide the tiles: the content of a registry, and no path"
     settings = source.model_dump(mode='json', exclude={'path', 'registry'})
     if source.kind == 'field' and source.registry:
         settings['registry'] = read_registry(source.registry)
     return settings
 
-def is_made(source:ToySource|TableSource|FieldSource,
-            path:Path                                     # the manifest
+def is_made(source:Source,
+            path:Path          # the manifest
            ) -> bool:
     "Whether the manifest exists. Raises `DataError` where it was made with other settings"
     card = path.with_name('source.json')
@@ -82,6 +83,8 @@ def _make(source, cfg):
         make_toy(source, path)
     elif source.kind == 'table':
         import_table(source, path, cfg.data.block_size, cfg.data.split_check)
+    elif source.kind == 'images':
+        import_images(source, path, cfg.data.block_size, cfg.data.split_check)
     else:
         import_field(source, path, cfg.data.block_size)
 

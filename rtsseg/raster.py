@@ -178,16 +178,18 @@ def write_raster(path:str|Path,                # the GeoTIFF
                  crs:Any=None,                 # anything that rasterio takes, or None
                  valid:np.ndarray|None=None,   # H × W bool: False is nodata (kept in the mask band)
                  names:Iterable[str]=(),       # band descriptions
-                 nodata:float|None=None        # declared nodata value
+                 nodata:float|None=None,       # declared nodata value
+                 inner:int|None=None           # side of the file's inner tiles, for reading parts; None: strips
                 ) -> None:
     "Write one compressed GeoTIFF"
     count, height, width = planes.shape
     photometric = 'rgb' if count == 3 else 'minisblack'
+    layout = dict(tiled=True, blockxsize=inner, blockysize=inner) if inner else {}
     with warnings.catch_warnings(), rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, **GDAL_OPTIONS):
         warnings.simplefilter('ignore', NotGeoreferencedWarning)
         with rasterio.open(path, 'w', driver='GTiff', count=count, height=height, width=width, dtype=planes.dtype,
                            crs=crs, transform=transform, nodata=nodata, compress='deflate',
-                           photometric=photometric) as ds:
+                           photometric=photometric, **layout) as ds:
             ds.write(planes)
             for band, name in enumerate(names, 1):
                 ds.set_band_description(band, name)

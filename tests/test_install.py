@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ['search', 'track', 'notebooks', 'dev']
 # packages whose import has another name
-IMPORTED_AS = {'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}
+IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
 OPTIONAL = {'mlflow': 'track', 'optuna': 'search'}
 
