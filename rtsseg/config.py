@@ -142,6 +142,9 @@ class LearningRate(Strict):
     layer_decay: Annotated[float | None, Since('0.2')] = Field(
         None, gt=0, le=1, description='rate of a layer = rate of its part × this^(layers above it); '
                                       'backbone_lr_multiplier must then be 1')
+    anneal_on_stop: Annotated[PositiveInt | None, Since('0.3')] = Field(
+        None, description='where early stopping decides to stop, the rate first falls to min_lr over this many epochs; '
+                          'null ends at once')
 
     @model_validator(mode='after')
     def _one_warmup(self):
@@ -278,16 +281,17 @@ OF_TWO_PHASES = ('freeze_backbone_epochs', 'lr.frozen_lr', 'lr.base_lr', 'lr.bac
 LOOP_UNREAD = [
     Unread(OF_TWO_PHASES, 'stages has a schedule of its own', lambda cfg: bool(cfg.stages)),
     Unread(('lr.frozen_lr',), 'freeze_backbone_epochs is 0', lambda cfg: not cfg.freeze_backbone_epochs),
-    Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}', lambda cfg: cfg.lr.schedule != 'cosine'),
+    Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}',
+           lambda cfg: cfg.lr.schedule != 'cosine' and not cfg.lr.anneal_on_stop),
     Unread(('lr.warmup_start_lr',), 'the warm-up has no length',
            lambda cfg: not cfg.lr.warmup_epochs and not cfg.lr.warmup_steps),
     Unread(('lr.plateau_factor', 'lr.plateau_patience'), 'no schedule is plateau',
            lambda cfg: 'plateau' not in schedules(cfg)),
     Unread(('ema.decay',), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
-    Unread(('early_stopping.window', 'early_stopping.start_epoch'), 'early_stopping.patience is null',
-           lambda cfg: cfg.early_stopping.patience is None),
+    Unread(('early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
+           'early_stopping.patience is null', lambda cfg: cfg.early_stopping.patience is None),
     # min_delta is also what the signs of overfitting take for noise
-    Unread(('early_stopping.patience', 'early_stopping.window', 'early_stopping.start_epoch'),
+    Unread(('early_stopping.patience', 'early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
            'start_epoch {cfg.early_stopping.start_epoch} and patience {cfg.early_stopping.patience} lead beyond the '
            'last epoch, {cfg.epochs}', ends_before_stopping),
     Unread(('loader.prefetch_factor', 'loader.persistent_workers', 'loader.timeout'), 'loader.num_workers is 0',
