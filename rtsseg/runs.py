@@ -134,12 +134,13 @@ def git_state(folder:str|Path='.'   # any folder of a checkout
     return dict(git_commit=head.stdout.strip(), git_clean=not changes)
 
 def environment() -> dict:
-    "Commit, versions, machine and CPU threads, for environment.json (guide 10.1)"
+    "Commit, versions, machine, CPU threads and hash seed, for environment.json (guide 2.2, 10.1)"
     # results repeat to the bit on the same number of threads; a config can be read without torch
     import torch
     here = Path(__file__).parent if '__file__' in globals() else '.'
     return dict(rtsseg=version('rtsseg'), python=platform.python_version(), system=platform.system(),
                 processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+                hash_seed=os.environ.get('PYTHONHASHSEED', 'random'),
                 versions={name: version(name) for name in PACKAGES}, **git_state(here))
 
 # %% ../nbs/00c_runs.ipynb #651d20e5

@@ -182,6 +182,22 @@ def test_shell_refuses_unknown_keys(tmp_path):
     assert file_names(tmp_path) == ['bad.yaml']
 
 @pytest.mark.slow
+def test_another_hash_seed_gives_the_same_bytes(tiny, tmp_path):
+    "The order of sets of text differs between hash seeds; weights and checkpoint do not. The run records the hash seed"
+    weights = []
+    for seed in ('1', '2'):
+        home = tmp_path/seed
+        home.mkdir()
+        given = write_config(moved_to(tiny, home, epochs=1), home)
+        command = [BIN/'rtsseg-train', '--config', given, '--inline', '--override', 'augment.enabled=true']
+        done = subprocess.run(command, env=ONE_THREAD | dict(PYTHONHASHSEED=seed), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder, = home.glob('runs/tiny/*/seed42')
+        assert json.loads((folder/'environment.json').read_text())['hash_seed'] == seed
+        weights.append([(folder/name).read_bytes() for name in ('model/model.safetensors', 'checkpoints/best.ckpt')])
+    assert weights[0] == weights[1]
+
+@pytest.mark.slow
 def test_the_environment_of_a_container_is_not_the_launchers(tiny, tmp_path):
     """Variables of another launcher name processes that do not exist here: the run trains, and later is found to be
     done. Its folder is printed each time"""
