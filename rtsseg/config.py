@@ -47,6 +47,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_serializer,
     model_validator,
@@ -742,6 +743,12 @@ class RunConfig(LoopConfig):
     runs: Annotated[Path, Undeciding()] = Field(
         Path('runs'), description='where run folders go, relative to the config file')
     tracker: Annotated[TrackerConfig, Undeciding()] = TrackerConfig()
+    _files: tuple[Path, ...] = PrivateAttr(())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        "The files that a command read the config from; empty where it was made in code"
+        return self._files
 
 # %% ../nbs/00b_config.ipynb #unread02
 TRANSFORMS = tuple(name for name, field in Augment.model_fields.items() if isinstance(field.default, Transform))
@@ -1349,7 +1356,9 @@ def settings(config:str|Path|list,       # a YAML file or a name; several, or on
     files = [config] if isinstance(config, Path) else config
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
     given = {field: value for field, value in given.items() if value is not None}
-    return load(*files, overrides=parse_overrides(overrides), **given)
+    cfg = load(*files, overrides=parse_overrides(overrides), **given)
+    cfg._files = tuple(find_config(file)[0] for file in files)
+    return cfg
 
 # %% ../nbs/00b_config.ipynb #80a27f40
 SHARED_PARAMETERS = ['config', 'manifest', 'name', 'epochs', 'seed', 'overrides']
