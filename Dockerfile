@@ -4,6 +4,7 @@ FROM python:3.11-slim
 RUN apt-get update \
  && apt-get install -y --no-install-recommends git make libexpat1 \
  && rm -rf /var/lib/apt/lists/*
+ENV PYTHONHASHSEED=42
 WORKDIR /rtsseg
 COPY . .
 RUN make install

@@ -21,6 +21,7 @@ PIP    := .venv/bin/pip
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export NO_ALBUMENTATIONS_UPDATE := 1
 export OMP_WAIT_POLICY := passive
+export PYTHONHASHSEED := 42
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install demo seeds test style synced notebooks pytest quick soak bench docs sync readme lock clean

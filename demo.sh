@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 root=$PWD
 out=$root/runs/notebooks
 export PATH=$root/.venv/bin:$PATH
-export NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+export NO_ALBUMENTATIONS_UPDATE=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PYTHONHASHSEED=42
 mkdir -p "$out"
 number=0
 

@@ -47,6 +47,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_serializer,
     model_validator,
@@ -142,6 +143,9 @@ class LearningRate(Strict):
     layer_decay: Annotated[float | None, Since('0.2')] = Field(
         None, gt=0, le=1, description='rate of a layer = rate of its part × this^(layers above it); '
                                       'backbone_lr_multiplier must then be 1')
+    anneal_on_stop: Annotated[PositiveInt | None, Since('0.3')] = Field(
+        None, description='where early stopping decides to stop, the rate first falls to min_lr over this many epochs; '
+                          'null ends at once')
 
     @model_validator(mode='after')
     def _one_warmup(self):
@@ -280,16 +284,17 @@ OF_TWO_PHASES = ('freeze_backbone_epochs', 'lr.frozen_lr', 'lr.base_lr', 'lr.bac
 LOOP_UNREAD = [
     Unread(OF_TWO_PHASES, 'stages has a schedule of its own', lambda cfg: bool(cfg.stages)),
     Unread(('lr.frozen_lr',), 'freeze_backbone_epochs is 0', lambda cfg: not cfg.freeze_backbone_epochs),
-    Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}', lambda cfg: cfg.lr.schedule != 'cosine'),
+    Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}',
+           lambda cfg: cfg.lr.schedule != 'cosine' and not cfg.lr.anneal_on_stop),
     Unread(('lr.warmup_start_lr',), 'the warm-up has no length',
            lambda cfg: not cfg.lr.warmup_epochs and not cfg.lr.warmup_steps),
     Unread(('lr.plateau_factor', 'lr.plateau_patience'), 'no schedule is plateau',
            lambda cfg: 'plateau' not in schedules(cfg)),
     Unread(('ema.decay',), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
-    Unread(('early_stopping.window', 'early_stopping.start_epoch'), 'early_stopping.patience is null',
-           lambda cfg: cfg.early_stopping.patience is None),
+    Unread(('early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
+           'early_stopping.patience is null', lambda cfg: cfg.early_stopping.patience is None),
     # min_delta is also what the signs of overfitting take for noise
-    Unread(('early_stopping.patience', 'early_stopping.window', 'early_stopping.start_epoch'),
+    Unread(('early_stopping.patience', 'early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
            'start_epoch {cfg.early_stopping.start_epoch} and patience {cfg.early_stopping.patience} lead beyond the '
            'last epoch, {cfg.epochs}', ends_before_stopping),
     Unread(('loader.prefetch_factor', 'loader.persistent_workers', 'loader.timeout'), 'loader.num_workers is 0',
@@ -815,6 +820,12 @@ class RunConfig(LoopConfig):
     runs: Annotated[Path, Undeciding()] = Field(
         Path('runs'), description='where run folders go, relative to the config file')
     tracker: Annotated[TrackerConfig, Undeciding()] = TrackerConfig()
+    _files: tuple[Path, ...] = PrivateAttr(())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        "The files that a command read the config from; empty where it was made in code"
+        return self._files
 
 # %% ../nbs/00b_config.ipynb #unread02
 TRANSFORMS = tuple(name for name, field in Augment.model_fields.items() if isinstance(field.default, Transform))
@@ -1422,7 +1433,9 @@ def settings(config:str|Path|list,       # a YAML file or a name; several, or on
     files = [config] if isinstance(config, Path) else config
     given = dict(name=name or None, epochs=epochs, seed=seed, data=dict(manifest=manifest) if manifest else None)
     given = {field: value for field, value in given.items() if value is not None}
-    return load(*files, overrides=parse_overrides(overrides), **given)
+    cfg = load(*files, overrides=parse_overrides(overrides), **given)
+    cfg._files = tuple(find_config(file)[0] for file in files)
+    return cfg
 
 # %% ../nbs/00b_config.ipynb #80a27f40
 SHARED_PARAMETERS = ['config', 'manifest', 'name', 'epochs', 'seed', 'overrides']

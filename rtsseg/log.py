@@ -161,7 +161,7 @@ def epoch_bar(run:Any,           # a `TrainingState` within an epoch
     "A bar over the batches of the epoch under way, with the time left"
     of_this_process = steps * run.cfg.accumulate
     return tqdm.format_meter(run.batch, run.length, seconds, ncols=79, unit='batch',
-                             initial=max(run.batch - of_this_process, 0), prefix=f'epoch {run.epoch}/{run.cfg.epochs}')
+                             initial=max(run.batch - of_this_process, 0), prefix=f'epoch {run.epoch}/{run.last_epoch}')
 
 def epoch_line(run:Any      # a `TrainingState` after an epoch
               ) -> str:
@@ -169,9 +169,9 @@ def epoch_line(run:Any      # a `TrainingState` after an epoch
 
     The time left is that of the remaining epochs if each takes as long as this one."""
     row, monitor = run.history[-1], run.task.monitor
-    seconds_left = (run.cfg.epochs - row['epoch']) * row['seconds']
+    seconds_left = (run.last_epoch - row['epoch']) * row['seconds']
     left = f', {tqdm.format_interval(seconds_left)} left' if seconds_left > 0 else ''
-    parts = [f"epoch {row['epoch']:>3}/{run.cfg.epochs}", f"{row['seconds']:6.1f} s{left}",
+    parts = [f"epoch {row['epoch']:>3}/{run.last_epoch}", f"{row['seconds']:6.1f} s{left}",
              f"{row['images_per_second']:.0f} images/s, {row['wait']:.0%} waiting for data"]
     losses = {name.removeprefix('train/'): value for name, value in row.items() if name.startswith('train/loss')}
     parts.append(' '.join(f'{name} {value:.4f}' for name, value in losses.items()))

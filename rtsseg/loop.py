@@ -6,9 +6,9 @@
 __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTotals', 'EpochTotals', 'upgrade_state',
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
            'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'set_train_mode', 'seed_epoch',
-           'set_rates', 'rates_by_part', 'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch',
-           'is_warmed_up', 'watch_progress', 'end_epoch', 'scales_of', 'begin', 'batches_per_epoch', 'resume', 'finish',
-           'fit']
+           'planned_rate', 'present_rate', 'set_rates', 'rates_by_part', 'train_epoch', 'save_by_clock', 'same_meaning',
+           'keep_best', 'validate_epoch', 'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'scales_of',
+           'begin', 'batches_per_epoch', 'resume', 'finish', 'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -44,6 +44,7 @@ from rtsseg.schedule import (
     PlannedStage,
     Plateau,
     WeightAverage,
+    falling_rate,
     group_parameters,
     layer_scales,
     learning_rate,
@@ -184,6 +185,7 @@ OLD_PLATEAU = {'plateau', 'plateau_best', 'plateau_since', 'factor'}
 
 def upgrade_state(state:dict) -> dict:
     "A state of an older version in the present form; raises `ValueError` where that is not possible"
+    state = dict(anneals_after=0) | state
     if 'plateau' in state:
         return state
     if state['stopper'].get('plateau'):
@@ -221,12 +223,13 @@ class TrainingState:
     best: dict = field(default_factory=dict)      # epoch, step, value and metrics of the best validation
     stopper: EarlyStopper = field(default_factory=EarlyStopper)
     plateau: Plateau = field(default_factory=Plateau)
+    anneals_after: int = 0                  # epoch at which early stopping decided: the rate falls; 0: it has not
     asked: str = ''                         # why this process was asked to stop
     reason: str = ''                        # why the run stopped, '' while it trains: the same in all processes
     finished: bool = False                  # nothing is left to do
 
     # of the state, beside weights, optimizer and what has a state of its own
-    SAVED = ('epoch', 'batch', 'step', 'skipped', 'bad', 'best', 'finished')
+    SAVED = ('epoch', 'batch', 'step', 'skipped', 'bad', 'best', 'anneals_after', 'finished')
     # of a row, and not saved: the state says neither where a run was stopped nor how fast it was
     MEASURED = ('batches', 'seconds', 'images_per_second', 'wait')
 
@@ -250,8 +253,17 @@ class TrainingState:
         "Whether the sampler wants to know how hard each sample was"
         return getattr(self.sampler, 'learns', False)
 
+    @property
+    def last_epoch(self) -> int:
+        "The epoch with which training ends, as far as is known"
+        if not self.anneals_after:
+            return self.cfg.epochs
+        return min(self.anneals_after + self.cfg.lr.anneal_on_stop, self.cfg.epochs)
+
     def stage_of(self, epoch:int) -> PlannedStage:
-        "The planned stage that an epoch belongs to"
+        "The planned stage that an epoch belongs to; while the rate falls, no other stage begins"
+        if self.anneals_after:
+            epoch = min(epoch, self.anneals_after)
         return next(planned for planned in self.plan if planned.holds(epoch))
 
     def loss_weights(self, epoch:int) -> dict[str, float]:
@@ -514,14 +526,29 @@ def seed_epoch(run:TrainingState) -> None:
     if generator:
         generator.manual_seed(key_seed(run.cfg.seed, run.epoch))
 
-def set_rates(run:TrainingState, t:float) -> None:
-    "Give each group of the optimizer its learning rate; t is the fractional epoch"
+def planned_rate(run:TrainingState,
+                 part:str,      # name of a part
+                 t:float,       # fractional epochs since the start of the run
+                 step:int       # optimizer steps done by then
+                ) -> float:     # learning rate
+    "The rate of a part by its schedule"
     steps = 0
     if run.planned.head.warmup_steps:
-        steps = run.step - run.steps_before(run.planned.head.first)
-    factor = run.plateau.factor_in(run.planned)
+        steps = step - run.steps_before(run.planned.head.first)
+    return learning_rate(run.planned, part, t, steps, run.plateau.factor_in(run.planned))
+
+def present_rate(run:TrainingState, part:str, t:float) -> float:
+    "The rate of a part: by its schedule, or on the fall that follows early stopping; t is the fractional epoch"
+    stop = run.anneals_after
+    if not stop:
+        return planned_rate(run, part, t, run.step)
+    rate = planned_rate(run, part, stop, run.steps_before(stop + 1))
+    return falling_rate(run.planned, part, rate, (t - stop) / (run.last_epoch - stop))
+
+def set_rates(run:TrainingState, t:float) -> None:
+    "Give each group of the optimizer its learning rate; t is the fractional epoch"
     for group, in_optimizer in zip(run.groups, run.optimizer.param_groups):
-        in_optimizer['lr'] = group.scale * learning_rate(run.planned, group.part, t, steps, factor)
+        in_optimizer['lr'] = group.scale * present_rate(run, group.part, t)
 
 def rates_by_part(run:TrainingState) -> dict[str, float]:
     "The present rate of each part; of a part with several layers, that of the top one"
@@ -624,7 +651,10 @@ def is_warmed_up(run:TrainingState) -> bool:
     return run.epoch >= head.first + head.warmup_epochs
 
 def watch_progress(run:TrainingState, value:float) -> None:
-    "Early stopping and the plateau take in the monitored value"
+    "Early stopping and the plateau take in the monitored value, unless the rate already falls"
+    if run.anneals_after:
+        run.finished = run.epoch == run.last_epoch
+        return
     cfg, mode, head = run.cfg, run.task.mode, run.planned.head
     validated = [row['epoch'] for row in run.history[:-1] if 'val/loss' in row]
     is_new_meaning = bool(validated) and not same_meaning(run, validated[-1])
@@ -636,7 +666,18 @@ def watch_progress(run:TrainingState, value:float) -> None:
         elif is_new_meaning:
             run.plateau.forget_best(mode)
         run.plateau.update(cfg.lr, value, mode)
-    run.finished = run.stopper.update(cfg.early_stopping, run.epoch, value, mode)
+    if run.stopper.update(cfg.early_stopping, run.epoch, value, mode):
+        stop_early(run)
+
+def stop_early(run:TrainingState) -> None:
+    "Early stopping has decided: the run is over, or its rate begins to fall"
+    if not run.cfg.lr.anneal_on_stop or run.epoch == run.cfg.epochs:
+        run.finished = True
+        return
+    run.anneals_after = run.epoch
+    if run.processes.is_main:
+        logger.info(f'early stopping at epoch {run.epoch}: the rate falls until epoch {run.last_epoch}, '
+                    'and then training ends')
 
 def end_epoch(run:TrainingState, row:dict, judged:tuple[dict, Any]|None) -> None:
     "Add the epoch's row to the history, settle whether training is over, and move on to the next epoch"
@@ -746,13 +787,13 @@ def fit(cfg:LoopConfig,       # what to do
     train = rank_loader(train, run.processes, even=True, length=batches_per_epoch(cfg))
     val = rank_loader(val, run.processes, even=False)
     run.tell('on_start', run)
-    while run.epoch <= cfg.epochs and not run.finished and not run.reason:
+    while run.epoch <= run.last_epoch and not run.finished and not run.reason:
         enter_stage(run)
         row = train_epoch(run, train)
         # asked to stop: the resumed run finishes the epoch, and validates
         if run.reason:
             break
-        is_due = run.epoch % cfg.val_frequency == 0 or run.epoch == cfg.epochs
+        is_due = run.epoch % cfg.val_frequency == 0 or run.epoch == run.last_epoch
         judged = validate_epoch(run, val) if is_due else None
         if run.reason:
             break

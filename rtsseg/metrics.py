@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['harmonic_sum', 'average_precision', 'pr_curve', 'ap_bounds', 'negative_weight', 'tile_weights', 'weighted_sum',
-           'histogram', 'is_resolved', 'rates', 'pixel_metrics', 'tile_counts', 'informative_tiles', 'boundary_counts',
-           'boundary_metrics', 'confusion', 'class_iou', 'mean_iou']
+           'histogram', 'prevalence_alone', 'is_resolved', 'rates', 'pixel_metrics', 'tile_counts', 'informative_tiles',
+           'boundary_counts', 'boundary_metrics', 'confusion', 'class_iou', 'mean_iou']
 
 # %% ../nbs/03d_metrics.ipynb #imetrics
 from collections.abc import Sequence
@@ -116,6 +116,14 @@ def histogram(evidence:Evidence,                  # of a split
         in_negative, in_positive = evidence.pooled
         hist = in_positive + in_negative if w == 1 else in_positive + w * in_negative
     return np.full(hist.shape, np.nan) if hist[:, 0].any() else hist
+
+# %% ../nbs/03d_metrics.ipynb #cgap
+def prevalence_alone(evidence:Evidence,   # of a split
+                     ratio:int|str        # r of 1:r, or 'native'
+                    ) -> np.ndarray:      # (2, codes): mass of negative and positive pixels
+    "The histograms of 1:1 at the prevalence of another ratio: recall and false-positive rate of each threshold stay"
+    (negative, positive), (at_ratio, _) = histogram(evidence, 1), histogram(evidence, ratio)
+    return np.stack([negative * (at_ratio.sum() / negative.sum()), positive])
 
 # %% ../nbs/03d_metrics.ipynb #65e8e1dc
 def is_resolved(evidence:Evidence,                          # of a split

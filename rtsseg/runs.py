@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POST_HOC', 'PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_EVENTS', 'EPOCH_FIELDS', 'content_of',
-           'config_hash', 'config_files', 'run_config', 'keep_post_hoc', 'judge_run', 'run_folder', 'git_state',
-           'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment', 'TestLook', 'TestLooks',
+           'config_hash', 'config_files', 'run_config', 'keep_post_hoc', 'judge_run', 'run_folder', 'git', 'git_state',
+           'uncommitted', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment', 'TestLook', 'TestLooks',
            'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds', 'append_line', 'read_lines',
            'read_log', 'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent', 'EvaluateEvent', 'parse_event',
            'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside', 'try_lock',
@@ -118,28 +118,44 @@ PACKAGES = [
     'scipy', 'rasterio', 'geopandas', 'accelerate'
 ]
 
+def git(folder:str|Path,    # where it runs
+        *arguments:str
+       ) -> str|None:       # what it prints; None where it fails or is missing
+    "Run git"
+    command = ['git', '-C', str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.strip()
+
 def git_state(folder:str|Path='.'   # any folder of a checkout
              ) -> dict:             # commit, and whether all files are as in it; empty outside a checkout
     "The commit that is checked out"
-    def git(*arguments):
-        command = ['git', '-C', str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20)
-    try:
-        head = git('rev-parse', 'HEAD')
-    except (OSError, subprocess.TimeoutExpired):
+    head = git(folder, 'rev-parse', 'HEAD')
+    if head is None:
         return {}
-    if head.returncode:
-        return {}
-    changes = git('status', '--porcelain').stdout.strip()
-    return dict(git_commit=head.stdout.strip(), git_clean=not changes)
+    return dict(git_commit=head, git_clean=not git(folder, 'status', '--porcelain'))
+
+def uncommitted(path:str|Path    # a file
+               ) -> str:         # '' where its own repository has it as it is
+    "Why no commit holds a file"
+    path = Path(path).resolve()
+    state = git(path.parent, 'status', '--porcelain', '--ignored', '--', path.name)
+    if state is None:
+        return 'in no repository'
+    if state.startswith(('??', '!!')):
+        return 'not added to its repository'
+    return 'changed since its commit' if state else ''
 
 def environment() -> dict:
-    "Commit, versions, machine and CPU threads, for environment.json (guide 10.1)"
+    "Commit, versions, machine, CPU threads and hash seed, for environment.json (guide 2.2, 10.1)"
     # results repeat to the bit on the same number of threads; a config can be read without torch
     import torch
     here = Path(__file__).parent if '__file__' in globals() else '.'
     return dict(rtsseg=version('rtsseg'), python=platform.python_version(), system=platform.system(),
                 processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+                hash_seed=os.environ.get('PYTHONHASHSEED', 'random'),
                 versions={name: version(name) for name in PACKAGES}, **git_state(here))
 
 # %% ../nbs/00c_runs.ipynb #651d20e5

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLATEAU_THRESHOLD', 'PlannedStage', 'default_stages', 'check_stages', 'plan_stages', 'learning_rate', 'layer_scales',
-           'ParameterGroup', 'group_parameters', 'WeightAverage', 'EarlyStopper', 'Plateau']
+           'ParameterGroup', 'group_parameters', 'WeightAverage', 'EarlyStopper', 'falling_rate', 'Plateau']
 
 # %% ../nbs/04d_schedule.ipynb #ischedul
 import copy
@@ -40,7 +40,7 @@ def default_stages(cfg:LoopConfig,        # the config
     rates = {p: lr.base_lr * (lr.backbone_lr_multiplier if p == 'encoder' else 1) for p in parts}
     phases = []
     if freeze:
-        phases.append(Stage(first=1, last=freeze, frozen=['encoder'],
+        phases.append(Stage(first=1, last=freeze, frozen=['encoder'], min_lr=lr.min_lr,
                             rates={p: lr.frozen_lr for p in parts if p != 'encoder'}))
     phases.append(Stage(
         first=freeze + 1, last=max(cfg.epochs, freeze + 1), frozen=[p for p in parts if not rates[p]],
@@ -194,6 +194,19 @@ class EarlyStopper:
         if not self.since or mean > self.best + settings.min_delta:
             self.best, self.since = mean, epoch
         return epoch - self.since >= settings.patience
+
+# %% ../nbs/04d_schedule.ipynb #cfall
+def falling_rate(planned:PlannedStage,   # the stage in which early stopping decided to stop
+                 part:str,               # name of a part
+                 rate:float,             # its rate at that time
+                 progress:float          # share of the fall that lies behind, 0 to 1
+                ) -> float:              # learning rate
+    "A straight line down to the smallest rate of the schedule; a rate that lies below it stays"
+    stage = planned.stage
+    if part in stage.frozen:
+        return 0.
+    smallest = planned.head.min_lr * stage.rates[part] / max(stage.rates.values())
+    return rate + (min(rate, smallest) - rate) * progress
 
 # %% ../nbs/04d_schedule.ipynb #cplateau
 PLATEAU_THRESHOLD = 1e-4

@@ -9,14 +9,14 @@ __all__ = ['REFERENCE', 'METRICS', 'OBJECT_METRICS', 'ONE_SEED', 'SEVERAL_SEEDS'
            'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE', 'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE', 'NO_MANIFEST',
            'SPLITS_NOTE', 'Several', 'probability_cell', 'point_note', 'threshold_cell', 'object_threshold_cell',
            'prevalence_cell', 'weight_cell', 'without_interval', 'positive_blocks', 'metric_rows', 'basis_rows',
-           'bound_rows', 'spread_notes', 'results_table', 'seeds_table', 'estimators_table', 'slider_codes',
-           'threshold_score', 'pixel_rates', 'pixels_by_threshold', 'objects_by_threshold', 'thresholds_table',
-           'curves_table', 'match_settings', 'region_hints', 'region_table', 'size_hints', 'size_table', 'misses_table',
-           'false_alarm_kinds', 'false_alarms_table', 'comparison_table', 'paired_differences', 'differences_table',
-           'target_note', 'pixel_points_table', 'on_test', 'object_points_table', 'region_point_rows',
-           'region_points_table', 'operating_tables', 'fits_table', 'small_number', 'quality_table',
-           'calibration_tables', 'views_tables', 'splits_table', 'splits_of', 'data_regions_table',
-           'evidence_splits_table', 'data_tables']
+           'bound_rows', 'spread_notes', 'results_table', 'seeds_table', 'estimators_table', 'gap_table',
+           'slider_codes', 'threshold_score', 'pixel_rates', 'pixels_by_threshold', 'objects_by_threshold',
+           'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table', 'size_hints',
+           'size_table', 'misses_table', 'false_alarm_kinds', 'false_alarms_table', 'comparison_table',
+           'paired_differences', 'differences_table', 'target_note', 'pixel_points_table', 'on_test',
+           'object_points_table', 'region_point_rows', 'region_points_table', 'operating_tables', 'fits_table',
+           'small_number', 'quality_table', 'calibration_tables', 'views_tables', 'splits_table', 'splits_of',
+           'data_regions_table', 'evidence_splits_table', 'data_tables']
 
 # %% ../nbs/06f_tables.ipynb #itables
 from dataclasses import dataclass
@@ -31,7 +31,14 @@ from .calibration import VIEW_NAMES, Region, recommend, views_gain
 from .config import Metrics, ratio_text
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
-from .metrics import ap_bounds, histogram, negative_weight, rates
+from rtsseg.metrics import (
+    ap_bounds,
+    average_precision,
+    histogram,
+    negative_weight,
+    prevalence_alone,
+    rates,
+)
 from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
 from .operating import ObjectOperatingPoint, OperatingPoint, probability_text
 from .page import Number, Table
@@ -236,6 +243,28 @@ def estimators_table(run:PixelRun, split:str, ratios:list[int]) -> Table:
     notes = [f'of {n_pos} tiles with and {len(evidence) - n_pos} without a slump',
              f'drawn at random: mean ± standard deviation of {run.cfg.metrics.draws} draws']
     return Table(head, rows, notes, 'Counted and drawn')
+
+# %% ../nbs/06f_tables.ipynb #cgaps
+def gap_table(run:PixelRun, split:str,
+              ratios:list    # r of 1:r, or 'native'; not 1
+             ) -> Table:
+    "The fall of PR-AUC from 1:1 to each ratio: what prevalence alone explains, and the rest"
+    evidence = run.evidence[split]
+    found = bootstrap(evidence, [1, *ratios], ratio_thresholds(run, [1, *ratios]), (), replicates=0)
+    balanced = without_interval(found[1]['pr_auc'])
+    rows = []
+    for r in ratios:
+        expected = float(average_precision(prevalence_alone(evidence, r), evidence.exact))
+        seen = without_interval(found[r]['pr_auc'])
+        values = [balanced.value, seen.value]
+        gap = Number(None) if None in values else Number(balanced.value - seen.value)
+        explained = Number(None) if balanced.value is None else Number(balanced.value - expected)
+        rest = Number(None) if seen.value is None else Number(expected - seen.value)
+        rows.append([ratio_name(r), balanced, Number(expected), seen, gap, explained, rest])
+    head = ['ratio', 'PR-AUC at 1:1', 'expected from it at this ratio', 'PR-AUC', 'gap', 'by prevalence alone', 'rest']
+    notes = ['expected: as many negative pixels as at the ratio, their scores spread as at 1:1',
+             'rest: above 0, tiles without a slump draw higher scores than the negative pixels at 1:1; below 0, lower']
+    return Table(head, rows, notes, 'The gap between 1:1 and realistic ratios')
 
 # %% ../nbs/06f_tables.ipynb #ctables6
 def slider_codes(run:PixelRun, split:str,

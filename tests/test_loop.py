@@ -590,7 +590,7 @@ def test_another_machine_is_noted(tmp_path, capsys):
 def older(state, plateau=0):
     "A state as it was written before the plateau counted validations"
     stopper = dict(state['stopper'], plateau=plateau, plateau_best=-math.inf, plateau_since=0, factor=1.)
-    newer = ('plateau', 'gradient', 'meter_states')
+    newer = ('plateau', 'gradient', 'meter_states', 'anneals_after')
     return {k: v for k, v in state.items() if k not in newer} | dict(stopper=stopper)
 
 def test_a_run_of_an_older_version_resumes(tmp_path):
@@ -606,6 +606,16 @@ def test_a_run_of_an_older_version_resumes(tmp_path):
     save_state(path, older(state))
     again = run(tmp_path, model=net(norm=True), val_frequency=2)
     assert torch.equal(weights(whole.model), weights(again.model)) and whole.best == again.best
+
+def test_a_state_from_before_the_fall_resumes(tmp_path):
+    "A run that was begun before `lr.anneal_on_stop` existed"
+    cfg = dict(epochs=4)
+    run(tmp_path, observers=[At(8, stop)], **cfg)
+    path = tmp_path/'checkpoints'/'resume.ckpt'
+    state = load_state(path)
+    del state['anneals_after']
+    save_state(path, state)
+    equal(run(**cfg), run(tmp_path, **cfg))
 
 # ---------------------------------------------------------------- resume
 # 10 batches an epoch: groups of 4, 4, 2
@@ -642,6 +652,34 @@ def test_many_short_lives(undisturbed, tmp_path):
         if r.finished:
             break
     equal(undisturbed, r)
+
+# early stopping at epoch 5; then epochs 6 and 7 of 9
+FALLING = RESUME | dict(epochs=9, lr=RESUME['lr'] | dict(anneal_on_stop=2))
+
+@pytest.fixture(scope='module')
+def fallen():
+    return run(model=net(norm=True), **FALLING)
+
+@pytest.mark.parametrize('at', [9, 15, 16, 18, 20])
+def test_stopped_around_a_fall_of_the_rate_ends_the_same(at, fallen, tmp_path):
+    "Before early stopping decides, with the last step before it, within the fall, and at its inner epoch's end"
+    assert fallen.history[-1]['epoch'] == 7 and fallen.anneals_after == 5
+    half = run(tmp_path, model=net(norm=True), observers=[At(at, stop)], **FALLING)
+    assert half.step == at < fallen.step and half.anneals_after == (5 if at > 15 else 0)
+    rest = run(tmp_path, model=net(9, norm=True), **FALLING)
+    equal(fallen, rest)
+    assert rest.anneals_after == 5
+    # and it stays stopped
+    assert run(tmp_path, model=net(norm=True), **FALLING).step == fallen.step
+
+def test_the_best_of_a_fall_is_kept(tmp_path):
+    "The last epoch of the fall is validated, and its weights are exported where they are the best"
+    stopping = dict(patience=2, window=1, start_epoch=2)
+    lr = quick['lr'] | dict(anneal_on_stop=3)
+    r = run(tmp_path, task=Scripted([.5, .4, .3, .9]), epochs=20, val_frequency=2, early_stopping=stopping, lr=lr)
+    assert (r.history[-1]['epoch'], r.best['epoch'], r.best['value']) == (7, 7, .9)
+    best = load_state(tmp_path/'checkpoints'/'best.ckpt')
+    assert torch.equal(flat(best['model']), weights(r.judged))
 
 def test_order_of_a_loader_with_its_own_generator(tmp_path):
     "Its generator stands elsewhere after a new start; the order is a function of seed and epoch all the same"

@@ -347,6 +347,25 @@ def test_estimators_are_of_one_seed(single, both):
         shown = re.search(rf'<td>{label}</td><td>1:1 \(balanced\)</td>{other_cells}<td>([^<]*)</td>', text)
         assert float(shown[1]) == pytest.approx(frame[label], abs=5.1e-4)
 
+def test_the_gap_between_ratios_by_another_library(runs, single):
+    """What prevalence alone explains: scikit-learn at 1:1, each negative pixel weighed so often that the prevalence is
+    that of 1:200"""
+    table = next(t for t in single.tables['Validation'] if t.title.startswith('The gap'))
+    balanced, rare = (Split(runs[0], 1, 'val'), Split(runs[0], 200, 'val'))
+    row = table.rows[[row[0] for row in table.rows].index('1:200')]
+    seen = dict(zip(table.head[1:], (cell.value for cell in row[1:])))
+    assert seen['PR-AUC at 1:1'] == pytest.approx(balanced.average_precision(), abs=1e-9)
+    often = rare.each[~rare.y].sum() / balanced.each[~balanced.y].sum()
+    each = balanced.each * np.where(balanced.y, 1, often)
+    expected = average_precision_score(balanced.y, balanced.s, sample_weight=each)
+    assert np.average(balanced.y, weights=each) == pytest.approx(np.average(rare.y, weights=rare.each))
+    assert seen['expected from it at this ratio'] == pytest.approx(expected, abs=1e-9)
+    assert seen['by prevalence alone'] == pytest.approx(balanced.average_precision() - expected, abs=1e-9)
+    # on so few tiles a number at 1:200 is blank
+    assert (seen['rest'] is None) == (seen['PR-AUC'] is None) == (seen['gap'] is None)
+    if seen['PR-AUC'] is not None:
+        assert seen['rest'] == pytest.approx(expected - rare.average_precision(), abs=1e-9)
+
 # ---------------------------------------------------------------- what a number rests on
 
 def test_mean_and_spread(folders, single, both):

@@ -257,6 +257,69 @@ def test_stopper(values, window, patience, delta, start, every, mode):
             break
     assert got == epoch_of_stop(values, rule, every)
 
+# ---------------------------------------------------------------- the fall after early stopping
+# the value never improves on that of epoch 2, so epoch 4 would be the last
+STALLED = dict(epochs=12, val_frequency=2, early_stopping=dict(patience=2, window=1, start_epoch=2))
+
+def fallen(t, by, low, after=4, epochs=3):
+    "The rate of the schedule up to the stop, then a straight line to the smallest one"
+    if t <= after:
+        return by(t)
+    return by(after) + (low - by(after)) * (t - after) / epochs
+
+@pytest.mark.parametrize('schedule', ['cosine', 'constant'])
+@pytest.mark.parametrize('at', [None, 9, 24, 25, 31, 36])
+def test_the_rate_falls_after_early_stopping(schedule, at, tmp_path):
+    "Over three epochs, the last of them validated; across a stop in any of them or between them as well"
+    rates, lr = Rates(), dict(base_lr=.05, backbone_lr_multiplier=.1, warmup_epochs=2, min_lr=1e-5, schedule=schedule)
+    cfg = STALLED | dict(lr=lr | dict(anneal_on_stop=3))
+    if at:
+        half = run(tmp_path, task=Scripted([.5] * 9), observers=[rates, At(at, stop)], **cfg)
+        assert not half.finished
+    r = run(tmp_path, task=Scripted([.5] * 9), observers=[rates], **cfg)
+    assert [row['epoch'] for row in r.history if 'val/loss' in row] == [2, 4, 6, 7]
+    assert r.finished and 'early stopping' in r.reason and sorted(rates.seen) == list(range(1, 7 * 6 + 1))
+
+    def scheduled(t):
+        return planned(t, .05, 0, 12) if schedule == 'cosine' or t < 2 else .05
+
+    for t, seen in rates.seen.values():
+        assert seen['decoder'] == pytest.approx(fallen(t, scheduled, 1e-5), rel=1e-9)
+        assert seen['encoder'] == pytest.approx(.1 * seen['decoder'], rel=1e-9)
+
+def test_without_it_early_stopping_ends_the_run():
+    assert run(task=Scripted([.5] * 9), **STALLED).history[-1]['epoch'] == 4
+
+def test_the_fall_ends_with_the_last_epoch():
+    "Where fewer epochs are left, the smallest rate is reached with the last of them; with none left nothing falls"
+    rates = Rates()
+    lr = quick['lr'] | dict(anneal_on_stop=9, min_lr=0.)
+    r = run(task=Scripted([.5] * 9), observers=[rates], **STALLED | dict(epochs=6, lr=lr))
+    assert r.history[-1]['epoch'] == 6
+    for t, seen in rates.seen.values():
+        assert seen['decoder'] == pytest.approx(fallen(t, lambda t: .05, 0., epochs=2))
+    r = run(task=Scripted([.5] * 9), **STALLED | dict(epochs=4, lr=lr))
+    assert r.history[-1]['epoch'] == 4 and not r.anneals_after and 'early stopping' in r.reason
+
+def test_no_other_stage_begins_while_the_rate_falls():
+    "The encoder stays frozen, and the fall ends at the smallest rate of the schedule under way"
+    rates, lr = Rates(), quick['lr'] | dict(anneal_on_stop=3)
+    stages = [dict(first=1, last=5, frozen=['encoder'], rates=dict(decoder=.05), min_lr=.01),
+              dict(first=6, last=12, rates=dict(encoder=.1, decoder=.1))]
+    r = run(task=Scripted([.5] * 9), observers=[rates], **STALLED | dict(lr=lr, stages=stages))
+    assert r.history[-1]['epoch'] == 7
+    for t, seen in rates.seen.values():
+        assert seen == dict(encoder=0., decoder=pytest.approx(fallen(t, lambda t: .05, .01)))
+
+def test_a_plateau_stands_still_while_the_rate_falls():
+    "The fall begins at the rate that the plateau had reached; validations during it cut nothing"
+    rates = Rates()
+    lr = quick['lr'] | dict(schedule='plateau', plateau_patience=0, plateau_factor=.5, anneal_on_stop=3, min_lr=0.)
+    r = run(task=Scripted([.5] * 9), observers=[rates], **STALLED | dict(lr=lr))
+    assert r.plateau.factor == .5
+    for t, seen in rates.seen.values():
+        assert seen['decoder'] == pytest.approx(.05 if t < 4 else fallen(t, lambda t: .025, 0.))
+
 # ---------------------------------------------------------------- the average
 @pytest.mark.parametrize('decay', [0., .1, 2 / 11])
 def test_average_equals_torchs_where_its_decay_is_constant(decay):

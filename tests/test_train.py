@@ -29,9 +29,10 @@ from helpers.runs import MODEL, in_time, toy_world
 from helpers.shell import BIN, ONE_THREAD, Program, fork_trainers, held, running, shell
 from helpers.tiles import truncate
 from helpers.waiting import wait_for
+from rtsseg.check import check_config_files, check_tracker
 from rtsseg.checkpoint import load_state
 from rtsseg.cli import rtsseg_evaluate, rtsseg_noise, rtsseg_train
-from rtsseg.config import RtsConfig, load, to_yaml
+from rtsseg.config import RtsConfig, TrackerConfig, load, settings, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import Locked, TestLedger, evaluate, look_of
 from rtsseg.evidence import Evidence, evidence_path
@@ -180,6 +181,51 @@ def test_shell_refuses_unknown_keys(tmp_path):
     assert "did you mean 'epochs'" in done.stderr
     assert 'Traceback' not in done.stdout + done.stderr
     assert file_names(tmp_path) == ['bad.yaml']
+
+def in_git(folder, *arguments):
+    "Run git in a folder, as somebody"
+    who = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+    subprocess.run(['git', '-C', str(folder), *who, *arguments], check=True, capture_output=True)
+
+def test_the_configs_own_file_has_to_be_committed(tmp_path):
+    "In its own repository, wherever the command runs: outside of any, untracked, committed, changed"
+    (tmp_path/'sub').mkdir()
+    path = tmp_path/'sub'/'my.yaml'
+    path.write_text('epochs: 3')
+
+    def seen():
+        return check_config_files(settings(path).files)
+
+    assert (seen().level, seen().value) == ('note', 'my.yaml is in no repository')
+    in_git(tmp_path, 'init')
+    assert (seen().level, seen().value) == ('note', 'my.yaml is not added to its repository')
+    in_git(tmp_path, 'add', '.')
+    in_git(tmp_path, 'commit', '-m', 'a')
+    # another file of the repository does not matter
+    (tmp_path/'other').write_text('')
+    assert (seen().level, seen().value) == ('ok', 'my.yaml')
+    path.write_text('epochs: 4')
+    assert (seen().level, seen().value) == ('note', 'my.yaml is changed since its commit')
+
+@pytest.mark.parametrize('tracker', ['none', 'mlflow'])
+def test_a_tracker_that_is_not_a_server_is_an_open_box(tracker):
+    assert check_tracker(TrackerConfig(kind=tracker)).level == 'note'
+
+@pytest.mark.slow
+def test_another_hash_seed_gives_the_same_bytes(tiny, tmp_path):
+    "The order of sets of text differs between hash seeds; weights and checkpoint do not. The run records the hash seed"
+    weights = []
+    for seed in ('1', '2'):
+        home = tmp_path/seed
+        home.mkdir()
+        given = write_config(moved_to(tiny, home, epochs=1), home)
+        command = [BIN/'rtsseg-train', '--config', given, '--inline', '--override', 'augment.enabled=true']
+        done = subprocess.run(command, env=ONE_THREAD | dict(PYTHONHASHSEED=seed), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder, = home.glob('runs/tiny/*/seed42')
+        assert json.loads((folder/'environment.json').read_text())['hash_seed'] == seed
+        weights.append([(folder/name).read_bytes() for name in ('model/model.safetensors', 'checkpoints/best.ckpt')])
+    assert weights[0] == weights[1]
 
 @pytest.mark.slow
 def test_the_environment_of_a_container_is_not_the_launchers(tiny, tmp_path):
