@@ -25,7 +25,7 @@ from rtsseg.splits import thin_splits
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import TileDataset
 from rtsseg.training import train
-from rtsseg.windows import cut_windows, draw_crop, label_windows, cover_side, with_context
+from rtsseg.windows import cover_side, cut_windows, draw_crop, label_windows, with_context
 
 sizes = st.integers(1, 300)
 
