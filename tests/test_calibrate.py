@@ -610,7 +610,7 @@ def test_the_rule_names_what_decides(tmp_path):
     ledger = json.loads(path.read_text())
     for word in (
         'pr_auc@200',
-        'temperature at 1:200',
+        'auto at 1:200',
         'precision ≥ 0.8',
         'recall 0.05',
         '1:1000',
