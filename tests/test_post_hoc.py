@@ -86,7 +86,8 @@ def test_native_is_the_ratio_of_the_split():
     assert found.shifts == pytest.approx({'native': 0, 10: 0})
     assert found.quality['native'].shifted.nll.value == pytest.approx(found.quality[10].shifted.nll.value)
     text = show_calibration(found)
-    assert 'right at native' in text and '1:10' in text and '1:native' not in text + repr(found) + found._repr_html_()
+    assert 'probabilities at native' in text and '1:10' in text
+    assert '1:native' not in text + repr(found) + found._repr_html_()
 
 def test_native_is_stored_and_read_again(tmp_path):
     logits, masks, table = scored_tiles(20, 100)

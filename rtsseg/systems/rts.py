@@ -199,7 +199,7 @@ class RTS(System):
         "The evidence of a model over a split; after an earlier pass, with finer bins over the range of its scores"
         from rtsseg.observe import observe_tiles
         packed.model.to(ask.accelerator.device)
-        bins = earlier.score_range if earlier is not None else 'float16'
+        bins = earlier.score_range if earlier is not None else None
         part = feed.manifest.of(ask.split)
         return observe_tiles(packed, feed.split(ask.split, packed), part, feed.cfg, ask, bins)
 
