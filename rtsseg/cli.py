@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'RunArguments', 'as_list', 'Argument', 'argument_kind', 'arguments_of', 'argument_parser',
-           'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_check',
-           'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate',
-           'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan',
+           'rtsseg_check', 'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track',
+           'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate',
+           'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -70,10 +71,10 @@ class Argument:
     help: str
 
 def argument_kind(annotation:Any) -> type:
-    "bool, int, str or list: what a value on the command line is turned into"
+    "bool, int, float, str or list: what a value on the command line is turned into"
     if get_origin(annotation) is list:
         return list
-    if annotation in (bool, int):
+    if annotation in (bool, int, float):
         return annotation
     return int if int in get_args(annotation) else str
 
@@ -193,6 +194,24 @@ def command(resumes:bool=False,             # whether the same command resumes a
     return decorate
 
 # %% ../nbs/10_cli.ipynb #3ced1ac2
+@command()
+def rtsseg_plan(folder:str='',             # folder with images and masks, as fields/images/x.jpg and fields/masks/x.png
+                manifest:str='',           # a manifest in its place
+                minutes:float=30,          # how long training may take
+                device:str='auto',         # auto, cpu or cuda
+                out:str='plan.yaml',       # the config to write
+                config:str='',             # configs, with commas between them, whose settings are left as they are
+                override:list[str]=()      # one section.field=value that is left as it is; may be given several times
+               ) -> None:
+    "Write a config for these data on this machine, with a reason for each value"
+    from rtsseg.plan import write_plan
+    files = [file.strip() for file in config.split(',') if file.strip()]
+    write_plan(out, manifest, folder, minutes, device, files, as_list(override))
+    print(Path(out).read_text())
+    command = ','.join([*files, out])
+    for name in ('train', 'evaluate --split val', 'calibrate', 'evaluate --split test', 'report'):
+        print(f'rtsseg {name} --config {command}')
+
 @command()
 def rtsseg_check(shared:RunArguments=RunArguments(),
                  batches:int=20,    # batches of each loader to iterate

@@ -35,6 +35,7 @@ from rtsseg.figures import gallery
 from rtsseg.files import write_atomic
 from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
+from rtsseg.operating import selection_rule
 from rtsseg.page import Bullets, Reasons, Table, Text
 from rtsseg.pixel_report import headline_sentences
 from rtsseg.pixel_results import pixel_results
@@ -440,7 +441,7 @@ LOOKS = [
 def test_the_head_tells_of_doubtful_looks(folder, cfg, tmp_path, looks, says, beside):
     "Lead and headline warn where the ledger, beside the run or where its config says, does not confirm a single look"
     rewrite(folder/'config.yaml', lambda text: text.replace(str(cfg.runs), str(tmp_path/'elsewhere')))
-    rule = dict(config='h', rule='')
+    rule = dict(config='h', rule=selection_rule(cfg, cfg.infer.views))
     ledger = dict(rule, looks=[dict(rule, when='', seed=seed, forced=forced) for seed, forced in looks])
     root = tmp_path if beside else tmp_path/'elsewhere'
     data = read_run(folder).environment['manifest_hash']
@@ -485,7 +486,7 @@ def test_augmented_views_have_a_table(runs, folder):
     rewrite(folder/'config.yaml', lambda text: text.replace('monitor: pr_auc@200', 'monitor: pr_auc@1'))
     run = read_pixel_run(folder)
     assert run.monitor == 'pr_auc@1'
-    assert len(tables(folder)['Validation']) == 2
+    assert len(tables(folder)['Validation']) == 3
     better = (split.z + split.masks * (split.masks == 1)).astype(np.float16)
     evidence = evidence_of(split, run.manifest.of('val').table, better, views='minimal')
     evidence.write(evidence_path(folder, 'val', 'minimal'))
@@ -494,7 +495,7 @@ def test_augmented_views_have_a_table(runs, folder):
         for views, seconds in (('none', 10.), ('minimal', 20.)):
             event = dict(event='evaluate', split='val', views=views, tiles=n, seconds=seconds)
             log.write(json.dumps(event) + '\n')
-    table, = tables(folder)['Validation'][2:]
+    table, = tables(folder)['Validation'][3:]
     one, many = (average_precision_score(split.y, s, sample_weight=split.each)
                  for s in (split.s, better.astype(float)[split.masks != 255]))
     assert table.frame.gain['minimal'] == pytest.approx(many - one)
@@ -598,7 +599,7 @@ def test_configurations_are_compared(configurations, cfg):
 def test_a_comparison_on_the_test_split(configurations, cfg, forced):
     "Only where the ledger allowed every configuration to look at it"
     first = [group[0].folder for group in configurations]
-    rule = dict(config=first[0].parent.name, rule='')
+    rule = dict(config=first[0].parent.name, rule=selection_rule(cfg, cfg.infer.views))
     looks = [dict(rule, config=folder.parent.name, seed=42, when='', forced=False) for folder in first]
     looks[-1]['forced'] = forced
     data = read_run(first[0]).environment['manifest_hash']

@@ -724,7 +724,7 @@ def test_a_pass_that_fails_does_not_count(copy, monkeypatch):
     assert len(copy.looks()) == 1
     assert copy.evidence.exists()
 
-@pytest.mark.parametrize('at', ['observe.is_resolved', 'evidence.Evidence.write'])
+@pytest.mark.parametrize('at', ['observe.why_unresolved', 'evidence.Evidence.write'])
 def test_a_look_that_is_killed_stands(copy, monkeypatch, at):
     "From the moment at which numbers are printed or written"
     def dies(*args):
@@ -796,6 +796,7 @@ def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys
     run = SimpleNamespace(
         history=[],
         cfg=load(overrides=['loader.num_workers=0']),
+        last_epoch=300,
         task=SimpleNamespace(monitor='pr_auc@200'),
         best={},
         accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')),
