@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'rtsseg.cli.rtsseg_predict': ('cli.html#rtsseg_predict', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_probe': ('cli.html#rtsseg_probe', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_report': ('cli.html#rtsseg_report', 'rtsseg/cli.py'),
+                            'rtsseg.cli.rtsseg_run': ('cli.html#rtsseg_run', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_search': ('cli.html#rtsseg_search', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_split': ('cli.html#rtsseg_split', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_track': ('cli.html#rtsseg_track', 'rtsseg/cli.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'RunArguments', 'as_list', 'Argument', 'argument_kind', 'arguments_of', 'argument_parser',
            'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan',
-           'rtsseg_check', 'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_noise', 'rtsseg_track',
+           'rtsseg_check', 'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track',
            'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate',
            'usage', 'main']
 
@@ -208,9 +208,7 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
     files = [file.strip() for file in config.split(',') if file.strip()]
     write_plan(out, manifest, folder, minutes, device, files, as_list(override))
     print(Path(out).read_text())
-    command = ','.join([*files, out])
-    for name in ('train', 'evaluate --split val', 'calibrate', 'evaluate --split test', 'report'):
-        print(f'rtsseg {name} --config {command}')
+    print(f'rtsseg run --config {",".join([*files, out])} trains, evaluates, calibrates, tests and reports')
 
 @command()
 def rtsseg_check(shared:RunArguments=RunArguments(),
@@ -269,6 +267,25 @@ def rtsseg_train(shared:RunArguments=RunArguments(),
     # the process that was called prints it, not those that it started
     if not os.environ.get('RTSSEG_PIPE') and os.environ.get('RANK', '0') == '0':
         print(os.path.relpath(folder))
+
+@command(resumes=True)
+def rtsseg_run(shared:RunArguments=RunArguments(),
+               seeds:str=''     # several seeds, as '42 43 44'
+              ) -> None:
+    "The whole job: train, evaluate on validation, calibrate, evaluate on test, report; started again, it resumes"
+    cfg = shared.settings()
+    from rtsseg.calibration import calibrate
+    from rtsseg.evaluation import evaluate
+    from rtsseg.reporting import report, seed_list
+    from rtsseg.training import start_training
+    folders = []
+    for seed in seed_list(seeds) or [cfg.seed]:
+        folder = start_training(cfg.model_copy(update=dict(seed=seed)))
+        evaluate(folder, 'val')
+        calibrate(folder)
+        evaluate(folder, 'test')
+        folders.append(folder)
+    print(visible(report(folders)))
 
 @command()
 def rtsseg_noise(run:str='',            # run folder; '' finds it from the config

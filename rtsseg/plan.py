@@ -126,7 +126,7 @@ def step_seconds(cfg:RtsConfig,      # model, loss, batch_size and data.tile_siz
         optimizer.step()
         optimizer.zero_grad()
         # reading a number waits for a GPU
-        float(next(model.parameters()).flatten()[0])
+        next(model.parameters()).flatten()[0].item()
         seconds.append(time.monotonic() - began)
     return float(np.median(seconds[1:]))
 
@@ -300,8 +300,9 @@ class Plan:
         return any(name == setting or name.startswith(f'{setting}.') for name in self.given)
 
     def add(self, choices:Iterable[Choice]) -> None:
-        "Take the choices that nobody made before"
-        self.choices += [choice for choice in choices if not self.is_given(choice.setting)]
+        "Take the choices that no file or override makes; a later choice replaces an earlier one"
+        new = {choice.setting: choice for choice in choices if not self.is_given(choice.setting)}
+        self.choices = [choice for choice in self.choices if choice.setting not in new] + list(new.values())
 
     def config(self) -> RtsConfig:
         "The config so far; raises `ConfigError`"
@@ -385,4 +386,5 @@ def first_choices(out:Path, manifest:str, folder:str, device:str) -> list[Choice
         return choices
     source = guess_source(folder).model_dump(mode='json', exclude_defaults=True) | dict(kind='images')
     return [*choices, Choice('data.manifest', os.path.abspath(f'data/{out.stem}/manifest.csv')),
-            Choice('data.source', source | dict(path=os.path.abspath(folder)))]
+            Choice('data.source', source | dict(path=os.path.abspath(folder))),
+            Choice('data.split_check', 'warn', 'whole images are dealt to the splits')]

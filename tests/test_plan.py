@@ -1,0 +1,124 @@
+"A plan: what it chooses, that it overrides nothing, and that it leads from a folder of images to a report"
+import cv2
+import numpy as np
+import pytest
+
+from rtsseg.cli import main
+from rtsseg.config import ConfigError, load
+from rtsseg.console import DataError
+from rtsseg.manifest import Manifest, read_manifest
+from rtsseg.plan import (
+    NETWORKS,
+    SIDES,
+    Fingerprint,
+    Machine,
+    object_lengths,
+    plan_monitor,
+    plan_network,
+    plan_sampling,
+    plan_tiles,
+    take_fingerprint,
+    write_plan,
+)
+
+CPU = Machine('cpu', 2, 2**33, has_bf16=False)
+
+def fingerprint(**more):
+    "Of ten images of several sizes with objects of 20 pixels"
+    given = dict(images=10, shortest=300, are_tiles=False, lengths=np.full(50, 20), positive_share=.01, pixel_size=3.)
+    return Fingerprint(**given | more)
+
+@pytest.mark.parametrize('length', [3, 60, 65, 120, 130, 5000])
+def test_a_crop_is_twice_as_long_as_nine_of_ten_objects(length):
+    "As far as there are sides"
+    chosen = {choice.setting: choice.value for choice in plan_tiles(fingerprint(lengths=np.full(50, length)))}
+    side = chosen['data.tile_size']
+    assert chosen['data.crops.enabled']
+    assert side >= min(2 * length, max(SIDES))
+    smaller = [other for other in SIDES if other < side]
+    assert all(other < 2 * length for other in smaller)
+
+def test_tiles_stay_as_they_are():
+    chosen = plan_tiles(fingerprint(are_tiles=True, shortest=96))
+    assert [(c.setting, c.value) for c in chosen] == [('data.tile_size', 96)]
+
+def test_object_lengths_by_another_library():
+    from skimage.measure import label, regionprops
+    rng = np.random.default_rng(0)
+    mask = (cv2.GaussianBlur(rng.random((200, 150)), (0, 0), 3) > .53).astype(np.uint8)
+    boxes = [region.bbox for region in regionprops(label(mask, connectivity=2))]
+    assert sorted(object_lengths(mask)) == sorted(max(b[2] - b[0], b[3] - b[1]) for b in boxes)
+
+def test_more_time_takes_a_larger_network():
+    "The first that takes enough steps; the smallest where none does"
+    cfg = load(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
+    def encoder(minutes):
+        return next(c.value for c in plan_network(cfg, CPU, minutes) if c.setting == 'model.encoder')
+    assert encoder(1e-6) == NETWORKS[-1].encoder
+    assert encoder(1e6) == NETWORKS[0].encoder
+
+def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
+    manifest = read_manifest(tiny_world)
+    def of(negatives):
+        table = manifest.table.assign(split='train', n_positive=0, positive=False)
+        table.loc[:9, ['n_positive', 'positive']] = [5, True]
+        return Manifest(table[:10 + negatives], manifest.root, manifest.path)
+    ratios = {n: plan_sampling(of(n))[0].value[0]['ratio'] for n in (0, 9, 25, 100)}
+    assert ratios == {0: '1:1', 9: '1:1', 25: '1:2', 100: '1:5'}
+    as_val = of(100).table.assign(split='val')
+    assert plan_monitor(Manifest(as_val, manifest.root, manifest.path))[0].value == 'pr_auc@200'
+    assert plan_monitor(Manifest(as_val[:30], manifest.root, manifest.path))[0].value == 'pr_auc@native'
+
+def test_a_plan_overrides_nothing(tiny_world, tmp_path):
+    "Settings of a config and of overrides are as they were, and a given network stays with its rates"
+    own = tmp_path/'own.yaml'
+    own.write_text('epochs: 7\nlr: {base_lr: 5e-4}\nmodel: {architecture: unet, encoder: resnet18, weights: null}\n')
+    out = tmp_path/'plan.yaml'
+    write_plan(out, str(tiny_world), minutes=.5, device='cpu', files=[own], overrides=['batch_size=3'])
+    text = out.read_text()
+    assert 'batch_size' not in text and 'base_lr' not in text and 'encoder' not in text
+    both = load(own, out, overrides=['batch_size=3'])
+    assert (both.epochs, both.lr.base_lr, both.model.encoder, both.batch_size) == (7, 5e-4, 'resnet18', 3)
+    assert both.budget_minutes == .5
+
+def test_a_split_without_objects_cannot_be_planned(tiny_world):
+    manifest = read_manifest(tiny_world)
+    empty = manifest.table[manifest.table.n_positive == 0].reset_index(drop=True)
+    with pytest.raises(DataError, match='no training image holds an object'):
+        take_fingerprint(Manifest(empty, manifest.root, manifest.path))
+
+def test_a_manifest_or_a_folder(tmp_path, tiny_world):
+    with pytest.raises(ConfigError, match='leave out one of them'):
+        write_plan(tmp_path/'p.yaml', str(tiny_world), str(tmp_path))
+    with pytest.raises(ConfigError, match='minutes'):
+        write_plan(tmp_path/'p.yaml', str(tiny_world), minutes=0)
+    assert not (tmp_path/'p.yaml').exists()
+
+def write_folder(folder, count=9):
+    "Photographs of several sizes in which bright blobs are the objects"
+    rng = np.random.default_rng(0)
+    for name in ('images', 'masks'):
+        (folder/name).mkdir(parents=True)
+    for i in range(count):
+        shape = (150 + 10 * i, 220 - 10 * i)
+        mask = np.zeros(shape, np.uint8)
+        for _ in range(3):
+            cv2.circle(mask, tuple(map(int, rng.integers(20, 130, 2))), 7, 255, -1)
+        image = rng.normal(100, 10, (*shape, 3)) + (mask > 0)[..., None] * 60
+        cv2.imwrite(str(folder/'images'/f'{i}.jpg'), image.clip(0, 255).astype(np.uint8))
+        cv2.imwrite(str(folder/'masks'/f'{i}.png'), mask)
+
+def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys):
+    "Whose masks hold 0 and 255, and without a line of YAML; the second command may be given again"
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path/'fields')
+    assert main(['plan', '--folder', 'fields', '--minutes', '0.2', '--device', 'cpu', '--out', 'fields.yaml']) == 0
+    printed = capsys.readouterr().out
+    assert 'rtsseg run --config fields.yaml' in printed
+    assert load('fields.yaml').data.crops.enabled
+    quick = ['--override', 'metrics.replicates=20', '--override', 'tracker.kind=none']
+    for _ in range(2):
+        assert main(['run', '--config', 'fields.yaml', *quick]) == 0
+        assert 'report.html' in capsys.readouterr().out
+    report, = (tmp_path/'runs').rglob('report.html')
+    assert 'PR-AUC' in report.read_text()
