@@ -75,7 +75,7 @@ def fields(node, definition):
     is_config, rows = issubclass(definition, BaseModel), []
     comments = {} if is_config else docments(definition)
     for statement in node.body:
-        if isinstance(statement, ast.AnnAssign):
+        if isinstance(statement, ast.AnnAssign) and not statement.target.id.startswith('_'):
             name, default, meaning = statement.target.id, source(statement.value), comments.get(statement.target.id)
             if is_config:
                 field = definition.model_fields[name]

@@ -6,7 +6,7 @@
 __all__ = ['NETWORKS', 'ENOUGH_STEPS', 'SIDES', 'EPOCHS', 'BATCH', 'FEW_NEGATIVES', 'LIGHT_AUGMENTATION', 'Fingerprint',
            'object_lengths', 'take_fingerprint', 'Machine', 'this_machine', 'step_seconds', 'Choice', 'Network',
            'plan_bands', 'plan_splits', 'plan_tiles', 'with_network', 'plan_network', 'plan_start', 'plan_sampling',
-           'plan_monitor', 'plan_time', 'plan_machine', 'given_settings', 'nested', 'Plan', 'make_plan', 'as_yaml',
+           'plan_monitor', 'plan_time', 'plan_machine', 'given_settings', 'nested', 'RunPlan', 'make_plan', 'as_yaml',
            'plan_text', 'write_plan', 'first_choices']
 
 # %% ../nbs/05c_plan.ipynb #iplan
@@ -282,7 +282,7 @@ def nested(choices:Iterable[Choice]) -> dict:
         node[name] = choice.value
     return tree
 
-class Plan:
+class RunPlan:
     "Choices in their order, beside what files and overrides say"
 
     def __init__(self,
@@ -308,7 +308,7 @@ class Plan:
         "The config so far; raises `ConfigError`"
         return load(*self.files, overrides=self.overrides, **nested(self.choices))
 
-def make_plan(plan:Plan,             # with data.manifest
+def make_plan(plan:RunPlan,             # with data.manifest
               machine:Machine,
               minutes:float          # for training
              ) -> Fingerprint:       # what the choices rest on
@@ -341,7 +341,7 @@ def as_yaml(value:Any) -> Any:
     flow.fa.set_flow_style()
     return flow
 
-def plan_text(plan:Plan, found:Fingerprint, machine:Machine) -> str:
+def plan_text(plan:RunPlan, found:Fingerprint, machine:Machine) -> str:
     "The YAML of a plan, with a comment for each reason"
     root = CommentedMap()
     for choice in plan.choices:
@@ -365,12 +365,12 @@ def write_plan(out:str|Path,               # the YAML file
                device:str='auto',          # auto, cpu or cuda
                files:Iterable[str]=(),     # configs whose settings are not overridden
                overrides:Iterable[str]=()  # 'section.field=value' texts, likewise
-              ) -> Plan:
+              ) -> RunPlan:
     "Plan a run and write its config; raises `ConfigError` and `DataError`, and then writes nothing"
     out, machine = Path(out), this_machine(device)
     if minutes <= 0:
         raise ConfigError(f'minutes: {minutes:g} was given, and training takes longer than nothing')
-    plan = Plan(files, overrides, first_choices(out, manifest, folder, device))
+    plan = RunPlan(files, overrides, first_choices(out, manifest, folder, device))
     found = make_plan(plan, machine, minutes)
     write_atomic(out, plan_text(plan, found, machine))
     return plan

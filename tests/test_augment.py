@@ -178,7 +178,7 @@ def test_reflection_is_the_librarys(scale, angle, shear_x, shear_y, n):
     rng = np.random.default_rng(n)
     image, mask = rng.random((40, 40, 3), dtype=np.float32), rng.integers(0, 2, (40, 40), dtype=np.uint8)
     drawn = dict(shift_scale_rotate=(0.1, -0.05, scale, angle), affine=(shear_x, shear_y))
-    out, m = warp(image, mask, [0.0] * 3, drawn, None, 'reflect')
+    out, m = warp(image, mask, [0.0] * 3, drawn, None, border='reflect')
     # a mirrored mosaic of the tile, moved with a border that it never reaches
     rim = 160
     around = [(rim, rim), (rim, rim)]

@@ -172,4 +172,4 @@ def test_the_umbrella_command_of_the_wheel(environment, tmp_path):
 def test_a_config_of_the_wheel_is_found_by_its_name(environment, tmp_path, names):
     "Its relative paths lead to the folder of the call, not into the installed library"
     code = f'from rtsseg.config import load; cfg = load(*{names}); print(cfg.model.encoder, cfg.runs.resolve())'
-    assert run(environment/'python', '-c', code, cwd=tmp_path).split() == ['resnet18', str(tmp_path/'runs')]
+    assert run(environment/'python', '-c', code, cwd=tmp_path).split() == ['tu-test_efficientnet', str(tmp_path/'runs')]
