@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job through its notebooks, one papermill call a stage: ./demo.sh [config]
-# The executed notebooks and their logs go to runs/notebooks/.
+# The executed notebooks, their output and their logs go to runs/notebooks/; the screen shows what matters of them.
 set -euo pipefail
 config=$(realpath -s "${1:-$(dirname "$0")/configs/toy.yaml}")
 cd "$(dirname "$0")"
@@ -16,14 +16,19 @@ from_root() {
   sed -u 's|\.\./runs/|runs/|g'
 }
 
-# stage TITLE NOTEBOOK [more arguments of papermill]
+# Lines that match a pattern; none is no error
+show() {
+  grep --line-buffered -E "$1" || true
+}
+
+# stage TITLE NOTEBOOK LINES [more arguments of papermill]: LINES is a pattern of the lines to show
 stage() {
-  local title=$1 notebook=$2 start=$SECONDS
+  local title=$1 notebook=$2 lines=$3 start=$SECONDS
   number=$((number + 1))
   local name=${number}_$notebook
   printf '\n%d/6 %s …\n' "$number" "$title"
-  if ! papermill "$notebook.ipynb" "$out/$name.ipynb" -p config "$config" "${@:3}" \
-         --no-progress-bar --stdout-file - 2>"$out/$name.log" | from_root; then
+  if ! papermill "$notebook.ipynb" "$out/$name.ipynb" -p config "$config" "${@:4}" \
+         --no-progress-bar --stdout-file - 2>"$out/$name.log" | from_root | tee "$out/$name.txt" | show "$lines"; then
     tail -n 40 "$out/$name.log"
     echo "stopped at $notebook.ipynb: see runs/notebooks/$name.ipynb"
     exit 1
@@ -32,9 +37,18 @@ stage() {
 }
 
 cd "$root/nbs"
-stage 'data checks' 04i_check
-stage 'training'    05_train
-stage 'validation'  05a_evaluate -p split val
-stage 'calibration' 06_calibrate
-stage 'test'        05a_evaluate -p split test
-stage 'report'      07_report
+stage 'data checks' 04i_check    '^(toy:|READY|NOT READY|ERROR)'
+stage 'training'    05_train     'epoch |fit .* epochs|stopped'
+stage 'validation'  05a_evaluate '^  1:' -p split val
+stage 'calibration' 06_calibrate 'calibrated by|not calibrated'
+stage 'test'        05a_evaluate '^  1:' -p split test
+stage 'report'      07_report    '.'
+cat <<END
+
+all output: runs/notebooks/
+next:       open the report in a browser
+            make seeds                                       the same for three seeds, and one report over them
+            source .venv/bin/activate
+            rtsseg predict MODEL SCENE.tif MAP.tif           a map of your scene, with the model/ of a run folder
+            rtsseg run --folder FIELDS                       your own images and masks, from a plan to a report
+END

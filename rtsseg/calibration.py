@@ -695,7 +695,7 @@ class RegionCalibrator:
         objects, alone = {}, {}
         if evidence.thresholds:
             objects, alone = object_operating_points(evidence, drawn, self.score, self.cfg, self.metrics)
-        pixels = pixel_operating_points(evidence, self.score, self.cfg, self.metrics)
+        pixels = pixel_operating_points(evidence, drawn, self.score, self.cfg, self.metrics)
         return dict(thresholds=pixels, objects=objects, object_thresholds=alone)
 
     def region(self, name:str) -> Region:

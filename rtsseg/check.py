@@ -35,6 +35,7 @@ from .config import ConfigError, EarlyStopping, RtsConfig, TrackerConfig, packag
 from .console import DataError, some_names
 from .filecheck import check_files
 from .findings import LEVELS, Finding, FindingTable, error_lines, has_errors, readiness
+from .infer import judged_part
 from .loop import TrainingState, fit
 from .manifest import Manifest
 from .models import build, check_size
@@ -67,7 +68,7 @@ class BatchSurvey:
 
     def add(self, batch:dict, seconds:float) -> None:
         "Take in one batch"
-        x, y = np.asarray(batch['image']), np.asarray(batch['target'])
+        x, y = np.asarray(judged_part(batch['image'], batch)), np.asarray(batch['target'])
         self.seconds.append(seconds)
         self.shapes[x.shape, y.shape] = self.shapes.get((x.shape, y.shape), 0) + 1
         self.dtypes.add(f'{x.dtype} {y.dtype}')

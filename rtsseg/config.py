@@ -314,6 +314,8 @@ class LoopConfig(Strict):
     deterministic: bool = Field(True, description='reproducible kernels at a cost of 10–20% (guide 2.2)')
     device: Annotated[Literal['auto', 'cpu', 'cuda'], Undeciding()] = Field(
         'auto', description='auto takes a GPU where there is one')
+    threads: Annotated[PositiveInt | None, Undeciding(), Since('0.3')] = Field(
+        None, description='CPU threads; null: OMP_NUM_THREADS, else all cores. Bits repeat for equal numbers of them')
     precision: Literal['fp16', 'bf16', 'fp32'] = Field(
         'fp16', description='mixed precision; a CPU computes in fp32 unless this is bf16')
     epochs: PositiveInt = Field(300, description='most epochs')

@@ -47,15 +47,15 @@ def undo_view(x:torch.Tensor,      # of `apply_view`
     return x.flip(-1) if flip else x
 
 # %% ../nbs/04a_infer.ipynb #1858d66d
-def judged_part(logits:torch.Tensor,    # (B, H, W)
+def judged_part(logits:torch.Tensor,    # (B, …, H, W): logits, or images
                 batch:dict              # of a loader; where images have context, with `corner` int (B, 2)
-               ) -> torch.Tensor:       # (B, h, w): what the target is about
+               ) -> torch.Tensor:       # (B, …, h, w): what the target is about
     "The logits of the windows, without those of the context around them"
     if 'corner' not in batch:
         return logits
     height, width = batch['target'].shape[1:]
     corners = batch['corner'].tolist()
-    return torch.stack([each[y:y + height, x:x + width] for each, (y, x) in zip(logits, corners, strict=True)])
+    return torch.stack([each[..., y:y + height, x:x + width] for each, (y, x) in zip(logits, corners, strict=True)])
 
 def predict_logits(model:nn.Module,      # gives logits (B, 1, H, W) from images; in eval mode
                    x:torch.Tensor,       # normalised images, float32 (B, C, H, W)

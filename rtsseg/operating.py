@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Score', 'OBJECT_IOU', 'score_masses', 'Replicates', 'find_threshold', 'OperatingPoint', 'probability_text',
-           'PixelSearch', 'search_pixels', 'explain', 'pixel_operating_points', 'ObjectOperatingPoint',
+           'PixelSearch', 'search_pixels', 'explain', 'pixel_rates', 'pixel_operating_points', 'ObjectOperatingPoint',
            'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule']
 
 # %% ../nbs/05b_operating.ipynb #ioperati
@@ -20,7 +20,7 @@ from scipy.special import expit, logit
 from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
 from .config import Calibrate, Fraction, Metrics, RtsConfig, Strict, ratio_text
 from .evidence import Evidence
-from .intervals import bootstrap, drawn_weight, summary, why_unsupported
+from .intervals import drawn_weight, summary, why_unsupported
 from .metrics import histogram, negative_weight, pr_curve, rates
 from .objects import grid_counts
 from .scores import CODES, clipped_scores, first_code
@@ -240,33 +240,46 @@ def explain(missed:str,      # why a target is missed, or ''
         missed = f'{missed}, which {behind}'
     return f'{missed}; the uncalibrated {used} is used'
 
+def pixel_rates(drawn:Replicates,
+                threshold:float,       # a raw probability
+                ratio:int|str          # r of 1:r, or 'native'
+               ) -> dict[str, np.ndarray]:    # precision, recall and others of each replicate
+    "Rates of pixels in each replicate; NaN where there is nothing to divide by"
+    is_above = (np.arange(CODES) >= first_code(threshold, drawn.evidence.bins)).astype(float)
+    none = np.zeros(CODES)
+    negative = np.stack([none, is_above, none], 1)
+    positive = np.stack([is_above, none, 1 - is_above], 1)
+    tp, fp, fn = drawn.mix(drawn.pixels(negative, positive), ratio).T
+    return rates(tp, fp, fn)
+
 def pixel_operating_points(evidence:Evidence,      # of some tiles
+                           drawn:Replicates,       # its replicates
                            score:Score,            # calibrated log-odds of a raw score
                            cfg:Calibrate,          # target and floors
-                           metrics:Metrics         # ratios, replicates
+                           metrics:Metrics         # ratios
                           ) -> dict[int|str, OperatingPoint]:   # by ratio
     "The pixel threshold at each ratio (guide 12.2)"
     searches = {r: search_pixels(evidence, r, score, cfg) for r in metrics.ratios}
     raw = {r: float(expit(s.logit)) for r, s in searches.items()}
     rows = summary(evidence, metrics.ratios, raw, ())
-    spread = bootstrap(evidence, metrics.ratios, raw, (), replicates=metrics.replicates)
-    return {r: _pixel_point(evidence, s, raw[r], rows[r], spread[r], score, cfg) for r, s in searches.items()}
+    return {r: _pixel_point(drawn, s, raw[r], rows[r], score, cfg) for r, s in searches.items()}
 
-def _pixel_point(evidence, search, raw, row, spread, score, cfg):
-    "One operating point from its search, its metrics and their intervals"
+def _pixel_point(drawn, search, raw, row, score, cfg):
+    "One operating point from its search, its metrics and the replicates"
+    found = pixel_rates(drawn, raw, search.ratio)
     return OperatingPoint(
         threshold=float(expit(score(search.logit))),
         raw_threshold=raw,
         logit=search.logit,
         reached=search.named,
-        precision=_known(spread['precision'], row['precision']),
-        recall=_known(spread['recall'], row['recall']),
+        precision=drawn.estimate(found['precision'], why_unsupported(row['support'], row['w'])),
+        recall=drawn.estimate(found['recall']),
         best_precision=search.best_precision,
         best_threshold=float(expit(search.best_score)),
         w=row['w'],
         prevalence=row['prevalence'],
         support=row['support'],
-        why=_why_of_pixels(evidence, search, row, cfg),
+        why=_why_of_pixels(drawn.evidence, search, row, cfg),
     )
 
 def _why_of_pixels(evidence, search, row, cfg):
@@ -279,12 +292,6 @@ def _why_of_pixels(evidence, search, row, cfg):
     if not row['n_neg_tiles']:
         why = f'{why} No negative tiles: every ratio is the native one.'.strip()
     return why
-
-def _known(estimate, value):
-    "An estimate; where its support is too thin for one, the plain value"
-    if estimate.value is not None or np.isnan(value):
-        return estimate
-    return Estimate(value, why=estimate.why.split('; bound')[0])
 
 # %% ../nbs/05b_operating.ipynb #5ca4e572
 # the headline of guide 6.2

@@ -6,7 +6,7 @@
 __all__ = ['NUMBER', 'Link', 'SCRIPT', 'STYLE', 'escape', 'markdown_text', 'Number', 'footnote_letter', 'number_range', 'Reasons',
            'Text', 'Bullets', 'Code', 'Fold', 'Table', 'html_cells', 'html_table', 'markdown_table', 'Picture',
            'ImageGrid', 'Cards', 'html_card', 'Deferred', 'safe_json', 'html_choice', 'Slider', 'Part', 'anchor',
-           'html_part', 'page', 'appendix']
+           'html_part', 'page', 'PictureNames', 'appendix']
 
 # %% ../nbs/06a_page.ipynb #ipage
 import base64
@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,6 +114,9 @@ class Text:
     "A paragraph; `kind` is '', 'soft', 'hint', or 'head' for a small heading"
     text: str
     kind: str = ''
+
+    def __str__(self):
+        return textwrap.fill(self.text, 100)
 
     def html(self) -> str:
         "A paragraph or heading"
@@ -317,6 +321,10 @@ class Cards:
             label, number, remark = map(markdown_text, card)
             lines.append(f'- {label}: **{number}** ({remark})')
         return '\n'.join(lines)
+
+    def __str__(self):
+        labels, numbers = (max(len(card[i]) for card in self.cards) for i in (0, 1))
+        return '\n'.join(f'{label:<{labels}}  {number:<{numbers}}  {remark}' for label, number, remark in self.cards)
 
 def html_card(card:tuple[str, str, str]) -> str:
     "A headline number with its label and a remark"
@@ -553,6 +561,21 @@ def page(title:str,              # plain text
         f'<script>{SCRIPT}</script></body></html>\n'])
 
 # %% ../nbs/06a_page.ipynb #77861d0a
+@dataclass
+class PictureNames:
+    "Names the pictures of a section after it: gallery-1.jpeg, gallery-2.jpeg"
+    section: str
+    folder: str
+    # {file name: bytes} of all sections
+    files: dict[str, bytes]
+    count: int = 0
+
+    def __call__(self, picture:Picture) -> str:    # a link
+        self.count += 1
+        name = f'{self.section}-{self.count}.{picture.format}'
+        self.files[name] = picture.data
+        return f'{self.folder}/{name}'
+
 def appendix(title:str,              # plain text
              lead:str,               # plain text
              parts:list[Part],       # as of the page
@@ -561,17 +584,13 @@ def appendix(title:str,              # plain text
     "The page as Markdown, with pipe tables as GitHub and pandoc read them"
     files = {}
 
-    def link(picture):
-        name = f'figure-{len(files) + 1}.{picture.format}'
-        files[name] = picture.data
-        return f'{folder}/{name}'
-
     lines = [f'# {markdown_text(title)}', markdown_text(lead)]
-    for part in parts:
+    for index, part in enumerate(parts):
         level = '###' if part.title else '##'
         if part.title:
             lines.append(f'## {markdown_text(part.title)}')
         for heading, blocks in part.sections.items():
             lines.append(f'{level} {markdown_text(heading)}')
+            link = PictureNames(anchor(index, heading), folder, files)
             lines += [b.markdown(link) for b in blocks]
     return '\n\n'.join(lines) + '\n', files

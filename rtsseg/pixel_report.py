@@ -96,8 +96,9 @@ def headline_cards(results:PixelResults) -> Cards:
     "The metrics at the first ratio"
     ratio = results.metrics.ratios[0]
     found = results.headline[ratio]
-    names = [name for name in METRICS if name != 'f1']
-    return Cards([headline_card(ratio, METRICS[name], found[name]) for name in names])
+    labels = METRICS | dict(object_precision_30='object precision', object_recall_30='object recall')
+    labels.pop('f1')
+    return Cards([headline_card(ratio, label, found[name]) for name, label in labels.items()])
 
 RATIO_TEXT = 'Ratio 1:r means r tiles without a slump for each tile with one.'
 

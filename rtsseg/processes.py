@@ -24,11 +24,15 @@ from .config import ConfigError, LoopConfig
 # %% ../nbs/04c_processes.ipynb #cdev
 def make_accelerator(cfg:LoopConfig   # device and precision
                     ) -> Accelerator:
-    "Device, precision and processes; a CPU computes in fp32 or bf16. Raises `ConfigError` where cuda is not available"
+    """Device, precision, CPU threads and processes; a CPU computes in fp32 or bf16
+
+    Raises `ConfigError` where cuda is not available."""
     has_gpu = torch.cuda.is_available()
     if cfg.device == 'cuda' and not has_gpu:
         raise ConfigError('device: cuda was asked for, and this machine has no GPU that PyTorch can use')
     on_cpu = cfg.device == 'cpu' or not has_gpu
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     # a notebook may train twice, with another device or precision
     AcceleratorState._reset_state(reset_partial_state=True)
     is_single = cfg.precision == 'fp32' or (on_cpu and cfg.precision == 'fp16')

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from fastcore.basics import listify
@@ -200,9 +201,9 @@ def write(content:Content,
          ) -> None:
     "Write page, Markdown and pictures; raises `ReportError` where they cannot be written"
     try:
-        folder = inside(path.with_name(f'{path.stem}_files')/'figure', path.parent).parent
+        folder = inside(path.with_name(f'{path.stem}_files')/'picture', path.parent).parent
         text, pictures = appendix(content.title, content.lead, content.parts, folder.name)
-        for old in folder.glob('figure-*'):
+        for old in [*folder.glob('*.png'), *folder.glob('*.jpeg')]:
             old.unlink()
         for name, data in pictures.items():
             write_atomic(folder/name, data)
@@ -274,8 +275,24 @@ class Report:
         warnings += [found.forced for found in self.results if found.forced]
         folders = [f'run folder: {os.path.relpath(run.folder)}' for found in self.results for run in found.runs]
         files = [f'report:     {os.path.relpath(self.path)}',
-                 f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}']
-        return '\n'.join([self.title, *warnings, '', str(self.headline), '', *folders, *files])
+                 f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}',
+                 f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
+        return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
+
+    @property
+    def pictures(self) -> Path:
+        "The folder of the pictures of the appendix"
+        return self.path.with_name(f'{self.path.stem}_files')
+
+    def _first_pictures(self):
+        "The names of the first picture of each section"
+        return sorted(path.name for path in self.pictures.iterdir() if path.stem.endswith('-1'))
+
+    def short(self) -> list[str]:
+        "What the headline says before its table; the table where it says nothing, or configurations are compared"
+        blocks = next(iter(self.content.by_heading.values()))
+        before = [] if self.content.comparison else takewhile(lambda block: not isinstance(block, Table), blocks)
+        return [str(block) for block in before] or [str(self.headline)]
 
     def __repr__(self) -> str:
         return f'{self.title}\n{self.headline}'

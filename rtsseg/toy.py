@@ -14,6 +14,7 @@ __all__ = ['METRES', 'SMALLEST', 'LARGEST', 'MEDIAN', 'SPREAD', 'COVER', 'TUNDRA
 # %% ../nbs/01k_toy.ipynb #itoy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -552,12 +553,13 @@ def make_toy(source:ToySource,                     # the world
     for name in ('images', 'masks', 'extra'):
         (path.parent/name).mkdir(parents=True, exist_ok=True)
     parts = []
-    for region in range(source.regions):
-        rows = write_region(source, region, path.parent)
-        share = rows.n_positive.sum()/len(rows)/source.tile_size**2
-        show(f'toy: {rows.region[0]}: {len(rows)} tiles, {(rows.n_positive > 0).sum()} with slumps '
-             f'on {share:.2%} of the pixels')
-        parts.append(rows)
+    # two at a time: NumPy and OpenCV leave the interpreter free, and a region takes 1 GB
+    with ThreadPoolExecutor(2) as pool:
+        for rows in pool.map(lambda region: write_region(source, region, path.parent), range(source.regions)):
+            share = rows.n_positive.sum()/len(rows)/source.tile_size**2
+            show(f'toy: {rows.region[0]}: {len(rows)} tiles, {(rows.n_positive > 0).sum()} with slumps '
+                 f'on {share:.2%} of the pixels')
+            parts.append(rows)
     table = complete_table(pd.concat(parts), path.parent, source.block_size, 'toy')
     # not make_splits: a toy may have thin splits
     table = deal_splits(table, {'train': 0.64, 'val': 0.18, 'test': 0.18}, source.seed)

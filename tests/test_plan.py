@@ -12,11 +12,14 @@ from rtsseg.plan import (
     SIDES,
     Fingerprint,
     Machine,
+    crop_sides,
     object_lengths,
     plan_monitor,
     plan_network,
     plan_sampling,
+    plan_threads,
     plan_tiles,
+    plan_time,
     take_fingerprint,
     write_plan,
 )
@@ -30,17 +33,21 @@ def fingerprint(**more):
 
 @pytest.mark.parametrize('length', [3, 60, 65, 120, 130, 5000])
 def test_a_crop_is_twice_as_long_as_nine_of_ten_objects(length):
-    "As far as there are sides"
-    chosen = {choice.setting: choice.value for choice in plan_tiles(fingerprint(lengths=np.full(50, length)))}
-    side = chosen['data.tile_size']
-    assert chosen['data.crops.enabled']
+    "As far as there are sides; the smaller ones, for little time, still hold them"
+    found = fingerprint(lengths=np.full(50, length))
+    side, *for_little_time = crop_sides(found)
+    chosen = {choice.setting: choice.value for choice in plan_tiles(found, side)}
+    assert chosen == {'data.crops.enabled': True, 'data.tile_size': side}
+    assert all(length <= other < side for other in for_little_time)
     assert side >= min(2 * length, max(SIDES))
     smaller = [other for other in SIDES if other < side]
     assert all(other < 2 * length for other in smaller)
 
-def test_tiles_stay_as_they_are():
-    chosen = plan_tiles(fingerprint(are_tiles=True, shortest=96))
+def test_tiles_that_are_no_larger_than_a_crop_stay_as_they_are():
+    chosen = plan_tiles(fingerprint(are_tiles=True, shortest=96), 128)
     assert [(c.setting, c.value) for c in chosen] == [('data.tile_size', 96)]
+    chosen = plan_tiles(fingerprint(are_tiles=True, shortest=256), 64)
+    assert [(c.setting, c.value) for c in chosen] == [('data.crops.enabled', True), ('data.tile_size', 64)]
 
 def test_object_lengths_by_another_library():
     from skimage.measure import label, regionprops
@@ -50,12 +57,29 @@ def test_object_lengths_by_another_library():
     assert sorted(object_lengths(mask)) == sorted(max(b[2] - b[0], b[3] - b[1]) for b in boxes)
 
 def test_more_time_takes_a_larger_network():
-    "The first that takes enough steps; the smallest where none does"
+    "The largest that takes enough steps; the smallest where none does"
     cfg = load(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
     def encoder(minutes):
-        return next(c.value for c in plan_network(cfg, CPU, minutes) if c.setting == 'model.encoder')
-    assert encoder(1e-6) == NETWORKS[-1].encoder
-    assert encoder(1e6) == NETWORKS[0].encoder
+        return next(c.value for c in plan_network(cfg, 'cpu', minutes) if c.setting == 'model.encoder')
+    assert encoder(1e-6) == NETWORKS[0].encoder
+    assert encoder(1e6) == NETWORKS[-1].encoder
+
+def test_the_fastest_number_of_threads(monkeypatch):
+    seconds = {1: .3, 4: .1, 8: .2}
+    monkeypatch.setattr('rtsseg.plan.step_seconds', lambda cfg, device: seconds[cfg.threads])
+    cfg = load(overrides=['threads=8'])
+    chosen, = plan_threads(cfg, CPU)
+    assert (chosen.setting, chosen.value) == ('threads', 4)
+    assert all(f'{number}: {taken:g} s' in chosen.why for number, taken in seconds.items())
+    # one core leaves no choice
+    assert plan_threads(load(overrides=['threads=1']), CPU) == []
+
+def test_little_time_has_few_epochs_and_says_so():
+    "No plan whose budget refuses it for more epochs than steps"
+    for steps in (1, 30, 100, 10_000):
+        chosen = {choice.setting: choice for choice in plan_time(5, steps)}
+        assert 2 <= chosen['epochs'].value <= 12
+        assert ('too few to learn much' in chosen['epochs'].why) == (steps < 200)
 
 def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
     manifest = read_manifest(tiny_world)
@@ -63,7 +87,7 @@ def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
         table = manifest.table.assign(split='train', n_positive=0, positive=False)
         table.loc[:9, ['n_positive', 'positive']] = [5, True]
         return Manifest(table[:10 + negatives], manifest.root, manifest.path)
-    ratios = {n: plan_sampling(of(n))[0].value[0]['ratio'] for n in (0, 9, 25, 100)}
+    ratios = {n: plan_sampling(of(n), 12)[0].value[0]['ratio'] for n in (0, 9, 25, 100)}
     assert ratios == {0: '1:1', 9: '1:1', 25: '1:2', 100: '1:5'}
     as_val = of(100).table.assign(split='val')
     assert plan_monitor(Manifest(as_val, manifest.root, manifest.path))[0].value == 'pr_auc@200'

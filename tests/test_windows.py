@@ -11,10 +11,12 @@ from sklearn.metrics import average_precision_score
 from torch.utils.data import default_collate
 
 from rtsseg.augment import Augmenter
+from rtsseg.check import check_loaders
 from rtsseg.config import Augment, load
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence
+from rtsseg.findings import has_errors
 from rtsseg.infer import judged_part, load_model
 from rtsseg.manifest import read_manifest
 from rtsseg.metrics import average_precision, histogram
@@ -151,6 +153,13 @@ def test_statistics_of_windows_are_those_of_the_images(images):
     by_window, by_image = (compute_stats(m.of('train')) for m in (cut_windows(whole, 32), whole))
     np.testing.assert_allclose(by_window.mean, by_image.mean, rtol=.02)
     assert by_window.positive == by_image.positive and by_window.background == by_image.background
+
+def test_the_check_judges_windows_without_their_context(images, tmp_path):
+    cfg = image_run(images, tmp_path)
+    findings = check_loaders(cfg, prepare(cfg), batches=3)
+    assert not has_errors(findings)
+    shapes, = [found.value for found in findings if found.what == 'validation: batches']
+    assert shapes.endswith('image (8, 3, 32, 32) target (8, 32, 32)')
 
 def test_a_window_is_read_with_its_context(images, tmp_path):
     "Image and target are those of the whole image, at the place that `corner` says"
