@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import quality_ours
 import quality_plain
 from common import emit_value, machine, short
 from nnunet_data import convert
@@ -42,6 +43,10 @@ class Cell(NamedTuple):
     @property
     def folder(self):
         return CELLS/'_'.join(map(str, self))
+
+    def plan(self, settings):
+        "The plan that all seeds of ours share"
+        return CELLS/f'plan_{self.set}_{self.minutes:g}_{settings}.yaml'
 
 class NnUNet:
     "A Python that has nnU-Net, and its data"
@@ -86,18 +91,31 @@ def read_results():
 def cell_of(row):
     return Cell(row['set'], row['method'], row['seed'], row['minutes'])
 
-def command(cell, nnunet):
-    arguments = [str(cell.minutes), str(cell.seed), str(cell.folder)]
-    if cell.method == 'nnunet':
-        return nnunet.script('train', nnunet.data(cell.set), *arguments)
-    return [sys.executable, HERE/f'quality_{cell.method}.py', cell.set, *arguments]
+def script(method, *arguments):
+    return [sys.executable, HERE/f'quality_{method}.py', *map(str, arguments)]
 
-def start(cell, nnunet):
+def command(cell, settings, nnunet):
+    if cell.method == 'ours':
+        return script('ours', 'train', cell.set, cell.plan(settings), cell.seed, cell.folder)
+    if cell.method == 'plain':
+        return script('plain', cell.set, cell.minutes, cell.seed, cell.folder)
+    return nnunet.script('train', nnunet.data(cell.set), cell.minutes, cell.seed, cell.folder)
+
+def prepare(cell, settings, nnunet):
+    "What a cell needs and shares with others: a plan, or what nnU-Net preprocesses"
+    if cell.method == 'nnunet':
+        nnunet.prepare(cell.set)
+    elif cell.method == 'ours' and not quality_ours.seconds_file(cell.plan(settings)).exists():
+        subprocess.run(script('ours', 'plan', cell.set, cell.minutes, cell.plan(settings)), env=one_thread(),
+                       check=True)
+
+def start(cell, settings, nnunet):
     "Start a cell in an empty folder; its output goes to log.txt there"
     shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True)
     with open(cell.folder/'log.txt', 'w') as log:
-        return subprocess.Popen(command(cell, nnunet), env=one_thread(), stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command(cell, settings, nnunet), env=one_thread(), stdout=log,
+                                stderr=subprocess.STDOUT)
 
 def judge(cell, settings):
     "The line of a cell that has ended"
@@ -110,7 +128,9 @@ def judge(cell, settings):
 
 def run_together(cells, settings, nnunet):
     "Run some cells side by side and keep their results; whether all of them ended well"
-    processes = [start(cell, nnunet) for cell in cells]
+    for cell in cells:
+        prepare(cell, settings[cell.set, cell.method], nnunet)
+    processes = [start(cell, settings[cell.set, cell.method], nnunet) for cell in cells]
     codes = [process.wait() for process in processes]
     for cell, code in zip(cells, codes, strict=True):
         if code:
@@ -189,8 +209,6 @@ def main():
     cells = missing_cells(options, settings)
     for name in sorted({cell.set for cell in cells}):
         prepared(name)
-    for name in sorted({cell.set for cell in cells if cell.method == 'nnunet'}):
-        nnunet.prepare(name)
     groups = [cells[first:first + options.parallel] for first in range(0, len(cells), options.parallel)]
     ended_well = [run_together(group, settings, nnunet) for group in groups]
     emit_rows()

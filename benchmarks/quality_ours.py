@@ -1,8 +1,9 @@
 """A cell of quality.py: this library, as `rtsseg plan` and `rtsseg train` run it
 
-    python benchmarks/quality_ours.py SET MINUTES SEED FOLDER
+    python benchmarks/quality_ours.py plan SET MINUTES FILE             once for all seeds
+    python benchmarks/quality_ours.py train SET FILE SEED FOLDER        train by that plan and predict
 """
-import os
+import json
 import sys
 import time
 from pathlib import Path
@@ -37,15 +38,22 @@ def curve(folder, monitor):
             found.append([steps, round(row[f'val/{monitor}'], 4)])
     return found, steps
 
-def main(name, minutes, seed, out):
-    out = Path(out).resolve()
+def plan(name, minutes, file):
+    "Write the plan, and beside it the seconds that it took"
+    file = Path(file)
     manifest = prepared(name)
-    # the plan puts its runs below the working folder
-    os.chdir(out)
+    file.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    write_plan('plan.yaml', manifest=str(manifest.path), minutes=float(minutes), device='cpu')
-    planning = time.monotonic() - began
-    cfg = load('plan.yaml', overrides=[f'seed={seed}', 'tracker.kind=none'])
+    write_plan(file, manifest=str(manifest.path), minutes=float(minutes), device='cpu')
+    seconds_file(file).write_text(json.dumps(round(time.monotonic() - began, 1)))
+
+def seconds_file(plan_file):
+    return plan_file.with_suffix('.json')
+
+def train_cell(name, file, seed, out):
+    out = Path(out)
+    manifest = prepared(name)
+    cfg = load(file, overrides=[f'seed={seed}', f'runs={out}/runs', 'tracker.kind=none'])
     # reads all images and takes their statistics, which is no training
     prepare_run(cfg)
     began = time.monotonic()
@@ -56,9 +64,9 @@ def main(name, minutes, seed, out):
         for row in rows_of(manifest, 'test'):
             write_scores(out, row['tile_id'], predict(model, manifest, row, signals))
     validations, steps = curve(folder, cfg.metrics.monitor)
-    write_facts(out, seconds=round(seconds, 1), steps=steps, planning=round(planning, 1), encoder=cfg.model.encoder,
-                tile_size=cfg.data.tile_size, batch=cfg.batch_size, monitor=cfg.metrics.monitor,
-                validations=validations)
+    write_facts(out, seconds=round(seconds, 1), steps=steps, planning=json.loads(seconds_file(Path(file)).read_text()),
+                encoder=cfg.model.encoder, tile_size=cfg.data.tile_size, batch=cfg.batch_size,
+                monitor=cfg.metrics.monitor, validations=validations)
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    {'plan': plan, 'train': train_cell}[sys.argv[1]](*sys.argv[2:])
