@@ -4,8 +4,8 @@
     python benchmarks/nnunet_peer.py train DATA MINUTES SEED FOLDER  train and predict
 
 Its planner, its 2-D network, its augmentation and its trainer, with one change: training takes a number of minutes. Its
-rate falls to zero in that time, by its own formula, at each step in place of each 250th. There is no validation on the
-way: what nnU-Net predicts with is its last checkpoint, so validation decides nothing.
+rate falls to zero in that time, by its own formula, at each step in place of each 250th. It does not validate on
+the way: nnU-Net predicts with its last checkpoint, so validation would decide nothing.
 """
 import json
 import os

@@ -67,7 +67,7 @@ def rows_of(manifest, split):
     return manifest.of(split).table.to_dict('records')
 
 def pixels(manifest, row, bands):
-    "All bands float32 (C, H, W), NaN where there are no data, and the label"
+    "All bands float32 (C, H, W), NaN where data are missing, and the label"
     tile = read_row(manifest.root, row, bands)
     planes = np.concatenate([tile.rgb, tile.extra]).astype(np.float32)
     planes[:, ~tile.valid] = np.nan

@@ -54,7 +54,7 @@ def train_cell(name, file, seed, out):
     out = Path(out)
     manifest = prepared(name)
     cfg = load(file, overrides=[f'seed={seed}', f'runs={out}/runs', 'tracker.kind=none'])
-    # reads all images and takes their statistics, which is no training
+    # reads all images and takes their statistics: preparation, which does not count
     prepare_run(cfg)
     began = time.monotonic()
     folder = train(cfg)
