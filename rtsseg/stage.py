@@ -152,7 +152,7 @@ def read_list(out:Path             # folder of the copies
 def write_list(out:Path,                # folder of the copies
                listed:dict[str, str]    # {place: SHA-256}
               ) -> Path:                # the list
-    "Write SHA256SUMS anew, as `sha256sum -c` reads it"
+    "Write SHA256SUMS as `sha256sum -c` reads it"
     return write_atomic(out/SEAL, ''.join(f'{listed[place]}  {place}\n' for place in sorted(listed)))
 
 # %% ../nbs/01o_stage.ipynb #estage3

@@ -102,8 +102,9 @@ def test_a_crop_opens_each_file_once(source, looks, georeference):
 def test_a_coarser_view_opens_the_files_of_its_tiles_once(source, looks):
     tiles = dataset(source, multi_resolution=dict(p=1, factor=2))
     table = tiles.manifest.table
-    views = [(i, view) for i in range(len(table)) if (view := tiles.view((42, 1, i, 0))) is not None]
-    i, view = max(views, key=lambda found: (found[1] >= 0).sum())
+    views = {i: tiles.view((42, 1, i, 0)) for i in range(len(table))}
+    found = {i: view for i, view in views.items() if view is not None}
+    i, view = max(found.items(), key=lambda item: (item[1] >= 0).sum())
     shown = table.loc[view[view >= 0]]
     files = [name for field in ('image', 'mask', 'extra') for name in shown[field] if name]
     assert len(shown) > 1
