@@ -120,7 +120,7 @@ class Case:
         assert out['image'].shape == (5, SIDE, SIDE) and out['image'].dtype == torch.float32
         assert out['target'].shape == (SIDE, SIDE) and out['target'].dtype == torch.float32
 
-def main(rounds=20):
+def main(rounds=8):
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     with TemporaryDirectory() as folder:
