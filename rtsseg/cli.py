@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'RunArguments', 'as_list', 'Argument', 'argument_kind', 'arguments_of', 'argument_parser',
            'print_error', 'call', 'is_script', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan',
-           'rtsseg_check', 'rtsseg_split', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track',
-           'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate',
-           'usage', 'main']
+           'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise',
+           'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_search',
+           'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -239,6 +239,27 @@ def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParq
     made = write_splits(table, out, by, parse_shares(shares), read_regions(regions) if regions else None, seed,
                        block_size, root or None)
     print(show_splits(made))
+
+@command(resumes=True)
+def rtsseg_stage(shared:RunArguments=RunArguments(),
+                 out:str='',        # folder of the copies, on a local disk: a new one, or one that was begun
+                 threads:int=16     # files at a time
+                ) -> None:
+    "Copy a manifest and its files to a local disk, for data on a mount; started again, it continues"
+    from rtsseg.config import ConfigError, RtsConfig
+    cfg = shared.settings()
+    if not isinstance(cfg, RtsConfig):
+        raise ConfigError(f'system {cfg.system!r} has no manifest')
+    if not out:
+        raise ConfigError('--out is not given')
+    from rtsseg.stage import stage
+    done = stage(cfg.data.manifest, out, cfg.data.tiles_root, threads)
+    print(f'{done.copied} of {done.files} files copied, {done.size / 1e9:.3g} GB in all: '
+          f'--manifest {os.path.relpath(done.manifest)}')
+    # the copies lie beside their manifest
+    named = [f'--override data.{name}=null' for name in ('root', 'source') if getattr(cfg.data, name) is not None]
+    if named and cfg.data.tiles_root != cfg.data.manifest.parent:
+        print(f'with {" ".join(named)}')
 
 @command()
 def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:

@@ -249,10 +249,11 @@ def _fill_places(table, root, readable, problems):
 def _fill_positives(table, root, readable, problems):
     "The number of positive pixels from the masks"
     wanted = readable & (table.n_positive.isna() | problems.bad)
+    files = FilesInside(root)
     for row in progress(np.flatnonzero(wanted), 'counting positives'):
         values = table.loc[row]
         try:
-            tile = read_pixels(row_opener(root, values), values)
+            tile = read_pixels(row_opener(files, values, whole=True), values)
         except DataError as e:
             for line in str(e).splitlines():
                 problems.add([row], line)

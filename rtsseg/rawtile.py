@@ -23,10 +23,10 @@ from rasterio.windows import Window
 
 from .console import DataError, nearest
 from rtsseg.raster import (
+    FilesInside,
     Grid,
     check_same_grid,
     open_raster,
-    resolve_inside,
     unwritten_pixels,
     valid_pixels,
     write_raster,
@@ -194,14 +194,18 @@ def read_pixels(opener:Callable[[str], AbstractContextManager],   # opens the ra
     return RawTile(rgb, extra, label, valid)
 
 # %% ../nbs/01b_rawtile.ipynb #erawtile6
-def row_opener(root:str|Path,           # folder that the paths are relative to
-               row:Mapping,             # a row of a manifest
-               georeference:bool=True   # for `open_raster`
+def row_opener(files:FilesInside,        # of the folder that the paths are relative to
+               row:Mapping,              # a row of a manifest
+               georeference:bool=True,   # for `open_raster`
+               whole:bool=False          # whether rasters are read whole, and their files in one go
               ) -> Callable[[str], AbstractContextManager]:
     "A function that opens the 'image', 'mask' or 'extra' of a row, for `read_pixels`"
     def open_field(field):
-        file, sha256 = resolve_inside(root, row[field]), row.get(HASH_COLUMNS[field], '')
-        return open_raster(file, sha256=sha256, georeference=georeference)
+        path, sha256 = row[field], row.get(HASH_COLUMNS[field], '')
+        data = files.read(path) if whole else None
+        if georeference or data is None:
+            path = files.find(path)
+        return open_raster(path, sha256=sha256, georeference=georeference, data=data)
     return open_field
 
 def tile_name(row:pd.Series) -> str:
@@ -264,7 +268,12 @@ def read_row(root:str|Path,              # folder that the paths are relative to
              square:Square|None=None     # another part of the image than the row's own
             ) -> RawTile:
     "Read one tile of a manifest. Raises `DataError` that names tile and field"
-    own, opener = own_square(row), row_opener(root, row, georeference)
+    return _read_part(FilesInside(root), row, names, georeference, square)
+
+def _read_part(files, row, names, georeference, square):
+    "A tile, a window or another square of its image"
+    own = own_square(row)
+    opener = row_opener(files, row, georeference, whole=own is None and square is None)
     try:
         if square is not None:
             return read_square(opener, row, names, square)
@@ -293,7 +302,7 @@ class ImageCache:
                  georeference:bool,        # for `read_row`
                  megabytes:int             # the limit; 0 keeps nothing
                 ):
-        self.root, self.names, self.georeference = root, names, georeference
+        self.files, self.names, self.georeference = FilesInside(root), names, georeference
         self.free = megabytes * 2**20
         # by the path of the image
         self.kept = {}
@@ -302,7 +311,7 @@ class ImageCache:
         "A tile, a window or another square of its image. Raises `DataError` that names tile and field"
         image = self._whole(row)
         if image is None:
-            return read_row(self.root, row, self.names, self.georeference, square)
+            return _read_part(self.files, row, self.names, self.georeference, square)
         own = own_square(row)
         if square is None and own is None:
             return RawTile(*[array.copy() for array in image])
@@ -318,7 +327,8 @@ class ImageCache:
         if self.free <= 0:
             return None
         try:
-            image = read_pixels(row_opener(self.root, row, self.georeference), row, self.names, _whole_window(row))
+            opener = row_opener(self.files, row, self.georeference, whole=True)
+            image = read_pixels(opener, row, self.names, _whole_window(row))
         except DataError as e:
             raise _named(e, row) from None
         size = sum(array.nbytes for array in image)

@@ -129,6 +129,18 @@ class Stats:
         "(x - mean) / std: mean 0 and std 1 over the training split"
         return (array - np.float32(self.mean)) / np.float32(self.std)
 
+    def normalised_planes(self,
+                          array:np.ndarray   # H × W × C, float32: scaled RGB, then EXTRA
+                         ) -> np.ndarray:    # C × H × W, float32
+        "`normalise` for a model, which wants the channels first: one after the other, in a fifth of the time"
+        height, width, channels = array.shape
+        planes = np.empty((channels, height, width), np.float32)
+        cv2.split(array, list(planes))
+        for plane, mean, std in zip(planes, np.float32(self.mean), np.float32(self.std)):
+            plane -= mean
+            plane /= std
+        return planes
+
 # %% ../nbs/01f_stats.ipynb #estats3
 # share of a split's tiles that may turn out to be unreadable during a run
 MAX_UNREADABLE = 1e-3

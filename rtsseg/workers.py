@@ -79,7 +79,8 @@ class TimedBatches:
                 problem = self._problem(str(e))
                 if not problem:
                     raise
-                raise WorkerError(f'{problem}. If memory ran out, lower loader.num_workers or loader.prefetch_factor. '
+                raise WorkerError(f'{problem}. If memory ran out, lower loader.num_workers or loader.prefetch_factor; '
+                                  'a container may need more shared memory (docker run --shm-size=8g). '
                                   'The same command resumes from the last checkpoint') from None
 
     def _problem(self, error):

@@ -28,7 +28,7 @@ from rtsseg.ground import BOX, grid_blocks, overlaps
 from rtsseg.importers import import_table
 from rtsseg.manifest import FORMATS, Manifest, read_manifest, write_manifest
 from rtsseg.raster import write_raster
-from rtsseg.rawtile import shrink
+from rtsseg.rawtile import ImageCache, shrink
 from rtsseg.runs import config_hash
 from rtsseg.splits import deal_splits, make_splits, thin_splits
 from rtsseg.stats import Stats, code_values, compute_stats, merge_moments, moments, ordered_codes
@@ -427,7 +427,8 @@ def test_a_coarse_view_is_made_of_its_tiles(tiny_world):
     stats = compute_stats(manifest)
     views = neighbours(manifest, 2)[:, :2, 1:]
     rows = views[np.argmax((views >= 0).all((1, 2)))]
-    image, _, mask = read_coarse(manifest, rows, stats=stats)
+    images = ImageCache(manifest.root, [], georeference=True, megabytes=0)
+    image, _, mask = read_coarse(manifest.table, rows, images, stats)
 
     tiles = [[read_tile(manifest, int(i), stats=stats) for i in line] for line in rows]
     whole_image = np.concatenate([np.concatenate([tile[0] for tile in line], 1) for line in tiles])
@@ -438,7 +439,7 @@ def test_a_coarse_view_is_made_of_its_tiles(tiny_world):
     assert ((mask == 1) == majority)[known].all()
 
     rows[0, 0] = -1
-    assert (read_coarse(manifest, rows, stats=stats)[2][:32, :32] == 255).all()
+    assert (read_coarse(manifest.table, rows, images, stats)[2][:32, :32] == 255).all()
 
 # ---------------------------------------------------------------- rtsseg split
 @pytest.fixture
