@@ -14,7 +14,7 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
            'ToySource', 'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource',
            'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
            'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text',
-           'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
+           'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'Card',
            'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
            'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
            'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
@@ -805,6 +805,14 @@ class Infer(Strict):
     views: Literal['none', 'minimal', 'standard', 'full'] = Field(
         'none', description='test-time augmentation: 1, 2, 4 or the 8 symmetries of the square')
 
+class Card(Strict):
+    "What the model card states and no file of the run knows"
+    intended_use: str = Field('', description='what the model is for, and what it is not for')
+    sensor: str = Field('', description='what took the images, with the size of a pixel')
+    years: list[PositiveInt] = Field([], description='years in which the images were taken')
+    limits: list[str] = Field([], description='what a user has to know beyond the limits of every model')
+
+
 # %% ../nbs/00b_config.ipynb #3b4ddba2
 class TrackerConfig(Strict):
     "A mirror of the run, never needed to resume"
@@ -897,6 +905,7 @@ class RtsConfig(RunConfig):
     metrics: Metrics = Metrics()
     calibrate: Annotated[Calibrate, PostHoc(), HashedAs((('method', 'temperature'),))] = Calibrate()
     infer: Annotated[Infer, PostHoc()] = Infer()
+    card: Annotated[Card, PostHoc(), Since('0.3')] = Card()
 
     @model_validator(mode='after')
     def _no_contradictions(self):

@@ -50,7 +50,7 @@ from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.observe import object_thresholds, observe_tiles, probe_tiles
 from rtsseg.operating import Replicates, object_operating_points
-from rtsseg.runs import config_hash, run_folder
+from rtsseg.runs import config_hash, judge_run, run_folder
 from rtsseg.scores import decode
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import eval_loader
@@ -693,16 +693,26 @@ def test_views_by_their_gain_and_cost(folder, capsys):
 
 
 def test_the_model_card_says_what_probabilities_add_up_to(folder):
-    "One line for each setting of views, sealed; a card that was changed by hand stays as it is"
+    "A section for each setting of views, sealed; a card that was changed by hand stays as it is"
     model = folder / 'model'
-    write_atomic(model / 'README.md', '# toy\n\n- Scores need calibration.json.\n')
+    write_atomic(model / 'README.md', '# toy\n\n- Of slumps.\n')
     seal_model(model)
     found = {views: calibrate(folder, views) for views in ('none', 'full')}
     calibrate(folder, 'none')
     check_seal(model, ['README.md', 'calibration.json'])
-    lines = (model / 'README.md').read_text().splitlines()
-    assert lines[:3] == ['# toy', '', '- Scores need calibration.json.']
-    assert lines[3:] == [f'- Probabilities, views {views}: {found[views].promise}' for views in ('full', 'none')]
+    text = (model / 'README.md').read_text()
+    assert text.startswith('# toy\n\n- Of slumps.\n\n## Intended use\n\nNot stated')
+    for views, calibration in found.items():
+        assert text.count(f'## Probabilities, views {views}\n\nOn validation: {calibration.promise}.\n') == 1
+        for ratio, point in calibration.thresholds.items():
+            assert point.precision.low is not None
+            assert f'- 1:{ratio}: threshold ' in text
+            assert f'precision {point.precision}, recall {point.recall}' in text
+    judge_run(folder, ['card={sensor: a camera, years: [2019, 2021], limits: [blind at night]}'])
+    calibrate(folder, 'none')
+    text = (model / 'README.md').read_text()
+    assert '- Sensor: a camera\n- Years: 2019, 2021\n' in text and '\n- blind at night\n' in text
+    assert text.count('## ') == 5
     changed = '# mine\n'
     write_atomic(model / 'README.md', changed)
     calibrate(folder, 'none')

@@ -132,7 +132,7 @@ class RTS(System):
     def package(self, folder:Path, model:Any, cfg:RtsConfig, feed:RtsFeed, best:dict, environment:dict) -> None:
         "Write the model directory, with the statistics that normalise a scene"
         from rtsseg.infer import save_model
-        save_model(folder, model, cfg, feed.built.stats, best, environment)
+        save_model(folder, model, cfg, feed.built.stats, best, environment, feed.manifest.table)
 
     def unpack(self, folder:Path) -> Any:
         "Load a model directory; raises `ModelError`"
