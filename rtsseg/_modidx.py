@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'rtsseg.cli.rtsseg_split': ('cli.html#rtsseg_split', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_track': ('cli.html#rtsseg_track', 'rtsseg/cli.py'),
                             'rtsseg.cli.rtsseg_train': ('cli.html#rtsseg_train', 'rtsseg/cli.py'),
+                            'rtsseg.cli.set_hash_seed': ('cli.html#set_hash_seed', 'rtsseg/cli.py'),
                             'rtsseg.cli.usage': ('cli.html#usage', 'rtsseg/cli.py')},
             'rtsseg.columns': { 'rtsseg.columns.RowProblems': ('columns.html#rowproblems', 'rtsseg/columns.py'),
                                 'rtsseg.columns.RowProblems.__init__': ('columns.html#rowproblems.__init__', 'rtsseg/columns.py'),
