@@ -32,11 +32,11 @@ from rtsseg.cli import rtsseg_report
 from rtsseg.config import CurriculumRow, load, to_yaml
 from rtsseg.evidence import Meter, evidence_path
 from rtsseg.figures import gallery
-from rtsseg.files import write_atomic
+from rtsseg.files import check_seal, seal_model, write_atomic
 from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.operating import selection_rule
-from rtsseg.page import Bullets, Reasons, Table, Text
+from rtsseg.page import Bullets, Reasons, Table, Text, markdown_text
 from rtsseg.pixel_report import headline_sentences
 from rtsseg.pixel_results import pixel_results
 from rtsseg.reporting import report, tables
@@ -522,6 +522,27 @@ def test_a_split_that_supports_little(folder, kind):
         assert frame.loc['recall'].notna().all()
     text = re.sub(r'base64,[^"]*', '', done.path.read_text())
     assert 'nan' not in text.replace('nano', '')
+
+@pytest.mark.usefixtures('undrawn')
+def test_the_model_card_gets_the_results(folder):
+    "Both splits, each cell as the report has it; a second report changes nothing, and a changed card stays"
+    card = folder/'model'/'README.md'
+    card.write_text('# r\n')
+    seal_model(folder/'model')
+    done = report(folder)
+    check_seal(folder/'model')
+    _, on_test, on_validation = card.read_text().split('## Results: ')
+    assert on_test.startswith('test split\n\nSystem rts; seed 42;') and on_validation.startswith('validation split\n')
+    assert 'on which nothing was chosen' in on_test or done.results[0].doubt
+    for text, table in ((on_test, done.headline), (on_validation, done.tables['Validation'][0])):
+        for row in table.texts()[0]:
+            assert f'| {" | ".join(map(markdown_text, row))} |' in text
+    once = card.read_text()
+    report(folder)
+    assert card.read_text() == once
+    card.write_text('mine')
+    report(folder)
+    assert card.read_text() == 'mine'
 
 @pytest.mark.usefixtures('undrawn')
 def test_a_nan_score(runs, folder):
