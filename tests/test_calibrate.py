@@ -24,6 +24,7 @@ from rtsseg.calibration import (
     calibrate,
     calibrate_evidence,
     choose_fit,
+    choose_method,
     cross_validate,
     fit_slope_intercept,
     fit_temperature,
@@ -245,6 +246,40 @@ def test_auto_takes_slope_and_intercept_where_they_gain():
         found = choose_fit(Replicates(drawn(seed, 0.4, -1.5), 200))
         assert found.method == 'slope_intercept' and 'they gain' in found.why
         assert found.held_out['slope_intercept'].nll.value < found.held_out['temperature_intercept'].nll.value
+
+
+def losses(gains, sigma=0.01):
+    "Held-out NLL of methods that gain so many sigma over temperature; sigma is that of a step from one to the next"
+    # the value itself, and two replicates whose standard deviation is 1
+    noise = np.array([0, -1, 1]) / np.sqrt(2)
+    noise_of = dict(temperature=0, temperature_intercept=1, slope_intercept=2)
+    return {name: np.stack([1 - sigma * (gain + noise_of[name] * noise), np.ones(3)]) for name, gain in gains.items()}
+
+
+@pytest.mark.parametrize(
+    'prior, both, excess, chosen',
+    [
+        # a gain within two sigma changes nothing where temperature adds up
+        (1.9, 1.9, 1, 'temperature'),
+        (-9, -9, 1, 'temperature'),
+        # one beyond them does, and the next step is held against it, not against temperature
+        (2.1, 2.1, 1, 'temperature_intercept'),
+        (2.1, 2.1 + 1.9, 1, 'temperature_intercept'),
+        (2.1, 2.1 + 2.1, 1, 'slope_intercept'),
+        # where temperature does not add up, the corrected prior is what has to be beaten
+        (-9, -9 + 1.9, 3, 'temperature_intercept'),
+        (-9, -9 + 2.1, 3, 'slope_intercept'),
+        # both steps against temperature
+        (1.9, 2 * 1.9, 1, 'temperature'),
+        (1.9, 2 * 2.1, 1, 'slope_intercept'),
+    ],
+)
+def test_a_method_is_changed_for_a_gain_beyond_two_sigma(prior, both, excess, chosen):
+    held_out = losses(dict(temperature=0, temperature_intercept=prior, slope_intercept=both))
+    one = Estimate(1.0, 0.9, 1.1)
+    found = {name: Fit(slope=one, intercept=one, excess=Estimate(excess), why='') for name in held_out}
+    fitted = dict(temperature=1.0, temperature_intercept=0.9, slope_intercept=0.8)
+    assert choose_method(found, fitted, held_out, '')[0] == chosen
 
 
 def test_with_few_blocks_the_prior_is_corrected():
