@@ -252,7 +252,7 @@ def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParq
 
 @command()
 def rtsseg_probe(shared:RunArguments=RunArguments()) -> None:
-    "Find the largest batch that fits into memory, and print what memory is used for; changes nothing, reads no data"
+    "Find the largest batch that fits, print what uses memory, and note the batch for rtsseg-check; reads no data"
     from rtsseg.config import find_system
     cfg = shared.settings()
     find_system(cfg.system).probe(cfg)
