@@ -571,6 +571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.filecheck._check_correlation': ('filecheck.html#_check_correlation', 'rtsseg/filecheck.py'),
                                   'rtsseg.filecheck._check_headers': ('filecheck.html#_check_headers', 'rtsseg/filecheck.py'),
                                   'rtsseg.filecheck._check_label_shape': ('filecheck.html#_check_label_shape', 'rtsseg/filecheck.py'),
+                                  'rtsseg.filecheck._check_partial': ('filecheck.html#_check_partial', 'rtsseg/filecheck.py'),
                                   'rtsseg.filecheck._check_split': ('filecheck.html#_check_split', 'rtsseg/filecheck.py'),
                                   'rtsseg.filecheck._check_splits_together': ( 'filecheck.html#_check_splits_together',
                                                                                'rtsseg/filecheck.py'),
