@@ -373,5 +373,8 @@ def test_the_truth_lies_between_the_bounds_of_slumps(tiles):
             assert (each.low[uid], each.high[uid]) == (0, 1)
         elif each.low[uid] in (0, 1):
             assert each.low[uid] == found
+    for tile in tiles:
+        if tile and (all(found for _, found in tile) or len({uid for uid, _ in tile}) == 1 and any(f for _, f in tile)):
+            assert all(each.low[uid] == 1 for uid, _ in tile), 'found in one tile is found'
     if all(len({uid for uid, _ in tile}) <= 1 for tile in tiles):
         assert each.low.to_dict() == each.high.to_dict() == truth
