@@ -37,7 +37,10 @@ def text_column(column:pd.Series   # anything
 def parse_uids(cell:Any         # of the column uids, as 'a7, b2', "['a7', 'b2']" or a list
               ) -> list[str]:   # each once
     "The slumps that a cell names"
-    names = map(str, cell) if isinstance(cell, (list, np.ndarray)) else ['' if pd.isna(cell) else str(cell)]
+    if isinstance(cell, (list, np.ndarray)):
+        names = [str(name) for name in cell]
+    else:
+        names = [] if pd.isna(cell) else [str(cell)]
     return list(dict.fromkeys(re.findall(r'''[^][\s,;|'"]+''', ' '.join(names))))
 
 def check_columns(source:str,           # what to call the table in messages

@@ -139,7 +139,7 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster rawtile columns manifest splits stats findings audit filecheck importers folders toy '
-            'pretrained windows prepare',
+            'pretrained windows prepare card',
     'feed': 'sampler augment tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals',
     'learn': 'losses models weights infer checkpoint workers processes schedule loop budget',

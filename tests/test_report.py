@@ -526,12 +526,12 @@ def test_a_split_that_supports_little(folder, kind):
 
 @pytest.mark.usefixtures('undrawn')
 def test_a_slump_in_several_tiles_is_counted_once(cfg, tmp_path):
-    "Every positive tile of the split names the same slump and one of its own; without names there is no table"
+    "Every positive tile of the split names the same slump and one of its own; without names nothing is shown"
     world = read_manifest(cfg.data.manifest)
     table = world.table
     table['uids'] = [f'one, {tile}' if positive else '' for tile, positive in zip(table.tile_id, table.positive)]
     named = read_manifest(write_manifest(table, cfg.data.manifest.with_name('named.csv')))
-    # a name is no content of the tiles
+    # names are not among the content of the tiles
     assert named.hash == world.hash
     data = cfg.data.model_copy(update=dict(manifest=named.path))
     made = invent_run(cfg.model_copy(update=dict(runs=tmp_path, data=data)), named)
