@@ -13,8 +13,6 @@ import math
 import time
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,7 +30,7 @@ from rtsseg.loop import (
     take_step,
     validate,
 )
-from .processes import rank_loader
+from .processes import first_decides, rank_loader
 
 # %% ../nbs/04o_budget.ipynb #cfit
 # share of a budget that neither steps nor validations are planned for
@@ -166,15 +164,10 @@ def with_budget(cfg:LoopConfig,       # of the run
 
 def agree_on_budget(cfg:LoopConfig, pace:Pace, folder:Path) -> FittedBudget:
     "Fit and store a budget in the first process, and tell the others; raises `ConfigError` in all of them"
-    found = [None]
-    if PartialState().is_main_process:
-        try:
-            found = [fit_to_minutes(cfg, pace)]
-            write_atomic(folder/BUDGET, found[0].model_dump_json(indent=1))
-            print(describe_budget(found[0], cfg), flush=True)
-        except ConfigError as e:
-            found = [e]
-    broadcast_object_list(found)
-    if isinstance(found[0], ConfigError):
-        raise found[0]
-    return found[0]
+    def fit_and_store():
+        fitted = fit_to_minutes(cfg, pace)
+        write_atomic(folder/BUDGET, fitted.model_dump_json(indent=1))
+        print(describe_budget(fitted, cfg), flush=True)
+        return fitted
+
+    return first_decides(fit_and_store)

@@ -12,7 +12,7 @@ __all__ = ['MAX_EXCESS', 'MAX_FACTOR', 'METHODS', 'StoredRatio', 'AGAIN', 'POINT
            'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio', 'RegionCalibrator', 'MethodChoice',
            'choose_fit', 'calibrate_evidence', 'show_reliability', 'show_pr', 'show_curves', 'fill', 'CalibrationText',
            'show_calibration', 'readable_events', 'views_gain', 'recommend', 'calibrate', 'training_ratio',
-           'calibrate_pixels', 'write_on_card', 'show_views']
+           'calibrate_pixels', 'card_text', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -33,6 +33,7 @@ from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate
+from .card import stated_sections, write_on_card
 from rtsseg.config import (
     Calibrate,
     ConfigError,
@@ -46,7 +47,7 @@ from rtsseg.config import (
 )
 from .console import DataError, logger, nearest, visible
 from .evidence import Evidence, evidence_path, other_pass, run_evidence
-from .files import SEAL, FileError, inside, read_json, read_seal, seal_model, seal_problem, write_atomic
+from .files import FileError, inside, read_json, write_sealed
 from .intervals import MIN_SUPPORT, Difference, compare, why_unsupported
 from .metrics import average_precision, histogram, pr_curve
 from rtsseg.operating import (
@@ -59,7 +60,7 @@ from rtsseg.operating import (
     probability_text,
     score_masses,
 )
-from .runs import parse_event, require_finished, run_config
+from .runs import parse_event, publish_post_hoc, require_finished, run_config
 from .scores import clipped_scores
 
 # %% ../nbs/06_calibrate.ipynb #31f2bb032
@@ -606,11 +607,7 @@ class Calibration(Strict):
             except ValueError as e:
                 logger.info(f'{e}; done for views {self.views}, those of other views are lost')
         content = known | {self.views: self.model_dump(mode='json')}
-        write_atomic(path, json.dumps(content, indent=1) + '\n')
-        # a model directory that has a list of digests gets the new one
-        if (path.parent/SEAL).exists():
-            seal_model(path.parent, path.name)
-        return path
+        return write_sealed(path, json.dumps(content, indent=1) + '\n')
 
     @classmethod
     def load(cls, path:str|Path, views:str='none') -> 'Calibration':
@@ -1081,20 +1078,19 @@ def calibrate_pixels(folder:Path,       # a run folder with validation evidence
     evidence = _validation_evidence(folder, views, cfg.metrics)
     found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics, training_ratio(cfg))
     found.save(target)
-    write_on_card(folder/'model', found)
+    publish_post_hoc(folder, cfg)
+    own = {f'Probabilities, views {views}': card_text(found)}
+    write_on_card(folder/'model', stated_sections(cfg.card) | own)
     return found
 
-def write_on_card(folder:Path,                # a model directory
-                  calibration:Calibration
-                 ) -> None:
-    "Put what probabilities promise into the model card, a line for each setting of views; a changed card stays"
-    card = folder/'README.md'
-    if not (folder/SEAL).exists() or seal_problem(card, read_seal(folder).get(card.name)):
-        return
-    start = f'- Probabilities, views {calibration.views}: '
-    lines = [line for line in card.read_text().splitlines() if not line.startswith(start)]
-    write_atomic(card, '\n'.join([*lines, start + calibration.promise]) + '\n')
-    seal_model(folder, card.name)
+def card_text(c:Calibration) -> str:    # Markdown
+    "What a model card says of a calibration: what probabilities promise, and what each threshold reaches"
+    lines = [f'On validation: {c.promise}.', '']
+    for ratio, point in c.thresholds.items():
+        missed = '' if point.reached else f'; precision {c.target_precision:g} is not reached'
+        lines.append(f'- {ratio_text(ratio)}: threshold {probability_text(c.score(point.logit))}, '
+                     f'precision {point.precision}, recall {point.recall}{missed}')
+    return '\n'.join(lines)
 
 def _validation_evidence(folder, views, metrics):
     "Validation evidence; errors name the command that makes it"

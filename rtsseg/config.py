@@ -8,22 +8,21 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
            'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName',
            'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS',
            'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding',
-           'Since', 'PostHoc', 'HashedAs', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless',
-           'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage',
-           'Unread', 'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig',
-           'ToySource', 'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource',
-           'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
-           'Limit', 'Noise', 'Clahe', 'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text',
-           'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer',
-           'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
-           'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
-           'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
-           'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed',
-           'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load',
-           'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as',
-           'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema',
-           'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples',
-           'notebook_parameters']
+           'Since', 'PostHoc', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate',
+           'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread',
+           'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource',
+           'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops',
+           'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
+           'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler',
+           'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig',
+           'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
+           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
+           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
+           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
+           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
+           'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings',
+           'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names',
+           'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -82,11 +81,6 @@ class Since:
 @dataclass(frozen=True)
 class PostHoc:
     "Marks a field that says how a trained model is judged: another value needs no other training"
-
-@dataclass(frozen=True)
-class HashedAs:
-    "Marks a post-hoc field whose default was another in the first version: the hash of a run takes that one"
-    settings: tuple[tuple[str, Any], ...]    # of the node: name and value
 
 @dataclass(frozen=True)
 class PathOrName:
@@ -807,6 +801,14 @@ class Infer(Strict):
     views: Literal['none', 'minimal', 'standard', 'full'] = Field(
         'none', description='test-time augmentation: 1, 2, 4 or the 8 symmetries of the square')
 
+class Card(Strict):
+    "What the model card states and no file of the run knows"
+    intended_use: str = Field('', description='what the model is for, and what it is not for')
+    sensor: str = Field('', description='what took the images, with the size of a pixel')
+    years: list[PositiveInt] = Field([], description='years in which the images were taken')
+    limits: list[str] = Field([], description='what a user has to know beyond the limits of every model')
+
+
 # %% ../nbs/00b_config.ipynb #3b4ddba2
 class TrackerConfig(Strict):
     "A mirror of the run, never needed to resume"
@@ -897,8 +899,9 @@ class RtsConfig(RunConfig):
     loss: Loss = Loss()
     model: Model = Model()
     metrics: Metrics = Metrics()
-    calibrate: Annotated[Calibrate, PostHoc(), HashedAs((('method', 'temperature'),))] = Calibrate()
+    calibrate: Annotated[Calibrate, PostHoc()] = Calibrate()
     infer: Annotated[Infer, PostHoc()] = Infer()
+    card: Annotated[Card, PostHoc(), Since('0.3')] = Card()
 
     @model_validator(mode='after')
     def _no_contradictions(self):
@@ -1351,10 +1354,7 @@ def as_trained(node:BaseModel    # a config tree, or a node of it
     for name, field in type(node).model_fields.items():
         value = getattr(node, name)
         if is_post_hoc(field):
-            first = [mark.settings for mark in field.metadata if isinstance(mark, HashedAs)]
             changed[name] = field.get_default(call_default_factory=True)
-            for settings in first:
-                changed[name] = changed[name].model_copy(update=dict(settings))
         elif isinstance(value, BaseModel):
             changed[name] = as_trained(value)
     return node.model_copy(update=changed)
@@ -1390,7 +1390,11 @@ def hashed_settings(cfg:LoopConfig   # the tree
                    ) -> dict:        # as JSON holds it
     "The settings that the hash of a run covers; post-hoc ones stand at their defaults"
     cfg = as_trained(cfg)
-    return select_fields(cfg, cfg.model_dump(mode='json'), is_hashed)
+    tree = select_fields(cfg, cfg.model_dump(mode='json'), is_hashed)
+    if isinstance(cfg, RtsConfig):
+        # the default of the first version, which the hashes of its runs hold
+        tree['calibrate']['method'] = 'temperature'
+    return tree
 
 # %% ../nbs/00b_config.ipynb #641caa6f1
 def yaml_text(tree:dict    # as JSON holds it

@@ -111,7 +111,7 @@ def prepare_evaluation(folder:Path, split:str, views:str, force:bool) -> Evaluat
     system = find_system(cfg.system)
     inside(folder/'model'/'config.yaml', folder)
     packed = system.unpack(folder/'model')
-    weights = read_seal(folder/'model')[WEIGHTS][:12]
+    weights = read_seal(folder/'model')[WEIGHTS][0][:12]
     make_deterministic(cfg.deterministic)
     names = split_views(views, cfg)
     if len(names) != 1:

@@ -358,9 +358,10 @@ def _field_rows(root, meta, split_of, problems):
             problems.append(f'metadata.csv: {row_name(meta, i)}, TrainClass: neither positive nor negative')
         if claim == 'positive' and not mask:
             problems.append(f'metadata.csv: {row_name(meta, i)}: a positive tile without a file in labels')
+        carried = {name: row[name] for name in ('uids', 'date', 'partial') if name in row}
         rows.append({'tile_id': tile_id, 'image': f'PLANET-RGB/{tile_id}.tif', 'mask': mask,
                      'extra': path('EXTRA', tile_id), 'split': split_of.get(row['regionname'], ''),
-                     'region': row['regionname'], 'uids': row.get('uids', '')})
+                     'region': row['regionname'], 'uids': ''} | carried)
     return rows
 
 # %% ../nbs/01j_importers.ipynb #fc69e461

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IOUS', 'MISS_KINDS', 'SIZE_CLASSES', 'Matches', 'match_objects', 'object_metrics', 'grid_counts', 'object_grid',
-           'misses', 'recall_by_size', 'false_alarms']
+           'misses', 'recall_by_size', 'slump_bounds', 'found_slumps', 'false_alarms']
 
 # %% ../nbs/03e_objects.ipynb #iobjects
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -247,6 +248,45 @@ def recall_by_size(evidence:Evidence,     # of a split
     table = table.groupby(size, observed=False).sum().astype(int)
     table.insert(2, 'recall', table.found / table.objects.where(table.objects > 0))
     return table[(table.objects > 0) | (table.index != 'unknown')]
+
+# %% ../nbs/03e_objects.ipynb #slumpsc1
+def slump_bounds(objects:int,       # true objects of a tile
+                 found:int,         # how many of them are found
+                 slumps:int,        # that the tile names
+                 only_here:bool     # whether each of them lies in no other tile
+                ) -> tuple[float, float]:
+    "Between what bounds each slump of a tile was found there"
+    if found in (0, objects):
+        return float(found > 0), float(found > 0)
+    if slumps == 1:
+        return 1., 1.
+    if objects == slumps and only_here:
+        return found / slumps, found / slumps
+    return 0., 1.
+
+def found_slumps(evidence:Evidence,            # of a split
+                 uids:dict[str, list[str]],    # slumps that lie in a tile, by tile, or by image of several windows
+                 images:Sequence[str],         # of each row of the evidence: the tile, or the image of the window
+                 threshold:float=0.5,          # a probability; the nearest one of the evidence's is used
+                 iou:float=0.3,                # smallest IoU of a match
+                 min_area:int=0                # smallest object that counts, pixels, on both sides
+                ) -> pd.DataFrame:             # uid, tiles (in which it has an object), low, high, block
+    "The slumps of a split, each once, and between what bounds it was found"
+    truth = match_objects(evidence, threshold, iou, min_area).truth
+    objects = pd.DataFrame(dict(image=np.asarray(images)[truth.tile], found=truth.match > 0, tile=truth.tile))
+    objects = objects.groupby('image').agg(n=('found', 'size'), found=('found', 'sum'), tile=('tile', 'first'))
+    named = {image: uids[image] for image in objects.index if uids.get(image)}
+    times = Counter(uid for slumps in named.values() for uid in slumps)
+    rows = []
+    for image, slumps in named.items():
+        seen = objects.loc[image]
+        low, high = slump_bounds(seen.n, seen.found, len(slumps), all(times[uid] == 1 for uid in slumps))
+        block = evidence['block'][seen.tile]
+        rows += [dict(uid=uid, tiles=times[uid], low=low, high=high, block=block) for uid in slumps]
+    table = pd.DataFrame(rows, columns=['uid', 'tiles', 'low', 'high', 'block'])
+    # found in any tile; the block is that of its first tile
+    how = dict(tiles='first', low='max', high='max', block='first')
+    return table.groupby('uid', as_index=False).agg(how)
 
 # %% ../nbs/03e_objects.ipynb #bac5578a
 def false_alarms(evidence:Evidence,     # of a split

@@ -50,6 +50,7 @@ from rtsseg.tables import (
     results_table,
     seeds_table,
     size_table,
+    slumps_tables,
     threshold_score,
     thresholds_table,
     views_tables,
@@ -307,7 +308,8 @@ def curves_section(results:PixelResults) -> list:
 def objects_section(results:PixelResults) -> list:
     "Slumps found and missed, and false alarms"
     run, split = results.first, results.split
-    return [*shown_seed(results), size_table(run, split), misses_table(run, split), false_alarms_table(run, split)]
+    return [*shown_seed(results), size_table(run, split), *slumps_tables(run, split), misses_table(run, split),
+            false_alarms_table(run, split)]
 
 def regions_section(results:PixelResults) -> list:
     "Every region"

@@ -6,7 +6,8 @@
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
            'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'tables_in', 'figures_in',
            'compared_split', 'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect',
-           'tables', 'write', 'named_path', 'default_path', 'Report', 'report', 'seed_list', 'find_runs']
+           'tables', 'write', 'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report',
+           'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -19,11 +20,12 @@ from pathlib import Path
 from fastcore.basics import listify
 from matplotlib.figure import Figure
 
+from .card import write_on_card
 from .config import RunConfig
 from .console import DataError, logger
 from .files import FileError, inside, write_atomic
-from .page import Deferred, Fold, Part, Picture, Table, Text, appendix, page
-from .results import ReportError, Results, listed, read_results
+from .page import Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page
+from .results import ReportError, Results, listed, read_results, short_path
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
 from .system import find_run
 
@@ -232,6 +234,29 @@ def default_path(results:list[Results]) -> Path:
         raise ReportError('the runs are under different roots: say with --out where the report goes')
     return Path(os.path.commonpath(folders))/'report.html'
 
+def card_results(results:Results,
+                 sections:dict[str, list]      # of `configuration_sections`
+                ) -> dict[str, str]:           # {heading: Markdown}
+    "Sections for the model cards of a configuration: its numbers on the split of the headline, and on validation"
+    tables = {results.split: tables_in(next(iter(sections.values())))[0]}
+    on_validation = tables_in(sections.get('Validation', []))
+    if on_validation:
+        tables.setdefault('val', on_validation[0])
+    lead = markdown_text(f'{lead_of(results)} {measured_on(results)}')
+    # a card has no pictures to link to
+    found = {f'Results: {SPLIT_TITLES[split]}': table.markdown(lambda picture: '') for split, table in tables.items()}
+    first, *others = found
+    return {first: f'{lead}\n\n{found[first]}'} | {heading: found[heading] for heading in others}
+
+def write_cards(content:Content) -> None:
+    "Write results with their intervals on the model cards of the runs; a folder that is read-only keeps its card"
+    for results, sections in zip(content.results, content.sections, strict=True):
+        for run in results.runs:
+            try:
+                write_on_card(run.folder/'model', card_results(results, sections))
+            except OSError as e:
+                logger.info('%s: the model card stays as it was: %s', short_path(run.folder), e.strerror)
+
 @dataclass(repr=False)
 class Report:
     "A written report. Prints as its headline, the run folders and the path of the page"
@@ -303,12 +328,13 @@ class Report:
 def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seeds, or configurations to compare
            out:str|Path|None=None               # a file that ends in .html, or a folder; None: beside the runs
           ) -> Report:
-    "Write report.html, and report.md for an appendix; raises `ReportError`"
+    "Write report.html, report.md for an appendix, and the results on the model cards; raises `ReportError`"
     path = named_path(out) if out else None
     results = read_results(runs)
     content = collect(results)
     path = path or default_path(results)
     write(content, path)
+    write_cards(content)
     return Report(content, path)
 
 # %% ../nbs/07_report.ipynb #eb26c5ed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .config import ConfigError, RunConfig, as_trained, deciding_settings, load, to_yaml
 from .console import logger
-from .files import SEAL, SEALED, FileError, check_seal, read_json, write_atomic
+from .files import CALIBRATED, SEAL, SEALED, FileError, check_seal, read_json, write_atomic
 from .runs import RunError, config_hash, flatten, keep_post_hoc, run_config, run_lock
 
 # %% ../nbs/04m_resume.ipynb #creconf
@@ -93,13 +93,14 @@ def is_exported(folder:Path    # a run folder
     if not (model/SEAL).exists():
         return False
     try:
-        check_seal(model, [name for name in SEALED if name != 'calibration.json'])
+        check_seal(model, [name for name in SEALED if name not in CALIBRATED])
     except FileError as e:
         if not has_checkpoint(folder):
             raise RunError(f'{e}\nNo checkpoint is left to export the model from: '
                            'put a good copy back, or start over with --fresh', 2) from None
         logger.info('the model is exported again; run rtsseg-calibrate again afterwards: %s', e)
-        (model/'calibration.json').unlink(missing_ok=True)
+        for name in CALIBRATED:
+            (model/name).unlink(missing_ok=True)
         return False
     return True
 

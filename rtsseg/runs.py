@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POST_HOC', 'PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_EVENTS', 'EPOCH_FIELDS', 'content_of',
-           'config_hash', 'config_files', 'run_config', 'keep_post_hoc', 'judge_run', 'run_folder', 'git', 'git_state',
-           'uncommitted', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment', 'TestLook', 'TestLooks',
-           'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds', 'append_line', 'read_lines',
-           'read_log', 'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent', 'EvaluateEvent', 'parse_event',
-           'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside', 'try_lock',
-           'describe_holder', 'run_lock']
+           'config_hash', 'config_files', 'run_config', 'keep_post_hoc', 'publish_post_hoc', 'judge_run', 'run_folder',
+           'git', 'git_state', 'uncommitted', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment',
+           'TestLook', 'TestLooks', 'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds',
+           'append_line', 'read_lines', 'read_log', 'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent',
+           'EvaluateEvent', 'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped',
+           'check_inside', 'try_lock', 'describe_holder', 'run_lock']
 
 # %% ../nbs/00c_runs.ipynb #iruns
 import hashlib
@@ -45,7 +45,7 @@ from rtsseg.config import (
     yaml_text,
 )
 from .console import DataError, RtssegError, logger
-from .files import FileError, digest, inside, parse_json, read_json, typed, write_atomic
+from .files import FileError, digest, inside, parse_json, read_json, typed, write_atomic, write_sealed
 
 # %% ../nbs/00c_runs.ipynb #e8ccb77f1
 def content_of(value:str|None    # of a path in a tree
@@ -75,7 +75,7 @@ def config_hash(cfg:LoopConfig,        # the tree
 # an overlay of config.yaml
 POST_HOC = 'post_hoc.yaml'
 
-def config_files(folder:str|Path    # a run folder
+def config_files(folder:str|Path    # a run folder, or a model directory
                 ) -> list[Path]:
     "The layers of a run's config: how it was trained, then how it is judged where that is something else"
     trained, judged = (inside(Path(folder)/name, Path(folder)) for name in ('config.yaml', POST_HOC))
@@ -95,6 +95,14 @@ def keep_post_hoc(folder:Path,        # a run folder with a config.yaml
         write_atomic(path, yaml_text(judged))
     elif path.exists():
         path.unlink()
+
+def publish_post_hoc(folder:Path,       # a run folder with a model directory
+                     cfg:RunConfig      # how its model is judged
+                    ) -> None:
+    "Let the model directory say, wherever it is copied, how its model is judged where training had it otherwise"
+    trained, path, judged = config_files(folder)[0], inside(folder/'model'/POST_HOC, folder), post_hoc_settings(cfg)
+    if path.exists() or judged != post_hoc_settings(load(trained)):
+        write_sealed(path, yaml_text(judged))
 
 def judge_run(folder:Path,            # a run folder
               overrides:list[str]     # 'section.field=value' texts

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'METRICS', 'OBJECT_METRICS', 'ONE_SEED', 'SEVERAL_SEEDS', 'INTERVAL', 'NEAREST', 'REGION_NOTE',
-           'REGION_HINT', 'SIZE_NOTE', 'SIZE_HINT', 'MISSES', 'FALSE_NOTE', 'CONFIDENCE_NOTE', 'COMPARISON_NOTE',
-           'DIFFERENCE_NOTE', 'TARGET_NOTE', 'FLOOR_NOTE', 'ALL_NOTE', 'ON_TEST_NOTE', 'REGION_POINTS_NOTE',
-           'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE', 'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE', 'NO_MANIFEST',
-           'SPLITS_NOTE', 'Several', 'probability_cell', 'point_note', 'threshold_cell', 'object_threshold_cell',
-           'prevalence_cell', 'weight_cell', 'without_interval', 'positive_blocks', 'metric_rows', 'basis_rows',
-           'bound_rows', 'spread_notes', 'results_table', 'seeds_table', 'estimators_table', 'gap_table',
-           'slider_codes', 'threshold_score', 'pixel_rates', 'pixels_by_threshold', 'objects_by_threshold',
-           'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table', 'size_hints',
-           'size_table', 'misses_table', 'false_alarm_kinds', 'false_alarms_table', 'comparison_table',
-           'paired_differences', 'differences_table', 'target_note', 'pixel_points_table', 'on_test',
-           'object_points_table', 'region_point_rows', 'region_points_table', 'operating_tables', 'fits_table',
-           'small_number', 'quality_table', 'calibration_tables', 'views_tables', 'splits_table', 'splits_of',
-           'data_regions_table', 'evidence_splits_table', 'data_tables']
+           'REGION_HINT', 'SIZE_NOTE', 'SIZE_HINT', 'SLUMPS_NOTE', 'MISSES', 'FALSE_NOTE', 'CONFIDENCE_NOTE',
+           'COMPARISON_NOTE', 'DIFFERENCE_NOTE', 'TARGET_NOTE', 'FLOOR_NOTE', 'ALL_NOTE', 'ON_TEST_NOTE',
+           'REGION_POINTS_NOTE', 'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE', 'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE',
+           'NO_MANIFEST', 'SPLITS_NOTE', 'Several', 'probability_cell', 'point_note', 'threshold_cell',
+           'object_threshold_cell', 'prevalence_cell', 'weight_cell', 'without_interval', 'positive_blocks',
+           'metric_rows', 'basis_rows', 'bound_rows', 'spread_notes', 'results_table', 'seeds_table',
+           'estimators_table', 'gap_table', 'slider_codes', 'threshold_score', 'pixel_rates', 'pixels_by_threshold',
+           'objects_by_threshold', 'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table',
+           'size_hints', 'size_table', 'slump_row', 'slumps_tables', 'misses_table', 'false_alarm_kinds',
+           'false_alarms_table', 'comparison_table', 'paired_differences', 'differences_table', 'target_note',
+           'pixel_points_table', 'on_test', 'object_points_table', 'region_point_rows', 'region_points_table',
+           'operating_tables', 'fits_table', 'small_number', 'quality_table', 'calibration_tables', 'views_tables',
+           'splits_table', 'splits_of', 'data_regions_table', 'evidence_splits_table', 'data_tables']
 
 # %% ../nbs/06f_tables.ipynb #itables
 from dataclasses import dataclass
@@ -26,8 +26,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from .bootstrap import MIN_GROUPS, Estimate
+from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
 from .calibration import VIEW_NAMES, Region, recommend, views_gain
+from .columns import parse_uids
 from .config import Metrics, ratio_text
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
@@ -39,7 +40,16 @@ from rtsseg.metrics import (
     prevalence_alone,
     rates,
 )
-from .objects import IOUS, SIZE_CLASSES, false_alarms, match_objects, misses, object_grid, recall_by_size
+from rtsseg.objects import (
+    IOUS,
+    SIZE_CLASSES,
+    false_alarms,
+    found_slumps,
+    match_objects,
+    misses,
+    object_grid,
+    recall_by_size,
+)
 from .operating import ObjectOperatingPoint, OperatingPoint, probability_text
 from .page import Number, Table
 from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported
@@ -435,6 +445,37 @@ def size_table(run:PixelRun, split:str) -> Table:
     return Table(head, rows, [note], 'Slumps found, by size', size_hints(found))
 
 # %% ../nbs/06f_tables.ipynb #ctables11
+SLUMPS_NOTE = ('at the threshold of {ratio}; found: a piece of it has a match in any tile. The masks do not say which '
+               'object is which slump of the column uids: unclear where some objects of a tile with several slumps are '
+               'found and others not')
+
+def slump_row(name:str, each:pd.DataFrame, replicates:int) -> list:
+    "Slumps, found, missed and unclear, and both ends of recall with intervals over blocks"
+    def ends(times):
+        with np.errstate(invalid='ignore'):
+            return {end: times @ each[end] / times.sum() for end in ('low', 'high')}
+
+    recall = bootstrap_groups(ends, each.block, replicates)
+    found, missed = each.low.sum(), (1 - each.high).sum()
+    counts = [len(each), round(found), round(missed), round(len(each) - found - missed)]
+    return [name, *counts, recall['low'], recall['high']]
+
+def slumps_tables(run:PixelRun, split:str) -> list[Table]:
+    "Recall of slumps that are counted once, where the manifest names those of each tile"
+    if run.manifest is None or 'uids' not in run.manifest.table:
+        return []
+    table, evidence = run.manifest.table.set_index('tile_id'), run.evidence[split]
+    images = table.image.loc[evidence['tile_id']].to_numpy()
+    uids = dict(zip(table.image, table.uids.map(parse_uids)))
+    each = found_slumps(evidence, uids, images, **match_settings(run))
+    if not len(each):
+        return []
+    kinds = {'all': each.tiles > 0, 'in one tile': each.tiles == 1, 'in several tiles': each.tiles > 1}
+    rows = [slump_row(name, each[keep], run.cfg.metrics.replicates) for name, keep in kinds.items() if keep.any()]
+    head = ['slumps', 'number', 'found', 'missed', 'unclear', 'recall, at least', 'recall, at most']
+    note = SLUMPS_NOTE.format(ratio=ratio_name(run.calibration.ratio))
+    return [Table(head, rows, [note], 'Slumps found, each counted once')]
+
 MISSES = {'unseen': 'no prediction on it: not recognised',
           'too small': 'the prediction on it is too small to be a match',
           'merged': 'one outline for two slumps', 'split': 'one slump in pieces',

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from .budget import with_budget
 from .checkpoint import UnsavedError, load_state
@@ -27,7 +26,7 @@ from .files import SEAL, write_atomic
 from .launch import StopSignals, drop_rank_variables, run_attached, run_detached, trainer_environment
 from .log import KeepTables, Log
 from .loop import TrainingState, fit
-from .processes import key_seed, make_accelerator
+from .processes import first_decides, key_seed, make_accelerator
 from rtsseg.resume import (
     Changes,
     changed_settings,
@@ -110,16 +109,7 @@ def opened(run:PreparedRun) -> Iterator[Opened]:
     # from here on processes can talk to each other
     make_accelerator(run.cfg)
     with ExitStack() as held:
-        found = [None]
-        if is_first_process():
-            try:
-                found = [open_folder(run, held)]
-            except Exception as e:
-                found = [e]
-        broadcast_object_list(found)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        yield found[0]
+        yield first_decides(lambda: open_folder(run, held))
 
 # %% ../nbs/05_train.ipynb #ctrtrain
 def train(cfg:RunConfig,             # the whole tree

@@ -24,6 +24,7 @@ from rtsseg.calibration import (
     calibrate,
     calibrate_evidence,
     choose_fit,
+    choose_method,
     cross_validate,
     fit_slope_intercept,
     fit_temperature,
@@ -50,7 +51,7 @@ from rtsseg.models import build
 from rtsseg.objects import object_metrics
 from rtsseg.observe import object_thresholds, observe_tiles, probe_tiles
 from rtsseg.operating import Replicates, object_operating_points
-from rtsseg.runs import config_hash, run_folder
+from rtsseg.runs import config_hash, judge_run, run_folder
 from rtsseg.scores import decode
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import eval_loader
@@ -245,6 +246,40 @@ def test_auto_takes_slope_and_intercept_where_they_gain():
         found = choose_fit(Replicates(drawn(seed, 0.4, -1.5), 200))
         assert found.method == 'slope_intercept' and 'they gain' in found.why
         assert found.held_out['slope_intercept'].nll.value < found.held_out['temperature_intercept'].nll.value
+
+
+def losses(gains, sigma=0.01):
+    "Held-out NLL of methods that gain so many sigma over temperature; sigma is that of a step from one to the next"
+    # the value itself, and two replicates whose standard deviation is 1
+    noise = np.array([0, -1, 1]) / np.sqrt(2)
+    noise_of = dict(temperature=0, temperature_intercept=1, slope_intercept=2)
+    return {name: np.stack([1 - sigma * (gain + noise_of[name] * noise), np.ones(3)]) for name, gain in gains.items()}
+
+
+@pytest.mark.parametrize(
+    'prior, both, excess, chosen',
+    [
+        # a gain within two sigma changes nothing where temperature adds up
+        (1.9, 1.9, 1, 'temperature'),
+        (-9, -9, 1, 'temperature'),
+        # one beyond them does, and the next step is held against it, not against temperature
+        (2.1, 2.1, 1, 'temperature_intercept'),
+        (2.1, 2.1 + 1.9, 1, 'temperature_intercept'),
+        (2.1, 2.1 + 2.1, 1, 'slope_intercept'),
+        # where temperature does not add up, the corrected prior is what has to be beaten
+        (-9, -9 + 1.9, 3, 'temperature_intercept'),
+        (-9, -9 + 2.1, 3, 'slope_intercept'),
+        # both steps against temperature
+        (1.9, 2 * 1.9, 1, 'temperature'),
+        (1.9, 2 * 2.1, 1, 'slope_intercept'),
+    ],
+)
+def test_a_method_is_changed_for_a_gain_beyond_two_sigma(prior, both, excess, chosen):
+    held_out = losses(dict(temperature=0, temperature_intercept=prior, slope_intercept=both))
+    one = Estimate(1.0, 0.9, 1.1)
+    found = {name: Fit(slope=one, intercept=one, excess=Estimate(excess), why='') for name in held_out}
+    fitted = dict(temperature=1.0, temperature_intercept=0.9, slope_intercept=0.8)
+    assert choose_method(found, fitted, held_out, '')[0] == chosen
 
 
 def test_with_few_blocks_the_prior_is_corrected():
@@ -693,16 +728,26 @@ def test_views_by_their_gain_and_cost(folder, capsys):
 
 
 def test_the_model_card_says_what_probabilities_add_up_to(folder):
-    "One line for each setting of views, sealed; a card that was changed by hand stays as it is"
+    "A section for each setting of views, sealed; a card that was changed by hand stays as it is"
     model = folder / 'model'
-    write_atomic(model / 'README.md', '# toy\n\n- Scores need calibration.json.\n')
+    write_atomic(model / 'README.md', '# toy\n\n- Of slumps.\n')
     seal_model(model)
     found = {views: calibrate(folder, views) for views in ('none', 'full')}
     calibrate(folder, 'none')
     check_seal(model, ['README.md', 'calibration.json'])
-    lines = (model / 'README.md').read_text().splitlines()
-    assert lines[:3] == ['# toy', '', '- Scores need calibration.json.']
-    assert lines[3:] == [f'- Probabilities, views {views}: {found[views].promise}' for views in ('full', 'none')]
+    text = (model / 'README.md').read_text()
+    assert text.startswith('# toy\n\n- Of slumps.\n\n## Intended use\n\nNot stated')
+    for views, calibration in found.items():
+        assert text.count(f'## Probabilities, views {views}\n\nOn validation: {calibration.promise}.\n') == 1
+        for ratio, point in calibration.thresholds.items():
+            assert point.precision.low is not None
+            assert f'- 1:{ratio}: threshold ' in text
+            assert f'precision {point.precision}, recall {point.recall}' in text
+    judge_run(folder, ['card={sensor: a camera, years: [2019, 2021], limits: [blind at night]}'])
+    calibrate(folder, 'none')
+    text = (model / 'README.md').read_text()
+    assert '- Sensor: a camera\n- Years: 2019, 2021\n' in text and '\n- blind at night\n' in text
+    assert text.count('## ') == 5
     changed = '# mine\n'
     write_atomic(model / 'README.md', changed)
     calibrate(folder, 'none')

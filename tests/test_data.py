@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyproj import Geod, Transformer
 from rasterio.transform import Affine
 
-from helpers.tiles import findings, rewrite, write_extra, write_tile
+from helpers.tiles import findings, rewrite, set_cells, write_extra, write_tile
 from rtsseg.audit import audit
 from rtsseg.cli import main
 from rtsseg.columns import COLUMNS, complete_table
@@ -317,6 +317,25 @@ def test_black_tiles_are_a_warning(world):
     rewrite(world/'t0.tif', lambda planes: planes * (np.arange(32) < 8).astype('uint8'))
     found = findings(world)['black tiles']
     assert found.level == 'warning' and found.value == "tile 't0', image 't0.tif'"
+
+def test_a_partial_target_leaves_something_out(world):
+    "Each tile that the manifest calls partial has 255 in its mask beyond the pixels without data"
+    assert 'partial targets' not in findings(world)
+    for row, said in enumerate(('headwall', 'yes', 'floor', 'no', '', '0')):
+        set_cells(world, 'full.csv', partial=(row, said))
+
+    def ignore_a_corner(planes):
+        planes[0, :3, :3] = 255
+        return planes
+
+    rewrite(world/'t1_m.tif', ignore_a_corner)
+    found = findings(world)['partial targets']
+    assert found.level == 'error'
+    assert [name in str(found.each) for name in ('t0', 't1', 't2', 't3')] == [True, False, True, False]
+    for name in ('t0', 't2'):
+        rewrite(world/f'{name}_m.tif', ignore_a_corner)
+    found = findings(world)['partial targets']
+    assert found.level == 'ok' and found.value == '255 in the mask of each of 3'
 
 def test_a_sidecar_mask_is_not_ignored_silently(world):
     (world/'t0.tif.msk').write_text('x')

@@ -139,7 +139,7 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster rawtile columns manifest splits stats findings audit filecheck importers folders toy '
-            'pretrained windows prepare stage',
+            'pretrained windows prepare stage card',
     'feed': 'sampler augment tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals',
     'learn': 'losses models weights infer checkpoint workers processes schedule loop budget',
@@ -353,6 +353,24 @@ def test_commands_are_installed():
         done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert f'usage: {command}' in done.stdout
+
+SHOW_HASH_SEED = "import atexit; atexit.register(lambda: print('hash', hash('a text')))"
+
+EVERY_COMMAND = ['rtsseg', *(f'rtsseg-{name}' for name in COMMANDS)]
+
+@pytest.mark.parametrize('command, given', [('rtsseg', '7'), *((command, None) for command in EVERY_COMMAND)])
+def test_every_command_has_a_hash_seed(tmp_path, command, given):
+    "42 where the shell set none; what it set stays"
+    (tmp_path/'sitecustomize.py').write_text(SHOW_HASH_SEED)
+    clean = {name: value for name, value in os.environ.items() if name != 'PYTHONHASHSEED'} | dict(PYTHONPATH=tmp_path)
+    seed = {} if given is None else dict(PYTHONHASHSEED=given)
+
+    def hash_of(program, env):
+        return subprocess.run(program, env=env, capture_output=True, text=True).stdout.splitlines()[-1]
+
+    wanted = hash_of([sys.executable, '-c', ''], clean | dict(PYTHONHASHSEED=given or '42'))
+    assert wanted.startswith('hash ')
+    assert hash_of([Path(sys.executable).parent/command, '--help'], clean | seed) == wanted
 
 def test_what_commands_import_is_there():
     "Their imports stand inside the functions, where only a call would find a mistake"

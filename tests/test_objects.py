@@ -15,6 +15,7 @@ from rtsseg.objects import (
     MISS_KINDS,
     SIZE_CLASSES,
     false_alarms,
+    found_slumps,
     grid_counts,
     match_objects,
     misses,
@@ -325,3 +326,55 @@ def test_nothing_predicted_and_nothing_true(rows):
 def test_evidence_without_thresholds_has_no_objects():
     with pytest.raises(ValueError, match='without thresholds'):
         misses(evidence_of([], thresholds=()))
+
+
+# ------------------------------------------------ slumps that lie in several tiles
+
+def tile_of_pieces(pieces):
+    "Logits and mask of squares in a row; a piece is found or not"
+    mask = np.zeros((10, 10 * max(len(pieces), 1)), np.uint8)
+    logits = np.full(mask.shape, -5, np.float16)
+    for i, found in enumerate(pieces):
+        place = np.s_[2:8, 10 * i + 2:10 * i + 8]
+        mask[place] = 1
+        logits[place] = 5 if found else -5
+    return logits, mask
+
+
+def slumps_of(world):
+    "What `found_slumps` says of a world {tile: [(slump, whether this piece is found)]}"
+    rows = []
+    for tile, pieces in world.items():
+        identity = dict(tile_id=tile, split='val', region='r', block=tile, positive=bool(pieces), pixel_size=3.)
+        rows.append(identity | tile_evidence(*tile_of_pieces([found for _, found in pieces]), THRESHOLDS))
+    named = {tile: sorted({uid for uid, _ in pieces}) for tile, pieces in world.items()}
+    return found_slumps(evidence_of(rows), named, list(world)).set_index('uid')
+
+
+piece = st.tuples(st.sampled_from('abcde'), st.booleans())
+worlds = st.lists(st.lists(piece, max_size=4), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds)
+def test_the_truth_lies_between_the_bounds_of_slumps(tiles):
+    """Who knows which object is which slump counts each once, found where a piece of it is: that number is between the
+    sums of the bounds, and where each tile has one slump it is both"""
+    world = {f't{i}': pieces for i, pieces in enumerate(tiles)}
+    each = slumps_of(world)
+    pieces = [one for tile in tiles for one in tile]
+    truth = {uid: any(found for other, found in pieces if other == uid) for uid, _ in pieces}
+    assert set(each.index) == set(truth)
+    assert each.low.sum() <= sum(truth.values()) + 1e-9 and sum(truth.values()) <= each.high.sum() + 1e-9
+    for uid, found in truth.items():
+        assert each.tiles[uid] == sum(any(other == uid for other, _ in tile) for tile in tiles)
+        # a bound is the truth, or both are the share that some slumps of a tile have in common
+        if each.low[uid] != each.high[uid]:
+            assert (each.low[uid], each.high[uid]) == (0, 1)
+        elif each.low[uid] in (0, 1):
+            assert each.low[uid] == found
+    for tile in tiles:
+        if tile and (all(found for _, found in tile) or len({uid for uid, _ in tile}) == 1 and any(f for _, f in tile)):
+            assert all(each.low[uid] == 1 for uid, _ in tile), 'found in one tile is found'
+    if all(len({uid for uid, _ in tile}) <= 1 for tile in tiles):
+        assert each.low.to_dict() == each.high.to_dict() == truth

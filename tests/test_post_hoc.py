@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.maps import noise, write_scene
 from helpers.runs import run, tiny
 from rtsseg.calibration import calibrate, calibrate_evidence, show_calibration
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_report
@@ -17,6 +18,7 @@ from rtsseg.evaluation import Locked, evaluate
 from rtsseg.evidence import Evidence, Meter, evidence_path
 from rtsseg.invented import invent_ledger, invent_run
 from rtsseg.manifest import read_manifest
+from rtsseg.prediction import predict
 from rtsseg.reporting import report
 from rtsseg.results import ReportError, read_results
 from rtsseg.runs import config_hash, read_log, run_config
@@ -44,6 +46,10 @@ POST_HOC_VALUES = {
     'calibrate.min_recall': share,
     'calibrate.min_region_positives': st.integers(1, 99),
     'infer.views': st.sampled_from(['none', 'minimal', 'standard', 'full']),
+    'card.intended_use': st.text('abc ', max_size=9),
+    'card.sensor': st.text('abc ', max_size=9),
+    'card.years': st.lists(st.integers(1, 3000), max_size=3),
+    'card.limits': st.lists(st.text('abc ', max_size=9), max_size=3),
 }
 
 DECIDING = ['metrics.monitor=pr_auc@native', 'metrics.reference_threshold=0.4', 'loss.gamma=1', 'epochs=7',
@@ -199,6 +205,21 @@ def test_other_views_need_a_pass(folder):
         calibrate(folder)
     evaluate(folder)
     assert calibrate(folder).views == 'minimal'
+
+def test_a_map_is_made_through_the_views_that_were_calibrated(folder, tmp_path):
+    "The model directory says so itself: a copy of it answers as the one in the run folder, and then as it was trained"
+    scene = write_scene(tmp_path/'scene.tif', noise(64, 64))
+
+    def views_of(model):
+        return predict(model, scene, tmp_path/'map.tif', force=True)['views']
+
+    assert views_of(folder/'model') == 'none'
+    rtsseg_evaluate(run=str(folder), override=['infer.views=minimal'])
+    rtsseg_calibrate(run=str(folder))
+    copied = shutil.copytree(folder/'model', tmp_path/'model')
+    assert views_of(folder/'model') == views_of(copied) == 'minimal'
+    rtsseg_calibrate(run=str(folder), override=['infer.views=none'])
+    assert views_of(folder/'model') == 'none'
 
 def test_a_rule_that_was_changed_after_the_look_is_noticed(folder):
     assert not read_results(folder)[0].doubt

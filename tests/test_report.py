@@ -32,18 +32,19 @@ from rtsseg.cli import rtsseg_report
 from rtsseg.config import CurriculumRow, load, to_yaml
 from rtsseg.evidence import Meter, evidence_path
 from rtsseg.figures import gallery
-from rtsseg.files import write_atomic
+from rtsseg.files import check_seal, seal_model, write_atomic
 from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
+from rtsseg.objects import match_objects
 from rtsseg.operating import selection_rule
-from rtsseg.page import Bullets, Reasons, Table, Text
+from rtsseg.page import Bullets, Reasons, Table, Text, markdown_text
 from rtsseg.pixel_report import headline_sentences
 from rtsseg.pixel_results import pixel_results
 from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError, read_results, read_run
 from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
-from rtsseg.tables import METRICS, Several, region_table, threshold_cell
+from rtsseg.tables import METRICS, Several, match_settings, region_table, slumps_tables, threshold_cell
 from rtsseg.toy import tiny_toy
 
 HOSTILE = '<script>alert(1)</script>&"\''
@@ -522,6 +523,55 @@ def test_a_split_that_supports_little(folder, kind):
         assert frame.loc['recall'].notna().all()
     text = re.sub(r'base64,[^"]*', '', done.path.read_text())
     assert 'nan' not in text.replace('nano', '')
+
+@pytest.mark.usefixtures('undrawn')
+def test_a_slump_in_several_tiles_is_counted_once(cfg, tmp_path):
+    "Every positive tile of the split names the same slump and one of its own; without names nothing is shown"
+    world = read_manifest(cfg.data.manifest)
+    table = world.table
+    table['uids'] = [f'one, {tile}' if positive else '' for tile, positive in zip(table.tile_id, table.positive)]
+    named = read_manifest(write_manifest(table, cfg.data.manifest.with_name('named.csv')))
+    # names are not among the content of the tiles
+    assert named.hash == world.hash
+    data = cfg.data.model_copy(update=dict(manifest=named.path))
+    made = invent_run(cfg.model_copy(update=dict(runs=tmp_path, data=data)), named)
+    run = read_pixel_run(made.folder)
+    shown, = slumps_tables(run, 'test')
+    truth = match_objects(run.evidence['test'], **match_settings(run)).truth
+    tiles = truth.groupby('tile').match.agg(['size', lambda match: (match > 0).sum()]).to_numpy()
+    alone = tiles[:, 1].clip(max=1)
+    several, found = (tiles[:, 1] == 0) | (tiles[:, 1] == tiles[:, 0]), (alone > 0).any()
+    frame = shown.frame
+    assert frame.number['all'] == len(tiles) + 1
+    assert frame.missed['in one tile'] == (alone == 0).sum()
+    assert frame.found['in one tile'] + frame.unclear['in one tile'] == alone.sum()
+    assert frame.unclear['in one tile'] == (~several).sum()
+    assert frame.number['in several tiles'] == 1 and found
+    assert frame['recall, at least']['all'] == pytest.approx(frame.found['all'] / frame.number['all'])
+    assert frame['recall, at most']['all'] == pytest.approx(1 - frame.missed['all'] / frame.number['all'])
+    assert 'counted once' in report(made.folder).path.read_text()
+    assert slumps_tables(read_pixel_run(invent_run(of_seed(cfg, 46), world).folder), 'test') == []
+
+@pytest.mark.usefixtures('undrawn')
+def test_the_model_card_gets_the_results(folder):
+    "Both splits, each cell as the report has it; a second report changes nothing, and a changed card stays"
+    card = folder/'model'/'README.md'
+    card.write_text('# r\n')
+    seal_model(folder/'model')
+    done = report(folder)
+    check_seal(folder/'model')
+    _, on_test, on_validation = card.read_text().split('## Results: ')
+    assert on_test.startswith('test split\n\nSystem rts; seed 42;') and on_validation.startswith('validation split\n')
+    assert 'on which nothing was chosen' in on_test or done.results[0].doubt
+    for text, table in ((on_test, done.headline), (on_validation, done.tables['Validation'][0])):
+        for row in table.texts()[0]:
+            assert f'| {" | ".join(map(markdown_text, row))} |' in text
+    once = card.read_text()
+    report(folder)
+    assert card.read_text() == once
+    card.write_text('mine')
+    report(folder)
+    assert card.read_text() == 'mine'
 
 @pytest.mark.usefixtures('undrawn')
 def test_a_nan_score(runs, folder):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+import rtsseg.check
 import rtsseg.launch
 import rtsseg.observe
 import rtsseg.prepare
@@ -29,7 +30,7 @@ from helpers.runs import MODEL, in_time, toy_world
 from helpers.shell import BIN, ONE_THREAD, Program, fork_trainers, held, running, shell
 from helpers.tiles import truncate
 from helpers.waiting import wait_for
-from rtsseg.check import check_config_files, check_tracker
+from rtsseg.check import check_batch_size, check_config_files, check_tracker, environment_findings
 from rtsseg.checkpoint import load_state
 from rtsseg.cli import rtsseg_evaluate, rtsseg_noise, rtsseg_train
 from rtsseg.config import RtsConfig, TrackerConfig, load, settings, to_yaml
@@ -210,6 +211,25 @@ def test_the_configs_own_file_has_to_be_committed(tmp_path):
 @pytest.mark.parametrize('tracker', ['none', 'mlflow'])
 def test_a_tracker_that_is_not_a_server_is_an_open_box(tracker):
     assert check_tracker(TrackerConfig(kind=tracker)).level == 'note'
+
+def test_a_probe_ticks_its_box(tmp_path, monkeypatch, capsys):
+    "For this config on this device, whatever its batch size; another model was not tried"
+    box = 'GPU memory profiled, batch size confirmed'
+    cfg = load(runs=tmp_path, device='cpu', batch_size=8, tracker=dict(kind='none'))
+    monkeypatch.setattr(rtsseg.check, 'probe', lambda cfg: dict(batch_size=8))
+    monkeypatch.setattr(rtsseg.check, 'show_probe', lambda found, cfg: 'shown')
+
+    def finding(**change):
+        return check_batch_size(cfg.model_copy(update=change))
+
+    assert finding().level == 'note' and 'not tried here' in finding().note
+    RTS().probe(cfg)
+    assert finding().level == 'ok' and 'on cpu: batches up to 8 fit' in finding().note
+    assert environment_findings(cfg)[box] == finding()
+    assert finding(batch_size=9).level == 'warning'
+    assert finding(model=cfg.model.model_copy(update=dict(encoder='resnet18'))).level == 'note'
+    monkeypatch.setattr(rtsseg.check, 'device_name', lambda cfg: 'another')
+    assert finding().level == 'note'
 
 @pytest.mark.slow
 def test_another_hash_seed_gives_the_same_bytes(tiny, tmp_path):

@@ -132,7 +132,7 @@ class RTS(System):
     def package(self, folder:Path, model:Any, cfg:RtsConfig, feed:RtsFeed, best:dict, environment:dict) -> None:
         "Write the model directory, with the statistics that normalise a scene"
         from rtsseg.infer import save_model
-        save_model(folder, model, cfg, feed.built.stats, best, environment)
+        save_model(folder, model, cfg, feed.built.stats, best, environment, feed.manifest.table)
 
     def unpack(self, folder:Path) -> Any:
         "Load a model directory; raises `ModelError`"
@@ -169,9 +169,11 @@ class RTS(System):
         check_and_draw(cfg, batches, picture)
 
     def probe(self, cfg:RtsConfig) -> None:
-        "Print the largest batch that fits, and what memory is used for"
-        from rtsseg.check import probe, show_probe
-        print(show_probe(probe(cfg), cfg))
+        "Print the largest batch that fits, and what memory is used for, and note the batch for the checklist"
+        from rtsseg.check import keep_probe, probe, show_probe
+        found = probe(cfg)
+        print(show_probe(found, cfg))
+        keep_probe(cfg, found)
 
     def calibrate(self, folder:Path, cfg:RtsConfig, views:str) -> Any:
         "Write calibration.json from the validation evidence, and return the calibration; raises `DataError`"

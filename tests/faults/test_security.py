@@ -4,11 +4,13 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +28,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
+import rtsseg.calibration
 from helpers import runs as small_run
+from helpers.children import in_child, killed_at_write_step
 from helpers.hostile import (
     Payload,
     as_bytes,
@@ -43,7 +47,7 @@ from helpers.hostile import (
     replace_sealed,
     weight_file,
 )
-from rtsseg.calibration import Calibration, calibrate
+from rtsseg.calibration import Calibration, calibrate, calibrate_evidence
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
 from rtsseg.config import ConfigError, Model, load
 from rtsseg.console import DataError
@@ -55,6 +59,7 @@ from rtsseg.models import build
 from rtsseg.raster import write_raster
 from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError
+from rtsseg.runs import judge_run, run_config
 from rtsseg.track import deliver, left
 from rtsseg.training import force_config, launch, train
 from rtsseg.weights import ModelError
@@ -159,7 +164,9 @@ def test_S1_the_list_is_that_of_sha256sum(model):
 
     done = sha256sum()
     assert done.returncode == 0
-    assert len((model/SEAL).read_text().splitlines()) == len(SEALED) == len(done.stdout.splitlines())
+    listed = len((model/SEAL).read_text().splitlines())
+    # post-hoc settings are those of the training here
+    assert listed == len(SEALED) - 1 == len(done.stdout.splitlines())
     (model/'README.md').write_text('mine')
     done = sha256sum()
     assert done.returncode == 1
@@ -206,6 +213,40 @@ def test_S1_a_new_calibration_seals_nothing_else(whole, folder):
     assert 'calibration.json' not in message
     shutil.copy(whole/'model'/'config.yaml', folder/'model'/'config.yaml')
     load_model(folder/'model')
+
+@pytest.mark.parametrize('first', [True, False])
+def test_S1_a_calibration_that_is_killed(folder, monkeypatch, first):
+    "At each step of writing: the model loads, and calibration, settings and card are each the old or the new ones"
+    model = folder/'model'
+    if first:
+        (model/'calibration.json').unlink()
+        seal_model(model)
+    start = shutil.copytree(model, folder/'start')
+    judge_run(folder, ['calibrate.target_precision=0.4', 'card.sensor=a camera'])
+    evidence, cfg = Evidence.read(evidence_path(folder, 'val')), run_config(folder)
+    found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics)
+    monkeypatch.setattr(rtsseg.calibration, 'calibrate_evidence', lambda *_: found)
+    calibrate(folder)
+    names = ('README.md', 'calibration.json', 'post_hoc.yaml')
+    old, new = ({n: (f/n).read_bytes() if (f/n).exists() else b'' for n in names} for f in (start, model))
+    assert all(old[name] != new[name] for name in names)
+    seen = {name: set() for name in names}
+    for step in itertools.count(1):
+        shutil.rmtree(model)
+        shutil.copytree(start, model)
+        code = in_child(lambda: calibrate(folder), killed_at_write_step(step))
+        load_model(model)
+        for name in names:
+            content = (model/name).read_bytes() if (model/name).exists() else b''
+            assert content in (old[name], new[name])
+            seen[name].add(content)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    # each file was caught in both states, and what is neither is still refused
+    assert all(len(contents) == 2 for contents in seen.values()) and step > 50
+    (model/'README.md').write_text('damaged')
+    refused(model, 'README.md is not the file')
 
 def test_S1_a_run_that_was_killed_before_its_list(tmp_path):
     "The list is written last: without it a run is not finished, and the same command mends it, to the same bytes"

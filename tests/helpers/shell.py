@@ -43,7 +43,8 @@ def run_command(name, *args, cwd, env):
     "Run a command as its script in bin/ does, or `-c code` as Python does"
     os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(env)
+    # a forked process cannot start over to get one
+    os.environ.update(dict(PYTHONHASHSEED='42') | env)
     sys.argv = [name, *args]
     torch.set_num_threads(int(env.get('OMP_NUM_THREADS', torch.get_num_threads())))
     # what Python does at its start
