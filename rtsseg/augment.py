@@ -304,7 +304,10 @@ def paste_objects(image:np.ndarray,          # (H, W, C) float32, changed in pla
     objects = ((source_mask == 1) & (mask != 255)).astype(np.float32)
     share = np.maximum(objects, cv2.GaussianBlur(objects, (0, 0), sigma)) if sigma else objects
     share[(source_mask == 255) | (mask == 255)] = 0
-    image += share[..., None] * (source - image)
+    share = share[..., None]
+    # exact where the share is 0 or 1
+    image *= 1 - share
+    image += share * source
     mask[objects == 1] = 1
 
 # %% ../nbs/02a_augment.ipynb #4d15924b

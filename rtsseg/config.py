@@ -619,7 +619,7 @@ class CopyPaste(Strict):
     "Objects of positive tiles, pasted onto negative ones (Ghiasi et al. 2021); off by default"
     p: Fraction = Field(0., description='probability that a negative draw gets the objects of a positive one')
     blend_sigma: float = Field(
-        0, ge=0, le=50, description='how softly the surroundings of an object fade, σ of a Gaussian in pixels; '
+        0., ge=0, le=50, description='how softly the surroundings of an object fade, σ of a Gaussian in pixels; '
                                     '0: a hard edge')
 
 class Augment(Strict):

@@ -138,7 +138,7 @@ def draw_weights(table:pd.DataFrame,     # of the training split
     if unknown:
         raise ConfigError('\n'.join(f'sampler.region_weights: no training tile lies in region {name!r}'
                                     f'{nearest(name, known)}' for name in unknown))
-    weights = table.region.map(of_regions).fillna(1.).to_numpy('float64')
+    weights = np.array([of_regions.get(name, 1.) for name in table.region])
     if power is not None and cfg.data.crops.enabled:
         for i in np.flatnonzero(table.positive):
             weights[i] *= object_weights(table.loc[i], power).sum()
