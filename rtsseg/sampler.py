@@ -233,7 +233,7 @@ class Batches:
         n = len(self.positive)
         order = rng.permutation(n)
         reached = np.cumsum(self.positive_weights[order])
-        # systematic sampling: a tile is drawn each time that the sum of expected draws passes start + a whole number
+        # systematic sampling: a tile is drawn where the sum of expected draws passes a whole number
         passed = np.floor(reached / reached[-1] * n + rng.random())
         counts = np.diff(passed, prepend=0).astype(int)
         return rng.permutation(np.repeat(self.positive[order], counts))
