@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'BORDERS', 'GREY', 'draw', 'normal', 'elastic', 'pixel_places', 'copy_channels', 'matrix', 'moves',
            'warp', 'needed_rim', 'move_channels', 'change_contrast', 'add_noise', 'equalise', 'light', 'Pipeline',
-           'Augmenter', 'boundary', 'soft_labels']
+           'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
 import functools
@@ -270,16 +270,45 @@ class Pipeline:
 
     def __call__(self, image:np.ndarray, mask:np.ndarray, key:Key) -> tuple[np.ndarray, np.ndarray]:
         "One draw: moves first, then colours of R, G and B"
-        seeds = np.random.default_rng(key).integers(2**31, size=2)
-        self.geometric.set_random_seed(int(seeds[0]))
-        self.colour.set_random_seed(int(seeds[1]))
+        image, mask = self.move(image, mask, key)
+        self.light(image, key)
+        return image, mask
+
+    def move(self, image:np.ndarray, mask:np.ndarray, key:Key) -> tuple[np.ndarray, np.ndarray]:
+        "The moves of a draw"
+        self.geometric.set_random_seed(self._seeds(key)[0])
         moved = self.geometric(image=image, mask=mask)
         out = np.ascontiguousarray(moved['image'], np.float32)
         if out.shape != image.shape:
             raise ValueError(f'{self.field} turns {image.shape} into {out.shape}: a tile must keep its size')
-        rgb = self.colour(image=np.ascontiguousarray(out[..., :3]))['image']
-        out[..., :3] = np.clip(rgb, 0, 1)
         return out, np.ascontiguousarray(moved['mask'])
+
+    def light(self, image:np.ndarray, key:Key) -> None:
+        "The colours of a draw, in place"
+        self.colour.set_random_seed(self._seeds(key)[1])
+        rgb = self.colour(image=np.ascontiguousarray(image[..., :3]))['image']
+        image[..., :3] = np.clip(rgb, 0, 1)
+
+    def _seeds(self, key):
+        "Of the moves and of the colours"
+        return np.random.default_rng(key).integers(2**31, size=2).tolist()
+
+# %% ../nbs/02a_augment.ipynb #c0pyp001
+def paste_objects(image:np.ndarray,          # (H, W, C) float32, changed in place
+                  mask:np.ndarray,           # (H, W) uint8: 0, 1, 255; changed in place
+                  source:np.ndarray,         # (H, W, C) float32: the tile that is copied from
+                  source_mask:np.ndarray,    # (H, W) uint8
+                  sigma:float=0              # of the Gaussian by which the surroundings of objects fade, pixels
+                 ) -> None:
+    "Copy the objects of a tile onto another, and their labels; ignored pixels of both stay as they are"
+    objects = ((source_mask == 1) & (mask != 255)).astype(np.float32)
+    share = np.maximum(objects, cv2.GaussianBlur(objects, (0, 0), sigma)) if sigma else objects
+    share[(source_mask == 255) | (mask == 255)] = 0
+    share = share[..., None]
+    # exact where the share is 0 or 1
+    image *= 1 - share
+    image += share * source
+    mask[objects == 1] = 1
 
 # %% ../nbs/02a_augment.ipynb #4d15924b
 class Augmenter:
@@ -297,24 +326,42 @@ class Augmenter:
                  image:np.ndarray,   # (H, W, C) float32: R, G, B in [0, 1], then the EXTRA channels in their own units
                  mask:np.ndarray,    # (H, W) uint8: 0, 1, 255 = ignore
                  key:Key,            # (seed, epoch, tile, occurrence)
-                 rim:int=0           # of `rim`: how much of image and mask surrounds the tile
+                 rim:int=0,          # of `rim`: how much of image and mask surrounds the tile
+                 pasted:tuple[np.ndarray, np.ndarray]|None=None    # of `moved`: its objects are pasted onto the tile
                 ) -> tuple[np.ndarray, np.ndarray]:   # image and mask without the rim, of the same types
         "One draw; the arrays that come in stay as they are"
         self._check(image, mask)
         if not self.cfg.enabled:
             return image, mask
+        image, mask, light_up = self._move(image, mask, key, rim)
+        if pasted is not None:
+            # before the light, which then falls on tile and objects alike
+            paste_objects(image, mask, *pasted, self.cfg.copy_paste.blend_sigma)
+        light_up(image)
+        return image, mask
+
+    def moved(self, image:np.ndarray, mask:np.ndarray, key:Key, rim:int=0) -> tuple[np.ndarray, np.ndarray]:
+        "The moves of a draw alone"
+        self._check(image, mask)
+        return self._move(image, mask, key, rim)[:2]
+
+    def _move(self, image, mask, key, rim):
+        "Image and mask, moved, and what lights the image in place"
         if self.pipeline:
-            return self.pipeline(image, mask, key)
+            return *self.pipeline.move(image, mask, key), lambda image: self.pipeline.light(image, key)
         rng = np.random.default_rng(key)
         drawn = draw(self.cfg, rng)
         image, mask = warp(image, mask, self.fill, drawn, rng, rim, self.cfg.border)
+        return image, mask, lambda image: self._light(image, drawn, rng)
+
+    def _light(self, image, drawn, rng):
+        "The colour transforms of a draw on the first three channels, in place"
         if len(self.fill) == 3:
             light(image, drawn, rng)
-            return image, mask
-        rgb, = copy_channels(3, [image], [np.empty((*mask.shape, 3), np.float32)])
+            return
+        rgb, = copy_channels(3, [image], [np.empty((*image.shape[:2], 3), np.float32)])
         light(rgb, drawn, rng)
         copy_channels(3, [rgb], [image])
-        return image, mask
 
     def rim(self, key:Key, side:int) -> int:
         "How many pixels around a tile a draw needs, so that nothing is padded; 0 for a pipeline"

@@ -13,16 +13,16 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
            'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource',
            'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops',
            'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
-           'RandomScale', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler',
-           'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig',
-           'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
-           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
-           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
-           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
-           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
-           'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings',
-           'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names',
-           'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
+           'RandomScale', 'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow',
+           'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig',
+           'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system',
+           'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder',
+           'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path',
+           'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at',
+           'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides',
+           'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc',
+           'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides',
+           'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -501,6 +501,10 @@ class Crops(Strict):
     context: NonNegativeInt | None = Field(
         None, description='pixels around a window that the model sees and that are not judged; null: an eighth of '
                           'tile_size or more, so that the side stays a multiple of 32')
+    area_power: Annotated[float | None, Since('0.3')] = Field(
+        None, ge=-2, le=2, description='how often a crop is drawn around an object: by its area to this power; 1: by '
+                                       'its pixels, 0: each object alike, below 0: small ones more often; '
+                                       'null: each window that holds objects alike')
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -607,6 +611,13 @@ class RandomScale(Transform):
     scale: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field(
         (0.5, 1.0), description='range of the down-scaling; then padded to the tile')
 
+class CopyPaste(Strict):
+    "Objects of positive tiles, pasted onto negative ones (Ghiasi et al. 2021); off by default"
+    p: Fraction = Field(0., description='probability that a negative draw gets the objects of a positive one')
+    blend_sigma: float = Field(
+        0., ge=0, le=50, description='how softly the surroundings of an object fade, σ of a Gaussian in pixels; '
+                                    '0: a hard edge')
+
 class Augment(Strict):
     "Guide 9.2, every line"
     enabled: bool = True
@@ -627,6 +638,7 @@ class Augment(Strict):
     border: Annotated[Literal['constant', 'reflect'], Since('0.3')] = Field(
         'constant', description='what a move shows beyond the tile: the mean of each channel, ignored in the mask; '
                                 'or image and mask reflected, with nothing ignored')
+    copy_paste: Annotated[CopyPaste, Since('0.3')] = CopyPaste()
 
 # %% ../nbs/00b_config.ipynb #0e120b8b
 def parse_ratio(value:int|str) -> int|str:
@@ -678,6 +690,8 @@ class Sampler(Strict):
         GUIDE_CURRICULUM, min_length=1, description='the last row also holds for every epoch after it')
     hard_negatives: Fraction = Field(
         0., description="draw the epoch's negatives by their own last training loss: 0 evenly, 1 by the loss alone")
+    region_weights: Annotated[dict[str, PositiveFloat], Since('0.3')] = Field(
+        {}, description='how often tiles of a region are drawn beside others of their kind; 1 where it is not named')
 
 # %% ../nbs/00b_config.ipynb #7a606465
 LossName = Literal['focal', 'cross_entropy', 'tversky', 'dice']
@@ -878,11 +892,14 @@ AUGMENT_UNREAD = [
            lambda cfg: cfg.augment.pipeline is not None),
     *(Unread(transform_settings(name), f'augment.{name}.p is 0', is_never_drawn(name)) for name in TRANSFORMS),
     Unread(('augment.border',), 'no transform shows what lies beyond a tile', is_never_drawn(*WARPS)),
+    Unread(('augment.copy_paste.blend_sigma',), 'augment.copy_paste.p is 0', is_never_drawn('copy_paste')),
 ]
 
 DATA_UNREAD = [
     Unread(('data.multi_resolution.factor',), 'data.multi_resolution.p is 0',
            lambda cfg: not cfg.data.multi_resolution.p),
+    Unread(('data.crops.jitter', 'data.crops.context', 'data.crops.area_power'), 'data.crops.enabled is false',
+           lambda cfg: not cfg.data.crops.enabled),
 ]
 
 RTS_UNREAD = [*LOOP_UNREAD, *LOSS_UNREAD, *AUGMENT_UNREAD, *DATA_UNREAD]

@@ -103,10 +103,13 @@ class SegmentTask(Task):
         return dict(iou=float(rates(**sums)['iou']))
 
     def difficulty(self, out:torch.Tensor, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:
-        "Each tile's own weighted loss; NaN where all of its pixels are ignored"
+        "Each tile's own weighted loss; NaN where all of its pixels are ignored, or some hold an object"
         each = [self._tile_loss(z, y) for z, y in zip(out, batch['target'], strict=True)]
-        ignored = (batch['target'] == IGNORE).flatten(1).all(1)
-        return batch['tile'], torch.stack(each).masked_fill(ignored, math.nan)
+        valid = batch['target'] != IGNORE
+        # the objects may be pasted: the loss is then not that of a negative tile
+        holds_object = ((batch['target'] > .5) & valid).flatten(1).any(1)
+        unknown = ~valid.flatten(1).any(1) | holds_object
+        return batch['tile'], torch.stack(each).masked_fill(unknown, math.nan)
 
     def _tile_loss(self, logits, target):
         weights = self.cfg.loss_weights

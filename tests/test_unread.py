@@ -64,6 +64,8 @@ LOSS = 'loss.'
      of('augment', 'clahe.clip_limit clahe.tile_grid_size')),
     (dict(augment=dict(border='reflect')), '', set()),
     (dict(data=dict(multi_resolution=dict(factor=4))), '', {'data.multi_resolution.factor'}),
+    (dict(data=dict(crops=dict(area_power=-.5, jitter=.5))), '', of('data', 'crops.area_power crops.jitter')),
+    (dict(augment=dict(copy_paste=dict(blend_sigma=2))), '', {'augment.copy_paste.blend_sigma'}),
 ])
 def test_what_is_not_read_is_named(choice, section, expected):
     assert names(choice, section) == expected
