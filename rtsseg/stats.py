@@ -21,7 +21,7 @@ import pandas as pd
 from .console import DataError, first_lines, logger, progress, raise_problems
 from .files import FileError, parse_json, read_bytes, typed, write_atomic
 from .manifest import Manifest
-from .rawtile import read_row
+from .rawtile import RowReader
 
 # %% ../nbs/01f_stats.ipynb #03bd9a56
 class Moments(NamedTuple):
@@ -200,11 +200,11 @@ class _Collected:
 
 def _collect(manifest, extra_bands, limits):
     "Read every tile of a split once; limits, if any, clip its channels"
-    seen = _Collected()
+    seen, reader = _Collected(), RowReader(manifest.root, extra_bands)
     for i in progress(range(len(manifest)), 'statistics'):
         row = manifest.table.loc[i]
         try:
-            tile = read_row(manifest.root, row, extra_bands)
+            tile = reader.read(row)
         except DataError as e:
             seen.unreadable.append('; '.join(str(e).splitlines()))
             continue
@@ -259,10 +259,11 @@ def percentiles_of(counts:np.ndarray,           # 65536: values by their code
 def _clip_limits(manifest, extra_bands, percents):
     "The percentiles of each channel, (channels, 2); None without a readable tile"
     counts, dtypes = np.zeros((3 + len(extra_bands), 1 << 16), np.int64), None
+    reader = RowReader(manifest.root, extra_bands)
     for i in progress(range(len(manifest)), 'percentiles'):
         # tiles that cannot be read are reported by the pass that follows
         with suppress(DataError):
-            tile = read_row(manifest.root, manifest.table.loc[i], extra_bands)
+            tile = reader.read(manifest.table.loc[i])
             dtypes = [tile.rgb.dtype.name] * 3 + ['float32'] * len(extra_bands)
             for channel, plane in enumerate([*tile.rgb, *tile.extra]):
                 counts[channel] += np.bincount(ordered_codes(plane[tile.valid]), minlength=1 << 16)

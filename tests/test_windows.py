@@ -10,12 +10,14 @@ from rasterio.transform import from_origin
 from sklearn.metrics import average_precision_score
 from torch.utils.data import default_collate
 
+from rtsseg import rawtile
 from rtsseg.augment import Augmenter
 from rtsseg.check import check_loaders
 from rtsseg.config import Augment, load
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence
+from rtsseg.filecheck import survey
 from rtsseg.findings import has_errors
 from rtsseg.infer import judged_part, load_model
 from rtsseg.manifest import read_manifest
@@ -264,3 +266,23 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 def test_without_crops_an_image_of_another_size_is_refused(images, tmp_path):
     with pytest.raises(DataError, match='data.crops.enabled=true takes images of any size'):
         train(image_run(images, tmp_path, data=dict(manifest=images, tile_size=32, split_check='warn')))
+
+def test_check_and_statistics_read_an_image_once(images, tmp_path, monkeypatch):
+    "Not once for each of its windows; what they see is the same"
+    cfg = image_run(images, tmp_path)
+    manifest = prepare(cfg)
+    apart = [read_row(manifest.root, row) for row in manifest.table.to_dict('records')]
+    read = []
+    whole = rawtile.ImageCache._whole
+    def counted(cache, row):
+        if row['image'] not in cache.kept:
+            read.append(row['image'])
+        return whole(cache, row)
+    monkeypatch.setattr(rawtile.ImageCache, '_whole', counted)
+    seen = survey(manifest, [])
+    assert sorted(read) == sorted(set(manifest.table.image)) and len(manifest) > len(read)
+    assert seen.tiles.positive.tolist() == [int((tile.label == 1).sum()) for tile in apart]
+    assert not seen.tiles.place.any()
+    read.clear()
+    compute_stats(manifest.of('train'))
+    assert sorted(read) == sorted(set(manifest.of('train').table.image))
