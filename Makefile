@@ -55,7 +55,7 @@ seeds: $(STAMP)
 	@set -e; for seed in $(SEEDS); do \
 	   echo; echo "seed $$seed"; \
 	   rtsseg-train --config $(CONFIG) --seed $$seed; \
-	   rtsseg-evaluate --config $(CONFIG) --seed $$seed --split val; \
+	   rtsseg-evaluate --config $(CONFIG) --seed $$seed --split val --views none,minimal; \
 	   rtsseg-calibrate --config $(CONFIG) --seed $$seed; \
 	   rtsseg-evaluate --config $(CONFIG) --seed $$seed --split test; \
 	 done

@@ -39,16 +39,16 @@ stage() {
 cd "$root/nbs"
 stage 'data checks' 04i_check    '^(toy:|READY|NOT READY|ERROR)'
 stage 'training'    05_train     'epoch |fit .* epochs|stopped'
-stage 'validation'  05a_evaluate '^  1:' -p split val
-stage 'calibration' 06_calibrate 'calibrated by|not calibrated'
+stage 'validation'  05a_evaluate '^views|^  1:' -p split val -p views none,minimal
+stage 'calibration' 06_calibrate 'calibrated by|not calibrated|test-time augmentation'
 stage 'test'        05a_evaluate '^  1:' -p split test
 stage 'report'      07_report    '.'
 cat <<END
 
 all output: runs/notebooks/
 next:       open the report in a browser
-            make seeds                                       the same for three seeds, and one report over them
+            make seeds                                        the same for three seeds, and one report over them
             source .venv/bin/activate
-            rtsseg predict MODEL SCENE.tif MAP.tif           a map of your scene, with the model/ of a run folder
-            rtsseg run --folder FIELDS                       your own images and masks, from a plan to a report
+            rtsseg plan --folder FIELDS --out fields.yaml     a config for your own images and masks
+            rtsseg run --config fields.yaml                   and from there to a report
 END
