@@ -3,7 +3,7 @@
     python benchmarks/quality.py [--sets dubai landslides toy] [--methods ours plain nnunet] [--minutes 5 20]
                                  [--seeds 42 43 44] [--parallel 2] [--nnunet-python PATH]
 
-Each set, method, seed and number of minutes is a cell: a process of its own with one thread, whose result is a line of
+Each set, method, seed and number of minutes is a cell: a process on a core of its own, whose result is a line of
 quality.jsonl. A cell that is there is not run again, so that a whole run may take several days; the rows are made from
 all lines. `--parallel` cells start together and the next ones wait for them, so that load affects all alike.
 Preparation is not counted for any method, nor is prediction.
@@ -71,6 +71,10 @@ class NnUNet:
         subprocess.run(self.script('prepare', self.data(name)), env=one_thread(), check=True)
         (self.data(name)/'done').touch()
 
+def on_core(number):
+    "Keeps a process that starts to one core, as if the machine had no other"
+    return lambda: os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+
 def one_thread():
     return os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', NO_ALBUMENTATIONS_UPDATE='1',
                              PYTHONHASHSEED='42')
@@ -107,15 +111,15 @@ def prepare(cell, settings, nnunet):
         nnunet.prepare(cell.set)
     elif cell.method == 'ours' and not quality_ours.seconds_file(cell.plan(settings)).exists():
         subprocess.run(script('ours', 'plan', cell.set, cell.minutes, cell.plan(settings)), env=one_thread(),
-                       check=True)
+                       preexec_fn=on_core(0), check=True)
 
-def start(cell, settings, nnunet):
+def start(cell, settings, nnunet, core):
     "Start a cell in an empty folder; its output goes to log.txt there"
     shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True)
     with open(cell.folder/'log.txt', 'w') as log:
-        return subprocess.Popen(command(cell, settings, nnunet), env=one_thread(), stdout=log,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(command(cell, settings, nnunet), env=one_thread(), preexec_fn=on_core(core),
+                                stdout=log, stderr=subprocess.STDOUT)
 
 def judge(cell, settings):
     "The line of a cell that has ended"
@@ -130,7 +134,7 @@ def run_together(cells, settings, nnunet):
     "Run some cells side by side and keep their results; whether all of them ended well"
     for cell in cells:
         prepare(cell, settings[cell.set, cell.method], nnunet)
-    processes = [start(cell, settings[cell.set, cell.method], nnunet) for cell in cells]
+    processes = [start(cell, settings[cell.set, cell.method], nnunet, core) for core, cell in enumerate(cells)]
     codes = [process.wait() for process in processes]
     for cell, code in zip(cells, codes, strict=True):
         if code:
@@ -187,7 +191,7 @@ def arguments():
     parser.add_argument('--methods', nargs='+', choices=['ours', *PEERS], default=['ours', *PEERS])
     parser.add_argument('--minutes', type=float, nargs='+', default=[5., 20.], help='of training')
     parser.add_argument('--seeds', type=int, nargs='+', default=[42, 43, 44])
-    parser.add_argument('--parallel', type=int, default=2, help='cells at once, each with one thread')
+    parser.add_argument('--parallel', type=int, default=2, help='cells at once, each on a core of its own')
     parser.add_argument('--nnunet-python', help='a Python that has nnU-Net; without it that peer is left out')
     return parser.parse_args()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PROBES', 'PROBE_PART', 'picture_tiles', 'pack_arrays', 'calibrated_thresholds', 'object_thresholds',
-           'tile_logits', 'probe_tiles', 'finer_bins', 'choose_evidence', 'observe_tiles', 'why_unresolved',
+           'tile_logits', 'probe_tiles', 'finer_bins', 'is_cut_off', 'next_bins', 'observe_tiles', 'why_unresolved',
            'logits_for_pictures', 'describe_evidence']
 
 # %% ../nbs/04n_observe.ipynb #iobserve
@@ -89,7 +89,7 @@ def probe_tiles(positive:np.ndarray    # bool: of each row, whether it holds an 
 
 def finer_bins(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass
               ) -> Bins|None:     # None where half precision holds all scores of the probe, or it has none
-    "An evenly spaced grid over the range of scores that a few tiles show, with a quarter of it more at each end"
+    "An evenly spaced grid over the range of scores that a few tiles show, with half of it more at each end"
     meter = Meter(part.table, (), views=ask.views)
     for row in probe_tiles(part.table.positive.to_numpy()):
         batch = default_collate([loader.dataset[row]])
@@ -98,50 +98,46 @@ def finer_bins(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass
     if probe.exact or not probe['n_valid'].any():
         return None
     low, high = probe.score_range
-    more = (high - low) / 4
+    more = (high - low) / 2
     return low - more, high + more
 
-def choose_evidence(half:Evidence,             # in half precision
-                    finer:Evidence,            # of the same pass, on an evenly spaced grid
-                    ratios:list[int|str]       # r of 1:r, or 'native'
-                   ) -> Evidence:
-    "The evidence on the finer grid where only that grid resolves PR-AUC and all scores lie on it"
-    if is_resolved(half, ratios):
-        return half
-    # scores beyond a grid count at its ends
-    at_ends = finer.pooled[..., [1, -1]].any()
-    return half if at_ends or not is_resolved(finer, ratios) else finer
+def is_cut_off(evidence:Evidence) -> bool:
+    "Whether scores lie beyond an evenly spaced grid, or at its ends, where those beyond count"
+    return evidence.bins != 'float16' and bool(evidence.pooled[..., [1, -1]].any())
+
+def next_bins(evidence:Evidence    # of a pass whose grid does not suffice
+             ) -> Bins:
+    "The grid of another pass: over the range of scores that occurred, or half precision where that is not known"
+    return 'float16' if is_cut_off(evidence) else evidence.score_range
 
 def observe_tiles(packed:Predictor,          # a model on the device of the pass
                   loader:DataLoader,         # the split
                   part:Manifest,             # the split, whose rows the batches name
                   cfg:RtsConfig,             # metrics
                   ask:Pass,
-                  bins:Bins|None=None        # the grid of scores; None: half precision, or a finer one where needed
+                  bins:Bins|None=None        # the grid of scores; None: as a few tiles suggest
                  ) -> Evidence:
     "One pass over a split; raises `DataError` where too many tiles cannot be read"
     thresholds = object_thresholds(cfg.metrics, ask.folder, ask.split, ask.views)
-    grids = [bins] if bins else ['float16']
-    finer = None if bins else finer_bins(packed, loader, part, ask)
-    if finer:
-        grids.append(finer)
-    meters = [Meter(part.table, thresholds, grid, ask.views, widths=cfg.metrics.boundary_widths) for grid in grids]
+    bins = bins or finer_bins(packed, loader, part, ask) or 'float16'
+    meter = Meter(part.table, thresholds, bins, ask.views, widths=cfg.metrics.boundary_widths)
     for batch in progress(loader, f'{ask.split}: batches of tiles'):
-        logits = tile_logits(packed, batch, ask)
-        for meter in meters:
-            meter.update(logits, batch['target'], batch['tile'])
+        meter.update(tile_logits(packed, batch, ask), batch['target'], batch['tile'])
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
-    found = [meter.evidence() for meter in meters]
-    return choose_evidence(*found, cfg.metrics.ratios) if finer else found[0]
+    return meter.evidence()
 
 def why_unresolved(evidence:Evidence, ratios:list[int|str]) -> str:
-    "Why PR-AUC of an evidence is uncertain by more than 1e-4; '' where it is not"
+    "Why scores must be counted again, or PR-AUC is uncertain by more than 1e-4; '' where neither is so"
+    if is_cut_off(evidence):
+        low, high = evidence.bins
+        return (f'scores lie beyond {low:g} to {high:g}, the range that a few tiles suggested; '
+                'another pass counts them in half precision')
     if is_resolved(evidence, ratios):
         return ''
     if evidence.bins == 'float16':
         low, high = evidence.score_range
         return ('half precision leaves PR-AUC uncertain by more than 1e-4; '
-                f'a second pass counts scores on a finer grid from {low:g} to {high:g}')
+                f'another pass counts scores on a finer grid from {low:g} to {high:g}')
     bounds = {r: ap_bounds(histogram(evidence, r), evidence.exact) for r in ratios}
     shown = ', '.join(f'between {low:.5f} and {high:.5f} at {ratio_text(r)}' for r, (low, high) in bounds.items())
     return f'PR-AUC stays uncertain by more than 1e-4: {shown}'

@@ -243,8 +243,9 @@ def plan_network(cfg:RtsConfig,      # with the choices so far
             Choice('model.options.decoder_channels', list(network.decoder_channels))]
 
 # %% ../nbs/05c_plan.ipynb #crules2
-# without the strong distortions that a few thousand steps from random weights have no use for
-LIGHT_AUGMENTATION = ['shift_scale_rotate', 'elastic', 'affine', 'random_scale', 'gaussian_noise', 'clahe']
+# without what a few thousand steps from random weights have no use for: turns and flips stay
+LIGHT_AUGMENTATION = ['shift_scale_rotate', 'elastic', 'affine', 'random_scale', 'gaussian_noise', 'clahe',
+                      'brightness', 'contrast', 'saturation']
 
 def plan_start() -> list[Choice]:
     "Rule 3"
@@ -254,7 +255,7 @@ def plan_start() -> list[Choice]:
              Choice('loss.gamma', 0.0, 'cross-entropy: few steps are too few for focal weights'),
              Choice('loss.alpha', 0.5, 'both classes alike: batches are balanced')]
     off = [Choice(f'augment.{name}.p', 0.0) for name in LIGHT_AUGMENTATION]
-    off[0] = off[0]._replace(why='turns, flips and colours suffice for few steps')
+    off[0] = off[0]._replace(why='few steps: turns and flips alone')
     return rates + off
 
 def plan_sampling(tiles:Manifest,    # of windows or tiles

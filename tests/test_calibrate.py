@@ -49,7 +49,7 @@ from rtsseg.manifest import read_manifest
 from rtsseg.metrics import ap_bounds, average_precision, histogram
 from rtsseg.models import build
 from rtsseg.objects import object_metrics
-from rtsseg.observe import object_thresholds, observe_tiles, probe_tiles
+from rtsseg.observe import next_bins, object_thresholds, observe_tiles, probe_tiles
 from rtsseg.operating import Replicates, object_operating_points
 from rtsseg.runs import config_hash, judge_run, run_folder
 from rtsseg.scores import decode
@@ -830,7 +830,7 @@ def test_scores_too_close_together_are_counted_finer_in_the_same_pass(untrained,
     evidence = Evidence.read(evaluate(folder))
     said = capsys.readouterr().out
     assert (
-        'second pass' not in said
+        'another pass' not in said
         and 'stays uncertain' not in said
         and evidence.bins != 'float16'
     )
@@ -888,24 +888,23 @@ def test_the_order_of_batches_leaves_the_evidence_as_it_is(untrained, monkeypatc
 
 
 def test_scores_outside_of_the_finer_grid_need_a_second_pass(untrained, monkeypatch, capsys):
-    "Tiles beside those of the probe had other scores: the evidence is that of a second pass over the whole range"
+    "Tiles beside those of the probe had other scores: one pass in half precision finds the range, and one counts there"
     folder, *_ = untrained
     monkeypatch.setattr('rtsseg.observe.predict_logits', of_pixel)
     monkeypatch.setattr('rtsseg.observe.finer_bins', lambda *_: (-4.0005, -3.9995))
     half = seen(folder, bins='float16')
-    assert seen(folder) == half
     found = Evidence.read(evaluate(folder))
-    assert 'a second pass counts' in capsys.readouterr().out
-    assert found == seen(folder, bins=half.score_range)
+    said = capsys.readouterr().out
+    assert said.index('the range that a few tiles suggested') < said.index('on a finer grid')
+    assert found == seen(folder, bins=next_bins(half))
 
 
 def test_half_precision_stays_where_it_suffices(untrained, monkeypatch):
-    "Scores that half precision holds need no second grid; neither do those whose order it keeps"
+    "Scores that half precision holds need no finer grid"
     folder, *_ = untrained
     monkeypatch.setattr('rtsseg.observe.predict_logits', lambda *a: of_pixel(*a).half().float())
     assert seen(folder) == seen(folder, bins='float16')
-    monkeypatch.setattr('rtsseg.observe.finer_bins', lambda *_: pytest.fail('a second grid was made'))
-    assert seen(folder, bins='float16').exact
+    assert seen(folder).exact
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=400))
@@ -916,7 +915,7 @@ def test_the_probe_is_small_and_holds_both_kinds(positive):
     assert set(positive[rows]) == set(positive)
 
 
-def test_what_a_second_pass_leaves_uncertain_is_reported(untrained, capsys, monkeypatch):
+def test_what_further_passes_leave_uncertain_is_reported(untrained, capsys, monkeypatch):
     "Scores that lie within a step of the finer grid too, since the other half lies far away"
     folder, *_ = untrained
 
@@ -928,7 +927,7 @@ def test_what_a_second_pass_leaves_uncertain_is_reported(untrained, capsys, monk
     monkeypatch.setattr('rtsseg.observe.predict_logits', far)
     evidence = Evidence.read(evaluate(folder))
     out, said = capsys.readouterr()
-    assert 'half precision leaves PR-AUC uncertain by more than 1e-4; a second pass counts' in out
+    assert 'PR-AUC stays uncertain by more than 1e-4' in out
     low, high = ap_bounds(histogram(evidence, 1), evidence.exact)
     assert (
         evidence.bins != 'float16'

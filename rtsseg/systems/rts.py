@@ -199,9 +199,9 @@ class RTS(System):
 
     def observe(self, packed:Any, feed:RtsFeed, ask:Pass, earlier:Any=None) -> Any:
         "The evidence of a model over a split; after an earlier pass, with finer bins over the range of its scores"
-        from rtsseg.observe import observe_tiles
+        from rtsseg.observe import next_bins, observe_tiles
         packed.model.to(ask.accelerator.device)
-        bins = earlier.score_range if earlier is not None else None
+        bins = None if earlier is None else next_bins(earlier)
         part = feed.manifest.of(ask.split)
         return observe_tiles(packed, feed.split(ask.split, packed), part, feed.cfg, ask, bins)
 
