@@ -7,8 +7,8 @@ __all__ = ['NETWORKS', 'ENOUGH_STEPS', 'SIDES', 'EPOCHS', 'BATCH', 'MAX_WEIGHT',
            'LIGHT_AUGMENTATION', 'Fingerprint', 'object_lengths', 'take_fingerprint', 'Machine', 'this_machine',
            'step_seconds', 'Choice', 'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network',
            'wanted_seconds', 'largest_network', 'is_fast', 'plan_network', 'plan_start', 'plan_sampling',
-           'plan_monitor', 'plan_time', 'plan_machine', 'plan_threads', 'given_settings', 'nested', 'RunPlan',
-           'make_plan', 'as_yaml', 'plan_text', 'write_plan', 'first_choices']
+           'plan_monitor', 'plan_time', 'plan_machine', 'plan_batch', 'plan_threads', 'given_settings', 'nested',
+           'RunPlan', 'make_plan', 'as_yaml', 'plan_text', 'write_plan', 'first_choices']
 
 # %% ../nbs/05c_plan.ipynb #iplan
 import io
@@ -27,7 +27,7 @@ import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from .check import synthetic_batches
+from .check import largest_batch, synthetic_batches
 from .config import ConfigError, RtsConfig, load, read_layers
 from .console import DataError, progress
 from .files import write_atomic
@@ -36,6 +36,7 @@ from .losses import make_loss
 from .manifest import Manifest
 from .models import build
 from .prepare import find_manifest
+from .pretrained import are_at_hand
 from .raster import open_raster, resolve_inside
 from .rawtile import parse_bands, read_row
 from .runs import flatten
@@ -201,9 +202,9 @@ def plan_tiles(found:Fingerprint, side:int) -> list[Choice]:
     return [Choice('data.crops.enabled', True, f'images have {found.shortest} pixels or more'),
             Choice('data.tile_size', side, f'nine of ten objects are at most {long:.0f} pixels long')]
 
-def with_network(cfg:RtsConfig, network:Network) -> RtsConfig:
+def with_network(cfg:RtsConfig, network:Network, weights:str|None=None) -> RtsConfig:
     "A config with another network"
-    model = dict(architecture=network.architecture, encoder=network.encoder, weights=None,
+    model = dict(architecture=network.architecture, encoder=network.encoder, weights=weights,
                  options=dict(decoder_channels=list(network.decoder_channels)))
     return cfg.model_copy(update=dict(model=cfg.model.model_copy(update=model)))
 
@@ -211,13 +212,14 @@ def wanted_seconds(minutes:float) -> float:
     "How long a step may take, so that enough of them fit"
     return 60 * minutes / ENOUGH_STEPS
 
-def largest_network(cfg:RtsConfig,      # with the choices so far
-                    device:str,         # cpu or cuda
-                    minutes:float       # for training
-                   ) -> Network:
-    "The largest network that takes enough steps, else the smallest"
-    wanted, chosen = wanted_seconds(minutes), NETWORKS[0]
-    for network in NETWORKS:
+def largest_network(cfg:RtsConfig,             # with the choices so far
+                    device:str,                # cpu or cuda
+                    minutes:float,             # for training
+                    networks:list[Network]     # smallest first
+                   ) -> Network|None:          # None where none takes enough steps
+    "The largest network that takes enough steps"
+    wanted, chosen = wanted_seconds(minutes), None
+    for network in networks:
         if step_seconds(with_network(cfg, network), device, wanted) > wanted:
             break
         chosen = network
@@ -232,14 +234,17 @@ def plan_network(cfg:RtsConfig,      # with the choices so far
                  device:str,         # cpu or cuda
                  minutes:float       # for training
                 ) -> list[Choice]:
-    "Rule 2"
-    network = largest_network(cfg, device, minutes)
+    "Rules 2 and 3"
+    at_hand = [network for network in NETWORKS if are_at_hand(with_network(cfg, network, 'imagenet').model)]
+    pretrained = largest_network(cfg, device, minutes, at_hand)
+    network = pretrained or largest_network(cfg, device, minutes, NETWORKS) or NETWORKS[0]
     why = f'takes {ENOUGH_STEPS} steps in the time, or is the smallest'
     if network is not NETWORKS[-1]:
         why += f'; with more time, {NETWORKS[NETWORKS.index(network) + 1].encoder}'
-    return [Choice('model.architecture', network.architecture),
-            Choice('model.weights', None, 'random: pretrained ones are used where they are asked for'),
-            Choice('model.encoder', network.encoder, why),
+    weights = Choice('model.weights', None, 'random: no pretrained ones of a network that is fast enough are here')
+    if pretrained:
+        weights = Choice('model.weights', 'imagenet', 'they are on this machine')
+    return [Choice('model.architecture', network.architecture), weights, Choice('model.encoder', network.encoder, why),
             Choice('model.options.decoder_channels', list(network.decoder_channels))]
 
 # %% ../nbs/05c_plan.ipynb #crules2
@@ -247,8 +252,11 @@ def plan_network(cfg:RtsConfig,      # with the choices so far
 LIGHT_AUGMENTATION = ['shift_scale_rotate', 'elastic', 'affine', 'random_scale', 'gaussian_noise', 'clahe',
                       'brightness', 'contrast', 'saturation']
 
-def plan_start() -> list[Choice]:
+def plan_start(weights:str|None    # of the encoder
+              ) -> list[Choice]:
     "Rule 3"
+    if weights:
+        return [Choice('freeze_backbone_epochs', 1, 'pretrained weights: an epoch for the decoder alone')]
     rates = [Choice('freeze_backbone_epochs', 0, 'random weights: nothing to keep'),
              Choice('lr.base_lr', 3e-3, 'random weights, and a small network'),
              Choice('lr.backbone_lr_multiplier', 1.0, 'random weights: the encoder learns as fast as the decoder'),
@@ -310,6 +318,15 @@ def plan_machine(machine:Machine) -> list[Choice]:
     if machine.has_bf16:
         choices.append(Choice('precision', 'bf16', 'this processor computes in bf16'))
     return choices
+
+def plan_batch(cfg:RtsConfig,      # with the choices so far
+               machine:Machine
+              ) -> list[Choice]:
+    "The batch of a GPU, or the largest that fits into its memory"
+    if machine.device == 'cpu':
+        return []
+    fits, _ = largest_batch(cfg, cfg.batch_size, torch.cuda.mem_get_info()[0])
+    return [Choice('batch_size', fits, 'steps of it were trained: it fits into memory')]
 
 def plan_threads(cfg:RtsConfig,      # with the choices so far
                  machine:Machine
@@ -382,12 +399,13 @@ def make_plan(plan:RunPlan,             # with data.manifest
     plan.add(plan_tiles(found, preferred))
     # a network that was given has weights, rates and a loss that its giver knows
     if not plan.is_given('model'):
-        plan.add(plan_start())
         for side in smaller:
             if is_fast(plan.config(), machine.device, minutes):
                 break
             plan.add(plan_tiles(found, side))
         plan.add(plan_network(plan.config(), machine.device, minutes))
+        plan.add(plan_start(plan.config().model.weights))
+    plan.add(plan_batch(plan.config(), machine))
     plan.add(plan_threads(plan.config(), machine))
     plan.add(plan_time(minutes, int(60 * minutes / step_seconds(plan.config(), machine.device))))
     tiles = windows_or_tiles(manifest, plan.config().data)

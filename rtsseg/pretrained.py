@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FIXED_OPTIONS', 'is_timm', 'encoder_problems', 'fusion_problems', 'option_problems', 'check_names',
-           'is_local', 'is_model_directory', 'timm_name', 'timm_card', 'weights_source', 'check_reachable', 'from_url',
-           'from_hub', 'fetch', 'find_weights', 'pretrained_stats']
+           'is_local', 'is_model_directory', 'timm_name', 'timm_card', 'weights_source', 'check_reachable',
+           'cached_file', 'path_in_cache', 'are_at_hand', 'from_url', 'from_hub', 'fetch', 'find_weights',
+           'pretrained_stats']
 
 # %% ../nbs/01l_pretrained.ipynb #ipretrai
 import difflib
@@ -132,9 +133,29 @@ def check_reachable(url:str) -> None:
         # it answers; what it says about the file itself comes next
         pass
 
+def cached_file(source:str|tuple[str, str|None],    # of `weights_source`
+                file:str                            # name of the file in a repository
+               ) -> Path|None:                      # None where it is not on this machine
+    "A file of the caches of torch and of the hub, without a look at the network"
+    if isinstance(source, str):
+        path = path_in_cache(source)
+        return path if path.exists() else None
+    repo, revision = source
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+def path_in_cache(url:str) -> Path:
+    "Where torch keeps what a URL gives"
+    return Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
+
+def are_at_hand(cfg:Model    # names an encoder and its weights
+               ) -> bool:
+    "Whether named weights are on this machine; asks no network. Raises `ConfigError` for weights that do not exist"
+    return cached_file(weights_source(cfg), 'model.safetensors') is not None
+
 def from_url(url:str) -> Path:
     "A file of torch's cache, downloaded where it is missing"
-    path = Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
+    path = path_in_cache(url)
     if not path.exists():
         check_reachable(url)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +164,11 @@ def from_url(url:str) -> Path:
 
 def from_hub(repo:str, revision:str|None, file:str) -> Path:
     "A file of the hub's cache, downloaded where it is missing"
-    found = try_to_load_from_cache(repo, file, revision=revision)
-    if not isinstance(found, str):
+    found = cached_file((repo, revision), file)
+    if found is None:
         check_reachable(constants.ENDPOINT)
-        found = hf_hub_download(repo, file, revision=revision)
-    return Path(found)
+        found = Path(hf_hub_download(repo, file, revision=revision))
+    return found
 
 def fetch(cfg:Model,
           file:str,       # name of the file in a repository

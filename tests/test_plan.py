@@ -14,15 +14,18 @@ from rtsseg.plan import (
     Machine,
     crop_sides,
     object_lengths,
+    plan_batch,
     plan_monitor,
     plan_network,
     plan_sampling,
+    plan_start,
     plan_threads,
     plan_tiles,
     plan_time,
     take_fingerprint,
     write_plan,
 )
+from rtsseg.pretrained import are_at_hand
 
 CPU = Machine('cpu', 2, 2**33, has_bf16=False)
 
@@ -63,6 +66,36 @@ def test_more_time_takes_a_larger_network():
         return next(c.value for c in plan_network(cfg, 'cpu', minutes) if c.setting == 'model.encoder')
     assert encoder(1e-6) == NETWORKS[0].encoder
     assert encoder(1e6) == NETWORKS[-1].encoder
+
+def test_a_batch_of_a_gpu_fits_into_its_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr('rtsseg.plan.largest_batch', lambda cfg, most, limit: asked.append((most, limit)) or (4, {}))
+    monkeypatch.setattr('torch.cuda.mem_get_info', lambda: (2**30, 2**34))
+    chosen, = plan_batch(load(overrides=['batch_size=16']), Machine('cuda', 8, 2**33, has_bf16=False))
+    assert (chosen.setting, chosen.value, asked) == ('batch_size', 4, [(16, 2**30)])
+    assert plan_batch(load(), CPU) == []
+
+def test_weights_at_hand_are_taken(monkeypatch):
+    "Of the largest network that is fast enough; the rates are the guide's then"
+    cfg = load(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
+    here = {NETWORKS[0].encoder, NETWORKS[2].encoder}
+    monkeypatch.setattr('rtsseg.plan.are_at_hand', lambda model: model.encoder in here)
+    def chosen(minutes):
+        return {choice.setting: choice.value for choice in plan_network(cfg, 'cpu', minutes)}
+    plenty, none = chosen(1e6), chosen(1e-6)
+    assert (plenty['model.encoder'], plenty['model.weights']) == (NETWORKS[2].encoder, 'imagenet')
+    assert (none['model.encoder'], none['model.weights']) == (NETWORKS[0].encoder, None)
+    assert [choice.setting for choice in plan_start('imagenet')] == ['freeze_backbone_epochs']
+    assert 'lr.base_lr' in {choice.setting for choice in plan_start(None)}
+
+def test_weights_in_a_cache_are_found_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr('rtsseg.pretrained.weights_source', lambda cfg: 'https://example.org/some/weights.pth')
+    monkeypatch.setattr('rtsseg.pretrained.check_reachable', lambda url: pytest.fail('the network was asked'))
+    assert not are_at_hand(load().model)
+    (tmp_path/'hub'/'checkpoints').mkdir(parents=True)
+    (tmp_path/'hub'/'checkpoints'/'weights.pth').touch()
+    assert are_at_hand(load().model)
 
 def test_the_fastest_number_of_threads(monkeypatch):
     seconds = {1: .3, 4: .1, 8: .2}
