@@ -380,11 +380,11 @@ def test_mean_and_spread(folders, single, both):
         values = [numbers[name].value for numbers in each]
         mean, std = np.mean(values), np.std(values, ddof=1)
         assert (found[name].value, found[name].std) == pytest.approx((mean, std))
-        assert f'{mean:.3f} ± {std:.3f}' in str(both)
+        assert f'{mean:.3f} ± {std:.3f}' in str(both.headline)
         row = next(row for row in by_seed if row[0] == label)
         assert [cell.value for cell in row[1:]] == pytest.approx(values)
-    assert 'one seed (42)' in str(single)
-    assert 'blocks hold positives, 10 are needed' in str(single)
+    assert 'one seed (42)' in str(single.headline)
+    assert 'blocks hold positives, 10 are needed' in str(single.headline)
     for path in (both.path, *folders):
         assert os.path.relpath(path) in str(both)
 
@@ -974,7 +974,7 @@ def test_the_command_explains_itself():
 def test_the_command_finds_the_runs_of_a_config(folders, cfg):
     named = shell('rtsseg-report', '--run', *folders)
     assert named.returncode == 0
-    assert '1:200' in named.stdout
+    assert 'PR-AUC at 1:1 ' in named.stdout
     assert os.path.relpath(folders[0].parent/'report.html') in named.stdout
     config = cfg.runs/'c.yaml'
     config.write_text(to_yaml(cfg))
