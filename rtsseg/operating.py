@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Score', 'OBJECT_IOU', 'score_masses', 'Replicates', 'find_threshold', 'OperatingPoint', 'probability_text',
-           'PixelSearch', 'search_pixels', 'explain', 'pixel_rates', 'pixel_operating_points', 'ObjectOperatingPoint',
-           'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule']
+           'PixelSearch', 'search_pixels', 'explain', 'replicate_rates', 'pixel_operating_points',
+           'ObjectOperatingPoint', 'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule']
 
 # %% ../nbs/05b_operating.ipynb #ioperati
 from collections.abc import Callable
@@ -240,7 +240,7 @@ def explain(missed:str,      # why a target is missed, or ''
         missed = f'{missed}, which {behind}'
     return f'{missed}; the uncalibrated {used} is used'
 
-def pixel_rates(drawn:Replicates,
+def replicate_rates(drawn:Replicates,
                 threshold:float,       # a raw probability
                 ratio:int|str          # r of 1:r, or 'native'
                ) -> dict[str, np.ndarray]:    # precision, recall and others of each replicate
@@ -266,7 +266,7 @@ def pixel_operating_points(evidence:Evidence,      # of some tiles
 
 def _pixel_point(drawn, search, raw, row, score, cfg):
     "One operating point from its search, its metrics and the replicates"
-    found = pixel_rates(drawn, raw, search.ratio)
+    found = replicate_rates(drawn, raw, search.ratio)
     return OperatingPoint(
         threshold=float(expit(score(search.logit))),
         raw_threshold=raw,
