@@ -24,7 +24,7 @@ from .card import write_on_card
 from .config import RunConfig
 from .console import DataError, logger
 from .files import FileError, inside, write_atomic
-from .page import Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page
+from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page
 from .results import ReportError, Results, listed, read_results, short_path
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
 from .system import find_run
@@ -314,10 +314,11 @@ class Report:
         return sorted(path.name for path in self.pictures.iterdir() if path.stem.endswith('-1'))
 
     def short(self) -> list[str]:
-        "What the headline says before its table; the table where it says nothing, or configurations are compared"
+        "What the headline says before its table, where it has cards with numbers; else the table"
         blocks = next(iter(self.content.by_heading.values()))
-        before = [] if self.content.comparison else takewhile(lambda block: not isinstance(block, Table), blocks)
-        return [str(block) for block in before] or [str(self.headline)]
+        before = list(takewhile(lambda block: not isinstance(block, Table), blocks))
+        has_numbers = any(isinstance(block, Cards) for block in before)
+        return [str(block) for block in before] if has_numbers else [str(self.headline)]
 
     def __repr__(self) -> str:
         return f'{self.title}\n{self.headline}'
