@@ -89,7 +89,7 @@ def probe_tiles(positive:np.ndarray    # bool: of each row, whether it holds an 
 
 def finer_bins(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass
               ) -> Bins|None:     # None where half precision holds all scores of the probe, or it has none
-    "An evenly spaced grid over the range of scores that a few tiles show, with as much again at each end"
+    "An evenly spaced grid over the range of scores that a few tiles show, with half of it more at each end"
     meter = Meter(part.table, (), views=ask.views)
     for row in probe_tiles(part.table.positive.to_numpy()):
         batch = default_collate([loader.dataset[row]])
@@ -98,7 +98,7 @@ def finer_bins(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass
     if probe.exact or not probe['n_valid'].any():
         return None
     low, high = probe.score_range
-    more = high - low
+    more = (high - low) / 2
     return low - more, high + more
 
 def is_cut_off(evidence:Evidence) -> bool:
