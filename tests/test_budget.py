@@ -86,7 +86,7 @@ def budgeted(folder, observers=(), **more):
 def test_measuring_leaves_no_trace(freeze):
     "Weights, batch statistics and what trains are as before"
     model, before = net(norm=True), net(norm=True)
-    cfg = LoopConfig(**quick | dict(epochs=4, freeze_backbone_epochs=freeze))
+    cfg = LoopConfig(**quick | dict(epochs=4, budget_minutes=.1, freeze_backbone_epochs=freeze))
     pace = measure_pace(cfg, Points(), model, *loaders())
     assert torch.equal(weights(model), weights(before))
     assert all(p.requires_grad for p in model.parameters())
