@@ -311,7 +311,8 @@ def plan_machine(machine:Machine) -> list[Choice]:
     choices = [Choice('batch_size', BATCH[machine.device])]
     if machine.device == 'cpu':
         workers = min(machine.cores // 2, MAX_WORKERS)
-        choices.append(Choice('loader.num_workers', workers, 'prepare batches while the other cores train'))
+        why = 'prepare batches while the other cores train' if workers else 'the only core trains'
+        choices.append(Choice('loader.num_workers', workers, why))
         choices.append(Choice('threads', max(machine.cores - workers, 1)))
         room = int(machine.memory / 2**20 / 8)
         choices.append(Choice('loader.cache_mb', room, 'decoded images stay in memory, an eighth of what is free'))
