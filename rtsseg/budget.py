@@ -78,11 +78,11 @@ def fit_to_minutes(cfg:LoopConfig,    # epochs, val_frequency and budget_minutes
     return FittedBudget(steps_per_epoch=steps, val_frequency=val_frequency, minutes=cfg.budget_minutes, pace=pace)
 
 # %% ../nbs/04o_budget.ipynb #cmeas
-# steps of each stage, the slow first ones apart, and batches of the validation, that are measured at least
+# measured at least: steps of each stage, without the slow first ones, and batches of the validation
 WARM_STEPS, TIMED_STEPS, TIMED_BATCHES = 2, 6, 4
 # and at most, where steps are fast
 MOST_STEPS = 200
-# for how long steps are warmed up and then timed: workers start, and images are decoded for the first time
+# seconds of warming up, and again of timing: at first workers start, and images are not decoded
 LONGEST, SHARE = 4., .02
 
 def seconds_per_step(run:TrainingState, train:DataLoader) -> float:
