@@ -316,7 +316,7 @@ class LoopConfig(Strict):
     steps_per_epoch: Annotated[PositiveInt | None, Since('0.3')] = Field(
         None, description='optimizer steps of an epoch; null: one pass over what the epoch holds')
     budget_minutes: Annotated[PositiveFloat | None, Since('0.3')] = Field(
-        None, description='how long training may take on this machine: fits steps_per_epoch and val_frequency; '
+        None, description='how long training may take on this machine: fits the length of epochs and val_frequency; '
                           'null: no limit')
     batch_size: PositiveInt = Field(
         32, description='tiles per process and micro-batch; effective: × processes × accumulate')

@@ -776,7 +776,8 @@ def fit(cfg:LoopConfig,       # what to do
         train:DataLoader,     # training batches; the batch sampler may have set_epoch, learns, learn, state and load
         val:DataLoader,       # validation batches, each once
         folder:str|Path,      # the run folder; a run resumes from the checkpoints in it
-        observers:Iterable=() # objects with hooks (see `HOOKS`)
+        observers:Iterable=(),# objects with hooks (see `HOOKS`)
+        steps_of:Callable|None=None    # gives the optimizer steps of the epoch that begins; None: the config does
        ) -> TrainingState:    # the state at the end: `run.history`, `run.best`, `run.judged`
     "Train a model, or resume; raises `ConfigError`, `CheckpointError`, `UnsavedError` and `WorkerError`"
     make_deterministic(cfg.deterministic)
@@ -789,6 +790,8 @@ def fit(cfg:LoopConfig,       # what to do
     run.tell('on_start', run)
     while run.epoch <= run.last_epoch and not run.finished and not run.reason:
         enter_stage(run)
+        if steps_of:
+            train.batch_sampler.length = steps_of(run) * cfg.accumulate
         row = train_epoch(run, train)
         # asked to stop: the resumed run finishes the epoch, and validates
         if run.reason:

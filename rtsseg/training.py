@@ -165,8 +165,8 @@ def fit_or_explain(run:PreparedRun, observers:list) -> TrainingState:
     train_loader, val_loader = run.feed.loaders()
     task, model = run.system.task(run.cfg, run.feed), run.new_model()
     try:
-        cfg = with_budget(run.cfg, task, model, train_loader, val_loader, run.folder)
-        return fit(cfg, task, model, train_loader, val_loader, run.folder, observers)
+        cfg, steps_of = with_budget(run.cfg, task, model, train_loader, val_loader, run.folder)
+        return fit(cfg, task, model, train_loader, val_loader, run.folder, observers, steps_of)
     except (UnsavedError, WorkerError) as e:
         raise RunError(str(e)) from None
     except torch.OutOfMemoryError:

@@ -1,7 +1,8 @@
 "A budget of time: what it fits, that measuring leaves no trace, and that a run with a budget repeats to the bit"
 import itertools
-import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from rtsseg.budget import (
     BUDGET,
     MAX_VALIDATION_SHARE,
     RESERVE,
+    EpochLengths,
     Pace,
     StagePace,
     fit_to_minutes,
     measure_pace,
+    read_budget,
     validations,
     with_budget,
 )
@@ -30,7 +33,7 @@ seconds = st.floats(1e-3, 30)
 
 def planned_seconds(cfg, fitted, pace):
     "Seconds of all steps and of all validations of a run, if each takes what was measured"
-    steps = sum(stage.epochs * stage.step for stage in pace.stages) * fitted.steps_per_epoch
+    steps = sum(stage.epochs * stage.step for stage in pace.stages) * fitted.steps[0]
     return steps, validations(cfg.epochs, fitted.val_frequency) * pace.validation
 
 @given(minutes=st.floats(.05, 600), stages=st.lists(st.tuples(st.integers(1, 40), seconds), min_size=1, max_size=3),
@@ -76,11 +79,12 @@ def loaders():
     return DataLoader(data, batch_size=8, shuffle=True), DataLoader(data, batch_size=8)
 
 def budgeted(folder, observers=(), **more):
-    "A run with a budget: its state, and its config with what was fitted"
-    cfg = LoopConfig(**quick | dict(epochs=4, budget_minutes=.02) | more)
+    "A run with a budget, and what was fitted"
+    cfg = LoopConfig(**quick | dict(epochs=4, budget_minutes=.05) | more)
     model = net(norm=True)
-    fitted = with_budget(cfg, Points(), model, *loaders(), Path(folder))
-    return fit(fitted, Points(), model, *loaders(), folder, observers), fitted
+    cfg, steps_of = with_budget(cfg, Points(), model, *loaders(), Path(folder))
+    run = fit(cfg, Points(), model, *loaders(), folder, observers, steps_of)
+    return run, read_budget(Path(folder))
 
 @pytest.mark.parametrize('freeze', [0, 2])
 def test_measuring_leaves_no_trace(freeze):
@@ -93,28 +97,55 @@ def test_measuring_leaves_no_trace(freeze):
     assert [stage.epochs for stage in pace.stages] == ([2, 2] if freeze else [4])
 
 def test_a_run_repeats_from_what_was_fitted(tmp_path):
-    "With budget.json of another run, and with its two numbers in the config, on however fast a machine"
-    first, cfg = budgeted(tmp_path/'first')
+    "With budget.json of another run, on however fast a machine"
+    first, fitted = budgeted(tmp_path/'first')
     (tmp_path/'second').mkdir()
     (tmp_path/'second'/BUDGET).write_bytes((tmp_path/'first'/BUDGET).read_bytes())
     second, _ = budgeted(tmp_path/'second')
-    numbers = dict(steps_per_epoch=cfg.steps_per_epoch, val_frequency=cfg.val_frequency)
-    third = fit(LoopConfig(**quick | dict(epochs=4) | numbers), Points(), net(norm=True), *loaders(), tmp_path/'third')
-    assert first.step == 4 * cfg.steps_per_epoch
+    assert first.step == sum(fitted.steps)
     equal(first, second)
-    equal(first, third)
 
-def test_a_stopped_run_with_a_budget_ends_the_same(tmp_path):
-    "The file is read again, and not measured again"
-    undisturbed, _ = budgeted(tmp_path/'undisturbed')
+def test_a_stopped_run_keeps_the_lengths_of_epochs_that_began(tmp_path):
+    "They are read again; where all are known, the run ends in the same bytes"
+    undisturbed, fitted = budgeted(tmp_path/'undisturbed')
     (tmp_path/'stopped').mkdir()
-    stored = json.loads((tmp_path/'undisturbed'/BUDGET).read_text())
-    (tmp_path/'stopped'/BUDGET).write_text(json.dumps(stored))
-    at = stored['steps_per_epoch'] + 1
-    stopped, _ = budgeted(tmp_path/'stopped', [At(at, stop)])
+    (tmp_path/'stopped'/BUDGET).write_bytes((tmp_path/'undisturbed'/BUDGET).read_bytes())
+    stopped, _ = budgeted(tmp_path/'stopped', [At(fitted.steps[0] + 1, stop)])
     assert not stopped.finished
     resumed, _ = budgeted(tmp_path/'stopped')
     equal(resumed, undisturbed)
+
+def test_a_stopped_run_has_the_time_that_is_left(tmp_path):
+    "The epoch under way keeps its length, and the time until it began is not given again"
+    _, first = budgeted(tmp_path, [At(1, stop)])
+    assert len(first.steps) == 1
+    _, fitted = budgeted(tmp_path)
+    assert fitted.steps[0] == first.steps[0]
+    assert fitted.began[0] == first.began[0]
+    assert fitted.began == sorted(fitted.began)
+
+def test_lengths_follow_the_formula(tmp_path):
+    "Time left over the seconds of the epochs left, at the speed of the epoch before"
+    pace = Pace(stages=[StagePace(epochs=2, step=.5), StagePace(epochs=4, step=1.)], validation=3.)
+    cfg = LoopConfig(epochs=6, budget_minutes=10, val_frequency=2)
+    fitted = fit_to_minutes(cfg, pace)
+    lengths = EpochLengths(cfg, fitted, tmp_path)
+    lengths.start = time.monotonic() - 200
+    # of the second epoch, on a machine half as fast as it was
+    history = [dict(epoch=1, batches=50, seconds=50.)]
+    run = SimpleNamespace(epoch=2, history=history)
+    steps = lengths(run)
+    left = 600 * (1 - RESERVE) - 200
+    assert steps == int((left / 2 - 3 * 3.) / (.5 + 4 * 1.))
+    # a run that was resumed does not know how fast it was
+    lengths.start = time.monotonic() - 299
+    history[0] = dict(epoch=1)
+    run.epoch = 3
+    assert lengths(run) == int(((600 * (1 - RESERVE) - 299) / 2 - 2 * 3.) / 4.)
+    # and one that is late takes one step an epoch
+    lengths.start = time.monotonic() - 700
+    run.epoch = 4
+    assert lengths(run) == 1
 
 def test_a_budget_that_is_too_short_says_what_would_do(tmp_path):
     with pytest.raises(ConfigError, match='budget_minutes 1e-06: 4 epochs .* already take .* minutes here: raise it'):
