@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.audit._equal_images': ('audit.html#_equal_images', 'rtsseg/audit.py'),
                               'rtsseg.audit._footprint_leaks': ('audit.html#_footprint_leaks', 'rtsseg/audit.py'),
                               'rtsseg.audit._shared_blocks': ('audit.html#_shared_blocks', 'rtsseg/audit.py'),
+                              'rtsseg.audit._slump_leaks': ('audit.html#_slump_leaks', 'rtsseg/audit.py'),
                               'rtsseg.audit.audit': ('audit.html#audit', 'rtsseg/audit.py'),
                               'rtsseg.audit.leaks': ('audit.html#leaks', 'rtsseg/audit.py')},
             'rtsseg.augment': { 'rtsseg.augment.Augmenter': ('augment.html#augmenter', 'rtsseg/augment.py'),

@@ -10,6 +10,7 @@ import os
 
 import pandas as pd
 
+from .columns import parse_uids
 from .console import DataError, some_names
 from .files import digest
 from .findings import Finding
@@ -56,15 +57,28 @@ def _block_leaks(table):
                                 'neighbours look alike'))
     return findings
 
+def _slump_leaks(table):
+    "Slumps of the column uids that lie in several splits: those of other years, or at an edge between two tiles"
+    if 'uids' not in table:
+        return []
+    used = table[table.split != 'buffer']
+    named = pd.DataFrame(dict(split=used.split, slump=used.uids.map(parse_uids))).explode('slump').dropna()
+    splits = named.groupby('slump').split.nunique()
+    names = list(splits.index[splits > 1])
+    if not names:
+        return []
+    return [Finding('warning', 'leak: slumps', f'{len(names)} slumps are in more than one split',
+                    f'{some_names(names)}: training has seen a part of them, or another year', names)]
+
 def leaks(manifest:Manifest       # all splits
          ) -> list[Finding]:
-    "Ground that splits share: overlapping footprints and, for tiles without a CRS, shared blocks"
+    "Ground that splits share: overlapping footprints, slumps by name and, for tiles without a CRS, shared blocks"
     manifest = manifest.whole or manifest
     try:
         pairs = overlaps(manifest.table)
     except DataError as e:
         return [Finding('error', 'leak: footprints', 'not comparable', str(e))]
-    return _footprint_leaks(manifest.table, pairs) + _block_leaks(manifest.table)
+    return _footprint_leaks(manifest.table, pairs) + _block_leaks(manifest.table) + _slump_leaks(manifest.table)
 
 # %% ../nbs/01h_audit.ipynb #eaudit2
 def _equal_images(manifest):
