@@ -1,4 +1,4 @@
-"A training step of the networks that a plan chooses from on a CPU: compiled beside not, and after how many steps it pays"
+"A training step of the networks of a plan on a CPU: compiled beside not, and after how many steps compiling pays"
 import statistics
 import sys
 

@@ -211,12 +211,13 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
                 device:str='auto',         # auto, cpu or cuda
                 out:str='plan.yaml',       # the config to write
                 config:str='',             # configs, with commas between them, whose settings are left as they are
-                override:list[str]=()      # one section.field=value that is left as it is; may be given several times
+                override:list[str]=(),     # one section.field=value that is left as it is; may be given several times
+                force:bool=False           # write over a plan that is there
                ) -> None:
     "Write a config for these data on this machine, with a reason for each value"
     from rtsseg.plan import write_plan
     files = [file.strip() for file in config.split(',') if file.strip()]
-    write_plan(out, manifest, folder, minutes, device, files, as_list(override))
+    write_plan(out, manifest, folder, minutes, device, files, as_list(override), force)
     print(Path(out).read_text())
     print(f'rtsseg run --config {",".join([*files, out])} trains, evaluates, calibrates, tests and reports')
 

@@ -2,6 +2,7 @@
 import cv2
 import numpy as np
 import pytest
+from rasterio import transform
 
 from rtsseg.cli import main
 from rtsseg.config import ConfigError, load
@@ -12,20 +13,24 @@ from rtsseg.plan import (
     SIDES,
     Fingerprint,
     Machine,
+    RunPlan,
     crop_sides,
     object_lengths,
     plan_batch,
+    plan_epochs,
+    plan_full_batch,
     plan_monitor,
     plan_network,
     plan_sampling,
     plan_start,
     plan_threads,
     plan_tiles,
-    plan_time,
     take_fingerprint,
     write_plan,
 )
 from rtsseg.pretrained import are_at_hand
+from rtsseg.raster import write_raster
+from rtsseg.sampler import Batches
 
 CPU = Machine('cpu', 2, 2**33, has_bf16=False)
 
@@ -61,9 +66,9 @@ def test_object_lengths_by_another_library():
 
 def test_more_time_takes_a_larger_network():
     "The largest that takes enough steps; the smallest where none does"
-    cfg = load(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
+    plan = RunPlan(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
     def encoder(minutes):
-        return next(c.value for c in plan_network(cfg, 'cpu', minutes) if c.setting == 'model.encoder')
+        return next(c.value for c in plan_network(plan, 'cpu', minutes) if c.setting == 'model.encoder')
     assert encoder(1e-6) == NETWORKS[0].encoder
     assert encoder(1e6) == NETWORKS[-1].encoder
 
@@ -77,14 +82,16 @@ def test_a_batch_of_a_gpu_fits_into_its_memory(monkeypatch):
 
 def test_weights_at_hand_are_taken(monkeypatch):
     "Of the largest network that is fast enough; the rates are the guide's then"
-    cfg = load(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
+    plan = RunPlan(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
     here = {NETWORKS[0].encoder, NETWORKS[2].encoder}
     monkeypatch.setattr('rtsseg.plan.are_at_hand', lambda model: model.encoder in here)
     def chosen(minutes):
-        return {choice.setting: choice.value for choice in plan_network(cfg, 'cpu', minutes)}
+        return {choice.setting: choice.value for choice in plan_network(plan, 'cpu', minutes)}
     plenty, none = chosen(1e6), chosen(1e-6)
     assert (plenty['model.encoder'], plenty['model.weights']) == (NETWORKS[2].encoder, 'imagenet')
     assert (none['model.encoder'], none['model.weights']) == (NETWORKS[0].encoder, None)
+    given = RunPlan(overrides=[*plan.overrides, 'model.weights=null'])
+    assert all(choice.value != 'imagenet' for choice in plan_network(given, 'cpu', 1e6))
     assert [choice.setting for choice in plan_start('imagenet')] == ['freeze_backbone_epochs']
     assert 'lr.base_lr' in {choice.setting for choice in plan_start(None)}
 
@@ -110,7 +117,7 @@ def test_the_fastest_number_of_threads(monkeypatch):
 def test_little_time_has_few_epochs_and_says_so():
     "No plan whose budget refuses it for more epochs than steps"
     for steps in (1, 30, 100, 10_000):
-        chosen = {choice.setting: choice for choice in plan_time(5, steps)}
+        chosen = {choice.setting: choice for choice in plan_epochs(5, steps)}
         assert 2 <= chosen['epochs'].value <= 12
         assert ('too few to learn much' in chosen['epochs'].why) == (steps < 200)
 
@@ -127,16 +134,69 @@ def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
     assert plan_monitor(Manifest(as_val[:30], manifest.root, manifest.path))[0].value == 'pr_auc@native'
 
 def test_a_plan_overrides_nothing(tiny_world, tmp_path):
-    "Settings of a config and of overrides are as they were, and a given network stays with its rates"
+    "Settings of a config are as they were, and a given network stays with its rates"
     own = tmp_path/'own.yaml'
     own.write_text('epochs: 7\nlr: {base_lr: 5e-4}\nmodel: {architecture: unet, encoder: resnet18, weights: null}\n')
     out = tmp_path/'plan.yaml'
-    write_plan(out, str(tiny_world), minutes=.5, device='cpu', files=[own], overrides=['batch_size=3'])
+    write_plan(out, str(tiny_world), minutes=.5, device='cpu', files=[own])
     text = out.read_text()
-    assert 'batch_size' not in text and 'base_lr' not in text and 'encoder' not in text
-    both = load(own, out, overrides=['batch_size=3'])
-    assert (both.epochs, both.lr.base_lr, both.model.encoder, both.batch_size) == (7, 5e-4, 'resnet18', 3)
+    assert 'base_lr' not in text and 'encoder' not in text
+    both = load(own, out)
+    assert (both.epochs, both.lr.base_lr, both.model.encoder) == (7, 5e-4, 'resnet18')
     assert both.budget_minutes == .5
+    # what follows from a given value does
+    assert both.lr.warmup_epochs == .35
+
+def test_a_plan_alone_has_what_overrides_said(tiny_world, tmp_path):
+    "The command that is printed names no override; a setting of the network leaves the rules on"
+    out = tmp_path/'plan.yaml'
+    given = ['batch_size=3', 'model.dropout=0.1', 'sampler.curriculum=[{first: 1, last: 4, ratio: 1}]', 'threads=1']
+    write_plan(out, str(tiny_world), minutes=.5, device='cpu', overrides=given)
+    planned = load(out)
+    assert (planned.batch_size, planned.model.dropout, planned.threads) == (3, .1, 1)
+    assert [row.last for row in planned.sampler.curriculum] == [4]
+    assert planned.model.encoder == NETWORKS[0].encoder and planned.lr.base_lr == 3e-3
+
+def test_a_plan_is_not_written_over(tiny_world, tmp_path):
+    out = tmp_path/'plan.yaml'
+    out.write_text('edited: by hand')
+    with pytest.raises(ConfigError, match='--force'):
+        write_plan(out, str(tiny_world), minutes=.5, device='cpu')
+    assert out.read_text() == 'edited: by hand'
+    write_plan(out, str(tiny_world), minutes=.5, device='cpu', overrides=['threads=1'], force=True)
+    assert load(out).budget_minutes == .5
+
+@pytest.mark.parametrize('minutes', [0, -1, float('nan'), float('inf')])
+def test_minutes_that_are_no_time(tiny_world, tmp_path, minutes):
+    with pytest.raises(ConfigError, match='minutes'):
+        write_plan(tmp_path/'plan.yaml', str(tiny_world), minutes=minutes, device='cpu')
+
+def test_a_budget_that_training_would_refuse_is_refused(tiny_world, tmp_path):
+    with pytest.raises(ConfigError, match='budget_minutes 0.0001: .* minutes here'):
+        write_plan(tmp_path/'plan.yaml', str(tiny_world), minutes=1e-4, device='cpu')
+    assert not (tmp_path/'plan.yaml').exists()
+
+def test_a_batch_is_no_larger_than_training_fills(tiny_world):
+    "By the sampler's own rule, which the larger one breaks"
+    manifest = read_manifest(tiny_world)
+    few = manifest.table.assign(split='train', n_positive=5, positive=True)[:5]
+    cfg = load(overrides=['batch_size=8'])
+    chosen, = plan_full_batch(Manifest(few, manifest.root, manifest.path), cfg)
+    assert (chosen.setting, chosen.value) == ('batch_size', 5)
+    with pytest.raises(ValueError, match='fill'):
+        Batches(few.positive, cfg.sampler, 6, 42)
+    assert plan_full_batch(Manifest(few, manifest.root, manifest.path), load(overrides=['batch_size=4'])) == []
+
+def test_images_of_every_split_decide_whether_they_are_tiles(tiny_world, tmp_path):
+    "Training tiles of one size beside larger images of validation are images of any size"
+    manifest = read_manifest(tiny_world)
+    table = manifest.table.copy()
+    row = table.index[table.split == 'val'][0]
+    name = 'larger.tif'
+    write_raster(manifest.root/name, np.zeros((3, 90, 120), np.uint8), transform.from_origin(0, 0, 3, 3), 'EPSG:3413')
+    table.loc[row, 'image'] = name
+    assert take_fingerprint(manifest).are_tiles
+    assert not take_fingerprint(Manifest(table, manifest.root, manifest.path)).are_tiles
 
 def test_a_split_without_objects_cannot_be_planned(tiny_world):
     manifest = read_manifest(tiny_world)
