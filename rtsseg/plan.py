@@ -237,7 +237,6 @@ class Network(NamedTuple):
 
 # smallest first
 NETWORKS = [Network('unet', 'tu-test_efficientnet', (32, 16, 16, 16, 8)),
-            Network('unet', 'tu-mobilenetv3_small_050', (32, 16, 16, 16, 8)),
             Network('unet', 'resnet18', (64, 32, 16, 16, 8)), Network('unet', 'resnet34', (128, 64, 32, 16, 16))]
 # steps that the smallest network should take, or crops are made smaller
 ENOUGH_STEPS = 2000
