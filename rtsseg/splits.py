@@ -60,9 +60,10 @@ def _deal_groups(table, by, shares, seed):
     split = groups.block.map(_deal_all_blocks(groups, shares, seed, to_each=True))
     empty = [name for name in shares if name not in set(split)]
     if empty:
-        counts = f'{groups.block.nunique()}, {groups.block[groups.n_positive > 0].nunique()} of them with positive tiles'
+        positive = groups.block[groups.n_positive > 0].nunique()
         raise DataError(f'by {by}: {", ".join(empty)} would hold no tile: {len(shares)} splits need at least '
-                        f'{len(shares)} values of {by} with positive tiles, and the table has {counts}; '
+                        f'{len(shares)} values of {by} with positive tiles, and the table has '
+                        f'{groups.block.nunique()}, {positive} of them with positive tiles; '
                         'deal blocks instead (--by block)')
     return split
 

@@ -366,6 +366,7 @@ def test_slumps_of_tiles_by_hand():
     assert dict(zip(each.index, each.itertuples(index=False, name=None))) == expected
     # fewer objects than slumps
     assert slump_bounds(2, 1, 3, True) == (0, 1)
+    assert slump_bounds(2, 2, 3, False) == (1, 1)
 
 
 def test_slumps_of_the_windows_of_an_image():
