@@ -234,7 +234,7 @@ def rtsseg_check(shared:RunArguments=RunArguments(),
 @command()
 def rtsseg_split(table:str='',             # CSV, Parquet, GeoPackage or GeoParquet, a row for each tile
                  out:str='',               # the new table, with a column split; its suffix decides the format
-                 by:str='block',           # what is dealt whole: block or region
+                 by:str='block',           # what is dealt whole: block, region or another column of the table
                  shares:str='',            # of each split; '': train=0.72 val=0.14 test=0.14
                  regions:str='',           # YAML file instead: regions under train, val, test; others go to train
                  seed:int=0,               # order of equal blocks

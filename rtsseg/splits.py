@@ -13,32 +13,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .columns import SPLITS, complete_table
+from .columns import SPLITS, complete_table, text_column
 from .config import ConfigError, read_yaml
-from .console import logger, nearest, raise_problems
+from .console import DataError, logger, nearest, raise_problems
 from .ground import overlaps
 from .manifest import FORMATS, Manifest, read_table_file, write_manifest
 
 # %% ../nbs/01e_splits.ipynb #esplits1
-def _deal_blocks(weights, regions, shares):
-    "Deal blocks in their order: {block: split}"
+def _deal_blocks(weights, regions, shares, to_each):
+    "Deal blocks in their order: {block: split}. With `to_each` the last ones go to splits that have none"
     names = list(shares)
     share = np.array(list(shares.values()))
     share = share / share.sum()
     total, region_totals = weights.sum(), weights.groupby(regions).sum()
     given, given_in_region, dealt = np.zeros(len(names)), {}, {}
-    for block, weight in weights.items():
+    for left, (block, weight) in zip(range(len(weights), 0, -1), weights.items()):
         region = regions[block]
         here = given_in_region.setdefault(region, np.zeros(len(names)))
         missed_here = (share * region_totals[region] - here) / region_totals[region]
         missed = (share * total - given) / total
-        chosen = int(np.argmax(missed_here + missed))
+        wanted = missed_here + missed
+        if to_each and left <= (given == 0).sum():
+            wanted[given > 0] = -np.inf
+        chosen = int(np.argmax(wanted))
         given[chosen] += weight
         here[chosen] += weight
         dealt[block] = names[chosen]
     return dealt
 
-def _deal_all_blocks(table, shares, seed):
+def _deal_all_blocks(table, shares, seed, to_each=False):
     "The split of each block: first blocks with positives, by their area, then the others, by their tiles"
     area = (table.n_positive * table.pixel_size.fillna(1)**2).groupby(table.block).sum()
     by_block = table.groupby('block')
@@ -47,8 +50,22 @@ def _deal_all_blocks(table, shares, seed):
     dealt = {}
     for part, weight in ((blocks[blocks.area > 0], 'area'), (blocks[blocks.area == 0], 'tiles')):
         part = part.sort_values(weight, ascending=False, kind='stable')
-        dealt |= _deal_blocks(part[weight].astype(float), part.region, shares)
+        dealt |= _deal_blocks(part[weight].astype(float), part.region, shares, to_each)
     return dealt
+
+def _deal_groups(table, by, shares, seed):
+    "The split of each tile, with equal values of a column together. Raises `DataError` where a split gets no tile"
+    # whole groups are not stratified by region
+    groups = table.assign(block=text_column(table[by]), region='')
+    split = groups.block.map(_deal_all_blocks(groups, shares, seed, to_each=True))
+    empty = [name for name in shares if name not in set(split)]
+    if empty:
+        positive = groups.block[groups.n_positive > 0].nunique()
+        raise DataError(f'by {by}: {", ".join(empty)} would hold no tile: {len(shares)} splits need at least '
+                        f'{len(shares)} values of {by} with positive tiles, and the table has '
+                        f'{groups.block.nunique()}, {positive} of them with positive tiles; '
+                        'deal blocks instead (--by block)')
+    return split
 
 def _split_of_regions(table, regions):
     "The split of each tile by its region; regions that are not named train"
@@ -80,18 +97,19 @@ def deal_splits(table:pd.DataFrame,                   # a completed table
                 shares:dict[str, float]|None=None,    # share of each split; None takes `SHARES`
                 seed:int=0,                           # order of equal blocks
                 regions:dict[str, list]|None=None,    # whole regions by split instead; others go to train
-                by:str='block'                        # what is dealt whole: 'block' or 'region'
+                by:str='block'                        # what is dealt whole: blocks, or equal values of a column
                ) -> pd.DataFrame:                     # the table, sorted by tile_id, with a new column split
-    "Deal blocks (or whole regions) to splits. Raises `DataError` for unknown splits or regions"
+    "Deal blocks (or whole regions) to splits. Raises `DataError` for unknown splits or regions, or too few of them"
     table = table.sort_values('tile_id', ignore_index=True)
     if regions is not None:
         table['split'] = _split_of_regions(table, regions)
     else:
         shares = shares or SHARES
         raise_problems('shares', [f'{split!r} is not a split' for split in shares if split not in SPLITS])
-        # whole regions are not stratified by region
-        units = table.assign(block=table.region, region='') if by == 'region' else table
-        table['split'] = units.block.map(_deal_all_blocks(units, shares, seed))
+        if by == 'block':
+            table['split'] = table.block.map(_deal_all_blocks(table, shares, seed))
+        else:
+            table['split'] = _deal_groups(table, by, shares, seed)
     _set_buffer(table)
     return table
 
@@ -169,9 +187,17 @@ def show_splits(table:pd.DataFrame   # with split, region, block and n_positive
     lines += [f'thin: {problem}' for problem in thin_splits(table)]
     return '\n'.join(lines)
 
+def _with_groups(table, by):
+    "A table that has the column that is dealt by; where it names no regions, that column is its regions"
+    if by in ('block', 'region'):
+        return table
+    if by not in table:
+        raise ConfigError(f'by: {by!r} is not block, region or a column{nearest(by, {"block", "region", *table})}')
+    return table if 'region' in table else table.assign(region=table[by])
+
 def write_splits(path:str|Path,                         # the table
                 out:str|Path,                          # the new one; its suffix decides the format
-                by:str='block',                        # what is dealt whole: 'block' or 'region'
+                by:str='block',                        # what is dealt whole: blocks, or equal values of a column
                 shares:dict[str, float]|None=None,     # share of each split; None takes `SHARES`
                 regions:dict[str, list]|None=None,     # whole regions by split instead; others go to train
                 seed:int=0,                            # order of equal blocks
@@ -182,8 +208,6 @@ def write_splits(path:str|Path,                         # the table
     path, out = Path(path), Path(out)
     root = path.parent if root is None else Path(root)
     problems = []
-    if by not in ('block', 'region'):
-        problems.append(f'by: {by!r} is not block or region{nearest(by, ["block", "region"])}')
     if shares and regions:
         problems.append('shares and regions: one of them decides, leave out the other')
     if out.suffix.lower() not in FORMATS:
@@ -192,7 +216,7 @@ def write_splits(path:str|Path,                         # the table
         problems.append(f'out: {out} is there already: name another file')
     if problems:
         raise ConfigError('\n'.join(problems))
-    table = read_table_file(path).drop(columns='split', errors='ignore')
+    table = _with_groups(read_table_file(path).drop(columns='split', errors='ignore'), by)
     table = deal_splits(complete_table(table, root, block_size, path.name), shares, seed, regions, by)
     write_manifest(table, out)
     if out.resolve().parent != root.resolve():

@@ -20,7 +20,7 @@ import pandas as pd
 from filelock import FileLock
 
 from .columns import CONTROL, check_columns, text_column
-from .console import DataError, progress, raise_problems
+from .console import DataError, progress, raise_problems, some_names
 from .files import SEAL, digest, write_atomic
 from .manifest import read_table_file
 from .raster import FilesInside, check_regular
@@ -173,6 +173,18 @@ def _check_places(path, root, out):
     if out.exists() and not (out/SEAL).exists() and {path.name for path in out.iterdir()} - {'.lock'}:
         raise DataError(f'{out} holds other files, and no {SEAL} of copies: name a new folder')
 
+def _check_listed(path, originals, out):
+    "Raise where the copies that are there are those of another manifest; one that has grown continues"
+    listed, named = read_list(out), {original.place: original for original in originals}
+    others = sorted(listed.keys() - named.keys() - {path.name})
+    # finished, and the manifest is not what it was: then its files have to be
+    if (out/path.name).exists() and listed.get(path.name) != digest(path):
+        known = sorted(listed.keys() & named.keys())
+        others += [place for place in known if (out/place).exists() and not has_size_and_time(named[place], out)]
+    if others:
+        raise DataError(f'{out} holds copies of other files than {path} names ({some_names(others, 3)}), '
+                        'those of another manifest: name a new folder')
+
 def _check_space(out, originals):
     missing = sum(original.size for original in originals if not has_size_and_time(original, out))
     free = shutil.disk_usage(out).free
@@ -223,6 +235,7 @@ def stage(path:str|Path,              # the manifest
     originals = find_originals(path, root, threads)
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out/'.lock'):
+        _check_listed(path, originals, out)
         target = out/path.name
         target.unlink(missing_ok=True)
         firsts = _link_names(originals, out)

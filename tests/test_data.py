@@ -493,6 +493,28 @@ def test_split_of_any_table(unsplit, capsys, suffix, by):
     assert 'thin: test holds 2 positive tiles, fewer than 100' in printed
     assert source.read_bytes() == before
 
+@pytest.mark.parametrize('renamed', [{}, dict(region='place')], ids=['beside regions', 'instead of regions'])
+def test_split_by_another_column(unsplit, capsys, renamed):
+    "Equal values stay together, numbers too; a table without regions has these"
+    years = [2019, 2019, 2019, 2020, 2020, 2021]
+    column = renamed.get('region', 'year')
+    table = pd.read_csv(unsplit/'t.csv').drop(columns=list(renamed)).assign(**{column: years})
+    table.to_csv(unsplit/'years.csv', index=False)
+    code, printed = split_command(capsys, table=unsplit/'years.csv', out=unsplit/'new.csv', by=column)
+    assert code == 0, printed
+    made = read_manifest(unsplit/'new.csv').table
+    # the most tiles train, and three values fill three splits
+    assert made.groupby(column).split.unique().map(list).to_dict() == {
+        '2019': ['train'], '2020': ['val'], '2021': ['test']}
+    assert made.region.tolist() == (made[column].tolist() if renamed else table.region.tolist())
+
+def test_each_split_gets_a_region_while_there_are_enough(unsplit, capsys):
+    "Three equal regions, of which two would come nearer to the share of train"
+    code, printed = split_command(capsys, table=unsplit/'t.csv', out=unsplit/'new.csv', by='region')
+    assert code == 0, printed
+    made = read_manifest(unsplit/'new.csv').table
+    assert made.groupby('region').split.first().value_counts().to_dict() == dict(train=1, val=1, test=1)
+
 def test_split_by_named_regions(unsplit, capsys, tmp_path):
     "As splits.yaml names them; the rest trains. Elsewhere, the folder of the tiles is said"
     (tmp_path/'s.yaml').write_text('val: [b]\ntest: [c]\n')
@@ -504,7 +526,11 @@ def test_split_by_named_regions(unsplit, capsys, tmp_path):
     assert f'relative to {unsplit}' in printed and 'data.root' in printed
 
 @pytest.mark.parametrize('change, message', [
-    (dict(by='blocks'), r"by: 'blocks' is not block or region \(did you mean 'block'\?\)"),
+    (dict(by='blocks'), r"by: 'blocks' is not block, region or a column \(did you mean 'block'\?\)"),
+    (dict(by='zone'), r"by: 'zone' is not block, region or a column \(.*tile_id"),
+    (dict(by='zone', table='z.csv'), r'by zone: val, test would hold no tile: 3 splits need at least 3 .*has 1, 1 of'),
+    (dict(by='region', table='z.csv'), 'by region: test would hold no tile: 3 splits need.*has 3, 2 of.*--by block'),
+    (dict(by='region', table='two.csv'), 'by region: test would hold no tile: .*has 2, 2 of'),
     (dict(shares='train=1 vall=2'), r"'vall' is not a split \(did you mean 'val'\?\)"),
     (dict(shares='train=x'), "'train=x': a share above 0 was expected"),
     (dict(shares='train=nan'), 'a share above 0 was expected'),
@@ -517,6 +543,10 @@ def test_split_by_named_regions(unsplit, capsys, tmp_path):
 ])
 def test_split_says_what_is_wrong_and_writes_nothing(unsplit, capsys, monkeypatch, change, message):
     (unsplit/'s.yaml').write_text('val: [a, d]\ntest: [a]\n')
+    table = pd.read_csv(unsplit/'t.csv')
+    table.assign(zone='z', n_positive=[3, 3, 3, 3, 0, 0], mask=[*table['mask'][:4], '', '']).to_csv(
+        unsplit/'z.csv', index=False)
+    table.assign(region=list('aabbbb')).to_csv(unsplit/'two.csv', index=False)
     monkeypatch.chdir(unsplit)
     before = sorted(unsplit.rglob('*'))
     code, printed = split_command(capsys, **(dict(table='t.csv', out='new.csv') | change))

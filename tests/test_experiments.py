@@ -1,5 +1,6 @@
 """Each experiment file trains, through everything that the guide's run has, on a world of a second; and the guide's
 table leaves nothing out"""
+import ast
 import functools
 import json
 import math
@@ -119,6 +120,7 @@ ROWS = table_rows(ROOT/'nbs'/'guide.qmd')
 
 # What each section of the guide asks for, in words that a row of that section must hold
 LINES = {
+    '1': ['high precision at acceptable recall'],
     '2.1': ['PyTorch', 'container', 'several GPUs', 'cloud, budget and editor'],
     '2.2': ['one seed', 'deterministic kernels', 'auto-tuning', 'hash seed'],
     '3.1': ['UNet++', 'EfficientNet-B5', 'ImageNet', '512 × 512', '3 channels', 'one logit', 'B3 and B7'],
@@ -134,8 +136,11 @@ LINES = {
     '6.2': ['greedy one-to-one matching', 'IoU 0.1, 0.3 and 0.5'],
     '6.3': ['PR-AUC'],
     '6.4': ['one for all', 'each region'],
+    '7': ['harder negatives'],
+    '7.1': ['without a positive pixel'],
     '7.2': ['half of each batch'],
     '7.3': ['curriculum', 'epoch boundaries'],
+    '8.1': ['50 m to over 2 km', 'several tiles'],
     '8.2': ['native resolution', 'half the resolution'],
     '8.3': ['multi-resolution training', 'recall by size'],
     '9.1': ['AdamW', 'weight decay', 'clipping', 'frozen', 'warm-up and cosine', 'backbone at a tenth', 'EMA', 'FP16',
@@ -154,7 +159,9 @@ LINES = {
     '11.2': ['averaged pixel by pixel'],
     '12.1': ['temperature'],
     '12.2': ['threshold for each ratio'],
-    '13': ['mean ± standard deviation', 'results table'],
+    '13': ['better than another'],
+    '14.1': ['mean ± standard deviation'],
+    '14.2': ['results table'],
 }
 
 # what a row says instead of a test, where nothing is built
@@ -213,16 +220,59 @@ def config_exists(name):
     "Whether there is a config, an experiment or a search of this name"
     return (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file()
 
+@functools.cache
+def tests_of(file):
+    "The test functions of a file of tests/, and whether each has parameters: {name: bool}"
+    path = ROOT/'tests'/f'{file}.py'
+    body = ast.parse(path.read_text()).body if path.is_file() else []
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith('test_')]
+    return {node.name: any('parametrize' in ast.unparse(mark) for mark in node.decorator_list) for node in functions}
+
 def has_test(name):
-    "Whether there is a test, named as file::function"
-    file, _, function = name.partition('::')
-    return re.search(rf'^def {function}\(', (ROOT/'tests'/f'{file}.py').read_text(), re.M)
+    "Whether there is a test, named as file::function, or with one of its cases as file::function[case]"
+    named = re.fullmatch(r'([\w/]+)::(\w+)(\[.+\])?', name)
+    if not named:
+        return False
+    file, function, case = named.groups()
+    known = tests_of(file)
+    return known.get(function, False) if case else function in known
+
+def headings_of(guide):
+    "The numbered headings of the guide's text: {number: title}; a table's rows begin with numbers as well"
+    return dict(re.findall(r'(?<=\n\n)([1-9]\d*(?:\.[1-9]\d*)?)\.? ([A-Z].*)\n(?=\n)', guide))
 
 @pytest.mark.parametrize('section', LINES)
 def test_the_guides_table_has_every_line(section):
     asked = ' '.join(asked for of, asked, *_ in ROWS if of == section)
     missing = [words for words in LINES[section] if words.lower() not in asked.lower()]
     assert not missing, f'{section}: no row for {missing}'
+
+GUIDES = sorted((ROOT.parent/'shared'/'guides').glob('000_*'))
+
+@pytest.mark.skipif(not GUIDES, reason='the text of the guide is not at hand')
+def test_the_guides_table_has_every_heading():
+    "A row for each numbered heading of the text itself, or for the sections below it; and no row of another number"
+    headings = headings_of(GUIDES[0].read_text())
+    assert {'1', '4', '5.4', '10.1', '14.2'} <= set(headings) and len(headings) > 40
+    rows = {of for of, *_ in ROWS} - {'–'}
+    parts = {of.partition('.')[0] for of in rows if '.' in of}
+    missing = {number: title for number, title in headings.items() if number not in rows | parts}
+    assert not missing, f'no row for {missing}'
+    assert rows <= set(headings), f'{rows - set(headings)}: the guide has no such heading'
+    assert rows == set(LINES)
+
+def test_headings_are_told_from_rows_of_tables():
+    "A heading stands alone, with a dot after its number or without"
+    text = '1. No\n\n1. Aim\n\nIoU\n0.3 Relaxed\n\n4 Consistency\n\nOrder\n1 RGB\n2 Late fusion\n\n5.4 Balanced\n\n'
+    assert headings_of(text) == {'1': 'Aim', '4': 'Consistency', '5.4': 'Balanced'}
+
+@pytest.mark.parametrize('name, is_there', [
+    ('test_experiments::test_it_trains', True), ('test_experiments::test_it_trains[rts_baseline]', True),
+    ('faults/test_manifest::test_05_splits_that_share_ground', True), ('test_experiments::test_it_train', False),
+    ('test_experiments::has_test', False), ('test_none::test_it_trains', False), ('test_experiments', False),
+    ('test_experiments::test_headings_are_told_from_rows_of_tables[x]', False)])
+def test_a_named_test_is_a_function_of_that_file(name, is_there):
+    assert has_test(name) == is_there
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: f'{row[0]} {row[1]}'[:60])
 def test_the_guides_table_names_what_exists(row):

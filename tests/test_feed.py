@@ -173,8 +173,11 @@ def test_pasting_by_its_definition(mask, source_mask, sigma, channels):
     assert (out[kept] == image[kept]).all()
     if not sigma:
         assert (out[~taken] == image[~taken]).all()
-    between = (np.minimum(image, source) - 1e-6 <= out) & (out <= np.maximum(image, source) + 1e-6)
-    assert between.all() and all((a == b).all() for a, b in zip(before, (source, source_mask)))
+    else:
+        blurred = ndimage.gaussian_filter(taken.astype(np.float32), sigma, mode='mirror', radius=round(4 * sigma))
+        share = np.where(kept, 0, np.maximum(taken, blurred))[..., None]
+        np.testing.assert_allclose(out, image + share * (source - image), atol=1e-5)
+    assert all((a == b).all() for a, b in zip(before, (source, source_mask)))
 
 def test_light_falls_on_pasted_objects_too():
     "Moves are drawn for each tile, colours once: a grey object on grey ground stays invisible"
@@ -211,13 +214,13 @@ def negative_keys(tiles, n):
 def test_who_gets_objects_of_whom(tiny_world, tmp_path):
     "A share p of the negative draws, no positive one; sources come as the sampler would draw them, with their own keys"
     heavy = 'Banks Island'
-    cfg = pasting(tiny_world, tmp_path, sampler=dict(region_weights={heavy: 3}))
+    cfg = pasting(tiny_world, tmp_path, sampler=dict(region_weights={heavy: 3}), augment=dict(copy_paste=dict(p=.3)))
     tiles, without = datasets(cfg)
     table = tiles.manifest.table
-    keys = negative_keys(tiles, 2000)
+    keys = [(seed, 1 + i % 3, row, k) for i, (seed, _, row, k) in enumerate(negative_keys(tiles, 3000))]
     sources = [tiles.source(key) for key in keys]
     found = [source for source in sources if source]
-    assert binomtest(len(found), len(keys), .5).pvalue > .01
+    assert binomtest(len(found), len(keys), .3).pvalue > .01
     assert all(table.positive[source[2]] for source in found)
     assert sources == [tiles.source(key) for key in keys]
     assert len(set(found)) == len(found) and not {source[0] for source in found} & {42}
@@ -228,6 +231,10 @@ def test_who_gets_objects_of_whom(tiny_world, tmp_path):
     assert chisquare([drawn[i] for i in np.flatnonzero(table.positive)], expected).pvalue > .01
     assert not any(tiles.source((42, 1, int(i), k)) for i in np.flatnonzero(table.positive) for k in range(9))
     assert not any(map(without.source, keys))
+    # epoch and place in the epoch are those of the draw
+    assert all(source[1] == key[1] and source[3] == key[3] for key, source in zip(keys, sources) if source)
+    tiles.cfg.augment.enabled = False
+    assert not any(map(tiles.source, keys))
 
 STILL = {name: dict(p=0) for name in TRANSFORMS}
 

@@ -22,6 +22,7 @@ from rtsseg.objects import (
     object_grid,
     object_metrics,
     recall_by_size,
+    slump_bounds,
 )
 from rtsseg.shapes import label_objects, tile_objects
 
@@ -349,6 +350,44 @@ def slumps_of(world):
         rows.append(identity | tile_evidence(*tile_of_pieces([found for _, found in pieces]), THRESHOLDS))
     named = {tile: sorted({uid for uid, _ in pieces}) for tile, pieces in world.items()}
     return found_slumps(evidence_of(rows), named, list(world)).set_index('uid')
+
+
+def test_slumps_of_tiles_by_hand():
+    "One tile is enough to be found, the lower and the upper bound are each the best of any tile"
+    each = slumps_of({
+        # the second tile may have found a, and the first did not
+        't1': [('a', False)], 't2': [('a', True), ('f', False)],
+        't3': [('b', True), ('c', False)],
+        't4': [('d', True), ('d', False), ('e', False)],
+        't5': [('g', True), ('g', False)],
+        't6': [('h', True)], 't7': [('h', False)], 't8': [('i', False)], 't9': [('i', True)]})
+    expected = dict(a=(2, 0, 1, 't1'), b=(1, .5, .5, 't3'), c=(1, .5, .5, 't3'), d=(1, 0, 1, 't4'), e=(1, 0, 1, 't4'),
+                    f=(1, 0, 1, 't2'), g=(1, 1, 1, 't5'), h=(2, 1, 1, 't6'), i=(2, 1, 1, 't8'))
+    assert dict(zip(each.index, each.itertuples(index=False, name=None))) == expected
+    # fewer objects than slumps
+    assert slump_bounds(2, 1, 3, True) == (0, 1)
+    assert slump_bounds(2, 2, 3, False) == (1, 1)
+
+
+def test_slumps_of_the_windows_of_an_image():
+    "The objects of all windows count together, the block is that of the first, and the settings of a match hold"
+    rows = []
+    for i, pieces in enumerate([[True, True], [False], [True]]):
+        logits, mask = tile_of_pieces(pieces)
+        identity = dict(tile_id=f'w{i}', split='val', region='r', block=f'b{i}', positive=True, pixel_size=3.)
+        rows.append(identity | tile_evidence(logits / 5, mask, THRESHOLDS))
+
+    def found(**settings):
+        each = found_slumps(evidence_of(rows), dict(x=['a', 'b', 'c']), ['x', 'x', 'unnamed'], **settings)
+        return list(each.itertuples(index=False, name=None))
+
+    assert found() == [(uid, 1, 2/3, 2/3, 'b0') for uid in 'abc']
+    assert found(iou=1.1) == [(uid, 1, 0, 0, 'b0') for uid in 'abc']
+    # each piece has 36 pixels
+    assert found(min_area=37) == []
+    assert found(min_area=36) == found()
+    # the score of a piece is sigmoid(1), 0.73
+    assert found(threshold=.9) == found(iou=1.1)
 
 
 piece = st.tuples(st.sampled_from('abcde'), st.booleans())

@@ -215,6 +215,64 @@ def test_a_file_without_permission_is_named(source, tmp_path):
     with pytest.raises(DataError, match='images: cannot be read: Is a directory'):
         copy_whole(original, tmp_path)
 
+def some_rows(source, folder, rows, name='some.csv'):
+    "A manifest of some of the tiles, beside them"
+    table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    table[rows].to_csv(folder/name, index=False)
+    return folder/name
+
+@pytest.fixture
+def far(source, tmp_path):
+    "A folder of the tiles that may be written to"
+    return shutil.copytree(source.parent, tmp_path/'far')
+
+def test_another_manifest_is_refused_and_nothing_changes(source, far, tmp_path, capsys):
+    "Of the same name with other tiles, with fewer, of another name, and of another folder with files of the same names"
+    out = tmp_path/'copy'
+    stage(some_rows(source, far, slice(8)), out)
+    again = shutil.copytree(far, tmp_path/'again', copy_function=shutil.copyfile)
+    before = contents(out), (out/SEAL).read_bytes()
+    for folder, rows, name in ((far, slice(8, None), 'some.csv'), (far, slice(7), 'some.csv'),
+                               (far, slice(9), 'other.csv'), (again, slice(9), 'some.csv')):
+        other = some_rows(source, folder, rows, name)
+        assert main(['stage', '--manifest', str(other), '--out', str(out)]) == 2
+        assert 'those of another manifest: name a new folder' in capsys.readouterr().err
+        assert (contents(out), (out/SEAL).read_bytes()) == before
+
+def test_a_manifest_that_has_grown_copies_only_what_is_new(source, far, tmp_path):
+    "So does one whose cells alone were changed: nothing"
+    out = tmp_path/'copy'
+    first = stage(some_rows(source, far, slice(8)), out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob('*.tif')}
+    whole = some_rows(source, far, slice(None))
+    done = stage(whole, out)
+    assert done.copied == done.files - first.files > 0
+    assert times.items() <= {path: path.stat().st_mtime_ns for path in out.rglob('*.tif')}.items()
+    assert (out/whole.name).read_bytes() == whole.read_bytes() and list_is_true(out)
+    whole.write_text(whole.read_text().replace('train', 'buffer'))
+    assert stage(whole, out).copied == 0 and (out/whole.name).read_bytes() == whole.read_bytes()
+
+def test_interrupted_it_continues_with_its_own_manifest_only(source, far, tmp_path, monkeypatch):
+    "Neither another manifest nor a file that was lost meanwhile: the list decides, also before the end"
+    out, pieces, read = tmp_path/'copy', stage_module._pieces, []
+
+    def failing(original):
+        read.append(original)
+        if len(read) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pieces(original)
+    manifest, other = some_rows(source, far, slice(8)), some_rows(source, far, slice(8, None), 'other.csv')
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space'):
+        patch.setattr(stage_module, '_pieces', failing)
+        stage(manifest, out, threads=1)
+    with pytest.raises(DataError, match='those of another manifest'):
+        stage(other, out)
+    done = stage(manifest, out)
+    assert done.files - done.copied == 5
+    (out/read[0].place).unlink()
+    assert stage(some_rows(source, far, slice(9)), out).copied > 1
+    assert list_is_true(out)
+
 def test_two_names_of_one_file_stay_one(source, tmp_path):
     "So an image in two splits is found on the copy as on the original"
     far = shutil.copytree(source.parent, tmp_path/'far')

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,14 @@ from helpers.runs import MODEL, in_time, toy_world
 from helpers.shell import BIN, ONE_THREAD, Program, fork_trainers, held, running, shell
 from helpers.tiles import truncate
 from helpers.waiting import wait_for
-from rtsseg.check import check_batch_size, check_config_files, check_tracker, environment_findings
+from rtsseg.check import (
+    check_batch_size,
+    check_config_files,
+    check_container,
+    check_tracker,
+    environment_findings,
+    verdict,
+)
 from rtsseg.checkpoint import load_state
 from rtsseg.cli import rtsseg_evaluate, rtsseg_noise, rtsseg_train
 from rtsseg.config import RtsConfig, TrackerConfig, load, settings, to_yaml
@@ -211,6 +218,17 @@ def test_the_configs_own_file_has_to_be_committed(tmp_path):
 @pytest.mark.parametrize('tracker', ['none', 'mlflow'])
 def test_a_tracker_that_is_not_a_server_is_an_open_box(tracker):
     assert check_tracker(TrackerConfig(kind=tracker)).level == 'note'
+
+@pytest.mark.parametrize('mark', ['/.dockerenv', '/run/.containerenv', ''])
+def test_the_box_of_the_container(mark, monkeypatch):
+    "Ticked where the check runs in one, which says that its tests were not seen; elsewhere open"
+    monkeypatch.setattr(Path, 'exists', lambda path: str(path) == mark)
+    box = 'container built and tested'
+    found = check_container()
+    assert (found.level, found.value) == (('ok', 'this check runs in one') if mark else ('note', 'not in a container'))
+    assert ('tests were not run' in found.note) == bool(mark)
+    for is_gpu in (True, False):
+        assert (box in verdict([replace(found, what=box)], is_gpu)) == (not mark)
 
 def test_a_probe_ticks_its_box(tmp_path, monkeypatch, capsys):
     "For this config on this device, whatever its batch size; another model was not tried"
