@@ -1,4 +1,5 @@
 "Folders of images and masks: every pixel arrives, and what cannot be taken is said once with what to do"
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 from rasterio.transform import from_origin
 
-from rtsseg.config import ImagesSource, TableSource, load
+from rtsseg.config import ConfigError, ImagesSource, TableSource, load, parse_override
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence
@@ -58,6 +59,11 @@ def source_of(folder, **settings):
     return ImagesSource(path=folder, **dict(classes={0: 0, 255: 1}) | settings)
 
 SPLITS = dict(train=['a', 'b', 'c', 'd'], val=['e'], test=['f'])
+
+def advised(message):
+    "The settings of data.source that a message tells to override, as the command line reads them"
+    overrides = re.findall("--override '(.*?)'", message)
+    return {name: value for text in overrides for name, value in parse_override(text)['data']['source'].items()}
 
 # ---------------------------------------------------------------- every pixel arrives
 @settings(max_examples=15)
@@ -164,7 +170,7 @@ def test_float_rasters_are_refused_once_with_the_range(tmp_path):
         import_images(ImagesSource(path=tmp_path/'in'), tmp_path/'out'/'m.csv')
     line, = str(caught.value).splitlines()
     assert 'images of type float32: 6 (a.tif, b.tif, c.tif and 3 more)' in line
-    assert f'value_range: [{np.nanmin(rgb):.6g}, {np.nanmax(rgb):.6g}]' in line
+    assert f"--override 'data.source.value_range=[{np.nanmin(rgb):.6g}, {np.nanmax(rgb):.6g}]'" in line
     guessed = guess_source(tmp_path/'in')
     assert guessed.value_range == pytest.approx((np.nanmin(rgb), np.nanmax(rgb)))
     assert guessed.extra_bands == {f'band{k}': k for k in (4, 5, 6, 7)}
@@ -249,12 +255,20 @@ def refusal(folder, out, **settings):
     assert not out.exists() or not list(out.iterdir())
     return str(caught.value)
 
-def rotate(folder):
+def rotate(folder, subfolder='images'):
     for name in 'ab':
-        shown = Image.open(folder/f'images/{name}.png')
+        path = folder/f'{subfolder}/{name}.png'
+        shown = Image.open(path)
         exif = shown.getexif()
         exif[274] = 6
-        shown.save(folder/f'images/{name}.png', exif=exif)
+        shown.save(path, exif=exif)
+
+def as_jpeg(folder, names='abcdef', quality=60):
+    "Masks as JPEG, which makes new values at edges"
+    for name in names:
+        path = folder/f'masks/{name}.png'
+        Image.open(path).save(path.with_suffix('.jpg'), quality=quality)
+        path.unlink()
 
 def palette(folder):
     Image.open(folder/'images/a.png').convert('P').save(folder/'images/a.png')
@@ -269,19 +283,21 @@ def all_masks(folder, mask):
 
 DAMAGE = {
     'no mask': (lambda folder: (folder/'masks/b.png').unlink(),
-                ['images without a mask at masks/{stem}: 1 (b.png)', 'unmasked: negative']),
+                ['images without a mask at masks/{stem}: 1 (b.png)', "--override 'data.source.unmasked=negative'"]),
     'no image': (lambda folder: (folder/'images/b.png').unlink(), ['masks without an image', '1 (b.png)']),
     'size': (lambda folder: save(folder/'masks/b.png', spot((30, 20))),
              ['masks of another size', 'b.png: 20 × 30, its image 50 × 40']),
     'one stem': (lambda folder: save(folder/'images/a.jpg', picture(spot((40, 50)))),
                  ['files with one stem: 1 (images/a.jpg, images/a.png)']),
-    'exif': (rotate, ['EXIF', '2 (a.png, b.png)', 'exif_transpose']),
+    'exif': (rotate, ['images that EXIF', '2 (a.png, b.png)', 'exif_transpose']),
+    'exif of masks': (lambda folder: rotate(folder, 'masks'), ['masks that EXIF', '2 (a.png, b.png)', 'upright']),
     'palette': (palette, ['images with a palette: 1 (a.png): save them as RGB']),
     'unreadable': (truncate, ['a.png, b.png: is not a GeoTIFF']),
     'values': (lambda folder: save(folder/'masks/a.png', spot((40, 50), 7)),
                ['masks with values 7, which are not in classes [0, 255]: 1 (a.png)', 'data.source.classes']),
     'colours': (lambda folder: save(folder/'masks/a.png', picture(spot((40, 50)))),
                 ['a.png: a mask has one band, this one has 3']),
+    'jpeg': (as_jpeg, ['saved as JPEG', '6 (a.jpg, b.jpg, c.jpg and 3 more)', 'PNG']),
     'no object': (lambda folder: all_masks(folder, spot((40, 50), 0)), ['no mask holds an object', 'are 0']),
     'no background': (lambda folder: all_masks(folder, np.full((40, 50), 255, np.uint8)),
                       ['no mask holds background', 'are 255']),
@@ -309,7 +325,7 @@ def test_several_kinds_are_said_together(tmp_path):
 def test_0_and_255_name_the_mapping(tmp_path):
     "With the default classes 255 is ignored, so there would be no object"
     message = refusal(make_folder(tmp_path/'in'), tmp_path/'out', classes={0: 0, 1: 1, 255: 255})
-    assert 'data.source.classes: {0: 0, 255: 1}' in message
+    assert "if 255 marks the objects, --override 'data.source.classes={0: 0, 255: 1}'" in message
 
 def test_unmasked_images_as_negatives(tmp_path):
     folder = make_folder(tmp_path/'in')
@@ -321,8 +337,9 @@ def test_unmasked_images_as_negatives(tmp_path):
 def test_two_images(tmp_path):
     "They cannot be dealt; named they can train and validate"
     folder = make_folder(tmp_path/'in', 'ab')
-    assert '2 images cannot be dealt' in refusal(folder, tmp_path/'out', splits=None)
-    manifest = import_images(source_of(folder, splits=dict(train=['a'], val=['b'])), tmp_path/'out'/'m.csv')
+    message = refusal(folder, tmp_path/'out', splits=None)
+    assert '2 images cannot be dealt' in message
+    manifest = import_images(source_of(folder, **advised(message)), tmp_path/'out'/'m.csv')
     assert by_split(manifest) == dict(train=['a'], val=['b'])
 
 @pytest.mark.parametrize('splits, said', [
@@ -364,6 +381,255 @@ def test_a_guess_from_grey_images(tmp_path):
     source = guess_source(tmp_path)
     assert (source.bands, source.classes) == ([1, 1, 1], {0: 0, 4: 1})
     assert (source.images, source.masks) == ('Images/{stem}', 'labels/{stem}_mask')
+
+def write_masks(folder, values):
+    "Stripes of each value, in all masks"
+    for name in 'abcdef':
+        save(folder/f'masks/{name}.png', np.repeat(np.uint8(values), 5)[:, None].repeat(50, 1))
+
+@pytest.mark.parametrize('values', [[0, 1, 2], [3, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255]])
+def test_a_guess_names_an_override_that_works(tmp_path, values):
+    "Every value is in it, and a guess with it is one that an import takes"
+    folder = make_folder(tmp_path/'in', shape=(5 * len(values), 50))
+    write_masks(folder, values)
+    with pytest.raises(DataError, match='say which are objects') as caught:
+        guess_source(folder)
+    given = advised(str(caught.value))
+    assert set(given['classes']) == set(values)
+    source = guess_source(folder, **given, splits=SPLITS)
+    assert source.classes == given['classes']
+    assert import_images(source, tmp_path/'out'/'m.csv').table.n_positive.gt(0).all()
+
+GIVEN = {
+    'classes': {0: 1, 255: 0},
+    'unmasked': 'negative',
+    'value_range': (0., .25),
+    'nodata': .125,
+    'splits': SPLITS,
+    'bands': [3, 2, 1],
+    'extra_bands': {'nir': 5},
+    'downscale': 2,
+    'images': 'images/{stem}',
+    'masks': 'masks/{stem}',
+}
+
+@settings(max_examples=10)
+@given(names=st.sets(st.sampled_from(sorted(GIVEN))))
+def test_what_is_given_is_taken(tmp_path_factory, names):
+    "As it is, whatever else is given; the rest is what is guessed without it"
+    folder = tmp_path_factory.getbasetemp()/'floats'
+    if not folder.exists():
+        float_folder(folder)
+    given = {name: GIVEN[name] for name in names}
+    source = guess_source(folder, **given)
+    alone = guess_source(folder)
+    # the values depend on bands and nodata
+    depends = {'value_range'} if names & {'bands', 'nodata'} else set()
+    for name in ImagesSource.model_fields:
+        if name not in depends - names:
+            assert getattr(source, name) == given.get(name, getattr(alone, name)), name
+
+def test_bands_that_are_given_are_not_extra(tmp_path):
+    float_folder(tmp_path)
+    assert guess_source(tmp_path, bands=[5, 4, 3]).extra_bands == {'band6': 6, 'band7': 7}
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(nodat=-9999), "data.source: nodat: no such setting (did you mean 'nodata'?)"),
+    (dict(classes={0: 0, 1: 7}), 'data.source: classes.1: Input should be 0, 1 or 255'),
+    (dict(value_range=[1, 0]), 'must be below the second')])
+def test_given_settings_are_checked(tmp_path, wrong, said):
+    with pytest.raises(ConfigError) as caught:
+        guess_source(make_folder(tmp_path/'in'), **wrong)
+    assert said in str(caught.value)
+
+def test_lists_beside_folders_of_splits(tmp_path):
+    "Names would be of several images"
+    for split in ('train', 'val'):
+        make_folder(tmp_path/split, 'ab')
+    with pytest.raises(ConfigError, match='leave out one of them'):
+        guess_source(tmp_path, splits=dict(train=['a'], val=['b']))
+
+@pytest.mark.parametrize('name', ['c.jpg', 'c.png', 'c.tif'])
+def test_a_guess_says_that_masks_are_lossy(tmp_path, name):
+    "By the content of the file, once, and with no classes for what JPEG made"
+    folder = make_folder(tmp_path/'in')
+    mask = folder/'masks'/'c.png'
+    pixels = np.asarray(Image.open(mask))
+    mask.unlink()
+    if name.endswith('tif'):
+        write_tiff(folder/'masks'/name, pixels[None], compress='jpeg', jpeg_quality=60)
+    else:
+        Image.fromarray(pixels).save(folder/'masks'/name, 'JPEG', quality=60)
+    with pytest.raises(DataError) as caught:
+        guess_source(folder)
+    line, = str(caught.value).splitlines()
+    assert f'saved as JPEG, which blurs values at every edge: 1 ({name})' in line and 'classes=' not in line
+
+# ---------------------------------------------------------------- fills
+FLOAT_MAX = -3.4028234663852886e+38
+
+def write_floats(folder, planes, **options):
+    "Float images by name, with masks"
+    (folder/'images').mkdir(parents=True)
+    for name, values in planes.items():
+        write_tiff(folder/f'images/{name}.tif', values, **options)
+        save(folder/f'masks/{name}.png', spot(values.shape[1:], 1))
+
+def reflectance(shape=(3, 40, 50), low=0., high=.8):
+    rng = np.random.default_rng(0)
+    return {name: rng.uniform(low, high, shape).astype('float32') for name in 'abcdef'}
+
+@settings(max_examples=10)
+@given(fill=st.sampled_from([-9999., -32768., FLOAT_MAX, float(np.float32(1e20)), 65535.]), border=st.integers(1, 8),
+       framed=st.sets(st.sampled_from('abcdef'), min_size=1), one_band=st.booleans())
+def test_a_border_that_is_not_declared(tmp_path_factory, fill, border, framed, one_band):
+    "Is nodata, and said; the scale is that of the measured values, and what the message of an import names is the same"
+    folder, planes = tmp_path_factory.mktemp('fill'), reflectance()
+    for name in framed:
+        planes[name][:, :border] = fill
+        # a sensor of which one band failed
+        planes[name][0, border, :5 * one_band] = fill
+    write_floats(folder, planes)
+    kept = np.concatenate([values[values != fill] for values in planes.values()])
+    source = guess_source(folder, splits=SPLITS)
+    assert source.nodata == fill
+    assert source.value_range == (kept.min(), kept.max())
+    manifest = import_images(source, folder/'out'/'m.csv')
+    for row in manifest.table.to_dict('records'):
+        top = border if row['tile_id'] in framed else 0
+        tile = read_row(manifest.root, row)
+        assert not tile.valid[:top].any() and tile.valid[top:].all() and (tile.label[:top] == 255).all()
+        assert np.ptp(tile.rgb[:, tile.valid].astype(int)) > 60_000
+    with pytest.raises(DataError) as caught:
+        import_images(ImagesSource(path=folder), folder/'other'/'m.csv')
+    said = advised(str(caught.value))
+    assert said['nodata'] == fill and said['value_range'] == pytest.approx(source.value_range, rel=1e-5)
+
+@settings(max_examples=20)
+@given(share=st.floats(0, .99), low=st.sampled_from([0., .01, .2, -.3]), high=st.floats(.4, 1.),
+       value=st.sampled_from([0., 'highest']))
+def test_values_that_are_measured_are_kept(tmp_path_factory, share, low, high, value):
+    "Many zeros, of shadow or water, and many values at the upper end, of clouds"
+    folder, planes = tmp_path_factory.mktemp('zeros'), reflectance(low=low, high=high)
+    for values in planes.values():
+        values[:, np.random.default_rng(1).random((40, 50)) < share] = high if value == 'highest' else value
+    write_floats(folder, planes)
+    source = guess_source(folder)
+    whole = np.stack(list(planes.values()))
+    assert source.nodata is None and source.value_range == (whole.min(), whole.max())
+
+def test_two_values_are_kept(tmp_path):
+    "An image of zeros and ones has no fill"
+    planes = {name: (values > .7).astype('float32') for name, values in reflectance().items()}
+    write_floats(tmp_path, planes)
+    assert guess_source(tmp_path).value_range == (0, 1)
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_no_end(tmp_path, bad):
+    planes = reflectance()
+    for values in planes.values():
+        values[:, :5] = bad
+    write_floats(tmp_path, planes)
+    source, kept = guess_source(tmp_path), np.stack(list(planes.values()))[:, :, 5:]
+    assert source.nodata is None and source.value_range == (kept.min(), kept.max())
+
+def test_a_fill_of_extra_bands_alone(tmp_path):
+    "Would be in their statistics"
+    planes = {name: np.concatenate([values, values[:1]]) for name, values in reflectance().items()}
+    for values in planes.values():
+        values[3, :4] = -9999
+    write_floats(tmp_path, planes)
+    assert guess_source(tmp_path).nodata == -9999
+
+def test_a_fill_that_is_declared(tmp_path):
+    "Is left to the files, also where one band alone holds it"
+    planes = reflectance()
+    for values in planes.values():
+        values[:, :4], values[1, 4, :5] = -9999, -9999
+    write_floats(tmp_path, planes, nodata=-9999)
+    source = guess_source(tmp_path)
+    assert source.nodata is None and source.value_range[0] >= 0
+
+@pytest.mark.parametrize('declared', [True, False])
+def test_several_fills(tmp_path, declared):
+    "One setting does not name two values"
+    planes = reflectance()
+    planes['a'][:, :4], planes['b'][:, :4] = -9999, -1e30
+    write_floats(tmp_path, planes)
+    if declared:
+        with rasterio.open(tmp_path/'images'/'b.tif', 'r+') as ds:
+            ds.nodata = float(np.float32(-1e30))
+    with pytest.raises(DataError, match=r'several values stand for nodata \(-1.*e\+30, -9999.0\).*into each image'):
+        guess_source(tmp_path)
+
+def test_a_value_that_may_be_a_fill(tmp_path, caplog):
+    "Is taken as a value, and asked about; what is answered ends the question"
+    planes = {name: values.round().astype('int16') for name, values in reflectance(high=3000.).items()}
+    for values in planes.values():
+        values[:, :4] = -9999
+    write_floats(tmp_path, planes)
+    source = guess_source(tmp_path)
+    warning, = [record.message for record in caplog.records if record.levelname == 'WARNING']
+    assert source.nodata is None and source.value_range[0] == -9999
+    assert "-9999 may stand for nodata (10.0% of the values" in warning
+    assert "--override 'data.source.nodata=-9999.0'; else --override 'data.source.nodata=null'" in warning
+    caplog.clear()
+    assert guess_source(tmp_path, nodata=-9999).value_range[0] == 0
+    assert guess_source(tmp_path, nodata=None).value_range[0] == -9999
+    assert not [record for record in caplog.records if record.levelname == 'WARNING']
+
+def test_a_fill_is_said(tmp_path, caplog):
+    planes = reflectance()
+    for values in planes.values():
+        values[:, :4] = -9999
+    write_floats(tmp_path, planes)
+    with caplog.at_level('INFO', 'rtsseg'):
+        guess_source(tmp_path)
+    assert '-9999 is taken as nodata (10.0% of the values of a band' in caplog.text
+    assert "--override 'data.source.nodata=null' takes it as a value" in caplog.text
+
+# ---------------------------------------------------------------- what is said
+def test_pillow_is_silent_about_many_bands(tmp_path, caplog):
+    "And no longer than it is asked"
+    float_folder(tmp_path)
+    guess_source(tmp_path)
+    assert not [record for record in caplog.records if record.name.startswith('PIL')]
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(tmp_path/'images'/'a.tif')
+    assert 'More samples per pixel' in caplog.text
+
+@pytest.mark.parametrize('classes, splits, is_said', [
+    ({0: 0, 255: 1}, SPLITS, False),
+    ({0: 1, 255: 0}, SPLITS, True),
+    ({0: 255, 255: 1}, SPLITS, True),
+    ({0: 1, 255: 0}, None, True)])
+def test_inverted_masks(tmp_path, caplog, classes, splits, is_said):
+    "More than half of what is labelled for training is positive"
+    folder = make_folder(tmp_path/'in')
+    if splits is None:
+        # background is needed to deal images
+        save(folder/'masks'/'a.png', np.full((40, 50), 255, np.uint8))
+    # an object beside a background of one row
+    if classes[0] == 255:
+        for name in 'abcdef':
+            mask = spot((40, 50))
+            mask[0] = 100
+            save(folder/f'masks/{name}.png', mask)
+        classes = classes | {100: 0}
+    import_images(source_of(folder, classes=classes, splits=splits), tmp_path/'out'/'m.csv', split_check='warn')
+    said = [record.message for record in caplog.records if 'objects are meant to be rare' in record.message]
+    assert len(said) == is_said
+    if is_said:
+        inverted = {value: {0: 1, 1: 0, 255: 255}[ours] for value, ours in classes.items()}
+        assert advised(said[0])['classes'] == inverted
+
+def test_large_objects_outside_of_training_are_not_said(tmp_path, caplog):
+    folder = make_folder(tmp_path/'in')
+    for name in 'bcdef':
+        save(folder/f'masks/{name}.png', np.full((40, 50), 255, np.uint8))
+    import_images(source_of(folder, splits=dict(train=['a'], val=['e'], test=['f'], buffer=['b', 'c', 'd'])),
+                  tmp_path/'out'/'m.csv', split_check='warn')
+    assert 'objects are meant to be rare' not in caplog.text
 
 # ---------------------------------------------------------------- a run
 def test_from_a_folder_to_evidence(tmp_path):
