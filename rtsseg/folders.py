@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ORIENTATION', 'INNER_SIDE', 'IMAGE_FOLDERS', 'MASK_FOLDERS', 'MASK_ENDINGS', 'Pair', 'find_pairs', 'Seen',
-           'look_at', 'value_range', 'suggested_classes', 'survey_problems', 'import_images', 'guess_source']
+           'is_turned', 'look_at', 'value_range', 'suggested_classes', 'survey_problems', 'import_images',
+           'guess_source']
 
 # %% ../nbs/01k_folders.ipynb #folder07
 import re
@@ -110,7 +111,7 @@ class Seen:
     mask_shape: tuple|None      # None without a mask
     values: set                 # of the mask
 
-def _is_turned(path):
+def is_turned(path:Path) -> bool:
     "Whether a picture says that it is to be shown turned or mirrored"
     # what Pillow cannot read is a raster without this tag, or has errors that are found later
     with suppress(UnidentifiedImageError, OSError, Image.DecompressionBombError), Image.open(path) as picture:
@@ -128,7 +129,7 @@ def _look(pair):
     if pair.mask is not None:
         with open_raster(pair.mask, pictures=True) as mask:
             shape, values = mask.shape, set(np.unique(read_mask_values(mask)).tolist())
-    return Seen(pair, **facts, is_turned=_is_turned(pair.image), mask_shape=shape, values=values)
+    return Seen(pair, **facts, is_turned=is_turned(pair.image), mask_shape=shape, values=values)
 
 def look_at(pairs:list[Pair]
            ) -> tuple[list[Seen], list[str]]:   # of all that can be read; a line for each kind of problem
