@@ -23,6 +23,7 @@ from rtsseg.config import Calibrate, ConfigError, ImagesSource, Metrics
 from rtsseg.console import DataError
 from rtsseg.evidence import Meter
 from rtsseg.folders import ORIENTATION, import_images
+from rtsseg.importers import Conversion
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.manifest import read_manifest
 from rtsseg.prediction import NODATA, STEPS, Scene, map_lock, predict, window_starts
@@ -272,13 +273,17 @@ def test_the_same_model_and_scene_give_the_same_bytes(tmp_path):
         assert trace.encode() not in first
     assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['a_scene.tif', 'map.tif', 'map.tif.json', 'model']
 
-def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(stub, tmp_path):
-    folder = stub(Pointwise())
+@pytest.mark.parametrize(('bands', 'conversion'), [(3, None), (7, Conversion(bands=[7, 2, 1], downscale=2))],
+                         ids=['tile', 'source'])
+def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypatch, loaded, tmp_path, bands, conversion):
+    use_network(monkeypatch, replace(loaded, conversion=conversion), Pointwise())
     peaks = []
     for height in (256, 2048):
-        scene = write_scene(tmp_path/f'{height}.tif', noise(height, 100))
+        planes = np.repeat(noise(height, 100), 3, 0)[:bands]
+        scene = write_scene(tmp_path/f'{height}.tif', planes)
+        del planes
         tracemalloc.start()
-        predict(folder, scene, tmp_path/f'map{height}.tif')
+        predict(loaded.folder, scene, tmp_path/f'map{height}.tif')
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
