@@ -275,7 +275,8 @@ def test_the_same_model_and_scene_give_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize(('bands', 'conversion'), [(3, None), (7, Conversion(bands=[7, 2, 1], downscale=2))],
                          ids=['tile', 'source'])
-def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypatch, loaded, tmp_path, bands, conversion):
+def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypatch, loaded, tmp_path, bands,
+                                                                        conversion):
     use_network(monkeypatch, replace(loaded, conversion=conversion), Pointwise())
     peaks = []
     for height in (256, 2048):
