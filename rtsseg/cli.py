@@ -391,7 +391,7 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
 
 @command()
 def rtsseg_predict(model:str='',          # model directory, as runs/…/model
-                   scene:str='',          # GeoTIFF of any size: R, G, B as in training
+                   scene:str='',          # of any size: GeoTIFF with R, G, B as tiles have, or a file as in data.source
                    out:str='',            # the map, a .tif; beside it comes a .tif.json
                    extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
                    views:str='',          # none, minimal, standard or full; '' takes the model's
@@ -399,7 +399,8 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    device:str='auto',     # auto, cpu or cuda
                    batch:int=8,           # windows at once
                    force:bool=False,      # replace a map, or finished rows, that were made otherwise
-                   registry:str=''        # YAML file of the bands in --extra, name: number; '': by their description
+                   registry:str='',       # YAML file of the bands in --extra, name: number; '': by their description
+                   form:str=''            # manifest or source, where a scene could be read as either
                   ) -> None:
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
     import json
@@ -409,7 +410,8 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     if missing:
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
     from rtsseg.prediction import predict
-    print(json.dumps(predict(model, scene, out, extra, views, crs, device, batch, force, registry), indent=1))
+    made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form)
+    print(json.dumps(made, indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command(resumes=True)

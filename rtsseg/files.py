@@ -156,7 +156,8 @@ SEAL = 'SHA256SUMS'
 CALIBRATED = 'calibration.json', 'post_hoc.yaml'
 
 # what a model directory holds; a system may add files of its own
-SEALED = ('README.md', *CALIBRATED, 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json')
+SEALED = ('README.md', *CALIBRATED, 'config.yaml', 'metrics.json', 'model.safetensors', 'normalization_stats.json',
+          'source.json')
 
 # in the list: the file is being written for the first time, and may not be there yet
 NOT_YET = '0' * 64

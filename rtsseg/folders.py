@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ORIENTATION', 'FILL_SHARE', 'FAR', 'VERY_FAR', 'SAMPLED', 'INNER_SIDE', 'IMAGE_FOLDERS', 'MASK_FOLDERS',
-           'MASK_ENDINGS', 'Pair', 'find_pairs', 'Seen', 'look_at', 'value_range', 'Fill', 'find_fill',
+           'MASK_ENDINGS', 'Pair', 'find_pairs', 'Seen', 'is_turned', 'look_at', 'value_range', 'Fill', 'find_fill',
            'suggested_classes', 'survey_problems', 'import_images', 'guess_source']
 
 # %% ../nbs/01k_folders.ipynb #folder07
@@ -130,7 +130,7 @@ def _silenced(log):
     finally:
         log.disabled = was_disabled
 
-def _is_turned(path):
+def is_turned(path:Path) -> bool:
     "Whether a picture says that it is to be shown turned or mirrored"
     # what Pillow cannot read is a raster without this tag, or has errors that are found later
     cannot_read = suppress(UnidentifiedImageError, OSError, Image.DecompressionBombError)
@@ -146,7 +146,7 @@ def _look_at_mask(path):
     with open_raster(path, pictures=True) as mask:
         is_lossy = mask.driver == 'JPEG' or mask.compression == Compression.jpeg
         values = set(np.unique(read_mask_values(mask)).tolist())
-        return dict(mask_shape=mask.shape, mask_is_turned=_is_turned(path), mask_is_lossy=is_lossy, values=values)
+        return dict(mask_shape=mask.shape, mask_is_turned=is_turned(path), mask_is_lossy=is_lossy, values=values)
 
 def _look(pair):
     "Look at one pair. Raises `DataError`"
@@ -155,7 +155,7 @@ def _look(pair):
         bands = len(meanings) - (meanings[-1] == ColorInterp.alpha)
         facts = dict(shape=ds.shape, dtype=ds.dtypes[0], bands=bands, names=ds.descriptions[:bands],
                      is_palette=meanings[0] == ColorInterp.palette, nodata=ds.nodata)
-    return Seen(pair, **facts, is_turned=_is_turned(pair.image), **_look_at_mask(pair.mask))
+    return Seen(pair, **facts, is_turned=is_turned(pair.image), **_look_at_mask(pair.mask))
 
 def look_at(pairs:list[Pair]
            ) -> tuple[list[Seen], list[str]]:   # of all that can be read; a line for each kind of problem

@@ -18,6 +18,7 @@ from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence
 from rtsseg.folders import find_pairs, guess_source, import_images
 from rtsseg.importers import import_table
+from rtsseg.prediction import predict
 from rtsseg.prepare import prepare
 from rtsseg.rawtile import read_row
 from rtsseg.training import train
@@ -647,9 +648,13 @@ def test_from_a_folder_to_evidence(tmp_path):
                           options=dict(encoder_depth=4, decoder_channels=[16, 8, 8, 8])))
     manifest = prepare(cfg)
     assert manifest.whole.table.tile_id.tolist() == list('abcdef')
-    evidence = Evidence.read(evaluate(train(cfg), 'test'))
+    folder = train(cfg)
+    evidence = Evidence.read(evaluate(folder, 'test'))
     positive = manifest.of('test').table.n_positive.sum()
     assert len(evidence) == len(manifest.of('test')) and positive == 63 * len(manifest.of('test').whole)
+    # further files as those of the folder
+    made = predict(folder/'model', tmp_path/'in/images/a.png', tmp_path/'map.tif', crs='none')
+    assert made['pixels'] == 70 * 90 and made['source']['bands'] == [1, 2, 3]
     # another scale would be another set of tiles
     cfg.data.source.downscale = 2
     with pytest.raises(DataError, match='downscale 1 .asked for: 2'):

@@ -10,6 +10,7 @@ import rasterio
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rasterio.transform import Affine
 from scipy.special import expit, logit
 from torch import nn
@@ -18,12 +19,14 @@ import rtsseg.prediction
 from helpers.maps import CRS, GRID, noise, read_map, statistics, untrained_model, write_scene
 from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import HeldOut, calibrate_evidence
-from rtsseg.config import Calibrate, ConfigError, Metrics
+from rtsseg.config import Calibrate, ConfigError, ImagesSource, Metrics
 from rtsseg.console import DataError
 from rtsseg.evidence import Meter
+from rtsseg.folders import ORIENTATION, import_images
+from rtsseg.importers import Conversion
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.manifest import read_manifest
-from rtsseg.prediction import NODATA, STEPS, map_lock, predict, window_starts
+from rtsseg.prediction import NODATA, STEPS, Scene, map_lock, predict, window_starts
 from rtsseg.raster import write_raster
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import TileDataset
@@ -270,13 +273,18 @@ def test_the_same_model_and_scene_give_the_same_bytes(tmp_path):
         assert trace.encode() not in first
     assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['a_scene.tif', 'map.tif', 'map.tif.json', 'model']
 
-def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(stub, tmp_path):
-    folder = stub(Pointwise())
+@pytest.mark.parametrize(('bands', 'conversion'), [(3, None), (7, Conversion(bands=[7, 2, 1], downscale=2))],
+                         ids=['tile', 'source'])
+def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypatch, loaded, tmp_path, bands,
+                                                                        conversion):
+    use_network(monkeypatch, replace(loaded, conversion=conversion), Pointwise())
     peaks = []
     for height in (256, 2048):
-        scene = write_scene(tmp_path/f'{height}.tif', noise(height, 100))
+        planes = np.repeat(noise(height, 100), 3, 0)[:bands]
+        scene = write_scene(tmp_path/f'{height}.tif', planes)
+        del planes
         tracemalloc.start()
-        predict(folder, scene, tmp_path/f'map{height}.tif')
+        predict(loaded.folder, scene, tmp_path/f'map{height}.tif')
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
@@ -416,3 +424,143 @@ def test_a_map_is_made_by_one_process_at_a_time(model, tmp_path):
     good(tmp_path)
     with map_lock(tmp_path/'map.tif.parts'), pytest.raises(DataError, match='another process makes this map'):
         predict(model, tmp_path/'scene.tif', tmp_path/'map.tif')
+
+# ---------------------------------------------------------------- a scene as people have it
+
+def source_folder(folder, write, count=3):
+    "A folder of images, as `write(path without suffix, number)` makes them, and of masks"
+    for name in ('images', 'masks'):
+        (folder/name).mkdir(parents=True)
+    for k in range(count):
+        write(folder/f'images/s{k}', k)
+        mask = np.zeros((150, 118), 'uint8')
+        mask[20:60, 30:70] = 1
+        Image.fromarray(mask).save(folder/f'masks/s{k}.png')
+    return folder
+
+def seven_bands(path, k, scale=.6, dtype='float32'):
+    "A raster of seven bands with a corner of nodata and a pixel that is not a number"
+    planes = (np.random.default_rng(k).uniform(-.05, 1.1, (7, 150, 118)) * scale).astype(dtype)
+    planes[:, :9, :40] = -9999
+    if dtype == 'float32':
+        planes[5, 77, 60] = np.nan
+    write_raster(path.with_suffix('.tif'), planes, GRID, CRS, nodata=-9999)
+
+def png(path, k):
+    "A picture with an alpha band"
+    planes = np.random.default_rng(k).integers(0, 256, (150, 118, 4), 'uint8')
+    planes[..., 3] = 255 * (planes[..., 3] > 9)
+    Image.fromarray(planes).save(path.with_suffix('.png'))
+
+def jpeg(path, k):
+    Image.fromarray(noise(150, 118).transpose(1, 2, 0)).save(path.with_suffix('.jpg'))
+
+SCALED = dict(bands=[3, 2, 1], extra_bands=dict(slope=7, ndvi=6), value_range=[0, .6])
+
+def imported_model(tmp_path, write, extra=(), **settings):
+    "Source folder, its manifest, and a model directory that was made of them"
+    folder = source_folder(tmp_path/'in', write)
+    source = ImagesSource(path=folder, **settings)
+    manifest = import_images(source, tmp_path/'out'/'manifest.csv', split_check='warn')
+    stats = compute_stats(manifest, list(extra))
+    return folder, manifest, untrained_model(tmp_path/'model', stats, source=source)
+
+@pytest.mark.parametrize(('write', 'extra', 'crs', 'settings'), [
+    (seven_bands, ['ndvi', 'slope'], '', SCALED),
+    (seven_bands, ['ndvi'], '', SCALED | dict(downscale=2)),
+    (seven_bands, [], '', SCALED | dict(extra_bands={})),
+    (png, [], 'none', {}),
+    (png, [], 'none', dict(bands=[2, 2, 3], downscale=2, nodata=0)),
+    (jpeg, [], 'none', {}),
+], ids=['float32', 'shrunk', 'float32 as RGB', 'png', 'png otherwise', 'jpeg'])
+def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, write, extra, crs, settings):
+    "What the model sees is the same to the last bit, in every window"
+    folder, manifest, model = imported_model(tmp_path, write, extra, **settings)
+    loaded = load_model(model)
+    file = next((folder/'images').glob('s1.*'))
+    row = manifest.table.set_index('tile_id').loc['s1']
+    tile, raster = manifest.root/row.image, manifest.root/row.extra if extra else ''
+    form = '' if extra or settings == {} else 'manifest'
+    ours, theirs = Scene(tile, raster, crs, loaded, form=form), Scene(file, '', crs, loaded)
+    assert (ours.height, ours.width, ours.crs, ours.transform) == (theirs.height, theirs.width, theirs.crs,
+                                                                   theirs.transform)
+    for top in window_starts(ours.height, 64):
+        found, want = theirs.read_rows(top), ours.read_rows(top)
+        np.testing.assert_array_equal(found.valid, want.valid)
+        for left in window_starts(ours.width, 64):
+            assert torch.equal(theirs.window(found, left), ours.window(want, left))
+    made = predict(model, file, tmp_path/'theirs.tif', crs=crs)
+    predict(model, tile, tmp_path/'ours.tif', raster, crs=crs, form=form)
+    np.testing.assert_array_equal(read_map(tmp_path/'theirs.tif'), read_map(tmp_path/'ours.tif'))
+    assert made['source']['value_range'] == settings.get('value_range')
+    assert 0 < made['valid'] <= made['pixels'] == ours.height * ours.width
+    assert np.ptp(read_map(tmp_path/'theirs.tif')) > 1000
+
+def test_a_scene_of_neither_form_is_refused(tmp_path):
+    "Both forms are named"
+    folder, manifest, model = imported_model(tmp_path, seven_bands, ['ndvi'], **SCALED)
+    row = manifest.table.iloc[0]
+    both = (r'in no form .*R, G and B as uint16 in a GeoTIFF, with ndvi in a raster that --extra names.*'
+            r'R, G and B in bands 3, 2, 1, slope in band 7, ndvi in band 6, of any type with values from 0 to 0\.6')
+    few = write_scene(tmp_path/'few.tif', noise(90, 80))
+    png(tmp_path/'few', 0)
+    file = next((folder/'images').glob('s0.*'))
+    for scene, extra in [(few, ''), (tmp_path/'few.png', ''), (manifest.root/row.image, ''),
+                         (file, manifest.root/row.extra)]:
+        with pytest.raises(DataError, match=both):
+            predict(model, scene, tmp_path/'map.tif', extra, crs='')
+    with pytest.raises(ConfigError, match='leave out --extra'):
+        predict(model, file, tmp_path/'map.tif', manifest.root/row.extra, form='source')
+    with pytest.raises(ConfigError, match="form: 'sauce' is not one of manifest, source"):
+        predict(model, file, tmp_path/'map.tif', form='sauce')
+    assert not list(tmp_path.glob('map*'))
+
+def test_a_scene_that_could_be_either_is_asked_for(tmp_path):
+    "Values on another scale do not pass in silence"
+    def write(path, k):
+        seven_bands(path, k, 3000, 'int16')
+    folder, manifest, model = imported_model(tmp_path, write, value_range=[0, 3000])
+    scaled, unscaled = manifest.root/manifest.table.image[0], tmp_path/'unscaled.tif'
+    with rasterio.open(next((folder/'images').glob('s0.*'))) as ds:
+        planes = ds.read([1, 2, 3])
+    planes[planes < 0] = 0
+    write_raster(unscaled, planes.astype('uint16'), GRID, CRS)
+    for scene in (scaled, unscaled):
+        with pytest.raises(ConfigError, match='say --form manifest or --form source'):
+            predict(model, scene, tmp_path/'map.tif')
+    predict(model, scaled, tmp_path/'map.tif', form='manifest')
+    predict(model, unscaled, tmp_path/'other.tif', form='source')
+    valid = read_map(tmp_path/'map.tif') != NODATA
+    assert valid.any()
+    inner = np.s_[80:140, :]
+    np.testing.assert_array_equal(read_map(tmp_path/'map.tif')[inner], read_map(tmp_path/'other.tif')[inner])
+    # the same file in another form is another map
+    with pytest.raises(DataError, match=r'other settings \(source\)'):
+        predict(model, scaled, tmp_path/'map.tif', form='source')
+
+def test_pictures_that_an_import_refuses(tmp_path):
+    "Predict refuses them too: turned by EXIF, or with a palette"
+    def grey(path, k):
+        Image.fromarray(noise(150, 118)[0]).save(path.with_suffix('.png'))
+    *_, model = imported_model(tmp_path, grey, bands=[1, 1, 1])
+    picture = Image.fromarray(noise(70, 80)[0])
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture.save(tmp_path/'turned.png', exif=exif)
+    picture.convert('P').save(tmp_path/'palette.png')
+    picture.save(tmp_path/'grey.png')
+    for name, why in dict(turned='by its EXIF', palette='has a palette').items():
+        with pytest.raises(DataError, match=why):
+            predict(model, tmp_path/f'{name}.png', tmp_path/'map.tif', crs='none')
+    with pytest.raises(DataError, match='names no CRS: .*--crs none'):
+        predict(model, tmp_path/'grey.png', tmp_path/'map.tif')
+    assert predict(model, tmp_path/'grey.png', tmp_path/'map.tif', crs='none')['valid'] == 70 * 80
+
+def test_a_picture_without_a_record(model, tmp_path):
+    "A model directory of an older version loads, and says what to do about a picture"
+    png(tmp_path/'scene', 0)
+    assert load_model(model).conversion is None
+    with pytest.raises(DataError, match=r'scene.png is not a GeoTIFF: .* save it as a GeoTIFF of uint8'):
+        predict(model, tmp_path/'scene.png', tmp_path/'map.tif', crs='none')
+    with pytest.raises(ConfigError, match='keeps no source.json'):
+        predict(model, tmp_path/'scene.png', tmp_path/'map.tif', form='source')

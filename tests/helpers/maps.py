@@ -26,13 +26,13 @@ def statistics(bands=()):
         manifest_hash='none',
     )
 
-def untrained_model(folder, stats=None, tile=64):
-    "A model directory of an untrained network whose scores spread"
+def untrained_model(folder, stats=None, tile=64, source=None):
+    "A model directory of an untrained network whose scores spread; `source` is what its data came from"
     stats = stats or statistics()
     bands = stats.channels[3:]
     torch.manual_seed(0)
     settings = MODEL | dict(in_channels=3 + len(bands))
-    cfg = load(batch_size=8, data=dict(tile_size=tile, extra_bands=bands), model=settings)
+    cfg = load(batch_size=8, data=dict(tile_size=tile, extra_bands=bands, source=source), model=settings)
     model = build(cfg.model)
     with torch.no_grad():
         model.segmentation_head[0].weight *= 30
