@@ -73,7 +73,7 @@ def tile_logits(packed:Predictor, batch:dict, ask:Pass) -> torch.Tensor:
     with torch.inference_mode(), ask.accelerator.autocast():
         return judged_part(predict_logits(packed.model, batch['image'].to(device), ask.views), batch)
 
-# tiles whose scores are looked at before a pass: at least and at most so many, and else this part of a split
+# tiles whose scores are looked at before a pass: at least, at most, and else this part of a split
 LEAST_PROBES, MOST_PROBES, PROBE_PART = 4, 8, 16
 
 def probe_tiles(positive:np.ndarray    # bool: of each row, whether it holds an object

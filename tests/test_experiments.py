@@ -249,7 +249,7 @@ def test_the_guides_table_has_every_line(section):
 
 GUIDES = sorted((ROOT.parent/'shared'/'guides').glob('000_*'))
 
-@pytest.mark.skipif(not GUIDES, reason='the text of the guide is not at hand')
+@pytest.mark.skipif(not GUIDES, reason='the text of the guide is not there')
 def test_the_guides_table_has_every_heading():
     "A row for each numbered heading of the text itself, or for the sections below it; and no row of another number"
     headings = headings_of(GUIDES[0].read_text())
