@@ -8,6 +8,7 @@ __all__ = ['SUFFIXES', 'ORIENTATION', 'INNER_SIDE', 'IMAGE_FOLDERS', 'MASK_FOLDE
            'guess_source']
 
 # %% ../nbs/01k_folders.ipynb #folder07
+import logging
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def find_pairs(source:ImagesSource
 # %% ../nbs/01k_folders.ipynb #folder13
 # EXIF and TIFF tag of the way a picture is held; 1 is upright
 ORIENTATION = 274
+# Pillow reports rasters of many bands as errors
+logging.getLogger('PIL.TiffImagePlugin').setLevel(logging.CRITICAL)
 
 @dataclass
 class Seen:
