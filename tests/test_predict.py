@@ -473,7 +473,7 @@ def imported_model(tmp_path, write, extra=(), **settings):
     (png, [], 'none', dict(bands=[2, 2, 3], downscale=2, nodata=0)),
     (jpeg, [], 'none', {}),
 ], ids=['float32', 'shrunk', 'float32 as RGB', 'png', 'png otherwise', 'jpeg'])
-def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, write, extra, crs, settings):
+def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, caplog, write, extra, crs, settings):
     "What the model sees is the same to the last bit, in every window"
     folder, manifest, model = imported_model(tmp_path, write, extra, **settings)
     loaded = load_model(model)
@@ -495,6 +495,7 @@ def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, write, extra, 
     assert made['source']['value_range'] == settings.get('value_range')
     assert 0 < made['valid'] <= made['pixels'] == ours.height * ours.width
     assert np.ptp(read_map(tmp_path/'theirs.tif')) > 1000
+    assert 'samples per pixel' not in caplog.text
 
 def test_a_scene_of_neither_form_is_refused(tmp_path):
     "Both forms are named"
