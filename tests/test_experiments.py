@@ -221,7 +221,7 @@ def config_exists(name):
     return (CONFIGS/f'{name}.yaml').is_file() or (CONFIGS/'experiments'/f'{name}.yaml').is_file()
 
 @functools.cache
-def tests_of(file):
+def functions_in(file):
     "The test functions of a file of tests/, and whether each has parameters: {name: bool}"
     path = ROOT/'tests'/f'{file}.py'
     body = ast.parse(path.read_text()).body if path.is_file() else []
@@ -234,7 +234,7 @@ def has_test(name):
     if not named:
         return False
     file, function, case = named.groups()
-    known = tests_of(file)
+    known = functions_in(file)
     return known.get(function, False) if case else function in known
 
 def headings_of(guide):
