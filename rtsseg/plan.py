@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'NETWORKS', 'ENOUGH_STEPS', 'MANY_STEPS', 'SIDES', 'EPOCHS', 'BATCH', 'MAX_WEIGHT', 'FEW_STEPS',
-           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'LIGHT_AUGMENTATION', 'Fingerprint', 'object_lengths', 'object_boxes',
+           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'LIGHT_AUGMENTATION', 'Fingerprint', 'object_boxes', 'longer_sides',
            'MaskTotals', 'count_splits', 'take_fingerprint', 'Machine', 'this_machine', 'step_seconds', 'Choice',
            'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network', 'largest_network',
            'is_fast', 'plan_network', 'why_network', 'plan_start', 'plan_sampling', 'count_kinds', 'plan_full_batch',
@@ -79,15 +79,15 @@ class Fingerprint:
         facts = [str(self), self.form, self.splits, self.regions, *self.oddities]
         return [fact for fact in facts if fact]
 
-def object_lengths(label:np.ndarray    # (H, W) uint8: 0, 1, 255
-                  ) -> np.ndarray:     # int, pixels
-    "The longer side of the box around each 8-connected object"
-    return object_boxes(label)[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1)
-
 def object_boxes(label:np.ndarray    # (H, W) uint8: 0, 1, 255
                 ) -> np.ndarray:     # (objects, 5): OpenCV's statistics of each 8-connected object
     "Boxes and areas of objects"
     return cv2.connectedComponentsWithStats((label == 1).view(np.uint8), connectivity=8)[2][1:]
+
+def longer_sides(boxes:np.ndarray    # (objects, 5), of `object_boxes`
+                ) -> np.ndarray:     # (objects,) int, pixels
+    "The longer side of each box"
+    return boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1)
 
 class MaskTotals:
     "What the masks of a split add up to"
@@ -164,8 +164,7 @@ def take_fingerprint(manifest:Manifest    # of images or tiles
         problems.append(f'{manifest.path.name}: no training image holds an object, so nothing can be planned')
     if problems:
         raise DataError('\n'.join(problems))
-    boxes = np.concatenate(totals.boxes)
-    lengths = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1)
+    lengths = longer_sides(np.concatenate(totals.boxes))
     extra = ', and EXTRA bands' if (manifest.table.extra != '').all() else ''
     return Fingerprint(len(manifest), min(map(min, shapes)), len(shapes) == 1 and len(set(*shapes)) == 1, lengths,
                        totals.positive / totals.labelled, float(manifest.table.pixel_size.median()),

@@ -15,7 +15,8 @@ from rtsseg.plan import (
     Machine,
     RunPlan,
     crop_sides,
-    object_lengths,
+    longer_sides,
+    object_boxes,
     plan_batch,
     plan_epochs,
     plan_full_batch,
@@ -62,7 +63,7 @@ def test_object_lengths_by_another_library():
     rng = np.random.default_rng(0)
     mask = (cv2.GaussianBlur(rng.random((200, 150)), (0, 0), 3) > .53).astype(np.uint8)
     boxes = [region.bbox for region in regionprops(label(mask, connectivity=2))]
-    assert sorted(object_lengths(mask)) == sorted(max(b[2] - b[0], b[3] - b[1]) for b in boxes)
+    assert sorted(longer_sides(object_boxes(mask))) == sorted(max(b[2] - b[0], b[3] - b[1]) for b in boxes)
 
 def test_more_time_takes_a_larger_network():
     "The largest that takes enough steps; the smallest where none does"
@@ -224,6 +225,21 @@ def write_folder(folder, count=9):
         image = rng.normal(100, 10, (*shape, 3)) + (mask > 0)[..., None] * 60
         cv2.imwrite(str(folder/'images'/f'{i}.jpg'), image.clip(0, 255).astype(np.uint8))
         cv2.imwrite(str(folder/'masks'/f'{i}.png'), mask)
+
+def test_a_folder_of_several_classes_is_planned_with_those_that_are_given(tmp_path, monkeypatch):
+    "Without them it is refused; with them nothing else of the source is lost"
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path/'fields')
+    for path in (tmp_path/'fields'/'masks').iterdir():
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) // 255 * 2
+        mask[:5, :5] = 5
+        cv2.imwrite(str(path), mask)
+    with pytest.raises(DataError, match='data.source.classes'):
+        write_plan('plan.yaml', folder='fields', minutes=1, device='cpu')
+    given = ['data.source.classes={0: 0, 2: 1, 5: 255}', 'threads=1']
+    write_plan('plan.yaml', folder='fields', minutes=1, device='cpu', overrides=given)
+    source = load('plan.yaml').data.source
+    assert (source.classes, source.path) == ({0: 0, 2: 1, 5: 255}, tmp_path/'fields')
 
 def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys):
     "Whose masks hold 0 and 255, and without a line of YAML; the second command may be given again"
