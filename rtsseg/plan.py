@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TINY', 'NETWORKS', 'ENOUGH_STEPS', 'MANY_STEPS', 'SIDES', 'EPOCHS', 'BATCH', 'MAX_WEIGHT', 'FEW_STEPS',
-           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'LIGHT_AUGMENTATION', 'Fingerprint', 'object_boxes', 'longer_sides',
-           'MaskTotals', 'count_splits', 'take_fingerprint', 'Machine', 'this_machine', 'step_seconds', 'Choice',
-           'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network', 'largest_network',
-           'is_fast', 'plan_network', 'why_network', 'plan_start', 'plan_sampling', 'count_kinds', 'plan_full_batch',
-           'plan_monitor', 'plan_epochs', 'plan_rates', 'check_time', 'plan_machine', 'plan_batch', 'plan_threads',
-           'given_settings', 'nested', 'RunPlan', 'make_plan', 'read_images', 'as_yaml', 'plan_text', 'write_plan',
-           'first_choices', 'plan_source']
+           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'BF16_GAIN', 'LIGHT_AUGMENTATION', 'Fingerprint', 'object_boxes',
+           'longer_sides', 'MaskTotals', 'count_splits', 'take_fingerprint', 'Machine', 'this_machine', 'step_seconds',
+           'Choice', 'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network',
+           'largest_network', 'is_fast', 'plan_network', 'why_network', 'plan_start', 'plan_sampling', 'count_kinds',
+           'plan_full_batch', 'plan_monitor', 'plan_epochs', 'plan_rates', 'check_time', 'plan_machine', 'plan_batch',
+           'plan_threads', 'plan_precision', 'plan_views', 'given_settings', 'nested', 'RunPlan', 'make_plan',
+           'read_images', 'as_yaml', 'plan_text', 'write_plan', 'first_choices', 'plan_source']
 
 # %% ../nbs/05c_plan.ipynb #iplan
 import io
@@ -42,6 +42,7 @@ from .manifest import Manifest
 from .models import build
 from .prepare import find_manifest
 from .pretrained import are_at_hand
+from .processes import make_accelerator
 from .raster import open_raster, resolve_inside
 from .rawtile import parse_bands, read_row
 from .runs import flatten
@@ -195,22 +196,23 @@ def this_machine(device:str='auto'    # auto, cpu or cuda
     has_bf16 = kind == 'cpu' and torch.cpu._is_avx512_bf16_supported()
     return Machine(kind, len(os.sched_getaffinity(0)), psutil.virtual_memory().available, has_bf16)
 
-def step_seconds(cfg:RtsConfig,      # model, loss, batch_size, threads and data.tile_size
-                 device:str,         # cpu or cuda
+def step_seconds(cfg:RtsConfig,      # model, loss, batch_size, device, precision, threads and data.tile_size
                  limit:float=inf     # seconds of a step from which on it does not matter how slow it is
                 ) -> float:
     "Seconds of a training step on random tiles: the median of three after one that warms up, of one beyond the limit"
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    model = build(cfg.model.model_copy(update=dict(weights=None))).to(device, memory_format=torch.channels_last)
+    accelerator = make_accelerator(cfg)
+    model = build(cfg.model.model_copy(update=dict(weights=None)))
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch = next(iter(synthetic_batches(cfg, cfg.batch_size)))
-    image, target = batch['image'].to(device), batch['target'].to(device)
+    image, target = batch['image'].to(accelerator.device), batch['target'].to(accelerator.device)
     parts = make_loss(cfg.loss)
     seconds = []
     for _ in range(4):
         began = time.monotonic()
-        sum(part.value(model(image), target) for part in parts.values()).backward()
+        with accelerator.autocast():
+            logits = model(image).float()
+        sum(part.value(logits, target) for part in parts.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
         # reading a number waits for a GPU
@@ -251,6 +253,8 @@ MAX_WEIGHT = 50
 FEW_STEPS, STEPS_PER_EPOCH = 200, 20
 # workers of a CPU that trains
 MAX_WORKERS = 4
+# bf16 computes with eight bits, so a step must be shorter by a tenth
+BF16_GAIN = .9
 
 def plan_bands(manifest:Manifest) -> list[Choice]:
     "All EXTRA bands that have a name; raises `DataError` where the first EXTRA raster cannot be read"
@@ -296,7 +300,6 @@ def with_network(cfg:RtsConfig, network:Network, weights:str|None=None) -> RtsCo
     return cfg.model_copy(update=dict(model=cfg.model.model_copy(update=model)))
 
 def largest_network(cfg:RtsConfig,             # with the choices so far
-                    device:str,                # cpu or cuda
                     minutes:float,             # for training
                     networks:list[Network],    # smallest first
                     wanted:int                 # steps
@@ -304,7 +307,7 @@ def largest_network(cfg:RtsConfig,             # with the choices so far
     "The largest network that takes enough steps, from the smallest up, so that a slow one costs a step"
     chosen, steps = None, {}
     for network in networks:
-        seconds = step_seconds(with_network(cfg, network), device, 60 * minutes / wanted)
+        seconds = step_seconds(with_network(cfg, network), 60 * minutes / wanted)
         fitting = int(60 * minutes / seconds)
         if fitting < wanted:
             steps[network.encoder] = f'under {wanted}'
@@ -313,13 +316,12 @@ def largest_network(cfg:RtsConfig,             # with the choices so far
         chosen = network
     return chosen, steps
 
-def is_fast(cfg:RtsConfig, device:str, minutes:float) -> bool:
+def is_fast(cfg:RtsConfig, minutes:float) -> bool:
     "Whether the smallest network takes enough steps"
     seconds = 60 * minutes / ENOUGH_STEPS
-    return step_seconds(with_network(cfg, NETWORKS[0]), device, seconds) <= seconds
+    return step_seconds(with_network(cfg, NETWORKS[0]), seconds) <= seconds
 
 def plan_network(plan:'RunPlan',     # with the choices so far
-                 device:str,         # cpu or cuda
                  minutes:float       # for training
                 ) -> list[Choice]:
     "Rules 2 and 3"
@@ -327,12 +329,12 @@ def plan_network(plan:'RunPlan',     # with the choices so far
     at_hand = [network for network in NETWORKS if are_at_hand(with_network(cfg, network, 'imagenet').model)]
     network = None
     if at_hand and not plan.is_given('model.weights'):
-        network, _ = largest_network(cfg, device, minutes, at_hand, ENOUGH_STEPS)
+        network, _ = largest_network(cfg, minutes, at_hand, ENOUGH_STEPS)
     if network:
         weights = Choice('model.weights', 'imagenet', 'they are on this machine')
     else:
         weights = Choice('model.weights', None, 'random: none of a network that is fast enough are on this machine')
-        network, steps = largest_network(cfg, device, minutes, NETWORKS, MANY_STEPS)
+        network, steps = largest_network(cfg, minutes, NETWORKS, MANY_STEPS)
         network = network or NETWORKS[0]
     return [Choice('model.architecture', network.architecture), weights,
             Choice('model.encoder', network.encoder, why_network(network, steps)),
@@ -438,7 +440,7 @@ def check_time(cfg:RtsConfig,      # the plan
     fit_to_minutes(cfg, Pace(stages=[StagePace(epochs=cfg.epochs, step=step)], validation=validation))
 
 def plan_machine(machine:Machine) -> list[Choice]:
-    "Batch, precision, threads, workers and what is kept in memory"
+    "Batch, threads, workers and what is kept in memory"
     choices = [Choice('batch_size', BATCH[machine.device])]
     if machine.device == 'cpu':
         workers = min(machine.cores // 2, MAX_WORKERS)
@@ -447,8 +449,6 @@ def plan_machine(machine:Machine) -> list[Choice]:
         choices.append(Choice('threads', max(machine.cores - workers, 1)))
         room = int(machine.memory / 2**20 / 8)
         choices.append(Choice('loader.cache_mb', room, 'decoded images stay in memory, an eighth of what is free'))
-    if machine.has_bf16:
-        choices.append(Choice('precision', 'bf16', 'this processor computes in bf16'))
     return choices
 
 def plan_batch(cfg:RtsConfig,      # with the choices so far
@@ -468,9 +468,23 @@ def plan_threads(cfg:RtsConfig,      # with the choices so far
     if machine.device != 'cpu' or most == 1:
         return []
     numbers = sorted({most, max(most // 2, 1), 1})
-    seconds = [step_seconds(cfg.model_copy(update=dict(threads=number)), 'cpu') for number in numbers]
+    seconds = [step_seconds(cfg.model_copy(update=dict(threads=number))) for number in numbers]
     why = ', '.join(f'{number}: {taken:.2g} s a step' for number, taken in zip(numbers, seconds, strict=True))
     return [Choice('threads', numbers[int(np.argmin(seconds))], why)]
+
+def plan_precision(cfg:RtsConfig,      # with the choices so far
+                   machine:Machine
+                  ) -> list[Choice]:
+    "bf16 on a CPU that has it and computes clearly faster in it"
+    if not machine.has_bf16:
+        return []
+    single, half = (step_seconds(cfg.model_copy(update=dict(precision=name))) for name in ('fp32', 'bf16'))
+    why = f'{single:.2g} s a step in fp32, {half:.2g} s in bf16'
+    return [Choice('precision', 'bf16' if half < BF16_GAIN * single else 'fp32', why)]
+
+def plan_views() -> list[Choice]:
+    "Rule 7"
+    return [Choice('infer.views', 'minimal', 'an image and its mirror image: more is found, in twice the time')]
 
 # %% ../nbs/05c_plan.ipynb #cplan
 def given_settings(files:Iterable[str|Path], overrides:Iterable[str]) -> set[str]:
@@ -551,20 +565,22 @@ def make_plan(plan:RunPlan,             # with data.manifest
     # an encoder that was given has weights, rates and a loss that its giver knows
     if not plan.is_given('model.encoder'):
         for side in smaller:
-            if is_fast(plan.config(), machine.device, minutes):
+            if is_fast(plan.config(), minutes):
                 break
             plan.add(plan_tiles(found, side))
-        plan.add(plan_network(plan, machine.device, minutes))
+        plan.add(plan_network(plan, minutes))
         plan.add(plan_start(plan.config().model.weights))
     plan.add(plan_batch(plan.config(), machine))
     plan.add(plan_threads(plan.config(), machine))
-    step = step_seconds(plan.config(), machine.device)
+    plan.add(plan_precision(plan.config(), machine))
+    step = step_seconds(plan.config())
     plan.add(plan_epochs(minutes, int(60 * minutes / step)))
     plan.add(plan_rates(plan.config().epochs))
     tiles = windows_or_tiles(manifest, plan.config().data)
     plan.add(plan_sampling(tiles, plan.config().epochs))
     plan.add(plan_full_batch(tiles, plan.config()))
     plan.add(plan_monitor(tiles))
+    plan.add(plan_views())
     check_time(plan.config(), step, len(tiles.of('val')))
     return found
 

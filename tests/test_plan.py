@@ -22,6 +22,7 @@ from rtsseg.plan import (
     plan_full_batch,
     plan_monitor,
     plan_network,
+    plan_precision,
     plan_sampling,
     plan_start,
     plan_threads,
@@ -69,7 +70,7 @@ def test_more_time_takes_a_larger_network():
     "The largest that takes enough steps; the smallest where none does"
     plan = RunPlan(overrides=['data.tile_size=32', 'batch_size=2', 'device=cpu'])
     def encoder(minutes):
-        return next(c.value for c in plan_network(plan, 'cpu', minutes) if c.setting == 'model.encoder')
+        return next(c.value for c in plan_network(plan, minutes) if c.setting == 'model.encoder')
     assert encoder(1e-6) == NETWORKS[0].encoder
     assert encoder(1e6) == NETWORKS[-1].encoder
 
@@ -87,12 +88,12 @@ def test_weights_at_hand_are_taken(monkeypatch):
     here = {NETWORKS[0].encoder, NETWORKS[2].encoder}
     monkeypatch.setattr('rtsseg.plan.are_at_hand', lambda model: model.encoder in here)
     def chosen(minutes):
-        return {choice.setting: choice.value for choice in plan_network(plan, 'cpu', minutes)}
+        return {choice.setting: choice.value for choice in plan_network(plan, minutes)}
     plenty, none = chosen(1e6), chosen(1e-6)
     assert (plenty['model.encoder'], plenty['model.weights']) == (NETWORKS[2].encoder, 'imagenet')
     assert (none['model.encoder'], none['model.weights']) == (NETWORKS[0].encoder, None)
     given = RunPlan(overrides=[*plan.overrides, 'model.weights=null'])
-    assert all(choice.value != 'imagenet' for choice in plan_network(given, 'cpu', 1e6))
+    assert all(choice.value != 'imagenet' for choice in plan_network(given, 1e6))
     assert [choice.setting for choice in plan_start('imagenet')] == ['freeze_backbone_epochs']
     assert 'lr.base_lr' in {choice.setting for choice in plan_start(None)}
 
@@ -107,13 +108,21 @@ def test_weights_in_a_cache_are_found_without_a_network(tmp_path, monkeypatch):
 
 def test_the_fastest_number_of_threads(monkeypatch):
     seconds = {1: .3, 4: .1, 8: .2}
-    monkeypatch.setattr('rtsseg.plan.step_seconds', lambda cfg, device: seconds[cfg.threads])
+    monkeypatch.setattr('rtsseg.plan.step_seconds', lambda cfg: seconds[cfg.threads])
     cfg = load(overrides=['threads=8'])
     chosen, = plan_threads(cfg, CPU)
     assert (chosen.setting, chosen.value) == ('threads', 4)
     assert all(f'{number}: {taken:g} s' in chosen.why for number, taken in seconds.items())
     # one core leaves no choice
     assert plan_threads(load(overrides=['threads=1']), CPU) == []
+
+@pytest.mark.parametrize('half, chosen', [(.5, 'bf16'), (.95, 'fp32'), (2., 'fp32')])
+def test_bf16_must_be_clearly_faster(monkeypatch, half, chosen):
+    monkeypatch.setattr('rtsseg.plan.step_seconds', lambda cfg: dict(fp32=1., bf16=half)[cfg.precision])
+    choice, = plan_precision(load(), Machine('cpu', 2, 2**33, has_bf16=True))
+    assert (choice.setting, choice.value) == ('precision', chosen)
+    assert f'1 s a step in fp32, {half:g} s in bf16' in choice.why
+    assert plan_precision(load(), CPU) == []
 
 def test_little_time_has_few_epochs_and_says_so():
     "No plan whose budget refuses it for more epochs than steps"
