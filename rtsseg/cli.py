@@ -400,7 +400,8 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    batch:int=8,           # windows at once
                    force:bool=False,      # replace a map, or finished rows, that were made otherwise
                    registry:str='',       # YAML file of the bands in --extra, name: number; '': by their description
-                   form:str=''            # manifest or source, where a scene could be read as either
+                   form:str='',           # manifest or source, where a scene could be read as either
+                   resample:bool=False    # a scene of another resolution is resampled to that of training
                   ) -> None:
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
     import json
@@ -410,7 +411,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     if missing:
         raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
     from rtsseg.prediction import predict
-    made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form)
+    made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form, resample)
     print(json.dumps(made, indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_VALUES', 'MAX_BLOCKS', 'TIFF_SIGNATURES', 'GDAL_OPTIONS', 'NO_GEOREFERENCE', 'FilesInside',
-           'resolve_inside', 'check_regular', 'open_raster', 'write_raster', 'valid_pixels', 'unwritten_pixels', 'Grid',
-           'check_same_grid']
+           'resolve_inside', 'check_regular', 'open_raster', 'write_raster', 'valid_pixels', 'has_unwritten_blocks',
+           'unwritten_pixels', 'Grid', 'check_same_grid']
 
 # %% ../nbs/01a_raster.ipynb #iraster
 import hashlib
@@ -25,6 +25,7 @@ from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.transform import Affine
+from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from .console import DataError
@@ -261,6 +262,16 @@ def valid_pixels(ds:DatasetReader,        # an open raster
     return np.ones(planes.shape[1:], bool)
 
 # %% ../nbs/01a_raster.ipynb #eraster6
+def has_unwritten_blocks(ds:DatasetReader    # an open GeoTIFF
+                        ) -> bool:
+    "Whether some blocks were never written"
+    for band in ds.indexes:
+        height, width = ds.block_shapes[band - 1]
+        for y, x in np.ndindex(math.ceil(ds.height / height), math.ceil(ds.width / width)):
+            if ds.get_tag_item(f'BLOCK_OFFSET_{x}_{y}', 'TIFF', bidx=band) is None:
+                return True
+    return False
+
 def unwritten_pixels(ds:DatasetReader,    # an open raster
                      planes:np.ndarray,   # what was read from it: bands × H × W
                      bands:list[int],     # which bands these are, from 1
@@ -270,6 +281,9 @@ def unwritten_pixels(ds:DatasetReader,    # an open raster
     "Pixels in blocks that were never written, and are read as 0"
     rows, columns = planes.shape[1:]
     missing = np.zeros((rows, columns), bool)
+    # a resampled raster has no blocks in a file
+    if isinstance(ds, WarpedVRT):
+        return missing
     for band, plane in zip(bands, planes):
         height, width = ds.block_shapes[band - 1]
         smallest = ((rows - 1) % height + 1) * ((columns - 1) % width + 1)

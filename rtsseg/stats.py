@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_BE_ABSENT', 'MAX_UNREADABLE', 'Moments', 'moments', 'merge_moments', 'Stats', 'skip_unreadable', 'empty_positive',
-           'mixed_dtypes', 'ordered_codes', 'code_values', 'percentiles_of', 'compute_stats']
+           'mixed_dtypes', 'ordered_codes', 'code_values', 'percentiles_of', 'pixel_range', 'compute_stats']
 
 # %% ../nbs/01f_stats.ipynb #istats
 import json
@@ -73,7 +73,7 @@ def merge_moments(a:Moments, b:Moments) -> Moments:
 
 # %% ../nbs/01f_stats.ipynb #f81c9f1e
 # fields that older files lack, and that are written where they hold something else
-MAY_BE_ABSENT = dict(clip_percentiles=[], data_version='', computed='')
+MAY_BE_ABSENT = dict(clip_percentiles=[], data_version='', computed='', pixel_size=[])
 
 @dataclass
 class Stats:
@@ -90,6 +90,7 @@ class Stats:
     clip_percentiles: list[float] = field(default_factory=list)   # values beyond them counted as the percentile
     data_version: str = ''  # of the data, as their owner numbers them
     computed: str = ''      # when, ISO 8601, where a version is known
+    pixel_size: list[float] = field(default_factory=list)   # smallest and largest side on the ground, metres
 
     def __post_init__(self):
         numbers = [self.scale, *self.mean, *self.std]
@@ -97,6 +98,8 @@ class Stats:
             raise DataError('statistics: channels, mean and std differ in length')
         if min(self.pixels, self.background, self.positive) < 0:
             raise DataError('statistics: less than no pixels')
+        if len(self.pixel_size) not in (0, 2) or not all(0 < side < np.inf for side in self.pixel_size):
+            raise DataError(f'statistics: pixel_size {self.pixel_size} is not two lengths in metres')
         if not np.isfinite(numbers).all() or min(self.scale, *self.std) <= 0:
             raise DataError('statistics: not finite, or a standard deviation of 0 '
                             f'(channels {self.channels}, std {self.std})')
@@ -278,6 +281,12 @@ def _clip_tile(tile, limits):
     return tile._replace(rgb=rgb, extra=np.clip(tile.extra, low[3:], high[3:]).astype('float32'))
 
 # %% ../nbs/01f_stats.ipynb #estats5
+def pixel_range(manifest:Manifest    # of tiles
+               ) -> list[float]:     # [smallest, largest], metres; [] where no tile has a place on the map
+    "How long the sides of pixels are on the ground"
+    sides = manifest.table.pixel_size.dropna()
+    return [float(sides.min()), float(sides.max())] if len(sides) else []
+
 def compute_stats(manifest:Manifest,              # the training split
                   extra_bands:Sequence[str]=(),   # EXTRA bands that the model sees
                   clip:Sequence[float]|None=None  # two percentiles: values beyond count as the percentile
@@ -294,4 +303,4 @@ def compute_stats(manifest:Manifest,              # the training split
     scale = 255. if dtype == 'uint8' else float((mean[:3] + 4 * std[:3]).max())
     divisor = np.array([scale] * 3 + [1.] * len(extra_bands))
     return Stats(channels, dtype, scale, (mean / divisor).tolist(), (std / divisor).tolist(), int(seen.total.n),
-                 manifest.hash, seen.background, seen.positive, list(clip or []))
+                 manifest.hash, seen.background, seen.positive, list(clip or []), pixel_size=pixel_range(manifest))
