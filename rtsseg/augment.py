@@ -189,7 +189,8 @@ def move_channels(image:np.ndarray, fill:list[float], kind:int, move:Callable) -
     empty = [np.zeros((*image.shape[:2], 4), np.float32) for _ in fill[::4]]
     fours = copy_channels(len(fill), [image], empty)
     moved = [move(four, kind, fill[4*i:4*i+4]) for i, four in enumerate(fours)]
-    whole, = copy_channels(len(fill), moved, [np.empty(image.shape, np.float32)])
+    # without the rim, a tile is smaller than its image
+    whole, = copy_channels(len(fill), moved, [np.empty((*moved[0].shape[:2], len(fill)), np.float32)])
     return whole
 
 # %% ../nbs/02a_augment.ipynb #6463ddbe

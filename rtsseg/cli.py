@@ -7,7 +7,7 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'Argum
            'argument_parser', 'print_error', 'call', 'is_script', 'set_hash_seed', 'merged_signature',
            'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe',
            'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_report', 'rtsseg_predict', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_report', 'rtsseg_predict', 'rtsseg_map', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -415,6 +415,31 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     print(json.dumps(made, indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
+@command(resumes=True)
+def rtsseg_map(model:str='',          # model directory, as runs/…/model
+               scenes:str='',         # a table with a column scene, a folder of GeoTIFFs, or one GeoTIFF
+               out:str='',            # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
+               workers:int=1,         # processes of this machine
+               share:str='',          # as 2/8: only every eighth shard, beginning with the second
+               views:str='',          # none, minimal, standard or full; '' takes the model's
+               device:str='auto',     # auto, cpu or cuda
+               batch:int=8,           # windows at once
+               resample:bool=False,   # scenes of another resolution are resampled to that of training
+               windows:int=1000,      # of a shard, about
+               expiry:float=120       # seconds after which the part of a dead worker is taken over
+              ) -> None:
+    "Maps of many scenes; resumes, and the same command on further machines helps"
+    from rtsseg.config import ConfigError
+    missing = [name for name, value in dict(model=model, scenes=scenes, out=out).items() if not value]
+    if missing:
+        raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
+    from rtsseg.fleet import map_scenes
+    made = map_scenes(model, scenes, out, workers, share, views, device, batch, resample, windows, expiry)['maps']
+    if share:
+        print('this share is done; the same command without --share joins the maps, once all shares are')
+    else:
+        print(f'{len(made)} maps in {out}/maps')
+
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
                   space:str='search/lr_loss', # YAML file of what to try, or a name in configs/

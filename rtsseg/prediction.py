@@ -9,7 +9,7 @@ __all__ = ['FORMS', 'RESOLUTION_FACTOR', 'HALF_PRECISION', 'STEPS', 'NODATA', 'H
            'MapJob', 'MapRows', 'needed_rows', 'predict_rows', 'add_windows', 'stop_if_asked', 'probability_to_uint16',
            'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'read_map_settings',
            'note_path', 'write_note', 'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments',
-           'load_calibration', 'refuse_to_replace', 'is_finished', 'make_map', 'predict']
+           'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -258,7 +258,7 @@ class Scene:
         channels = np.concatenate([image, extra], 2)
         return torch.from_numpy(self.stats.normalise(channels).transpose(2, 0, 1))
 
-# pixels may be longer or shorter than those of training by so much: augmentation varies sizes by a fifth
+# how many times as long or short as in training: augmentation varies sizes by a fifth
 RESOLUTION_FACTOR = 1.25
 
 def ground_side(grid:Grid    # of a raster with a CRS
@@ -731,6 +731,18 @@ def is_finished(out:Path, settings:dict) -> bool:
     return True
 
 # %% ../nbs/08_predict.ipynb #b306188e
+def finish_rows(job:MapJob,
+                finished:FinishedRows,
+                wanted:set[int],        # rows of windows
+                signals:StopSignals
+               ) -> None:
+    "Run the windows of wanted rows, and keep the probabilities"
+    for rows in predict_rows(job, wanted, signals):
+        probability = rows.score
+        if job.calibration:
+            probability = job.calibration.probability(logit(rows.score))
+        finished.write(rows.index, rows.counts, probability_to_uint16(probability, rows.valid))
+
 def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -> None:
     "Run the windows of the rows that are missing, and write the map and its note; raises `RunError` on a full disk"
     try:
@@ -739,11 +751,7 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
         if len(missing) < finished.count:
             done = finished.count - len(missing)
             logger.info(f'{done} of {finished.count} rows of windows are done already')
-        for rows in predict_rows(job, missing, signals):
-            probability = rows.score
-            if job.calibration:
-                probability = job.calibration.probability(logit(rows.score))
-            finished.write(rows.index, rows.counts, probability_to_uint16(probability, rows.valid))
+        finish_rows(job, finished, missing, signals)
         write_map(out, job.scene, finished)
         write_note(out)
     except KeyboardInterrupt:

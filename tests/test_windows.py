@@ -86,13 +86,13 @@ def test_crops_and_contexts(height, width, side, seed, jitter, occurrence, conte
 STRONG = dict(elastic={'p': 0}, random_scale={'p': .5}, brightness={'p': 0}, contrast={'p': 0}, saturation={'p': 0},
               gaussian_noise={'p': 0}, clahe={'p': 0})
 
-@given(seed=st.integers(0, 10**6))
-def test_a_draw_with_its_rim_pads_nothing(seed):
+@given(seed=st.integers(0, 10**6), channels=st.sampled_from([3, 4, 5, 9]))
+def test_a_draw_with_its_rim_pads_nothing(seed, channels):
     "Every pixel comes from the image, and is what the draw without a rim has where that has one"
     side, key = 32, (seed, 1, 0, 0)
-    augment = Augmenter(Augment(**STRONG), fill=[-1.] * 3)
+    augment = Augmenter(Augment(**STRONG), fill=[-1.] * channels)
     rim = augment.rim(key, side)
-    image = np.random.default_rng(seed).random((3 * side, 3 * side, 3), dtype=np.float32)
+    image = np.random.default_rng(seed).random((3 * side, 3 * side, channels), dtype=np.float32)
     mask = (image[..., 0] > .5).astype(np.uint8)
     inner = slice(side, 2 * side)
     outer = slice(side - rim, 2 * side + rim)
