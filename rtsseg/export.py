@@ -231,10 +231,11 @@ def translated_onnx(job:ExportJob, path:Path) -> None:
 ONNX_EXPORTERS = traced_onnx, translated_onnx
 
 def exported_program(job:ExportJob) -> torch.export.ExportedProgram:
-    "The program of `torch.export`, for any number of tiles and, where the network allows it, any size"
+    "The program of `torch.export`, for any number of tiles and, where the network allows it, sides of two steps or more"
     dims = {0: torch.export.Dim('batch', max=1 << 16)}
-    if job.step:
-        dims |= {axis: job.step * torch.export.Dim(f'steps_{axis}', max=1 << 12) for axis in (2, 3)}
+    # it takes a side of one step for a case of its own
+    if 0 < job.step < job.model.cfg.data.tile_size:
+        dims |= {axis: job.step * torch.export.Dim(f'steps_{axis}', min=2, max=1 << 12) for axis in (2, 3)}
     with torch.no_grad():
         return torch.export.export(job.whole, (job.example,), dynamic_shapes={PIXELS: dims})
 

@@ -103,11 +103,11 @@ def test_the_file_alone_gives_the_map(tiny_world, model, exported, tmp_path):
 
 def test_the_program_takes_other_sizes(exported):
     program = torch.export.load(exported[0]/'model.pt2').module()
-    pixels = torch.rand(3, 3 + len(BANDS), 96, 32) * 200
+    pixels = torch.rand(3, 3 + len(BANDS), 96, 64) * 200
     with torch.no_grad():
         found = program(pixels)
     wanted = session(exported[0]/'model.onnx').run(None, {'pixels': pixels.numpy()})[0]
-    assert found.shape == (3, 1, 96, 32)
+    assert found.shape == (3, 1, 96, 64)
     assert np.abs(found.numpy() - wanted).max() < 1e-4
 
 # ---------------------------------------------------------------- what other programs read
