@@ -231,7 +231,7 @@ def translated_onnx(job:ExportJob, path:Path) -> None:
 ONNX_EXPORTERS = traced_onnx, translated_onnx
 
 def exported_program(job:ExportJob) -> torch.export.ExportedProgram:
-    "The program of `torch.export`, for any number of tiles and, where the network allows it, sides of two steps or more"
+    "The program of `torch.export`, for any number of tiles, and for sides of two steps or more"
     dims = {0: torch.export.Dim('batch', max=1 << 16)}
     # it takes a side of one step for a case of its own
     if 0 < job.step < job.model.cfg.data.tile_size:
