@@ -224,7 +224,7 @@ def test_systems_do_not_import_each_other():
 
 TRAINER = {'loop', 'schedule', 'checkpoint', 'training', 'check', 'segment'}
 
-@pytest.mark.parametrize('name', ['prediction', 'results', 'reporting', 'calibration', 'evidence'])
+@pytest.mark.parametrize('name', ['prediction', 'export', 'results', 'reporting', 'calibration', 'evidence'])
 def test_using_a_model_needs_no_trainer(name):
     assert not reachable(name) & TRAINER
 
