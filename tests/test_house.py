@@ -146,7 +146,7 @@ WINGS = {
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
-    'maps': 'prediction claims fleet',
+    'maps': 'prediction export claims fleet',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }
@@ -224,7 +224,7 @@ def test_systems_do_not_import_each_other():
 
 TRAINER = {'loop', 'schedule', 'checkpoint', 'training', 'check', 'segment'}
 
-@pytest.mark.parametrize('name', ['prediction', 'results', 'reporting', 'calibration', 'evidence'])
+@pytest.mark.parametrize('name', ['prediction', 'export', 'results', 'reporting', 'calibration', 'evidence'])
 def test_using_a_model_needs_no_trainer(name):
     assert not reachable(name) & TRAINER
 
