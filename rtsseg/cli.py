@@ -7,7 +7,8 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'Argum
            'argument_parser', 'print_error', 'call', 'is_script', 'set_hash_seed', 'merged_signature',
            'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe',
            'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_report', 'rtsseg_predict', 'rtsseg_map', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model', 'rtsseg_map', 'rtsseg_search',
+           'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -415,6 +416,34 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     print(json.dumps(made, indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
+@command()
+def rtsseg_export(model:str='',                             # model directory, as runs/…/model
+                  out:str='',                               # a new folder for the files
+                  formats:str='onnx,qgis,torch,stac',       # files to write, with commas between them
+                  views:str='none'                          # none, minimal, standard or full, in the graph
+                 ) -> None:
+    "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, torch.export, STAC"
+    from rtsseg.config import ConfigError
+    missing = [name for name, value in dict(model=model, out=out).items() if not value]
+    if missing:
+        raise ConfigError('\n'.join(f'--{name} is not given' for name in missing))
+    from rtsseg.export import export_model
+    export_model(model, out, [name.strip() for name in formats.split(',')], views)
+
+@command()
+def rtsseg_model(inspect:str='',    # model directory: what it is
+                 verify:str=''      # model directory: whether each file is what was written
+                ) -> None:
+    "What a model directory is, or whether it is whole"
+    from rtsseg.config import ConfigError
+    if bool(inspect) == bool(verify):
+        raise ConfigError('name a model directory, as --inspect or as --verify')
+    from rtsseg.export import inspect_model, show_model, verify_model
+    if inspect:
+        print(visible(show_model(inspect_model(inspect))))
+    else:
+        print(f'{len(verify_model(verify))} files are what was written')
+
 @command(resumes=True)
 def rtsseg_map(model:str='',          # model directory, as runs/…/model
                scenes:str='',         # a table with a column scene, a folder of GeoTIFFs, or one GeoTIFF

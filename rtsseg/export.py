@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -161,8 +161,6 @@ class ExportJob:
     model: Predictor
     views: str
     calibration: Calibration|None
-    # metres; None: not known
-    pixel_size: float|None
 
     @cached_property
     def step(self) -> int:
@@ -271,8 +269,9 @@ def deepness_metadata(job:ExportJob) -> dict[str, Any]:    # before they become 
     )
     if threshold is not None:
         found['seg_thresh'] = float(np.clip(threshold, .01, .99))
-    if job.pixel_size:
-        found['resolution'] = 100 * job.pixel_size
+    if job.model.stats.pixel_size:
+        # centimetres, to which it resamples
+        found['resolution'] = 100 * sqrt(prod(job.model.stats.pixel_size))
     return found
 
 def own_metadata(job:ExportJob) -> dict[str, Any]:
@@ -418,7 +417,7 @@ def stac_item(job:ExportJob,
 # %% ../nbs/08e_export.ipynb #ex000035
 EXPORT_FORMATS = 'onnx', 'qgis', 'torch', 'stac'
 
-def check_export_arguments(out:Path, formats:tuple[str, ...], views:str, pixel_size:float|None) -> None:
+def check_export_arguments(out:Path, formats:tuple[str, ...], views:str) -> None:
     "Raise one `ConfigError` with all arguments of `export_model` that are wrong"
     problems = []
     if out.exists():
@@ -431,8 +430,6 @@ def check_export_arguments(out:Path, formats:tuple[str, ...], views:str, pixel_s
         problems.append('formats: no file with a model: name onnx, qgis or torch')
     if views not in VIEWS:
         problems.append(f'views: {views!r} is not one of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
-    if pixel_size is not None and not 0 < pixel_size < np.inf:
-        problems.append(f'pixel_size: {pixel_size} metres is not the side of a pixel')
     if problems:
         raise ConfigError('\n'.join(problems))
 
@@ -455,8 +452,7 @@ def write_formats(job:ExportJob, folder:Path, formats:tuple[str, ...]) -> dict[s
 def export_model(model_dir:str|Path,                           # a model directory
                  out:str|Path,                                 # a new folder for the files
                  formats:tuple[str, ...]=EXPORT_FORMATS,       # some of onnx, qgis, torch, stac
-                 views:str='none',                             # none, minimal, standard or full, in the graph
-                 pixel_size:float|None=None                    # metres, to which QGIS resamples; None: not known
+                 views:str='none'                              # none, minimal, standard or full, in the graph
                 ) -> dict[str, float]:                         # {file: largest difference of a probability}
     """Export a model with its normalisation, views and calibration inside: raw pixels in, probabilities out
 
@@ -464,13 +460,13 @@ def export_model(model_dir:str|Path,                           # a model directo
     the model card and SHA256SUMS. Raises `ConfigError`, `ModelError` or `FileError`, and then leaves nothing behind;
     among others where a file differs from the library by more than 1e-4 on 100 tiles."""
     out, formats = Path(out), tuple(formats)
-    check_export_arguments(out, formats, views, pixel_size)
+    check_export_arguments(out, formats, views)
     if {'onnx', 'qgis'} & set(formats):
         require_export_extra()
     model = load_model(model_dir)
     with model_errors(model.folder):
         calibration = load_calibration(model.folder, views)
-    job = ExportJob(model, views, calibration, pixel_size)
+    job = ExportJob(model, views, calibration)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary:
         folder = Path(temporary)/out.name
@@ -505,7 +501,8 @@ def inspect_model(folder:str|Path       # a model directory
     network = dict(architecture=cfg.model.architecture, encoder=cfg.model.encoder, fusion=cfg.model.fusion,
                    weights=sum(prod(shape) for _, shape in table.values()))
     statistics = dict(dtype=stats.dtype, scale=stats.scale, mean=dict(zip(stats.channels, stats.mean, strict=True)),
-                      std=dict(zip(stats.channels, stats.std, strict=True)), manifest=stats.manifest_hash)
+                      std=dict(zip(stats.channels, stats.std, strict=True)), manifest=stats.manifest_hash,
+                      pixel_size=stats.pixel_size)
     return dict(
         name=cfg.name,
         network=network,

@@ -53,7 +53,7 @@ def model(tmp_path_factory, tiny_world, calibration):
 def exported(tmp_path_factory, model):
     "All files of its export, and how far each is from the library"
     out = tmp_path_factory.mktemp('exported')/'out'
-    return out, export_model(model, out, pixel_size=3)
+    return out, export_model(model, out)
 
 def session(path):
     return onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -113,7 +113,7 @@ def test_the_program_takes_other_sizes(exported):
 
 # ---------------------------------------------------------------- what other programs read
 
-def test_deepness_reads_what_is_meant(exported, calibration):
+def test_deepness_reads_what_is_meant(exported, model, calibration):
     "As its source does: `ModelBase.preprocessing`, `Segmentor` and `MapProcessorSegmentation`"
     run = session(exported[0]/'qgis.onnx')
     shape = run.get_inputs()[0].shape
@@ -125,7 +125,10 @@ def test_deepness_reads_what_is_meant(exported, calibration):
     found = {name: json.loads(text) for name, text in run.get_modelmeta().custom_metadata_map.items()}
     assert found['model_type'] == 'Segmentor'
     assert found['class_names'] == [{'0': 'background', '1': 'object'}]
-    assert (found['tile_size'], found['tiles_overlap'], found['resolution']) == (64, 50, 300)
+    assert (found['tile_size'], found['tiles_overlap']) == (64, 50)
+    # centimetres on the ground
+    smallest, largest = load_model(model).stats.pixel_size
+    assert 100 * smallest <= found['resolution'] <= 100 * largest
     threshold = calibration.thresholds[calibration.ratio].threshold
     assert found['seg_thresh'] == pytest.approx(min(max(threshold, .01), .99))
     tile = np.random.default_rng(0).uniform(0, 1, (1, 64, 64, shape[1])).astype('float32')
@@ -232,9 +235,9 @@ def test_a_missing_extra_is_named(model, tmp_path, monkeypatch):
 
 def test_wrong_arguments_are_named_together(model, tmp_path):
     with pytest.raises(ConfigError) as raised:
-        export_model(model, tmp_path, ['stac', 'tensorflow'], 'all', 0)
+        export_model(model, tmp_path, ['stac', 'tensorflow'], 'all')
     assert [line.split(':')[0] for line in str(raised.value).splitlines()] == [
-        'out', 'formats', 'formats', 'views', 'pixel_size']
+        'out', 'formats', 'formats', 'views']
 
 # ---------------------------------------------------------------- inspect and verify
 
