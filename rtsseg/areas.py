@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NODES', 'PIXELS_AT_ONCE', 'BANDS', 'interpolation', 'PixelAreas', 'cell_grid', 'cells_of', 'CodeNodes', 'code_nodes',
-           'node_probabilities', 'CellSums', 'add_sums', 'sum_pixels', 'rows_of_cells', 'resampled_lines',
-           'CalibrationDraws', 'draw_calibrations', 'check_map', 'check_cell', 'run_draws', 'refuse_other_file',
-           'write_areas', 'CellAreas', 'sum_map', 'expected_area']
+           'node_probabilities', 'CellSums', 'add_sums', 'sum_pixels', 'rows_of_cells', 'temperature_slope', 'refit',
+           'resampled_lines', 'CalibrationDraws', 'draw_calibrations', 'check_map', 'check_cell', 'run_draws',
+           'refuse_other_file', 'write_areas', 'CellAreas', 'sum_map', 'expected_area']
 
 # %% ../nbs/08b_areas.ipynb #iareas
 import json
@@ -23,28 +23,24 @@ import rasterio
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
+from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
 
 from .bootstrap import Estimate, expanded_interval
-from rtsseg.calibration import (
-    fit_lines,
-    likelihood_sums,
-    prior_steps,
-    slope_intercept_steps,
-    temperature_steps,
-    training_ratio,
-)
+from .calibration import balancing_intercept, fit_lines, minimise_logistic, summed_nll, training_ratio
 from .config import ConfigError
 from .console import DataError, logger, progress
 from .evidence import Evidence, evidence_path, run_evidence
 from .files import digest, write_atomic
 from .ground import crs_name, equal_area_crs, transformer
+from .intervals import drawn_weight
 from .operating import Replicates
 from .prediction import NODATA, STEPS, note_path, read_map_settings
 from .raster import GDAL_OPTIONS, Grid, open_raster
 from .runs import require_folder, run_config
 from .scenestats import stored_ratio
+from .scores import clipped_scores
 
 # %% ../nbs/08b_areas.ipynb #careas1
 def interpolation(at:np.ndarray,     # (n,) positions
@@ -208,23 +204,51 @@ def rows_of_cells(dataset:DatasetReader,   # an open map
         yield int(row), parts[0]
 
 # %% ../nbs/08b_areas.ipynb #careas8
-def resampled_lines(drawn:Replicates,              # of the validation evidence
-                    method:str,                    # a key of `METHODS`
-                    line:tuple[float, float],      # slope and intercept of the fit to all blocks
-                    ratio:int|str,                 # the prevalence of the fit
-                    trained:int                    # r of 1:r: the ratio of the training batches
-                   ) -> np.ndarray:                # (replicates, 2): slopes and intercepts; those of no number left out
+def temperature_slope(z:np.ndarray,      # scores
+                      neg:np.ndarray,    # mass of negative pixels
+                      pos:np.ndarray     # mass of positive pixels
+                     ) -> float:         # 1/T
+    "The slope of least negative log-likelihood without an intercept"
+    def loss(log_slope):
+        return summed_nll(pos, neg, np.exp(log_slope) * z)
+
+    return float(np.exp(minimize_scalar(loss, bounds=np.log([.01, 100]), method='bounded').x))
+
+def refit(method:str,                                # a key of `METHODS`
+          z:np.ndarray,                              # scores
+          masses:tuple[np.ndarray, np.ndarray],      # of negative and positive pixels, at the ratio of the fit
+          trained:tuple[np.ndarray, np.ndarray]      # the same at the ratio of the training batches
+         ) -> tuple[float, float]:                   # slope and intercept
+    "Fit a calibration to masses of pixels, as `fit_lines` does to evidence"
+    neg, pos = masses
+    if method == 'temperature_intercept':
+        slope = temperature_slope(z, *trained)
+        return slope, balancing_intercept(slope * z, neg, pos)
+    if method == 'slope_intercept':
+        mean = np.average(z, weights=neg + pos)
+        scale = np.sqrt(np.average((z - mean)**2, weights=neg + pos))
+        a, b = minimise_logistic((z - mean) / scale, (neg + pos) / pos.sum(), pos / pos.sum())
+        if a > 0:
+            return a / scale, b - a * mean / scale
+    return temperature_slope(z, neg, pos), 0.
+
+def resampled_lines(drawn:Replicates,     # of the validation evidence
+                    method:str,           # a key of `METHODS`
+                    ratio:int|str,        # the prevalence of the fit
+                    trained:int           # r of 1:r: the ratio of the training batches
+                   ) -> np.ndarray:       # (replicates, 2): slopes and intercepts; draws without a class left out
     "The calibration, fitted again to each draw of blocks"
-    with np.errstate(invalid='ignore', divide='ignore'):
-        sums = likelihood_sums(drawn, *line, ratio)
-        if method == 'temperature':
-            steps = temperature_steps(sums)
-        elif method == 'slope_intercept':
-            steps = slope_intercept_steps(sums)
-        else:
-            steps = prior_steps(sums, likelihood_sums(drawn, line[0], 0., trained))
-    lines = np.stack([line[0] + steps[0], line[1] + steps[1]], 1)[1:]
-    return lines[np.isfinite(lines).all(1)]
+    seen = np.flatnonzero(sum(drawn.counts).sum(0))
+    counts = [pixels[:, seen].T.tocsr() for pixels in drawn.counts]
+    z = clipped_scores(drawn.evidence.bins)[seen]
+    weights = [drawn_weight(*drawn.tiles, r, drawn.only_positive) for r in (ratio, trained)]
+    lines = []
+    for row in progress(range(1, len(drawn.draws)), 'calibrations'):
+        if np.isfinite([weight[row] for weight in weights]).all():
+            # blocks of negative tiles first, then blocks of positive tiles
+            times = [np.concatenate([weight[row] * drawn.draws[row], drawn.draws[row]]) for weight in weights]
+            lines.append(refit(method, z, *(tuple(pixels @ each for pixels in counts) for each in times)))
+    return np.array(lines).reshape(-1, 2)
 
 class CalibrationDraws(NamedTuple):
     "Calibrations of resampled blocks, or why there are none"
@@ -249,7 +273,7 @@ def draw_calibrations(evidence:Evidence,     # of the validation split
     why = drawn.why.removeprefix('no interval: ') or why
     if why:
         return CalibrationDraws(np.empty((0, 2)), drawn.held, why)
-    lines = resampled_lines(drawn, method, known, ratio, trained)
+    lines = resampled_lines(drawn, method, ratio, trained)
     return CalibrationDraws(lines, drawn.held, '')
 
 # %% ../nbs/08b_areas.ipynb #careas10

@@ -154,10 +154,10 @@ def test_the_interval_is_that_of_full_refits(tmp_path, evidence, calibrations, r
     tag = calibrations[method]
     probability = expit(tag['slope'] * scores() + tag['intercept'])
     path = write_map(tmp_path/'map.tif', probability, calibration=tag)
-    made = expected_area(path, tmp_path/'areas.tif', run, replicates=100)
+    made = expected_area(path, tmp_path/'areas.tif', run, replicates=60)
     area = PixelAreas(Grid(probability.shape, 'EPSG:3413', rasterio.open(path).transform)).of_rows(0, 150)
     z = clipped_scores(evidence.bins)
-    draws, block = draw_groups(evidence['block'], 100)
+    draws, block = draw_groups(evidence['block'], 60)
     totals = []
     for draw in draws:
         times, positive = draw[block], evidence['positive']
@@ -170,9 +170,9 @@ def test_the_interval_is_that_of_full_refits(tmp_path, evidence, calibrations, r
         slope, intercept = refit(neg[seen], pos[seen], z[seen], method == 'slope_intercept')
         totals.append((expit(slope * scores() + intercept) * area).sum() / 1e6)
     low, high, _ = expanded_interval(np.array(totals), 40)
-    # one Newton step stands for each refit
-    assert made['low'] == pytest.approx(low, abs=.15 * (high - low))
-    assert made['high'] == pytest.approx(high, abs=.15 * (high - low))
+    # the map holds sixteen bits of each probability
+    assert made['low'] == pytest.approx(low, rel=.01)
+    assert made['high'] == pytest.approx(high, rel=.01)
     assert made['low'] < made['expected_km2'] < made['high']
     assert json.loads((tmp_path/'areas.tif.json').read_text()) == made
 
@@ -185,7 +185,7 @@ def test_without_a_change_of_calibration_the_interval_is_the_area(tmp_path, cali
     monkeypatch.setattr(rtsseg.areas, 'draw_calibrations', lambda *_: draws)
     made = expected_area(path, tmp_path/'areas.tif', run, cell=60)
     assert made['low'] == pytest.approx(made['expected_km2'], rel=2e-4)
-    assert made['low'] == made['high']
+    assert made['low'] == pytest.approx(made['high'])
     with rasterio.open(tmp_path/'areas.tif') as dataset:
         expected, low, _ = dataset.read()
     np.testing.assert_allclose(low, expected, rtol=5e-4)
