@@ -105,7 +105,7 @@ def seam_finding(what:str,             # columns or rows
     return Finding('ok', f'seams, {what}', seen)
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk3
-# share of valid pixels of the scene that a map may lack, and of pixels without data that is worth a warning
+# share of valid pixels that a map may lack, and of pixels without data that is worth a warning
 MAX_HOLES, MAX_EMPTY = 1e-3, .9
 # side of the coarse picture
 COARSE = 64
@@ -188,7 +188,7 @@ def common_window(first:DatasetReader, second:DatasetReader) -> Window|None:
     return Window(c0, r0, c1 - c0, r1 - r0) if c0 < c1 and r0 < r1 else None
 
 def compare_maps(first:str|Path, second:str|Path) -> Overlap|None:
-    "Hold two maps against each other on the grid of the first; None where they share no ground"
+    "Hold two maps against each other on the grid of the first; None without common ground"
     sums = np.zeros(4)
     with open_raster(first, rows=512) as a, open_raster(second, rows=512) as b:
         window = common_window(a, b)
@@ -376,7 +376,7 @@ def read_baseline(path:str|Path) -> dict:
     found = read_json(path, Path(path).parent)
     scenes = found.get('scenes')
     if found.get('format') != 1 or not isinstance(scenes, dict) or not scenes:
-        raise DataError(f'{Path(path).name} is no baseline of scenes: rtsseg-map-baseline makes one')
+        raise DataError(f'{Path(path).name} is not a baseline of scenes: rtsseg-map-baseline makes one')
     return found
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk9
@@ -392,7 +392,7 @@ def check_one(path:Path, scene:str|Path) -> CheckedMap:
     settings = read_map_settings(path)
     with open_raster(path, rows=512) as dataset:
         if dataset.count != 1 or dataset.nodata is None:
-            raise DataError(f'{path.name} is no map: a map has one band of probabilities and declares nodata')
+            raise DataError(f'{path.name} is not a map: a map has one band of probabilities and declares nodata')
         sums = MapSums(dataset.shape)
         if scene:
             _add_scene(sums, dataset, scene, path.name)

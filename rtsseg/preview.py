@@ -47,7 +47,7 @@ def read_overview(path:Path,    # a map
     "Read a map at the size of a picture; raises `DataError`"
     with open_raster(path, rows=1) as dataset:
         if dataset.count != 1 or dataset.nodata is None:
-            raise DataError(f'{path.name} is no map: a map has one band of probabilities and declares nodata')
+            raise DataError(f'{path.name} is not a map: a map has one band of probabilities and declares nodata')
         height, width = dataset.shape
         factor = max(max(height, width) / side, 1)
         small = max(round(height / factor), 1), max(round(width / factor), 1)
@@ -78,7 +78,7 @@ class Shapes(NamedTuple):
     outlines: list[str]        # the `d` of an SVG path
     columns: list[str]
     rows: list[list[str]]      # texts, a row for each polygon
-    probability: list[float|None]|None    # None: there is no such column
+    probability: list[float|None]|None    # None without such a column
     column: str                # its name
     left_out: dict[str, int]   # {why: how many}
 
@@ -102,7 +102,7 @@ def probability_column(table:pd.DataFrame,    # attributes
     numbers = table.select_dtypes('number')
     fitting = [name for name in numbers if numbers[name].notna().any() and numbers[name].dropna().between(0, 1).all()]
     if asked and asked not in fitting:
-        raise ConfigError(f'column: {asked!r} is no column of numbers between 0 and 1{nearest(asked, fitting)}')
+        raise ConfigError(f'column: {asked!r} is not a column of numbers between 0 and 1{nearest(asked, fitting)}')
     named = [name for name in fitting if any(part in name.lower() for part in PROBABILITY_NAMES)]
     return asked or next(iter(named), '')
 
@@ -126,7 +126,7 @@ def outline(shape:shapely.Geometry    # Polygon or MultiPolygon, pixels of the p
 def place_polygons(frame:Any,             # a GeoDataFrame
                    overview:Overview,
                    name:str               # of the file, for messages
-                  ) -> np.ndarray:        # geometries in pixels of the picture; None where there is no polygon
+                  ) -> np.ndarray:        # geometries in pixels of the picture; None for what is not a polygon
     "Polygons in the pixels of a picture; raises `DataError` where only one of map and file has a CRS"
     if (frame.crs is None) != (not overview.crs):
         which = 'the map' if frame.crs else name

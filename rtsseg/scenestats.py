@@ -177,7 +177,7 @@ def read_channels(dataset:DatasetReader,    # an open scene
                   bands:list[int],          # numbers, from 1
                   window:Window
                  ) -> tuple[np.ndarray, np.ndarray]:   # planes, and where they hold data
-    "Pixels of a scene; nodata, unwritten blocks, NaN and infinities are no data"
+    "Pixels of a scene; nodata, unwritten blocks, NaN and infinities count as nodata"
     planes = dataset.read(bands, window=window)
     valid = valid_pixels(dataset, planes, window=window)
     valid &= ~unwritten_pixels(dataset, planes, bands, int(window.row_off))
@@ -241,7 +241,7 @@ def input_summary(tally:SceneTally    # of a whole scene
         scores=tally.scores.tolist())
 
 # %% ../nbs/07a_scenestats.ipynb #cscst9
-# factor between predicted shares, and total variation between histograms of scores, that raise a warning
+# factor between predicted shares, and total variation of scores, that raise a warning
 SHARE_FACTOR, SCORE_DISTANCE = 5, 1 / 3
 
 def stored_ratio(text:str    # of a map's tag: '1:200', or 'native'

@@ -150,7 +150,7 @@ def refit(neg, pos, z, free_intercept):
 
 @pytest.mark.parametrize('method', ['temperature', 'slope_intercept'])
 def test_the_interval_is_that_of_full_refits(tmp_path, evidence, calibrations, run, method):
-    "Each replicate: blocks drawn, calibration fitted anew, all pixels calculated again, and summed"
+    "Each replicate: blocks drawn, calibration fitted again, all pixels calculated again, and summed"
     tag = calibrations[method]
     probability = expit(tag['slope'] * scores() + tag['intercept'])
     path = write_map(tmp_path/'map.tif', probability, calibration=tag)
@@ -216,7 +216,7 @@ def test_what_cannot_be_summed_is_refused(tmp_path, calibrations):
         with pytest.raises(ConfigError, match='smaller than a pixel'):
             expected_area(good, out, cell=cell)
     before = good.read_bytes()
-    with pytest.raises(DataError, match='no area raster'):
+    with pytest.raises(DataError, match='not an area raster'):
         expected_area(good, good)
     assert good.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ['map.tif', 'raw.tif']

@@ -147,7 +147,7 @@ def test_a_map_lies_on_the_grid_of_its_scene(tmp_path):
     path = write_map(tmp_path/'map.tif', smooth((40, 50)))
     with pytest.raises(DataError, match='50 × 40 pixels, its image 51 × 40'):
         map_check([path], [tmp_path/'scene.tif'])
-    with pytest.raises(DataError, match='is no map'):
+    with pytest.raises(DataError, match='is not a map'):
         map_check([tmp_path/'scene.tif'])
 
 # ---------------------------------------------------------------- overlaps
@@ -255,7 +255,7 @@ def test_what_does_not_fit_a_baseline(toy, tmp_path):
     with pytest.raises(DataError, match='x.tif has the channels NIR'):
         map_check(maps[:1], images[:1], path)
     path.write_text('{"format": 2}')
-    with pytest.raises(DataError, match='no baseline of scenes'):
+    with pytest.raises(DataError, match='not a baseline of scenes'):
         map_check(maps[:1], images[:1], path)
     with pytest.raises(FileError, match='missing'):
         map_check(maps[:1], images[:1], tmp_path/'none.json')

@@ -190,7 +190,7 @@ def test_polygons_are_filtered_by_a_column_of_probabilities(map_file, columns, a
 # ---------------------------------------------------------------- the picture and the scale
 
 def test_the_picture_is_the_map(map_file):
-    "Averages of the map in a palette; transparent where there is no data"
+    "Averages of the map in a palette; transparent without data"
     _, page, _ = made(map_file, side=50)
     picture = Image.open(io.BytesIO(base64.b64decode(page.of('image')[0]['href'].split(',')[1])))
     assert picture.size == (50, 45)
@@ -240,7 +240,7 @@ def test_what_cannot_be_shown_is_refused(map_file, tmp_path):
         with pytest.raises(DataError, match=words):
             preview(map_file, tmp_path/'page.html', **arguments)
     squares(3, score=[.1, .2, .3]).to_file(tmp_path/'p.gpkg')
-    with pytest.raises(ConfigError, match="'scores' is no column .*did you mean 'score'"):
+    with pytest.raises(ConfigError, match="'scores' is not a column .*did you mean 'score'"):
         preview(map_file, tmp_path/'page.html', tmp_path/'p.gpkg', 'scores')
     with pytest.raises(ConfigError, match='is a .html'):
         preview(map_file, tmp_path/'page.png')
