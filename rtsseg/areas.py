@@ -313,7 +313,7 @@ def run_draws(run:str|Path,     # a run folder; '' for none
               settings:dict,    # of the map
               replicates:int
              ) -> CalibrationDraws:
-    "Calibrations of resampled validation blocks of a run; says aloud where there are none"
+    "Calibrations of resampled validation blocks of a run; names the reason where there are none"
     none, calibration = np.empty((0, 2)), settings['calibration']
     if not run:
         return CalibrationDraws(none, 0, 'no run was named')

@@ -115,7 +115,7 @@ class MapSums:
 
     def __init__(self, shape:tuple[int, int]):
         self.shape, self.steps = shape, LineSteps(shape)
-        # pixels, known ones, valid ones of the scene, valid ones that are not known: (4, COARSE, COARSE)
+        # pixels, known ones, valid ones of the scene, valid but not known: (4, COARSE, COARSE)
         self.counts = np.zeros((4, COARSE, COARSE))
         self.total = np.zeros((COARSE, COARSE))
         self.low, self.high = np.inf, -np.inf
