@@ -1,4 +1,6 @@
 "Scenes of noise, model directories of untrained networks whose scores spread, and what is left of a map"
+import json
+
 import numpy as np
 import rasterio
 import torch
@@ -8,6 +10,7 @@ from helpers.runs import MODEL
 from rtsseg.config import load
 from rtsseg.infer import save_model
 from rtsseg.models import build
+from rtsseg.prediction import NODATA, STEPS, probability_to_uint16
 from rtsseg.raster import write_raster
 from rtsseg.stats import Stats
 
@@ -55,3 +58,15 @@ def read_map(path):
 def map_bytes(out):
     "The bytes of a map and of its note"
     return [path.read_bytes() for path in (out, out.with_name(f'{out.name}.json'))]
+
+def write_map(path, probability, valid=None, calibration=None, tile=64, **profile):
+    "A map as `predict` writes it, of probabilities (H, W); `profile` replaces its grid or CRS; the path"
+    valid = np.ones(probability.shape, bool) if valid is None else valid
+    height, width = probability.shape
+    layout = dict(driver='GTiff', height=height, width=width, count=1, dtype='uint16', nodata=NODATA)
+    place = dict(compress='deflate', transform=GRID, crs=CRS) | profile
+    with rasterio.open(path, 'w', **layout, **place) as dataset:
+        dataset.write(probability_to_uint16(probability, valid), 1)
+        dataset.scales = (1 / STEPS,)
+        dataset.update_tags(RTSSEG=json.dumps(dict(tile=tile, views='none', calibration=calibration)))
+    return path

@@ -1,0 +1,269 @@
+"Maps are checked: seams of real windows, holes, overlaps on other grids, and drift that is and that is not"
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rasterio.transform import from_origin
+from scipy import ndimage
+from scipy.special import expit
+
+import rtsseg.mapcheck
+import rtsseg.prediction
+from helpers.maps import GRID, noise, read_map, untrained_model, write_map, write_scene
+from rtsseg.config import ConfigError, ToySource
+from rtsseg.console import DataError
+from rtsseg.files import FileError
+from rtsseg.mapcheck import compare_maps, map_check, scene_baseline
+from rtsseg.prediction import STEPS, predict
+from rtsseg.scenestats import ObjectCount, SceneTally, input_summary, scene_statistics
+from rtsseg.toy import scene
+
+def levels(found, start=''):
+    "{what: level} of the findings whose name begins so"
+    return {f.what: f.level for f in found.findings if f.what.startswith(start)}
+
+def smooth(shape, sigma=8, seed=0):
+    "Probabilities of smooth noise"
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), sigma)
+    return expit(2 * field / field.std() - 3)
+
+# ---------------------------------------------------------------- statistics of a scene
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), strip=st.integers(1, 41), share=st.floats(0, 1),
+       seed=st.integers(0, 99))
+def test_objects_are_counted_in_any_strips(height, width, strip, share, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    found = ObjectCount()
+    for top in range(0, height, strip):
+        found.add(mask[top:top + strip])
+    assert found.count == ndimage.label(mask, np.ones((3, 3)))[1]
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), strip=st.integers(1, 91), seed=st.integers(0, 99))
+def test_a_summary_does_not_depend_on_the_strips(height, width, strip, seed):
+    "And its means are those of NumPy; the noise is that of a hand-made ratio estimator"
+    rng = np.random.default_rng(seed)
+    planes, valid = rng.normal(50, 9, (2, height, width)), rng.random((height, width)) < .8
+    probability = np.where(valid, rng.random((height, width)), np.nan)
+    tally = SceneTally(['a', 'b'], (height, width))
+    for top in range(0, height, strip):
+        part = np.s_[top:top + strip]
+        tally.add(top, planes[:, part], valid[part], probability[part])
+    found = input_summary(tally)
+    json.dumps(found, allow_nan=False)
+    if not valid.any():
+        assert (found['valid'], found['channels']['a']['mean']) == (0, None)
+        return
+    for k, name in enumerate('ab'):
+        assert found['channels'][name]['mean'] == pytest.approx(planes[k][valid].mean())
+        assert found['channels'][name]['std'] == pytest.approx(planes[k][valid].std(), abs=1e-5)
+    side = -(-max(height, width) // 8)
+    x, n, error = planes[0], valid.sum(), []
+    for r in range(0, height, side):
+        for c in range(0, width, side):
+            seen = valid[r:r + side, c:c + side]
+            if seen.any():
+                mean = x[r:r + side, c:c + side][seen].mean()
+                error.append((seen.sum() / n * (mean - x[valid].mean()))**2)
+    if len(error) > 1:
+        want = np.sqrt(np.sum(error) * len(error) / (len(error) - 1))
+        assert found['channels']['a']['noise'] == pytest.approx(want)
+    else:
+        assert found['channels']['a']['noise'] is None
+    assert found['probability']['mean'] == pytest.approx(np.nanmean(probability))
+    assert sum(found['scores']) == valid.sum()
+
+def test_the_noise_covers_the_means_of_independent_blocks():
+    "In simulated scenes whose blocks are independent, the mean lies within two noises of the truth 95 times in 100"
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        tally = SceneTally(['a'], (64, 64))
+        image = np.kron(rng.normal(size=(8, 8)), np.ones((8, 8)))
+        tally.add(0, image[None], np.ones((64, 64), bool))
+        own = input_summary(tally)['channels']['a']
+        inside += abs(own['mean']) < 2 * own['noise']
+    assert .91 < inside / 400 < .98
+
+# ---------------------------------------------------------------- seams
+
+def test_real_windows_leave_no_seams_and_flat_weights_do(tmp_path, capsys, monkeypatch):
+    "The library's window fades out; a weight that does not leaves seams, and the check sees them"
+    folder = untrained_model(tmp_path/'model')
+    image = noise(420, 420)
+    image = np.clip(ndimage.gaussian_filter(image.astype(float), (0, 3, 3)) * 3 - 250, 1, 255).astype('uint8')
+    write_scene(tmp_path/'scene.tif', image)
+    predict(folder, tmp_path/'scene.tif', tmp_path/'faded.tif')
+    monkeypatch.setattr(rtsseg.prediction, 'window_weight', lambda tile: np.ones((tile, tile)))
+    predict(folder, tmp_path/'scene.tif', tmp_path/'flat.tif')
+    faded = map_check([tmp_path/'faded.tif'], [tmp_path/'scene.tif'])
+    flat = map_check([tmp_path/'flat.tif'], [tmp_path/'scene.tif'])
+    assert set(levels(faded, 'seams').values()) == {'ok'}
+    assert set(levels(flat, 'seams').values()) == {'warning'}
+    assert 'falls to zero' in capsys.readouterr().out
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_smooth_maps_raise_no_seam_alarm(tmp_path_factory, seed):
+    folder = tmp_path_factory.mktemp('s')
+    found = map_check([write_map(folder/'map.tif', smooth((300, 400), 6, seed))])
+    assert set(levels(found, 'seams').values()) == {'ok'}
+
+def test_a_map_of_another_program_is_checked_without_seams(tmp_path):
+    "It does not say how large its windows were"
+    path = write_map(tmp_path/'map.tif', smooth((80, 90)), tile=None)
+    assert levels(map_check([path]), 'seams') == {'seams': 'note'}
+
+# ---------------------------------------------------------------- coverage and values
+
+def test_holes_are_errors_and_the_scene_s_own_gaps_are_not(tmp_path, capsys):
+    image = noise(100, 120)
+    image[:, :30] = 0
+    write_scene(tmp_path/'scene.tif', image)
+    valid = image.any(0)
+    whole = map_check([write_map(tmp_path/'whole.tif', smooth((100, 120)), valid)], [tmp_path/'scene.tif'])
+    assert levels(whole, 'coverage') == {'coverage': 'ok'}
+    valid[50:60, 50:80] = False
+    holes = map_check([write_map(tmp_path/'holes.tif', smooth((100, 120)), valid)], [tmp_path/'scene.tif'],
+                      figure=tmp_path/'check.png')
+    assert levels(holes, 'coverage') == {'coverage': 'error'}
+    assert f'{1 - 300 / 8400:.3%}' in next(f.value for f in holes.findings if f.what == 'coverage')
+    assert holes.verdict.startswith('NOT READY: 1 error')
+    assert holes.verdict in capsys.readouterr().out
+    assert (tmp_path/'check.png').read_bytes().startswith(b'\x89PNG')
+
+@pytest.mark.parametrize('probability, valid, what, level', [
+    (np.full((40, 50), .3), None, 'values', 'error'),
+    (smooth((40, 50)), np.zeros((40, 50), bool), 'no data', 'error'),
+    (smooth((40, 50)), np.arange(2000).reshape(40, 50) < 99, 'no data', 'warning'),
+])
+def test_maps_that_say_nothing(tmp_path, probability, valid, what, level):
+    assert levels(map_check([write_map(tmp_path/'map.tif', probability, valid)]))[what] == level
+
+def test_a_map_lies_on_the_grid_of_its_scene(tmp_path):
+    write_scene(tmp_path/'scene.tif', noise(40, 51))
+    path = write_map(tmp_path/'map.tif', smooth((40, 50)))
+    with pytest.raises(DataError, match='50 × 40 pixels, its image 51 × 40'):
+        map_check([path], [tmp_path/'scene.tif'])
+    with pytest.raises(DataError, match='is not a map'):
+        map_check([tmp_path/'scene.tif'])
+
+# ---------------------------------------------------------------- overlaps
+
+def test_overlaps_are_compared_pixel_by_pixel(tmp_path):
+    "Shifted by whole pixels: the sums are those of the arrays"
+    p, q = smooth((100, 140)), smooth((100, 140), seed=1)
+    first = write_map(tmp_path/'a.tif', p)
+    second = write_map(tmp_path/'b.tif', q, transform=from_origin(GRID.c + 50 * 3, GRID.f - 20 * 3, 3, 3))
+    found = compare_maps(first, second)
+    a, b = read_map(first)[20:, 50:] / STEPS, read_map(second)[:80, :90] / STEPS
+    assert found.pixels == 80 * 90
+    assert found.difference == pytest.approx(np.abs(a - b).sum() / (a + b).sum())
+    assert (found.first, found.second) == pytest.approx((a.mean(), b.mean()))
+    checked = map_check([first, second])
+    assert levels(checked, 'a.tif and b.tif') == {'a.tif and b.tif': 'warning'}
+
+def test_what_lies_elsewhere_or_is_the_same(tmp_path):
+    p = smooth((60, 70))
+    first = write_map(tmp_path/'a.tif', p)
+    far = write_map(tmp_path/'far.tif', p, transform=from_origin(GRID.c + 70 * 3, GRID.f, 3, 3))
+    nowhere = write_map(tmp_path/'nowhere.tif', p, crs=None)
+    assert compare_maps(first, far) is None
+    assert compare_maps(first, nowhere) is None
+    assert levels(map_check([first, far]), 'overlaps') == {'overlaps': 'ok'}
+    copy = tmp_path/'copy.tif'
+    copy.write_bytes(first.read_bytes())
+    assert levels(map_check([first, copy]))['a.tif and copy.tif'] == 'warning'
+
+def test_maps_in_another_crs_are_compared_too(tmp_path):
+    "The same land in EPSG:3413 and in EPSG:3995, which is turned by 45 degrees"
+    from rasterio.warp import calculate_default_transform, reproject
+    p = smooth((200, 200), 12)
+    first = write_map(tmp_path/'a.tif', p)
+    bounds = (GRID.c, GRID.f - 600, GRID.c + 600, GRID.f)
+    transform, width, height = calculate_default_transform('EPSG:3413', 'EPSG:3995', 200, 200, *bounds, resolution=3)
+    turned = np.full((height, width), np.nan)
+    reproject(p, turned, src_transform=GRID, src_crs='EPSG:3413', dst_transform=transform, dst_crs='EPSG:3995',
+              src_nodata=np.nan, dst_nodata=np.nan)
+    second = write_map(tmp_path/'b.tif', np.nan_to_num(turned), ~np.isnan(turned), transform=transform,
+                       crs='EPSG:3995')
+    found = compare_maps(first, second)
+    assert found.pixels > .95 * 200 * 200
+    assert found.difference < .08
+
+# ---------------------------------------------------------------- drift
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    "Folder of five toy scenes of one landscape, a brighter copy of the last, and maps of all of them"
+    folder = tmp_path_factory.mktemp('toy')
+    for seed in range(5):
+        image = scene(ToySource(scene_size=512, tile_size=64, prevalence=.02, seed=seed), 0).image
+        put(folder, f's{seed}', image)
+    brighter = np.where(image.any(2)[..., None], np.clip(image * 1.5 + 40, 1, 255), 0).astype('uint8')
+    put(folder, 'bright', brighter)
+    return folder
+
+def put(folder, name, image):
+    "A scene and its map, by a model that takes bright ground for slumps"
+    write_scene(folder/f'{name}.tif', image.transpose(2, 0, 1))
+    bright = ndimage.gaussian_filter(image.astype(float).mean(2), 2)
+    write_map(folder/f'{name}_map.tif', expit((bright - 150) / 12), image.any(2))
+
+def pairs(folder, names):
+    return [folder/f'{name}.tif' for name in names], [folder/f'{name}_map.tif' for name in names]
+
+@pytest.mark.parametrize('known', [['s0'], ['s0', 's1'], ['s0', 's1', 's2', 's3']], ids=len)
+def test_brightness_is_flagged_and_another_scene_is_not(toy, tmp_path, known):
+    "×1.5 + 40 against one, two and four earlier scenes"
+    scene_baseline(*pairs(toy, known), tmp_path/'baseline.json')
+    images, maps = pairs(toy, ['s4', 'bright'])
+    usual = map_check(maps[:1], images[:1], tmp_path/'baseline.json')
+    assert set(levels(usual, 'channel').values()) == {'ok'}
+    assert not [f for f in usual.findings if f.level in ('warning', 'error')]
+    bright = map_check(maps[1:], images[1:], tmp_path/'baseline.json')
+    assert set(levels(bright, 'channel').values()) == {'warning'}
+    assert levels(bright)['predicted share'] == 'warning'
+
+def test_each_scene_of_a_kind_passes_against_the_others(toy, tmp_path):
+    "Leave one out: no alarm about the input"
+    names = [f's{seed}' for seed in range(5)]
+    for name in names:
+        scene_baseline(*pairs(toy, [other for other in names if other != name]), tmp_path/'baseline.json')
+        images, maps = pairs(toy, [name])
+        found = map_check(maps, images, tmp_path/'baseline.json')
+        assert set(levels(found, 'channel').values()) == {'ok'}, name
+
+def test_a_baseline_of_scenes_alone_checks_the_input(toy, tmp_path):
+    images, maps = pairs(toy, ['s0', 's1'])
+    scene_baseline(images, out=tmp_path/'baseline.json')
+    found = map_check(maps[:1], images[:1], tmp_path/'baseline.json')
+    assert set(levels(found, 'channel')) == {'channel R', 'channel G', 'channel B'}
+    assert 'predicted share' not in levels(found)
+
+def test_what_does_not_fit_a_baseline(toy, tmp_path):
+    images, maps = pairs(toy, ['s0', 's1'])
+    path = tmp_path/'baseline.json'
+    baseline = scene_baseline(images, maps, path)
+    assert json.loads(path.read_text()) == baseline
+    with pytest.raises(DataError, match='threshold is 0.5, and 0.3'):
+        map_check(maps[:1], images[:1], path, threshold=.3)
+    other = {'format': 1, 'scenes': {'x.tif': baseline['scenes']['s0.tif'] | dict(channels={'NIR': {}})}}
+    path.write_text(json.dumps(other))
+    with pytest.raises(DataError, match='x.tif has the channels NIR'):
+        map_check(maps[:1], images[:1], path)
+    path.write_text('{"format": 2}')
+    with pytest.raises(DataError, match='not a baseline of scenes'):
+        map_check(maps[:1], images[:1], path)
+    with pytest.raises(FileError, match='missing'):
+        map_check(maps[:1], images[:1], tmp_path/'none.json')
+    with pytest.raises(ConfigError, match='the same file name'):
+        scene_baseline([images[0], images[0]], out=path)
+    assert path.read_text() == '{"format": 2}'
+
+def test_a_summary_of_a_scene_without_a_map(toy):
+    found = input_summary(scene_statistics(toy/'s0.tif'))
+    assert 'probability' not in found
+    assert list(found['channels']) == ['R', 'G', 'B']
