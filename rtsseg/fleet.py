@@ -62,7 +62,7 @@ def read_scenes(source:str|Path    # a table, a folder of GeoTIFFs, or a GeoTIFF
         problems.append(f'{source.name}: no scenes')
     if problems:
         raise DataError('\n'.join(problems))
-    rows = table.reindex(columns=SCENE_COLUMNS).fillna('').astype(str).to_dict('records')
+    rows = table.reindex(columns=SCENE_COLUMNS).astype(object).fillna('').astype(str).to_dict('records')
     for row in rows:
         row['name'] = row['name'] or Path(row['scene']).stem
         for column in ('scene', 'extra'):

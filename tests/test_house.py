@@ -346,7 +346,7 @@ def test_a_command_explains_its_arguments(name):
         assert argument.help, f'rtsseg-{name}: --{argument.name} has no line of help'
 
 def test_commands_are_installed():
-    commands = {f'rtsseg-{name}': f'rtsseg.cli:rtsseg_{name}' for name in COMMANDS}
+    commands = {f'rtsseg-{name}': f'rtsseg.cli:rtsseg_{name.replace("-", "_")}' for name in COMMANDS}
     assert scripts == {'rtsseg': 'rtsseg.cli:main'} | commands
     for command in ('rtsseg', 'rtsseg-report'):
         program = [Path(sys.executable).parent/command, '--help']
