@@ -146,7 +146,7 @@ WINGS = {
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
-    'maps': 'prediction',
+    'maps': 'prediction estimates',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }
@@ -161,7 +161,7 @@ MAY_IMPORT = {
     'seam': 'core measure',
     'task': 'core data feed measure learn seam',
     'judge': 'core data feed measure seam',
-    'maps': 'core data feed learn judge task',
+    'maps': 'core data feed measure learn judge task',
     'search': 'core data feed learn seam task judge',
     'commands': ' '.join(WINGS),
     'systems': 'core data feed measure learn seam judge task',
