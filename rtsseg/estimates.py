@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from .console import some_names
 
@@ -112,22 +113,22 @@ def _missing(strata):
     few = [name for name, variance in zip(strata.names, strata.variance) if np.isnan(variance)]
     return f'no value: fewer than 2 rated units in {some_names(few)}' if few else ''
 
-def _recover(strata, centre, level):
-    "The mean over strata, `centre` in each, with limits recovered from Wilson's"
+def _recover(strata, centre, below, above):
+    "The mean over strata, `centre` in each, whose limits lie `below` and `above` it"
     n = int(strata.n.sum())
     why = _missing(strata)
     if why:
         return DesignEstimate(None, n=n, why=why)
     weight = strata.N / strata.N.sum()
-    variance = (1 - strata.n / strata.N) * strata.variance / strata.n
+    value = (weight * centre).sum()
+    se = np.sqrt((weight**2 * (1 - strata.n / strata.N) * strata.variance / strata.n).sum())
+    low, high = value - np.sqrt((weight**2 * below**2).sum()), value + np.sqrt((weight**2 * above**2).sum())
+    return DesignEstimate(float(value), float(se), float(low), float(high), n)
+
+def _wilson_distances(strata, level):
+    "How far Wilson's limits lie below and above the mean of each stratum"
     low, high = wilson(strata.mean, effective_size(strata), level)
-    # where all values are 0, or all are 1, predictions still differ
-    is_constant = (strata.mean == 0) | (strata.mean == 1)
-    rest = is_constant * norm.ppf((1 + level) / 2)**2 * variance
-    below = np.sqrt((weight**2 * ((strata.mean - low)**2 + rest)).sum())
-    above = np.sqrt((weight**2 * ((high - strata.mean)**2 + rest)).sum())
-    value, se = (weight * centre).sum(), np.sqrt((weight**2 * variance).sum())
-    return DesignEstimate(float(value), float(se), float(value - below), float(value + above), n)
+    return strata.mean - low, high - strata.mean
 
 def stratified_mean(values:Sequence,            # of the rated units, 0 to 1
                     stratum:Sequence,           # of each
@@ -141,7 +142,7 @@ def stratified_mean(values:Sequence,            # of the rated units, 0 to 1
     if len(values) and not (0 <= values.min() and values.max() <= 1):
         raise ValueError(f'values from {values.min():g} to {values.max():g}: they must lie between 0 and 1')
     strata = strata_moments(values, stratum, sizes)
-    return _recover(strata, strata.mean, level)
+    return _recover(strata, strata.mean, *_wilson_distances(strata, level))
 
 # %% ../nbs/08c_estimates.ipynb #est-ratio
 def stratified_ratio(numerator:Sequence,         # of the rated units
@@ -169,12 +170,15 @@ def stratified_ratio(numerator:Sequence,         # of the rated units
 # %% ../nbs/08c_estimates.ipynb #est-recall
 def _ratio_limits(first, second):
     "Limits of the ratio of two independent totals, both `DesignEstimate` (MOVER-R)"
-    both = first.value * second.value
+    both, low, high = first.value * second.value, 0., np.inf
     a, b = first.low * (2 * first.value - first.low), second.high * (2 * second.value - second.high)
-    # the conjugate of the formula: it divides by what cannot be 0 where a is not
-    low = a / (both + np.sqrt(both**2 - a * b)) if a > 0 else 0.
+    if a > 0:
+        # the conjugate of the formula, which is 0 only where nothing of the second can be
+        rest = both + np.sqrt(max(both**2 - a * b, 0))
+        low = a / rest if rest > 0 else np.inf
     a, b = first.high * (2 * first.value - first.high), second.low * (2 * second.value - second.low)
-    high = (both + np.sqrt(both**2 - a * b)) / b if b > 0 else np.inf
+    if b > 0:
+        high = (both + np.sqrt(max(both**2 - a * b, 0))) / b
     return low, high
 
 def stratified_recall(truth:Sequence,                 # whether the rated units hold the class
@@ -217,8 +221,11 @@ def prediction_powered_mean(values:Sequence,                 # of the rated unit
     values, predictions = np.asarray(values, float), np.asarray(predictions, float)
     plain, error = (strata_moments(each, stratum, sizes) for each in (values, values - predictions))
     centre = error.mean + np.array([mean_predictions[name] for name in sizes])
-    # Wilson's limits need a share between 0 and 1, which an error is not
-    return _recover(plain._replace(variance=error.variance), centre, level)
+    gain = np.divide(error.variance, plain.variance, out=np.ones(len(sizes)), where=plain.variance > 0)
+    quantile = student.ppf((1 + level) / 2, np.maximum(plain.n - 1, 1))
+    least = quantile * np.sqrt((1 - error.n / error.N) * error.variance / error.n)
+    distances = (np.sqrt(np.minimum(gain, 1)) * each for each in _wilson_distances(plain, level))
+    return _recover(error, centre, *(np.maximum(each, least) for each in distances))
 
 # %% ../nbs/08c_estimates.ipynb #est-size
 def sample_size(sizes:Mapping[str, int],       # units in each stratum
@@ -280,4 +287,8 @@ def cohen_kappa(first:Sequence,      # answers of one rater
     variance = (agree + differ - (kappa - chance * (1 - kappa))**2) / (n * (1 - chance)**2)
     se = float(np.sqrt(max(variance, 0)))
     half = float(norm.ppf((1 + level) / 2)) * se
-    return DesignEstimate(float(kappa), se, max(float(kappa) - half, -1.), min(float(kappa) + half, 1.), n)
+    low = max(float(kappa) - half, -1.)
+    if observed > 1 - 1e-12:
+        # the standard error of full agreement is 0, however few units there are
+        low = float((wilson(1., n, level)[0] - chance) / (1 - chance))
+    return DesignEstimate(float(kappa), se, low, min(float(kappa) + half, 1.), n)
