@@ -639,9 +639,9 @@ def read_ratings(folder:str|Path,              # of `review_sample`
     for unit, names in zip(units.unit, units.raters):
         both = [files[rater]['ratings'][unit] for rater in names.split()]
         answers = [rating['answer'] for rating in both]
-        shares = [np.nan if rating.get('share') is None else rating['share'] for rating in both]
+        shares = [rating['share'] for rating in both if rating.get('share') is not None]
         verdict = answers[0] if len(set(answers)) == 1 else 'unsure'
-        share = float(np.mean(shares)) if verdict == 'yes' else 0.
+        share = float(np.mean(shares or np.nan)) if verdict == 'yes' else 0.
         rows.append(dict(verdict=verdict, share=share, answers=answers, outline=any(r['outline'] for r in both)))
     return Rated(settings, strata, pd.concat([units, pd.DataFrame(rows)], axis=1),
                  {rater: file['made'] for rater, file in files.items()})
