@@ -56,7 +56,7 @@ def read_probability(ds:DatasetReader,   # an open map
     probability = np.where(valid, values * float(ds.scales[0]) + float(ds.offsets[0]), 0)
     # a comparison with NaN is False
     if not ((probability >= 0) & (probability <= 1)).all():
-        raise DataError(f'{Path(ds.name).name} holds values outside of 0 to 1: it is no map of probabilities')
+        raise DataError(f'{Path(ds.name).name} holds values outside of 0 to 1: it does not map probabilities')
     return probability, valid
 
 def _strip_cells(probability, valid, side):
@@ -193,7 +193,8 @@ def assign_raters(n:int,                   # units
     return names
 
 # %% ../nbs/08d_review.ipynb #rev-chip
-CHIP = 384    # side of a picture, pixels
+# side of a picture, pixels
+CHIP = 384
 
 def _padded(read, window, shape):
     "What `read` finds in a window that may reach over the edges; 0 beyond them"
@@ -361,8 +362,9 @@ show(next(-1));
 
 REVIEW_STYLE = """
 svg { width: min(100%, 70vh); display: block; background: var(--tint); margin: .6rem 0 }
-#frame { fill: none; stroke: #fff; stroke-width: 2; vector-effect: non-scaling-stroke; stroke-dasharray: 6 4 }
-#outline { fill: none; stroke: #ffd000; stroke-width: 2; vector-effect: non-scaling-stroke }
+#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+#frame { stroke: #fff; stroke-dasharray: 6 4 }
+#outline { stroke: #ffd000 }
 button[aria-pressed=true] { background: var(--accent); color: #fff }
 progress { width: min(100%, 70vh) }
 """
@@ -414,7 +416,7 @@ def _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, t
     if n < 2:
         problems.append(f'n: {n} units are too few')
     if side < 1:
-        problems.append(f'side: {side} is no side of a cell')
+        problems.append(f'side: {side} pixels are too few for a cell')
     if not all(0 < cut < 1 for cut in cuts):
         problems.append(f'cuts, threshold: {", ".join(map(str, cuts))} must lie between 0 and 1')
     if not all(size > 0 for size in sizes):
@@ -427,7 +429,7 @@ def _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, t
         problems.append(f'raters: {", ".join(map(repr, raters))}: each needs a name of its own of letters, digits, - '
                         'and _')
     if not 0 <= twice <= 1:
-        problems.append(f'twice: {twice} is no share between 0 and 1')
+        problems.append(f'twice: {twice} must be a share between 0 and 1')
     if problems:
         raise ConfigError('\n'.join(problems))
 
@@ -482,18 +484,40 @@ def _write_pages(folder, map_path, scene, factor, units, raters, side, threshold
         order = np.random.default_rng([seed, 3, number]).permutation(mine)
         write_atomic(folder/'pages'/f'{rater}.html', review_page(question, rater, sample, [shown[i] for i in order]))
 
+def _write_tables(folder, units, strata):
+    "Write both tables of a sample; the digest of the units, by which ratings name it"
+    area = units.height * units.width * units.pixel_area
+    units = units.assign(area=area, expected=units['mean'] * units.pixels * units.pixel_area)
+    names = ['unit', 'row', 'column', 'height', 'width', 'x', 'y', 'stratum', 'n', 'N', 'probability', 'pixels', 'area',
+             'object', 'highest', 'mean', 'expected', 'raters']
+    write_atomic(folder/STRATA, strata.to_csv())
+    return digest(write_atomic(folder/UNITS, units[names].to_csv(index=False)))
+
+def _provenance(map_path, scene, crs):
+    "What a sample was drawn from"
+    return dict(
+        rtsseg=version('rtsseg'),
+        map=map_path.name,
+        map_sha256=digest(map_path),
+        model=read_map_settings(map_path).get('model', ''),
+        scene=Path(scene).name if scene else '',
+        scene_sha256=digest(scene) if scene else '',
+        crs=crs,
+        unit='m²' if crs else 'pixels',
+    )
+
 def review_sample(map_path:str|Path,                 # a map of probabilities, as `rtsseg predict` writes it
                   out:str|Path,                      # a new folder for the sample
                   scene:str|Path='',                 # the image that the map was made from; '' writes no pages
                   n:int=500,                         # units to draw
                   side:int=32,                       # of a unit, pixels of the map
                   threshold:float=.5,                # probability from which the map finds the class
-                  cuts:Sequence[float]=(.05, .2, .8),    # further borders of the bands of highest probability
-                  sizes:Sequence[int]=(100,),        # borders between sizes of objects, pixels of the map
+                  cuts:list[float]=(.05, .2, .8),    # further borders of the bands of highest probability
+                  sizes:list[int]=(100,),            # borders between sizes of objects, pixels of the map
                   regions:str|Path='',               # polygons with a column `region`; '' for none
                   allocation:str='neyman',           # of the units to strata: neyman or proportional
                   least:int=20,                      # units of each stratum, where it has so many
-                  raters:Sequence[str]=('rater',),   # names of the people who rate
+                  raters:list[str]=('rater',),       # names of the people who rate
                   twice:float=.1,                    # share of the units that two raters get, for their agreement
                   question:str=QUESTION,             # what raters are asked of a cell
                   seed:int=0                         # fixes the draw, who gets what, and the order
@@ -508,43 +532,15 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
     units, strata, crs, largest = _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation, least,
                                                 seed)
     units['raters'] = assign_raters(len(units), raters, twice, seed)
-    units['area'] = units.height * units.width * units.pixel_area
-    units['expected'] = units['mean'] * units.pixels * units.pixel_area
-    names = ['unit', 'row', 'column', 'height', 'width', 'x', 'y', 'stratum', 'n', 'N', 'probability', 'pixels', 'area',
-             'object', 'highest', 'mean', 'expected', 'raters']
-    content = units[names].to_csv(index=False)
-    sample = hashlib.sha256(content.encode()).hexdigest()
-    write_atomic(folder/UNITS, content)
-    write_atomic(folder/STRATA, strata.to_csv())
+    sample = _write_tables(folder, units, strata)
     if scene:
         _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed)
     else:
         logger.info('no scene was named: no pages are written')
-    settings = dict(
-        rtsseg=version('rtsseg'),
-        map=map_path.name,
-        map_sha256=digest(map_path),
-        model=read_map_settings(map_path).get('model', ''),
-        scene=Path(scene).name if scene else '',
-        scene_sha256=digest(scene) if scene else '',
-        factor=factor,
-        crs=crs,
-        unit='m²' if crs else 'pixels',
-        n=len(units),
-        side=side,
-        threshold=threshold,
-        cuts=cuts,
-        sizes=sizes,
-        allocation=allocation,
-        least=least,
-        raters=list(raters),
-        twice=twice,
-        question=question,
-        seed=seed,
-        largest=float(largest),
-        units_sha256=sample,
-        strata_sha256=digest(folder/STRATA),
-    )
+    settings = _provenance(map_path, scene, crs) | dict(
+        factor=factor, n=len(units), side=side, threshold=threshold, cuts=cuts, sizes=sizes, allocation=allocation,
+        least=least, raters=list(raters), twice=twice, question=question, seed=seed, largest=float(largest),
+        units_sha256=sample, strata_sha256=digest(folder/STRATA))
     write_atomic(folder/SAMPLE, json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
     return settings
 
@@ -734,7 +730,7 @@ def review_table(rated:Rated,                              # a sample with answe
     return Table(['estimate', 'value', '95% interval', 'units'], rows, notes)
 
 def review_read(folder:str|Path,               # of `review_sample`
-                ratings:Sequence[str|Path]     # a file for each rater
+                ratings:list[str|Path]         # a file for each rater
                ) -> Table:                     # prints as text; `markdown` is in estimates.md
     """Turn ratings into estimates of precision, recall and area with 95% intervals; writes estimates.json and
     estimates.md into the folder. Raises one `DataError` with all that is wrong with the ratings"""
@@ -755,7 +751,7 @@ def review_read(folder:str|Path,               # of `review_sample`
 
 # %% ../nbs/08d_review.ipynb #rev-rows
 def review_rows(folder:str|Path,               # of `review_sample`
-                ratings:Sequence[str|Path],    # a file for each rater
+                ratings:list[str|Path],        # a file for each rater
                 out:str|Path                   # the table, a .csv
                ) -> pd.DataFrame:              # what was written
     """False alarms and new finds of a review, as rows for the next manifest

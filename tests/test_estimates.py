@@ -21,7 +21,7 @@ from rtsseg.estimates import (
 
 # ---------------------------------------------------------------- published examples
 
-# rows: map classes, which are the strata; columns: reference classes (Olofsson et al. 2014, section 5)
+# rows: map classes, which are the strata; columns: reference classes (Olofsson et al. 2014)
 OLOFSSON = np.array([[66, 0, 5, 4], [0, 55, 8, 12], [1, 0, 153, 11], [2, 1, 9, 313]])
 OLOFSSON_SIZES = dict(deforestation=200_000, gain=150_000, forest=3_200_000, other=6_450_000)
 
