@@ -1,0 +1,414 @@
+"Reviews of maps: units against plain arithmetic, the draw, pages, ratings that come back, and whether intervals hold"
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import cv2
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rasterio.transform import Affine, from_origin
+from scipy.ndimage import gaussian_filter, label
+from scipy.stats import binom
+
+from helpers.browser import chromium, in_browser
+from helpers.maps import CRS, GRID
+from rtsseg.config import ConfigError, ToySource
+from rtsseg.console import DataError
+from rtsseg.estimates import allocate
+from rtsseg.prediction import STEPS
+from rtsseg.raster import write_raster
+from rtsseg.review import (
+    REVIEW_SCRIPT,
+    Rated,
+    describe_strata,
+    draw_units,
+    estimate_review,
+    map_cells,
+    name_strata,
+    read_ratings,
+    review_page,
+    review_read,
+    review_rows,
+    review_sample,
+    scene_factor,
+)
+from rtsseg.toy import scene
+
+SIDE = 16
+
+def write_map(path, probability, valid=None, crs=CRS, transform=GRID):
+    "A map as `rtsseg predict` writes it; the path"
+    valid = np.ones(probability.shape, bool) if valid is None else valid
+    stored = np.where(valid, np.rint(STEPS * probability), 65535).astype('uint16')
+    write_raster(path, stored[None], nodata=65535, crs=crs, transform=transform)
+    with rasterio.open(path, 'r+') as ds:
+        ds.scales = (1 / STEPS,)
+    return path
+
+class World:
+    "A toy scene, its truth, and a map with misses and false alarms"
+
+    def __init__(self, folder, size=768):
+        toy = scene(ToySource(regions=1, scene_size=size, prevalence=.03), 0)
+        self.truth = toy.mask == 1
+        noise = gaussian_filter(np.random.default_rng(0).normal(size=self.truth.shape), 10)
+        logit = 10 * gaussian_filter(self.truth.astype(float), 2) - 5.5 + 2 * noise / noise.std()
+        self.probability = 1 / (1 + np.exp(-logit))
+        self.valid = toy.image.any(2)
+        self.map = write_map(folder/'map.tif', self.probability, self.valid)
+        self.scene = folder/'scene.tif'
+        write_raster(self.scene, toy.image.transpose(2, 0, 1), crs=CRS, transform=GRID, nodata=0)
+
+    def share(self, unit):
+        "Share of a cell that the class covers"
+        return float(self.truth[int(unit.row):int(unit.row + unit.height),
+                                int(unit.column):int(unit.column + unit.width)].mean())
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp('world'))
+
+@pytest.fixture
+def sample(world, tmp_path):
+    "A sample for two raters"
+    review_sample(world.map, tmp_path/'review', world.scene, n=120, side=SIDE, least=8, raters=['ana', 'bo'], twice=.3)
+    return tmp_path/'review'
+
+def units_of(folder):
+    return pd.read_csv(folder/'units.csv')
+
+def truthful(world, folder, rater):
+    "What a rater who knows the truth answers"
+    answers = {}
+    for unit in units_of(folder).itertuples():
+        if rater in unit.raters.split():
+            share = world.share(unit)
+            answers[unit.unit] = dict(answer='yes', share=share, outline=False) if share else dict(
+                answer='no', outline=False)
+    return answers
+
+def write_ratings(folder, rater, ratings, name=None, **changes):
+    "A rater's file; the path"
+    settings = json.loads((folder/'sample.json').read_text())
+    content = dict(sample=settings['units_sha256'], rater=rater, made='2026-02-03T04:05:06Z', ratings=ratings) | changes
+    path = folder/(name or f'ratings_{rater}.json')
+    path.write_text(json.dumps(content))
+    return path
+
+def all_ratings(world, folder):
+    return [write_ratings(folder, rater, truthful(world, folder, rater)) for rater in ('ana', 'bo')]
+
+# ---------------------------------------------------------------- units
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 17), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_cells_are_those_of_plain_arithmetic(tmp_path_factory, height, width, side, seed):
+    rng = np.random.default_rng(seed)
+    probability = np.clip(gaussian_filter(rng.normal(.4, 1, (height, width)), 1), 0, 1)
+    valid = rng.random((height, width)) < .8
+    path = write_map(tmp_path_factory.mktemp('cells')/'map.tif', probability, valid)
+    shown = np.where(valid, np.rint(STEPS * probability) / STEPS, 0)
+    objects, _ = label(valid & (shown >= .5), np.ones((3, 3)))
+    sizes = np.bincount(objects.ravel())
+    sizes[0] = 0
+    expected = []
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            at = slice(top, top + side), slice(left, left + side)
+            if valid[at].any():
+                expected.append([top, left, *shown[at].shape, valid[at].sum(), shown[at].max(),
+                                 shown[at].sum() / valid[at].sum(), sizes[objects[at]].max()])
+    if not expected:
+        return
+    cells = map_cells(path, side, .5)
+    found = cells[['row', 'column', 'height', 'width', 'pixels', 'highest', 'mean', 'object']].to_numpy()
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-9)
+
+def test_area_is_measured_on_the_ground(tmp_path):
+    "EPSG:3857 is stretched by 1/cos(latitude) along both axes, but for the flattening of the earth"
+    x, y = -15_000_000, 12_500_000
+    path = write_map(tmp_path/'map.tif', np.zeros((8, 8)), crs='EPSG:3857', transform=from_origin(x, y, 10, 10))
+    cells = map_cells(path, 4, .5)
+    latitude = 2 * np.arctan(np.exp(y / 6378137)) - np.pi / 2
+    assert cells.pixel_area.to_numpy() == pytest.approx(100 * np.cos(latitude)**2, rel=.01)
+    bare = write_map(tmp_path/'bare.tif', np.zeros((8, 8)), crs=None)
+    assert (map_cells(bare, 4, .5).pixel_area == 1).all()
+
+def test_what_is_no_map_is_refused(tmp_path):
+    write_raster(tmp_path/'image.tif', np.full((1, 8, 8), 9, 'uint8'), transform=GRID, crs=CRS)
+    with pytest.raises(DataError, match='image.tif holds values outside of 0 to 1'):
+        review_sample(tmp_path/'image.tif', tmp_path/'out')
+    write_map(tmp_path/'empty.tif', np.zeros((8, 8)), np.zeros((8, 8), bool))
+    with pytest.raises(DataError, match='empty.tif holds no data'):
+        review_sample(tmp_path/'empty.tif', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_regions_are_strata(world, tmp_path):
+    "The left half of the map is west, the rest is outside"
+    height, width = world.truth.shape
+    west = shapely.box(*(GRID @ (0, height)), *(GRID @ (width / 2, 0)))
+    layer = gpd.GeoDataFrame(dict(region=['west']), geometry=[west], crs=CRS)
+    layer.to_crs('EPSG:4326').to_file(tmp_path/'regions.gpkg')
+    review_sample(world.map, tmp_path/'review', n=200, side=SIDE, least=4, regions=tmp_path/'regions.gpkg')
+    units = units_of(tmp_path/'review')
+    assert set(units.stratum.str.split(', ').str[-1]) == {'west', 'outside'}
+    assert (units.stratum.str.endswith('west') == (units.column + SIDE / 2 < width / 2)).all()
+    assert not (tmp_path/'review/pages').exists()
+
+# ---------------------------------------------------------------- the draw
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+@settings(max_examples=40, deadline=None)
+def test_inclusion_probabilities_add_up_to_the_sample(a, b, data):
+    cells = pd.DataFrame(dict(stratum=['a'] * a + ['b'] * b, row=range(a + b)))
+    n = data.draw(st.integers(1, a + b))
+    counts = allocate(n, dict(a=a, b=b), dict(a=.3, b=.5), 0)
+    units = draw_units(cells, counts, data.draw(st.integers(0, 99)))
+    assert len(units) == n == units.row.nunique()
+    assert units.unit.is_unique
+    # each unit of a stratum has the probability of those that were drawn
+    per_stratum = units.groupby('stratum').agg(p=('probability', 'first'), N=('N', 'first'), n=('n', 'first'))
+    assert (per_stratum.p * per_stratum.N).sum() == pytest.approx(n)
+    assert units.groupby('stratum').size().to_dict() == per_stratum.n.to_dict()
+
+def test_each_unit_of_a_stratum_is_drawn_as_often():
+    cells = pd.DataFrame(dict(stratum=['a'] * 10 + ['b'] * 5, row=range(15)))
+    draws = 300
+    rows = np.concatenate([draw_units(cells, dict(a=4, b=1), seed).row for seed in range(draws)])
+    counts = np.bincount(rows, minlength=15)
+    for i, p in enumerate([.4] * 10 + [.2] * 5):
+        assert binom.ppf(1e-5, draws, p) <= counts[i] <= binom.ppf(1 - 1e-5, draws, p)
+
+def test_arguments_are_checked_together(world, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], allocation='neymann',
+                      raters=['a b', 'c', 'c'], twice=2)
+    for words in ('n: 1', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'", "'a b'", 'twice: 2'):
+        assert words in str(error.value)
+    assert not (tmp_path/'out').exists()
+
+# ---------------------------------------------------------------- pictures and pages
+
+def test_a_finer_scene_is_shown_at_its_place(tmp_path):
+    "The scene of 16 bits has four pixels under each of the map; the middle cell is bright"
+    probability = np.zeros((48, 48))
+    image = np.full((3, 96, 96), 100, 'uint16')
+    image[:, 32:64, 32:64] = 5000
+    path = write_map(tmp_path/'map.tif', probability)
+    write_raster(tmp_path/'scene.tif', image, crs=CRS, transform=GRID @ Affine.scale(.5))
+    assert scene_factor(path, tmp_path/'scene.tif') == 2
+    review_sample(path, tmp_path/'review', tmp_path/'scene.tif', n=9, side=16, least=2)
+    units = units_of(tmp_path/'review').set_index('unit')
+    page = (tmp_path/'review/pages/rater.html').read_text()
+    for shown in json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])['units']:
+        data = np.frombuffer(base64.b64decode(shown['src'].split(',')[1]), np.uint8)
+        picture = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+        zoom = len(picture) / shown['height']
+        x, y, width, height = (round(length * zoom) for length in shown['frame'])
+        inside = picture[y + 9:y + height - 9, x + 9:x + width - 9]
+        is_middle = (units.loc[shown['id'], ['row', 'column']] == 16).all()
+        assert inside.mean() > 200 if is_middle else inside.mean() < 50
+
+def test_another_scene_is_refused(world, tmp_path):
+    write_raster(tmp_path/'other.tif', np.ones((3, *world.truth.shape), 'uint8'), crs=CRS,
+                 transform=GRID @ Affine.translation(50, 0))
+    with pytest.raises(DataError, match='shifted'):
+        review_sample(world.map, tmp_path/'out', tmp_path/'other.tif')
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+def test_a_page_escapes_what_it_shows():
+    page = review_page(HOSTILE, 'ana', 'f' * 64, [dict(id=HOSTILE, src='data:,', path='', frame=[0] * 4, width=1,
+                                                      height=1)])
+    assert page.count('<script') == 2
+    assert '<img' not in page
+    assert "default-src 'none'" in page
+
+def test_a_page_holds_no_probability(sample):
+    page = (sample/'pages/ana.html').read_text()
+    text = re.sub(r'<style>.*?</style>|base64,[^"]*', '', page, flags=re.S)
+    for unit in units_of(sample).itertuples():
+        assert f'{unit.highest:.6f}' not in text
+        assert unit.stratum not in text
+
+def test_each_rater_has_an_order(sample):
+    "Units that both rate do not follow each other alike"
+    orders = [re.findall(r'"id":"(u\d+)"', (sample/f'pages/{rater}.html').read_text()) for rater in ('ana', 'bo')]
+    both = set(orders[0]) & set(orders[1])
+    assert len(both) == 36
+    assert [u for u in orders[0] if u in both] != [u for u in orders[1] if u in both]
+
+# a document of the few elements and methods that the script uses
+DOCUMENT = """
+const kept = {}, elements = {}, handlers = {};
+const element = () => ({
+  attributes: {}, textContent: '', value: 0,
+  setAttribute(name, value) { this.attributes[name] = String(value); },
+  addEventListener(name, handler) { this.click = handler; },
+});
+globalThis.localStorage = {getItem: name => kept[name] ?? null, setItem: (name, value) => { kept[name] = value; }};
+globalThis.document = {
+  getElementById: id => elements[id] ??= element(),
+  addEventListener: (name, handler) => { handlers[name] = handler; },
+};
+document.getElementById('data').textContent = JSON.stringify(PAGE);
+const press = key => handlers.keydown({key, preventDefault() {}});
+const answers = () => JSON.parse(Object.values(kept)[0]);
+"""
+
+@pytest.mark.skipif(not shutil.which('node'), reason='no node here: the script of the page was not run')
+def test_the_script_of_a_page():
+    "Answers, shares, undo and the outline, with keys and buttons, in a document that is a stub"
+    units = [dict(id=f'u{i}', src='data:,', path='', frame=[0] * 4, width=1, height=1) for i in range(4)]
+    steps = """
+    press('y'); press('3'); press('o'); press('n'); press('u');
+    const first = answers();
+    press('z'); press('z');
+    const second = answers();
+    elements.unsure.click(); press('ArrowLeft'); press('ArrowLeft'); press('0');
+    console.log(JSON.stringify([first, second, answers(), elements.count.textContent]));
+    """
+    page = json.dumps(dict(sample='s', rater='ana', units=units))
+    program = f'const PAGE = {page};\n{DOCUMENT}\n(() => {{{REVIEW_SCRIPT}}})();\n{steps}'
+    done = subprocess.run(['node', '-e', program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second, third, count = json.loads(done.stdout)
+    assert first == dict(u0=dict(answer='yes', outline=False), u1=dict(answer='yes', outline=False, share=.3),
+                         u2=dict(answer='no', outline=True), u3=dict(answer='unsure', outline=False))
+    assert set(second) == {'u0', 'u1'}
+    # the button answers u2, the page moves to u3, and two steps back lie u1
+    assert third['u2'] == dict(answer='unsure', outline=False)
+    assert third['u1'] == dict(answer='yes', outline=False, share=1)
+    assert '3 rated' in count
+
+@in_browser
+def test_a_page_in_a_browser(sample, tmp_path):
+    "Two answers and one undone, by keys; the policy is opened for the script of the test alone"
+    page = (sample/'pages/ana.html').read_text()
+    press = ("for (const key of ['y', '4', 'z', 'n', 'o']) "
+             "document.dispatchEvent(new KeyboardEvent('keydown', {key}));")
+    page = re.sub(r'<meta http-equiv.*?>', '', page).replace('</body>', f'<script>{press}</script></body>')
+    (tmp_path/'page.html').write_text(page)
+    shown = chromium(tmp_path, '--dump-dom', (tmp_path/'page.html').as_uri())
+    assert '2 rated' in shown
+    assert re.search(r'id="outline"[^>]*visibility="visible"', shown)
+
+# ---------------------------------------------------------------- ratings come back
+
+def test_ratings_become_estimates(world, sample):
+    table = review_read(sample, all_ratings(world, sample))
+    content = json.loads((sample/'estimates.json').read_text())
+    assert content['estimates']['kappa']['value'] == 1
+    assert content['raters'] == dict(ana='2026-02-03T04:05:06Z', bo='2026-02-03T04:05:06Z')
+    assert f"{content['estimates']['recall']['value']:.3g}" in str(table)
+    assert '| recall (cells) |' in (sample/'estimates.md').read_text()
+
+def test_raters_who_differ_count_as_unsure(world, sample):
+    units = units_of(sample)
+    both = units.unit[units.raters.str.contains(' ')].tolist()
+    answers = truthful(world, sample, 'bo')
+    for unit in both[:3]:
+        other = 'no' if answers[unit]['answer'] == 'yes' else 'yes'
+        answers[unit] = dict(answer=other, outline=True)
+    files = [write_ratings(sample, 'ana', truthful(world, sample, 'ana')), write_ratings(sample, 'bo', answers)]
+    rated = read_ratings(sample, files)
+    verdicts = rated.units.set_index('unit').verdict
+    assert (verdicts == 'unsure').sum() == 3
+    assert (verdicts[both[:3]] == 'unsure').all()
+    found = estimate_review(rated)
+    assert found['kappa'].n == len(both)
+    assert found['kappa'].value < 1
+    assert found['unsure'].value > 0
+
+def test_a_yes_without_a_share_leaves_no_area(world, sample):
+    answers = {rater: truthful(world, sample, rater) for rater in ('ana', 'bo')}
+    for given_by in answers.values():
+        for rating in given_by.values():
+            rating.pop('share', None)
+    files = [write_ratings(sample, rater, given_by) for rater, given_by in answers.items()]
+    found = estimate_review(read_ratings(sample, files))
+    assert found['area'].value is None
+    assert 'without a share' in found['area'].why
+    assert found['recall'].value is not None
+
+def test_all_problems_of_ratings_are_one_error(world, sample):
+    ana = truthful(world, sample, 'ana')
+    first, second, *_ = ana
+    others = set(truthful(world, sample, 'bo')) - set(ana)
+    broken = ana | {min(others): dict(answer='no', outline=False), first: dict(answer='no', outline=False, share=.5)}
+    del broken[second]
+    (sample/'cut.json').write_text('{"sample": ')
+    files = [
+        write_ratings(sample, 'ana', broken),
+        write_ratings(sample, 'ana', ana, 'twice.json'),
+        write_ratings(sample, 'cy', {}, 'cy.json'),
+        write_ratings(sample, 'bo', {first: dict(answer='maybe', outline=False)}, 'word.json'),
+        write_ratings(sample, 'bo', {}, 'other.json', sample='0' * 64),
+        sample/'cut.json',
+        sample/'none.json',
+    ]
+    with pytest.raises(DataError) as error:
+        review_read(sample, files)
+    for words in (f'{min(others)!r} was not given to ana', 'goes with yes', '1 of', 'has another file already', "'cy'",
+                  "'yes', 'no' or 'unsure'", 'other.json: ratings of another sample', 'cut.json',
+                  'none.json is missing'):
+        assert words in str(error.value), words
+    assert not (sample/'estimates.json').exists()
+
+@pytest.mark.parametrize('name', ['units.csv', 'strata.csv'])
+def test_a_changed_table_is_refused(world, sample, name):
+    files = all_ratings(world, sample)
+    path = sample/name
+    path.write_text(path.read_text().replace('0.', '1.', 1))
+    with pytest.raises(DataError, match=f'{name} is not the table that was drawn'):
+        review_read(sample, files)
+
+def test_rows_for_the_next_training(world, sample):
+    "Against the truth: no slump in a hard negative, a slump in a positive"
+    rows = review_rows(sample, all_ratings(world, sample), sample/'rows.csv')
+    assert set(rows.kind) == {'hard_negative', 'positive'}
+    settings = json.loads((sample/'sample.json').read_text())
+    for row in rows.itertuples():
+        at = slice(row.row, row.row + row.height), slice(row.column, row.column + row.width)
+        assert world.truth[at].any() == (row.kind == 'positive')
+        assert (row.highest >= .5) == (row.kind == 'hard_negative')
+    assert set(rows.map_sha256) == {settings['map_sha256']}
+    assert set(rows.date) == {'2026-02-03T04:05:06Z'}
+    assert rows.tile_id.is_unique
+
+# ---------------------------------------------------------------- whether intervals hold
+
+def test_intervals_of_many_reviews_cover_the_truth(world):
+    "Samples of one map, rated by one who knows the truth; as often as 92% would in all but one of 1000 runs"
+    cells = map_cells(world.map, SIDE, .5)
+    cells['stratum'] = name_strata(cells, .5, [.02, .1, .5, .8], [])
+    cells['share'] = [world.share(cell) for cell in cells.itertuples()]
+    cells['area'] = cells.height * cells.width * cells.pixel_area
+    cells['expected'] = cells['mean'] * cells.pixels * cells.pixel_area
+    strata = describe_strata(cells, .5)
+    spread = np.sqrt(strata.share.clip(.02, .98) * (1 - strata.share.clip(.02, .98)))
+    counts = allocate(250, strata.N.to_dict(), spread.to_dict(), 20)
+    is_class, is_found = cells.share > 0, cells.highest >= .5
+    assert (is_class & ~is_found).sum() > 5
+    area = (cells.share * cells.area).sum()
+    truth = dict(precision=is_class[is_found].mean(), recall=is_found[is_class].mean(), cells=is_class.sum(), area=area,
+                 area_with_probabilities=area)
+    covered, widths, reviews = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0.), 200
+    for seed in range(reviews):
+        units = draw_units(cells, counts, seed)
+        units = units.assign(verdict=np.where(units.share > 0, 'yes', 'no'), answers=[['no']] * len(units))
+        found = estimate_review(Rated(dict(largest=cells.area.max()), strata, units, {}))
+        for name, value in truth.items():
+            covered[name] += found[name].low <= value <= found[name].high
+            widths[name] += found[name].high - found[name].low
+    assert min(covered.values()) >= binom.ppf(.001, reviews, .92), covered
+    # the map's probabilities help
+    assert widths['area_with_probabilities'] < widths['area']
