@@ -319,7 +319,7 @@ def places_of(lonlat:np.ndarray    # (n, 2) degrees
     radius = normal * np.sqrt(1 - squared)
     return Places(longitude, sine, radius, normal * (1 - GEOD.es) * sine, GEOD.a**2 * (1 - GEOD.es) * sine * series)
 
-# %% ../nbs/08a_polygons.ipynb #08859ff4
+# %% ../nbs/08a_polygons.ipynb #712a7f04
 # edges for which length / cos(latitude) is more are left to GeographicLib; metres
 LONGEST = 1e5
 
@@ -342,7 +342,7 @@ def _measure_rings(lonlat, first):
     "Signed area, m², and perimeter, m, of closed rings that begin at these vertices; whether an edge is too long"
     at = places_of(lonlat)
     turn, bulge, length, is_long = _edges(at)
-    # from the end of a ring to the beginning of the next there is no edge
+    # the end of a ring and the beginning of the next are not joined
     gap = first[1:] - 1
     for values in (turn, bulge, length, is_long):
         values[gap] = 0
@@ -542,7 +542,7 @@ def find_mosaics(maps:Sequence[ProbabilityMap]    # on one grid
     count, group = connected_components(csr_array(meets & meets.T), directed=False)
     return [Mosaic(maps, np.flatnonzero(group == number)) for number in range(count)]
 
-# %% ../nbs/08a_polygons.ipynb #c9a63578
+# %% ../nbs/08a_polygons.ipynb #0dfc7249
 class Layers:
     "Runs of pixels without data, and of pixels that no map covers, for the rows that are still needed"
 
@@ -564,7 +564,7 @@ class Layers:
             self.runs[name] = join(self.runs[name], mask_runs(mask, top))
 
     def drop(self,
-             row:int    # rows above it are no longer needed
+             row:int    # rows above it are not needed any more
             ) -> None:
         "Forget rows"
         for name, runs in self.runs.items():

@@ -1,4 +1,6 @@
 "Scenes of noise, model directories of untrained networks whose scores spread, and what is left of a map"
+import json
+
 import numpy as np
 import rasterio
 import torch
@@ -8,6 +10,7 @@ from helpers.runs import MODEL
 from rtsseg.config import load
 from rtsseg.infer import save_model
 from rtsseg.models import build
+from rtsseg.prediction import NODATA, STEPS
 from rtsseg.raster import write_raster
 from rtsseg.stats import Stats
 
@@ -55,3 +58,13 @@ def read_map(path):
 def map_bytes(out):
     "The bytes of a map and of its note"
     return [path.read_bytes() for path in (out, out.with_name(f'{out.name}.json'))]
+
+def write_probability(path, values, settings=(), **place):
+    "Write uint16 values as a map of rtsseg-predict; `settings` are further ones of its tag, `place` is its grid"
+    write_raster(path, values[None], **dict(transform=GRID, crs=CRS, nodata=NODATA) | place)
+    thresholds = {'1:20': .3, '1:200': .5, '1:1000': None}
+    tag = dict(model='0' * 64, calibration=dict(thresholds=thresholds)) | dict(settings)
+    with rasterio.open(path, 'r+') as ds:
+        ds.scales = (1 / STEPS,)
+        ds.update_tags(RTSSEG=json.dumps(tag))
+    return path
