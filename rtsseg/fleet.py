@@ -269,7 +269,7 @@ class Worker:
                         (finished.folder/f'{i:06}').write_bytes(data)
             out = Path(folder)/f"{self.job['scenes'][k]['name']}.tif"
             write_map(out, opened.scene, finished)
-            write_note(out)
+            write_note(out, opened)
             # the note comes last: it says that the map is there
             for file in (out, note_path(out)):
                 self.store.write(f'maps/{file.name}', file.read_bytes())

@@ -30,7 +30,7 @@ from .files import digest, read_json, write_atomic
 from .findings import Finding, FindingTable, readiness
 from .prediction import read_map_settings, window_starts
 from .raster import Grid, check_same_grid, open_raster
-from .scenestats import QUANTILES, band_names, input_summary, read_channels, read_probability, scene_statistics
+from .scenestats import QUANTILES, channel_names, input_summary, read_channels, read_probability, scene_statistics
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk1
 # steps at the edges of windows, over those elsewhere, that are a seam
@@ -423,7 +423,7 @@ def _add_scene(sums, dataset, scene, name):
     with open_raster(scene, pictures=True, rows=512) as image:
         check_same_grid(Grid(image.shape, image.crs, image.transform), Grid(dataset.shape, dataset.crs or image.crs,
                                                                              dataset.transform), name)
-        bands = list(range(1, len(band_names(image)) + 1))
+        bands = list(range(1, len(channel_names(image)) + 1))
         for window in _strips(dataset, name):
             _, valid = read_channels(image, bands, window)
             sums.add(window.row_off, read_probability(dataset, window), valid)

@@ -8,8 +8,9 @@ __all__ = ['FORMS', 'RESOLUTION_FACTOR', 'HALF_PRECISION', 'STEPS', 'NODATA', 'H
            'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_probabilities', 'BlendedRows',
            'MapJob', 'MapRows', 'needed_rows', 'predict_rows', 'add_windows', 'stop_if_asked', 'probability_to_uint16',
            'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'read_map_settings',
-           'note_path', 'write_note', 'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments',
-           'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
+           'note_path', 'write_note', 'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff',
+           'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished',
+           'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -40,7 +41,9 @@ from scipy.special import logit
 from .calibration import Calibration
 from .config import ConfigError, ratio_text
 from .console import DataError, logger, nearest, progress
+from .evidence import evidence_path, run_evidence
 from .files import FileError, digest, inside, read_json, write_atomic
+from .findings import Finding
 from .folders import is_turned
 from .ground import crs_name, ground_size
 from .importers import Conversion, convert, read_registry
@@ -49,6 +52,7 @@ from .launch import StopSignals
 from .raster import GDAL_OPTIONS, has_unwritten_blocks, open_raster
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
+from .scenestats import evidence_findings, input_summary, scene_statistics
 from .tiles import scale_tile
 from .weights import ModelError
 
@@ -182,6 +186,9 @@ class Scene:
         self.longer, self.resampled = 1., None
         with self._open('image') as dataset:
             grid = Grid(dataset.shape, dataset.crs, dataset.transform)
+            date = dataset.tags().get('TIFFTAG_DATETIME', '')[:10].replace(':', '-')
+        # what a map says of its scene, without an effect on the pixels
+        self.label = dict(scene_name=path.name, scene_date=date)
         self.crs = choose_crs(path.name, grid.crs, crs)
         grid = grid._replace(crs=self.crs)
         self.longer = self._resize_factor(grid, resample)
@@ -608,15 +615,35 @@ def note_path(out:Path) -> Path:
     "The JSON file beside a map"
     return out.with_name(f'{out.name}.json')
 
-def write_note(out:Path) -> None:
-    "Write the settings of a map, and its digest, beside it"
-    note = read_map_settings(out) | dict(sha256=digest(out))
+def write_note(out:Path, job:MapJob) -> dict:
+    "Write the settings of a map, its digest, and what it and its scene look like, beside it; returns all of it"
+    note = read_map_settings(out) | dict(sha256=digest(out), input=describe_scene(out, job))
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
+    return note
+
+def describe_scene(out:Path, job:MapJob) -> dict:
+    "Statistics of a scene and its map (guide 4); {} where the map has other pixels than the file"
+    scene = job.scene
+    if scene.conversion or scene.resampled:
+        return {}
+    threshold = .5
+    if job.calibration:
+        threshold = job.calibration.thresholds[job.calibration.ratio].threshold
+    return input_summary(scene_statistics(scene.files['image'], out, threshold))
+
+def shift_findings(summary:dict, job:MapJob) -> list[Finding]:
+    "How a map differs from validation (guide 4), where the model lies in its run folder and is calibrated"
+    run = job.model.folder.parent
+    if not (summary and job.calibration and evidence_path(run, 'val', job.views).exists()):
+        return []
+    return evidence_findings(summary, run_evidence(run, 'val', job.views), calibration_settings(job.calibration))
 
 def matches_note(out:Path) -> bool:
     "Whether a map is the file that its note describes"
     try:
-        return read_json(note_path(out), out.parent) == read_map_settings(out) | dict(sha256=digest(out))
+        note = read_json(note_path(out), out.parent)
+        note.pop('input', None)
+        return note == read_map_settings(out) | dict(sha256=digest(out))
     except (OSError, ValueError):
         return False
 
@@ -632,7 +659,7 @@ def write_geotiff(path:Path, scene:Scene, finished:FinishedRows) -> None:
             total = {name: value + counts[name] for name, value in total.items()}
         dataset.scales = (1 / STEPS,)
         dataset.set_band_description(1, 'probability')
-        dataset.update_tags(RTSSEG=json.dumps(finished.settings | total))
+        dataset.update_tags(RTSSEG=json.dumps(finished.settings | total | scene.label))
 
 def check_written(path:Path, finished:FinishedRows) -> None:
     "Read a GeoTIFF back; raises `OSError` where a pixel differs from the finished rows"
@@ -753,7 +780,10 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
             logger.info(f'{done} of {finished.count} rows of windows are done already')
         finish_rows(job, finished, missing, signals)
         write_map(out, job.scene, finished)
-        write_note(out)
+        note = write_note(out, job)
+        for finding in shift_findings(note['input'], job):
+            if finding.level == 'warning':
+                logger.warning(f'{out.name}: {finding.what}: {finding.value}: {finding.note}')
     except KeyboardInterrupt:
         logger.info('finished rows are kept: the same command resumes from them')
         raise

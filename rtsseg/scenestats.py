@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'QUANTILES', 'SAMPLE', 'SCORE_EDGES', 'SHARE_FACTOR', 'SCORE_DISTANCE', 'BlockSums', 'ObjectCount',
-           'score_histogram', 'SceneTally', 'band_names', 'read_channels', 'read_probability', 'scene_statistics',
+           'score_histogram', 'SceneTally', 'channel_names', 'read_channels', 'read_probability', 'scene_statistics',
            'input_summary', 'stored_ratio', 'evidence_findings']
 
 # %% ../nbs/07a_scenestats.ipynb #iscstats
@@ -165,7 +165,7 @@ class SceneTally:
         self.scores += score_histogram(probability[known])
 
 # %% ../nbs/07a_scenestats.ipynb #cscst6
-def band_names(dataset:DatasetReader    # an open scene
+def channel_names(dataset:DatasetReader    # an open scene
               ) -> list[str]:           # of all bands but alpha
     "Names of the channels: descriptions, R, G and B, or numbers"
     count = dataset.count - (dataset.colorinterp[-1] == ColorInterp.alpha)
@@ -200,7 +200,7 @@ def scene_statistics(scene:str|Path,         # a GeoTIFF, or a picture
         predicted = stack.enter_context(open_raster(map, rows=512)) if map else None
         if predicted:
             check_same_grid(image, predicted, Path(map).name)
-        names = band_names(image)
+        names = channel_names(image)
         tally = SceneTally(names, image.shape, threshold)
         bands = list(range(1, len(names) + 1))
         for top in progress(range(0, image.height, 512), f'512 rows of {Path(scene).name}'):
