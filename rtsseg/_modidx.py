@@ -1538,6 +1538,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.prediction.resampled_raster': ('predict.html#resampled_raster', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.resize_factor': ('predict.html#resize_factor', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.resized_grid': ('predict.html#resized_grid', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.scene_label': ('predict.html#scene_label', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.shift_findings': ('predict.html#shift_findings', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.stop_if_asked': ('predict.html#stop_if_asked', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.window_probabilities': ('predict.html#window_probabilities', 'rtsseg/prediction.py'),

@@ -37,7 +37,7 @@ from .config import ConfigError, parse_judged_ratio, ratio_text
 from .console import DataError, first_lines, logger, nearest, progress, raise_problems
 from .files import write_atomic
 from .ground import GEOD, crs_name, ground_size, transformer
-from .prediction import STEPS, read_map_settings
+from .prediction import STEPS, read_map_settings, scene_label
 from .raster import Grid, open_raster
 
 # %% ../nbs/08a_polygons.ipynb #d69ccfdc
@@ -421,7 +421,7 @@ class ProbabilityMap:
 def read_probability_map(path:Path    # a map that `predict` made
                         ) -> ProbabilityMap:
     "What a map says of itself; raises `DataError` for another file"
-    settings = read_map_settings(path)
+    settings = scene_label(path) | read_map_settings(path)
     with open_raster(path, rows=1) as ds:
         problems = []
         if ds.count != 1 or ds.dtypes[0] != 'uint16':

@@ -8,9 +8,9 @@ __all__ = ['FORMS', 'RESOLUTION_FACTOR', 'HALF_PRECISION', 'STEPS', 'NODATA', 'H
            'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_probabilities', 'BlendedRows',
            'MapJob', 'MapRows', 'needed_rows', 'predict_rows', 'add_windows', 'stop_if_asked', 'probability_to_uint16',
            'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'read_map_settings',
-           'note_path', 'write_note', 'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff',
-           'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished',
-           'finish_rows', 'make_map', 'predict']
+           'note_path', 'write_note', 'describe_scene', 'shift_findings', 'scene_label', 'matches_note',
+           'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace',
+           'is_finished', 'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -187,7 +187,7 @@ class Scene:
         with self._open('image') as dataset:
             grid = Grid(dataset.shape, dataset.crs, dataset.transform)
             date = dataset.tags().get('TIFFTAG_DATETIME', '')[:10].replace(':', '-')
-        # what a map says of its scene, without an effect on the pixels
+        # for the note: the bytes of a map do not depend on names
         self.label = dict(scene_name=path.name, scene_date=date)
         self.crs = choose_crs(path.name, grid.crs, crs)
         grid = grid._replace(crs=self.crs)
@@ -617,7 +617,7 @@ def note_path(out:Path) -> Path:
 
 def write_note(out:Path, job:MapJob) -> dict:
     "Write the settings of a map, its digest, and what it and its scene look like, beside it; returns all of it"
-    note = read_map_settings(out) | dict(sha256=digest(out), input=describe_scene(out, job))
+    note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=describe_scene(out, job))
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note
 
@@ -638,12 +638,21 @@ def shift_findings(summary:dict, job:MapJob) -> list[Finding]:
         return []
     return evidence_findings(summary, run_evidence(run, 'val', job.views), calibration_settings(job.calibration))
 
+def scene_label(out:Path    # a map
+               ) -> dict[str, str]:    # scene_name and scene_date, YYYY-MM-DD; empty where nothing says so
+    "Which scene a map was made from, by its note"
+    try:
+        note = read_json(note_path(out), out.parent)
+    except FileError:
+        note = {}
+    return {name: str(note.get(name, '')) for name in ('scene_name', 'scene_date')}
+
 def matches_note(out:Path) -> bool:
     "Whether a map is the file that its note describes"
     try:
         note = read_json(note_path(out), out.parent)
-        note.pop('input', None)
-        return note == read_map_settings(out) | dict(sha256=digest(out))
+        decided = {name: value for name, value in note.items() if name not in ('input', 'scene_name', 'scene_date')}
+        return decided == read_map_settings(out) | dict(sha256=digest(out))
     except (OSError, ValueError):
         return False
 
@@ -659,7 +668,7 @@ def write_geotiff(path:Path, scene:Scene, finished:FinishedRows) -> None:
             total = {name: value + counts[name] for name, value in total.items()}
         dataset.scales = (1 / STEPS,)
         dataset.set_band_description(1, 'probability')
-        dataset.update_tags(RTSSEG=json.dumps(finished.settings | total | scene.label))
+        dataset.update_tags(RTSSEG=json.dumps(finished.settings | total))
 
 def check_written(path:Path, finished:FinishedRows) -> None:
     "Read a GeoTIFF back; raises `OSError` where a pixel differs from the finished rows"
