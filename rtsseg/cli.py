@@ -264,10 +264,10 @@ def rtsseg_stage(shared:RunArguments=RunArguments(),
                 ) -> None:
     "Copy a manifest and its files to a local disk, for data on a mount; started again, it continues"
     from rtsseg.config import ConfigError, RtsConfig
-    require(out=out)
     cfg = shared.settings()
     if not isinstance(cfg, RtsConfig):
         raise ConfigError(f'system {cfg.system!r} has no manifest')
+    require(out=out)
     from rtsseg.stage import stage
     done = stage(cfg.data.manifest, out, cfg.data.tiles_root, threads)
     print(f'{done.copied} of {done.files} files copied, {done.size / 1e9:.3g} GB in all: '

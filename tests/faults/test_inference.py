@@ -181,7 +181,10 @@ def check(out, made, valid):
     with rasterio.open(out) as dataset:
         found = dataset.read(1)
         assert (dataset.nodata, dataset.crs, dataset.transform) == (NODATA, CRS, GRID)
-        assert made == json.loads(dataset.tags()['RTSSEG']) | dict(sha256=digest)
+        decided = json.loads(dataset.tags()['RTSSEG']) | dict(sha256=digest)
+    about_scene = {name: made[name] for name in ('scene_name', 'scene_date', 'input')}
+    assert made == decided | about_scene
+    assert about_scene['input']['valid'] == valid.sum()
     assert made == json.loads(out.with_name(f'{out.name}.json').read_text())
     assert not parts_folder(out).exists()
     assert ((found != NODATA) == valid).all()
