@@ -414,7 +414,9 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     require(model=model, scene=scene, out=out)
     from rtsseg.prediction import predict
     made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form, resample)
-    print(json.dumps(made, indent=1))
+    # the statistics of the scene are for programs
+    shown = {name: value for name, value in made.items() if name != 'input'}
+    print(json.dumps(shown, indent=1))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()
