@@ -52,6 +52,21 @@ def check_maps(fleet, job):
     assert not any((job/'shards').iterdir())
     assert not any((job/'claims').iterdir())
 
+ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1')
+
+def command(fleet, job, expiry):
+    return [MAP, '--model', fleet/'model', '--scenes', fleet/'scenes', '--out', job, '--device', 'cpu',
+            '--windows', '20', '--expiry', str(expiry)]
+
+def begun(fleet, job, expiry):
+    "A worker in a process of its own that has made a shard and works on the next"
+    worker = subprocess.Popen(command(fleet, job, expiry), env=ONE_THREAD, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    while not list((job/'shards').glob('s*')):
+        assert worker.poll() is None, 'it ended before it could be stopped'
+        time.sleep(.01)
+    return worker
+
 @given(sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=8), windows=st.integers(1, 100))
 def test_shards_hold_each_row_once(sizes, windows):
     shards = cut_shards(sizes, windows)
@@ -70,18 +85,12 @@ def test_two_processes_make_the_same_bytes(fleet, tmp_path):
 def test_a_worker_that_is_killed_costs_nothing(fleet, tmp_path):
     "SIGKILL in the middle: its claim expires, and another worker ends with the same bytes"
     job = tmp_path/'job'
-    command = [MAP, '--model', fleet/'model', '--scenes', fleet/'scenes', '--out', job, '--device', 'cpu',
-               '--windows', '20', '--expiry', '3']
-    environment = os.environ | dict(OMP_NUM_THREADS='1')
-    worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((job/'shards').glob('s*')):
-        assert worker.poll() is None, 'it ended before it was killed'
-        time.sleep(.01)
+    worker = begun(fleet, job, 3)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     left = list((job/'claims').iterdir())
     assert len(left) == 1 and not (job/'report.json').exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command(fleet, job, 3), env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert '2 maps' in done.stdout
     check_maps(fleet, job)
@@ -89,13 +98,7 @@ def test_a_worker_that_is_killed_costs_nothing(fleet, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_is_asked_to_stop_gives_its_claim_back(fleet, tmp_path):
     job = tmp_path/'job'
-    command = [MAP, '--model', fleet/'model', '--scenes', fleet/'scenes', '--out', job, '--device', 'cpu',
-               '--windows', '20', '--expiry', '600']
-    environment = os.environ | dict(OMP_NUM_THREADS='1')
-    worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((job/'shards').glob('s*')):
-        assert worker.poll() is None, 'it ended before it was stopped'
-        time.sleep(.01)
+    worker = begun(fleet, job, 600)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait() == 3
     assert not any((job/'claims').iterdir())
