@@ -759,6 +759,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.fleet.Worker': ('fleet.html#worker', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.__init__': ('fleet.html#worker.__init__', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.do_one': ('fleet.html#worker.do_one', 'rtsseg/fleet.py'),
+                              'rtsseg.fleet.Worker.join_rows': ('fleet.html#worker.join_rows', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.make_map': ('fleet.html#worker.make_map', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.make_shard': ('fleet.html#worker.make_shard', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.parts': ('fleet.html#worker.parts', 'rtsseg/fleet.py'),

@@ -259,7 +259,14 @@ class Worker:
         self.store.write(f'shards/s{number:06}', pack(rows))
 
     def make_map(self, k:int) -> None:
-        "Join the rows of a scene into its map"
+        "The map of a scene; one that fails now is noted, too, and costs only itself"
+        try:
+            self.join_rows(k)
+        except (DataError, ConfigError) as e:
+            self.store.write(f'failed/{k:06}', str(e).encode())
+
+    def join_rows(self, k:int) -> None:
+        "Join the rows of a scene into its map; raises `DataError` where they are of another file"
         with tempfile.TemporaryDirectory() as folder:
             opened, finished = self.rows_of(k, Path(folder))
             finished.folder.mkdir()
@@ -267,7 +274,10 @@ class Worker:
                 for (scene_number, i), data in unpack(self.store.read(f'shards/{shard}')).items():
                     if scene_number == k:
                         (finished.folder/f'{i:06}').write_bytes(data)
-            out = Path(folder)/f"{self.job['scenes'][k]['name']}.tif"
+            name = self.job['scenes'][k]['name']
+            if finished.missing():
+                raise DataError(f'{name} has changed since its windows were run: begin again in another folder')
+            out = Path(folder)/f'{name}.tif'
             write_map(out, opened.scene, finished)
             write_note(out, opened)
             # the note comes last: it says that the map is there

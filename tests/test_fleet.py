@@ -125,3 +125,22 @@ def test_scenes_that_do_not_fit_cost_only_themselves(fleet, tmp_path):
     # those that are there now are mapped
     made = map_scenes(fleet/'model', tmp_path/'coarse.tif', tmp_path/'resampled', device='cpu', resample=True)
     assert made['maps'] == ['coarse.tif']
+
+@pytest.mark.parametrize('change', ['gone', 'another'])
+def test_a_scene_that_changes_before_its_map_is_joined(fleet, tmp_path, change):
+    "It is listed as failed, and the other scene is mapped"
+    scenes = tmp_path/'scenes'
+    scenes.mkdir()
+    for k in range(2):
+        write_scene(scenes/f'{k}.tif', 200, 1 - k)
+    for share in ('1/2', '2/2'):
+        map_scenes(fleet/'model', scenes, tmp_path/'job', share=share, device='cpu')
+    (scenes/'1.tif').unlink()
+    if change == 'another':
+        write_scene(scenes/'1.tif', 200, seed=7)
+    # the list still names both
+    pd.DataFrame(dict(scene=[str(scenes/'0.tif'), str(scenes/'1.tif')])).to_csv(tmp_path/'list.csv', index=False)
+    with pytest.raises(RunError, match='1 of 2 scenes failed'):
+        map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', device='cpu')
+    assert (tmp_path/'job/maps/0.tif').exists()
+    assert not (tmp_path/'job/maps/1.tif').exists()
