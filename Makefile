@@ -78,7 +78,7 @@ notebooks: $(STAMP)
 
 pytest: $(STAMP)
 	@echo "pytest …"
-	@OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 # On main itself: the chapters that differ from the last commit
 CHANGED = { git diff --name-only --diff-filter=d main -- 'nbs/*.ipynb' 2>/dev/null || git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; }

@@ -26,14 +26,14 @@ stage() {
   local title=$1 notebook=$2 lines=$3 start=$SECONDS
   number=$((number + 1))
   local name=${number}_$notebook
-  printf '\n%d/6 %s …\n' "$number" "$title"
+  printf '\n%d/7 %s …\n' "$number" "$title"
   if ! papermill "$notebook.ipynb" "$out/$name.ipynb" -p config "$config" "${@:4}" \
          --no-progress-bar --stdout-file - 2>"$out/$name.log" | from_root | tee "$out/$name.txt" | show "$lines"; then
     tail -n 40 "$out/$name.log"
     echo "stopped at $notebook.ipynb: see runs/notebooks/$name.ipynb"
     exit 1
   fi
-  printf '%d/6 %s: %d s\n' "$number" "$title" $((SECONDS - start))
+  printf '%d/7 %s: %d s\n' "$number" "$title" $((SECONDS - start))
 }
 
 cd "$root/nbs"
@@ -43,10 +43,11 @@ stage 'validation'  05a_evaluate '^views|^  1:' -p split val -p views none,minim
 stage 'calibration' 06_calibrate 'calibrated by|not calibrated|test-time augmentation'
 stage 'test'        05a_evaluate '^  1:' -p split test
 stage 'report'      07_report    '.'
+stage 'map'         08z_map      '^(map of|objects:|area:|precision of|recall of|preview:)'
 cat <<END
 
 all output: runs/notebooks/
-next:       open the report in a browser
+next:       open the report and the preview of the map in a browser
             make seeds                                        the same for three seeds, and one report over them
             source .venv/bin/activate
             rtsseg plan --folder FIELDS --out fields.yaml     a config for your own images and masks

@@ -21,7 +21,7 @@ from rtsseg.cli import COMMANDS, arguments_of, main
 ROOT = Path(__file__).resolve().parent.parent
 
 # the chapters that `make demo` runs, and the parameters that they share
-CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report']
+CHAIN = ['04i_check', '05_train', '05a_evaluate', '06_calibrate', '07_report', '08z_map']
 PARAMETERS = {'config', 'manifest', 'name', 'epochs', 'seed', 'overrides'}
 
 settings = configparser.ConfigParser(delimiters=['='])
@@ -146,7 +146,8 @@ WINGS = {
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
-    'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims fleet',
+    'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims fleet '
+            'tour',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+import rasterio
 import torch
 from sklearn.metrics import average_precision_score
 
@@ -77,6 +79,20 @@ def test_the_report_says_the_headline(job):
     page = (folder/'report.html').read_text()
     assert '1:1000' in page
     assert 'src="http' not in page
+
+def test_the_map_of_the_test_region_is_whole(job, tmp_path):
+    "All products, which other libraries open; the map lies on the grid of the tiles"
+    folder, _ = job
+    papermill('08z_map', tmp_path/'map.ipynb', '-p', 'config', folder.parents[3]/'job.yaml')
+    printed, made = (tmp_path/'map.ipynb').read_text(), folder/'map-test'
+    for word in ('objects: ', 'area: ', 'precision of cells', 'recall of cells', 'preview.html'):
+        assert word in printed
+    with rasterio.open(made/'map.tif') as mapped, rasterio.open(made/'source'/'scene.tif') as scene:
+        assert mapped.tags(ns='IMAGE_STRUCTURE')['LAYOUT'] == 'COG'
+        assert (mapped.crs, mapped.transform, mapped.shape) == (scene.crs, scene.transform, scene.shape)
+    summary = json.loads((made/'summary.json').read_text())
+    assert len(gpd.read_file(made/'objects.gpkg')) == len(gpd.read_parquet(made/'objects.parquet')) == summary['polygons']
+    assert len(gpd.read_file(made/'source'/'known.gpkg')) == summary['known']
 
 def valid_pixels(model, part, cfg):
     "Scores, labels and tile rows of all valid pixels of a split, each in one array"
