@@ -29,7 +29,7 @@ from scipy.special import expit, logit
 
 from .bootstrap import Estimate, expanded_interval
 from .calibration import balancing_intercept, fit_lines, minimise_logistic, summed_nll, training_ratio
-from .config import ConfigError
+from .config import ConfigError, parse_judged_ratio, ratio_text
 from .console import DataError, logger, progress
 from .evidence import Evidence, evidence_path, run_evidence
 from .files import digest, write_atomic
@@ -255,26 +255,31 @@ class CalibrationDraws(NamedTuple):
     lines: np.ndarray    # (replicates, 2)
     blocks: int          # that hold positives
     why: str             # '' where there are some
+    # slope and intercept at another ratio than the map's; None: the map's own
+    line: tuple[float, float]|None = None
 
 def draw_calibrations(evidence:Evidence,     # of the validation split
                       calibration:dict,      # of the map's tag
                       trained:int,           # r of 1:r: the ratio of the training batches
-                      replicates:int
+                      replicates:int,
+                      ratio:int|str=''       # where probabilities are wanted: r of 1:r or native; '' takes the map's
                      ) -> CalibrationDraws:
     "Draw blocks and fit again; raises `DataError` where the evidence gives another calibration than the map has"
-    ratio, method = stored_ratio(calibration['ratio']), calibration['method']
-    slope, intercept, why = fit_lines(evidence, ratio, trained)[method]
+    own, method = stored_ratio(calibration['ratio']), calibration['method']
+    slope, intercept, why = fit_lines(evidence, own, trained)[method]
     known = calibration['slope'], calibration['intercept']
     if not np.allclose((slope, intercept), known, rtol=1e-3, atol=1e-3):
         raise DataError(f'run: its evidence gives the slope {slope:.4g} and the intercept {intercept:.4g}, and the map '
                         f'has {known[0]:.4g} and {known[1]:.4g}: name the run that made the map, or calibrate it '
                         '(rtsseg-calibrate) and make the map again (rtsseg-predict)')
+    ratio, line = ratio or own, None
+    if ratio != own:
+        *line, why = fit_lines(evidence, ratio, trained)[method]
     drawn = Replicates(evidence, replicates)
     why = drawn.why.removeprefix('no interval: ') or why
     if why:
-        return CalibrationDraws(np.empty((0, 2)), drawn.held, why)
-    lines = resampled_lines(drawn, method, ratio, trained)
-    return CalibrationDraws(lines, drawn.held, '')
+        return CalibrationDraws(np.empty((0, 2)), drawn.held, why, line)
+    return CalibrationDraws(resampled_lines(drawn, method, ratio, trained), drawn.held, '', line)
 
 # %% ../nbs/08b_areas.ipynb #careas10
 def check_map(path:Path     # of `predict`
@@ -311,19 +316,22 @@ def check_cell(grid:Grid, cell:float) -> None:
 
 def run_draws(run:str|Path,     # a run folder; '' for none
               settings:dict,    # of the map
-              replicates:int
+              replicates:int,
+              ratio:int|str     # where probabilities are wanted; '' takes the map's
              ) -> CalibrationDraws:
-    "Calibrations of resampled validation blocks of a run; names the reason where there are none"
-    none, calibration = np.empty((0, 2)), settings['calibration']
-    if not run:
-        return CalibrationDraws(none, 0, 'no run was named')
-    folder = require_folder(run)
-    path = evidence_path(folder, 'val', settings['views'])
-    if not path.exists():
+    "Calibrations of resampled validation blocks of a run; names the reason where there are none. Raises `ConfigError`"
+    calibration, why = settings['calibration'], 'no run was named'
+    if run:
+        folder = require_folder(run)
+        path = evidence_path(folder, 'val', settings['views'])
+        if path.exists():
+            evidence = run_evidence(folder, 'val', settings['views'])
+            return draw_calibrations(evidence, calibration, training_ratio(run_config(folder)), replicates, ratio)
         why = f'{path.name} is not in the run: rtsseg-evaluate --split val --views {settings["views"]} makes it'
-        return CalibrationDraws(none, 0, why)
-    evidence = run_evidence(folder, 'val', settings['views'])
-    return draw_calibrations(evidence, calibration, training_ratio(run_config(folder)), replicates)
+    if ratio and ratio != stored_ratio(calibration['ratio']):
+        raise ConfigError(f'ratio: the map speaks for {calibration["ratio"]}, and another ratio needs the validation '
+                          f'evidence of its run: {why}')
+    return CalibrationDraws(np.empty((0, 2)), 0, why)
 
 # %% ../nbs/08b_areas.ipynb #careas11
 AREA_BANDS = ['expected_km2', 'low', 'high']
@@ -369,12 +377,16 @@ class CellAreas(NamedTuple):
 
 def sum_map(dataset:DatasetReader, grid:Grid, cells:Grid, calibration:dict, draws:CalibrationDraws) -> CellAreas:
     "Sums over all cells, and what each replicate of the calibration makes of them"
-    table = node_probabilities(code_nodes().log_odds, calibration, draws.lines)
+    log_odds = code_nodes().log_odds
+    table = node_probabilities(log_odds, calibration, draws.lines)
     planes, totals, sums = np.full((3, *cells.shape), np.nan), np.zeros(len(draws.lines)), np.zeros(3)
     for row, found in rows_of_cells(dataset, grid, cells):
         filled = np.flatnonzero(found.valid)
-        planes[0, row, filled] = found.expected[filled]
-        sums += [found.valid.sum(), found.expected.sum(), found.zero.sum()]
+        expected = found.expected
+        if draws.line:
+            expected = found.by_node @ node_probabilities(log_odds, calibration, np.array([draws.line]))[:, 0]
+        planes[0, row, filled] = expected[filled]
+        sums += [found.valid.sum(), expected.sum(), found.zero.sum()]
         if len(totals):
             drawn = found.by_node @ table
             totals += drawn.sum(0)
@@ -387,11 +399,13 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
                   out:str|Path,           # the area raster, a .tif; its total goes into a .json beside it
                   run:str|Path='',        # the run folder that made the map: its validation evidence gives the interval
                   cell:float=1000.,       # side of a cell in units of the map's CRS
-                  replicates:int=200      # draws of validation blocks
+                  replicates:int=200,     # draws of validation blocks
+                  ratio:str=''            # tile ratio of the mapped region, as 1:500 or native; '' takes the map's
                  ) -> dict:               # the total in km², its interval, and what it rests on
     """Expected slump area by cell: the sum of probability × geodesic pixel area, without a threshold
 
-    The interval (95%, expanded percentiles) is that of calibrations of resampled validation blocks alone.
+    Another ratio than that of the map needs the run: its calibration is fitted again to validation at that ratio. The
+    interval (95%, expanded percentiles) is that of calibrations of resampled validation blocks alone.
     Raises `DataError` for a map that is not calibrated or has no CRS, and `ConfigError`."""
     map, out = Path(map), Path(out)
     settings, grid = check_map(map)
@@ -400,7 +414,8 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
     calibration = settings['calibration']
     if calibration['promise'].startswith('not calibrated'):
         logger.warning(f'{map.name} is {calibration["promise"]}: areas are wrong by about the same factor')
-    draws = run_draws(run, settings, replicates)
+    asked = parse_judged_ratio(ratio) if ratio else ''
+    draws = run_draws(run, settings, replicates, asked)
     if draws.why:
         logger.warning(f'no interval: {draws.why}')
     cells = cell_grid(grid, cell)
@@ -409,7 +424,8 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
     interval = expanded_interval(found.totals, draws.blocks) if len(draws.lines) else (None, None, draws.why)
     total = Estimate(found.expected / 1e6, *(None if end is None else end / 1e6 for end in interval[:2]), interval[2])
     made = dict(
-        map=digest(map), cell=cell, crs=crs_name(grid.crs), ratio=calibration['ratio'], method=calibration['method'],
+        map=digest(map), cell=cell, crs=crs_name(grid.crs), ratio=ratio_text(asked) if asked else calibration['ratio'],
+        method=calibration['method'],
         promise=calibration['promise'], replicates=len(draws.lines), blocks=draws.blocks,
         expected_km2=total.value, low=total.low, high=total.high, why=total.why, valid_km2=found.valid / 1e6,
         # what codes of 0 may stand for

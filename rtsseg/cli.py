@@ -490,13 +490,14 @@ def rtsseg_areas(map:str='',            # a map of rtsseg-predict, calibrated an
                  out:str='',            # the raster of expected areas, a .tif; its total goes into a .json beside it
                  run:str='',            # the run folder that made the map: its validation evidence gives the interval
                  cell:float=1000,       # side of a cell in units of the map's CRS
-                 replicates:int=200     # draws of validation blocks
+                 replicates:int=200,    # draws of validation blocks
+                 ratio:str=''           # tile ratio of the mapped region, as 1:500 or native; '' takes the map's
                 ) -> None:
     "Expected area of a map by cell, without a threshold, with the interval of its calibration"
     import json
     require(map=map, out=out)
     from rtsseg.areas import expected_area
-    print(json.dumps(expected_area(map, out, run, cell, replicates), indent=1))
+    print(json.dumps(expected_area(map, out, run, cell, replicates, ratio), indent=1))
 
 @command()
 def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict

@@ -283,7 +283,7 @@ aside { flex: 1 1 16rem; min-width: 0 }
 table { border-collapse: collapse; font-size: .85rem }
 td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere }
-td:first-child { color: var(--soft) }
+td:first-child { color: var(--soft); overflow-wrap: normal }
 .colours { height: .8rem; border: 1px solid var(--line); max-width: 18rem }
 .ends { display: flex; justify-content: space-between; max-width: 18rem; font-size: .8rem }
 input { width: 100%; max-width: 18rem; accent-color: var(--accent) }

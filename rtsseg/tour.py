@@ -24,8 +24,8 @@ from .areas import expected_area
 from .config import ConfigError, find_system
 from .console import DataError, logger, nearest
 from .files import write_atomic
-from .mapcheck import map_check
 from .manifest import Manifest
+from .mapcheck import map_check
 from .polygons import geodesic_measures, map_polygons, to_lonlat
 from .prediction import predict, read_map_settings
 from .preview import preview
@@ -158,7 +158,7 @@ def map_region(run:str|Path,        # a run folder, evaluated on the split and c
             form='manifest')
     checked = map_check([map_file], [scene.image])
     found = map_polygons(map_file, objects, map_threshold(map_file), known=scene.known, force=True)
-    area = expected_area(map_file, out/'areas.tif', folder, cell=100 * scene.pixel)
+    area = expected_area(map_file, out/'areas.tif', folder, cell=100 * scene.pixel, ratio='native')
     preview(map_file, out/'preview.html', objects)
     everything = found['known'][-1]
     summary = dict(region=part.table.region[0], folder=str(out), verdict=checked.verdict, threshold=found['threshold'],
