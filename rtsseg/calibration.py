@@ -12,7 +12,7 @@ __all__ = ['MAX_EXCESS', 'MAX_FACTOR', 'METHODS', 'StoredRatio', 'AGAIN', 'POINT
            'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio', 'RegionCalibrator', 'MethodChoice',
            'choose_fit', 'calibrate_evidence', 'show_reliability', 'show_pr', 'show_curves', 'fill', 'CalibrationText',
            'show_calibration', 'readable_events', 'views_gain', 'recommend', 'calibrate', 'training_ratio',
-           'calibrate_pixels', 'card_text', 'show_views']
+           'calibrate_pixels', 'card_text', 'validation_evidence', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -1070,7 +1070,7 @@ def calibrate_pixels(folder:Path,       # a run folder with validation evidence
                     ) -> Calibration:   # also written to model/calibration.json
     "Calibrate a run of the system rts on Val-Realistic (guide 12); raises `DataError`"
     target = inside(folder/'model'/'calibration.json', folder)
-    evidence = _validation_evidence(folder, views, cfg.metrics)
+    evidence = validation_evidence(folder, views, cfg.metrics)
     found = calibrate_evidence(evidence, cfg.calibrate, cfg.metrics, training_ratio(cfg))
     found.save(target)
     publish_post_hoc(folder, cfg)
@@ -1087,8 +1087,8 @@ def card_text(c:Calibration) -> str:    # Markdown
                      f'precision {point.precision}, recall {point.recall}{missed}')
     return '\n'.join(lines)
 
-def _validation_evidence(folder, views, metrics):
-    "Validation evidence; errors name the command that makes it"
+def validation_evidence(folder:Path, views:str, metrics:Metrics) -> Evidence:
+    "Validation evidence of a run; raises `DataError` that names the command that makes it"
     path = evidence_path(folder, 'val', views)
     command = f'rtsseg-evaluate --run {os.path.relpath(folder)} --split val --views {views}'
     if not path.exists():

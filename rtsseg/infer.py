@@ -107,7 +107,7 @@ def continued(x:torch.Tensor,                # (…, H, W)
               rows:tuple[int, int],          # to add above and below
               columns:tuple[int, int]        # to add left and right
              ) -> torch.Tensor:              # (…, above + H + below, left + W + right)
-    "Images that go on as in a mirror"
+    "Images that are continued as in a mirror"
     height, width = x.shape[-2:]
     y, x_places = mirrored(height, *rows).to(x.device), mirrored(width, *columns).to(x.device)
     return x[..., y[:, None], x_places]
