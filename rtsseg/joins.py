@@ -27,7 +27,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from .bootstrap import Estimate, bootstrap_groups
-from .calibration import Calibration, validation_evidence
+from .calibration import Calibration, fill, validation_evidence
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, first_lines, logger, nearest, progress
 from .evidence import Evidence
@@ -181,7 +181,7 @@ def joint_calibration(maps:Sequence[ProbabilityMap]) -> dict|None:    # None whe
         thresholds[ratio] = None if None in values else max(values)
     promise = (f'not calibrated: joined from {len(maps)} maps that were calibrated one by one; '
                'thresholds are the largest of theirs')
-    return dict(promise=promise, ratio=found[0]['ratio'], thresholds=thresholds)
+    return dict(promise=promise, thresholds=thresholds)
 
 def joint_settings(maps:Sequence[ProbabilityMap],    # in the order in which they were named
                    rule:str,
@@ -421,10 +421,10 @@ def show_scales(found:ScaleGain) -> str:
         'Recall of true objects by their longest side; gain: either minus lowered',
         found.table.to_string(float_format='{:.3f}'.format, na_rep='–'),
         '',
-        f'false objects: fine {alarms["fine"]:.4g}, coarse {alarms["coarse"]:.4g}, both at most {alarms["both"]:.4g}; '
-        f'lowered {alarms["lowered"]:.4g}',
-        f'raw thresholds: fine {thresholds["fine"]:.3g}, coarse {thresholds["coarse"]:.3g}; '
-        f'lowered {thresholds["lowered"]:.3g}: the fine scale with as many false objects as both',
-        found.verdict,
+        fill(f'false objects: fine {alarms["fine"]:.4g}, coarse {alarms["coarse"]:.4g}, '
+             f'both at most {alarms["both"]:.4g}; lowered {alarms["lowered"]:.4g}'),
+        fill(f'raw thresholds: fine {thresholds["fine"]:.3g}, coarse {thresholds["coarse"]:.3g}; '
+             f'lowered {thresholds["lowered"]:.3g}: the fine scale with as many false objects as both'),
+        fill(found.verdict),
     ]
     return '\n'.join(lines)

@@ -1,6 +1,7 @@
 "Scales and the maximum over windows, from a tile to a joined map, and when a second scale is worth it"
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from helpers.maps import (
     map_bytes,
     noise,
     read_map,
+    statistics,
     untrained_model,
     write_probability,
     write_scene,
@@ -68,7 +70,7 @@ def test_old_views_are_as_they_were(loaded):
     assert evidence_path('run', 'val', 'minimal').name == 'val-minimal.parquet'
     assert evidence_path('run', 'val', 'none@0.5-max').name == 'val-none@0.5-max.parquet'
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(height=st.integers(3, 40), width=st.integers(3, 40), scale=st.sampled_from([.25, .3, .5]))
 def test_a_tile_of_any_size_has_scales(loaded, height, width, scale):
     "Also where the smaller tile is not what the encoder takes; a constant image stays constant"
@@ -89,7 +91,7 @@ def whole_means(height, width):
         image[:, rows::2, columns::2] += sign * spread
     return image.astype('uint8'), means.astype('uint8')
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(height=st.integers(1, 120), width=st.integers(1, 120), views=st.sampled_from(['none', 'none-max']))
 def test_a_scale_is_the_scene_made_smaller_beforehand(model, tmp_path_factory, height, width, views):
     folder = tmp_path_factory.mktemp('s')
@@ -144,7 +146,7 @@ def test_the_maximum_is_never_lower(model, tmp_path):
 
 @pytest.mark.parametrize('views', ['none-max', 'none@0.5-max'])
 def test_a_map_of_the_maximum_that_was_stopped_ends_in_the_same_bytes(model, tmp_path, monkeypatch, views):
-    write_scene(tmp_path/'scene.tif', noise(400, 300))
+    write_scene(tmp_path/'scene.tif', noise(260, 150))
     predict(model, tmp_path/'scene.tif', tmp_path/'whole.tif', views=views)
     write, written = rtsseg.prediction.FinishedRows.write, []
     def stop_after_two(self, i, counts, values):
@@ -175,9 +177,6 @@ def test_an_exported_file_has_no_scale(model, tmp_path):
 
 def test_the_guard_on_resolution_is_about_the_scene(tmp_path):
     "Not about the pixels that a scale makes of it"
-    from dataclasses import replace
-
-    from helpers.maps import statistics
     folder = untrained_model(tmp_path/'model', replace(statistics(), pixel_size=[2.8, 3.2]))
     write_scene(tmp_path/'scene.tif', noise(80, 80))
     assert Scene(tmp_path/'scene.tif', '', '', load_model(folder), scale=.5).longer == 2
@@ -194,8 +193,9 @@ def values_of(seed, height, width, holes=True):
         values[rng.random(values.shape) < .1] = NODATA
     return values
 
-@settings(max_examples=15, deadline=None)
-@given(height=st.integers(1, 60), width=st.integers(1, 60), strip=st.integers(1, 400), rule=st.sampled_from(JOIN_RULES))
+@settings(max_examples=6, deadline=None)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), strip=st.integers(100, 2000),
+       rule=st.sampled_from(JOIN_RULES))
 def test_a_map_joined_with_itself_is_itself(tmp_path_factory, height, width, strip, rule):
     folder = tmp_path_factory.mktemp('j')
     values = values_of(0, height, width)
@@ -221,9 +221,9 @@ def by_hand(coarse, y, x, height, width):
                 total, weight = total + w * coarse[i, j], weight + w
     return total / weight if weight else None
 
-@settings(max_examples=15, deadline=None)
-@given(rows=st.integers(1, 6), columns=st.integers(1, 6), seed=st.integers(0, 99), rule=st.sampled_from(['max', 'mean']),
-       strip=st.integers(1, 60))
+@settings(max_examples=8, deadline=None)
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), seed=st.integers(0, 99),
+       rule=st.sampled_from(['max', 'mean']), strip=st.integers(12, 60))
 def test_a_coarser_map_comes_to_the_finest_grid(tmp_path_factory, rows, columns, seed, rule, strip):
     "Pixel by pixel; nodata is that of the finest map, and nodata of the coarser one takes no part"
     folder = tmp_path_factory.mktemp('j')
@@ -270,8 +270,8 @@ def test_large_objects_come_from_the_coarse_map(tmp_path, least, kept):
 def test_a_joined_map_says_what_it_is(tmp_path):
     "And polygons are made from it, at the largest threshold of its maps"
     values = np.rint(STEPS * two_blocks()).astype('uint16')
-    other = dict(calibration=dict(promise='', ratio='1:200', thresholds={'1:20': .2, '1:200': .75, '1:1000': .9}))
-    first = dict(calibration=dict(promise='', ratio='1:200', thresholds={'1:20': .3, '1:200': .5, '1:1000': None}))
+    other = dict(calibration=dict(promise='', thresholds={'1:20': .2, '1:200': .75, '1:1000': .9}))
+    first = dict(calibration=dict(promise='', thresholds={'1:20': .3, '1:200': .5, '1:1000': None}))
     maps = [write_probability(tmp_path/'a.tif', values, dict(views='none', scene='s', **first)),
             write_probability(tmp_path/'b.tif', values, dict(views='none@0.5', scene='s', **other))]
     before = [path.read_bytes() for path in maps]
@@ -321,10 +321,10 @@ def test_a_join_that_was_stopped_ends_in_the_same_bytes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- whether a scale is worth it
 @pytest.fixture
 def seen_twice(tmp_path):
-    "A calibrated run; `seen_twice(shift)` moves the scores of true pixels of the fine scale"
+    "A run; `seen_twice(shift)` lowers the scores of true pixels of the fine scale, and 0 makes both scales one"
     def make(shift):
-        cfg = load(runs=tmp_path, metrics=dict(ratios=[5], monitor='pr_auc@5', replicates=100, object_thresholds=[.3, .5, .7]),
-                   calibrate=dict(ratio=5, target_precision=.5))
+        metrics = dict(ratios=[5], monitor='pr_auc@5', replicates=100, object_thresholds=[.3, .5, .7])
+        cfg = load(runs=tmp_path, metrics=metrics, calibrate=dict(ratio=5, target_precision=.5))
         folder = tmp_path/'toy'/config_hash(cfg)/'seed42'
         write_atomic(folder/'config.yaml', to_yaml(cfg))
         write_atomic(folder/'model'/'model.safetensors', b'')
@@ -332,7 +332,8 @@ def seen_twice(tmp_path):
         # objects of these tiles are some pixels long
         table = table.assign(pixel_size=400.)
         noisy = np.random.default_rng(0).normal(0, 1, logits.shape)
-        for views, z in {'none': logits + shift * (masks == 1) + noisy, 'none@0.5': logits}.items():
+        fine = logits + shift * (masks == 1) + noisy
+        for views, z in {'none': fine, 'none@0.5': logits if shift else fine}.items():
             meter = Meter(table, (.3, .5, .7), views=views)
             meter.update(z.astype(np.float16), masks, np.arange(len(table)))
             meter.evidence().write(evidence_path(folder, 'val', views))
@@ -347,15 +348,15 @@ def test_a_second_scale_is_judged_against_a_lower_threshold(seen_twice, shift):
     found = scale_gain(folder, ratio='1:5')
     table, alarms = found.table, found.false_objects
     has = table[table.objects > 0]
-    assert (has.either >= has[['fine', 'coarse']].max(1)).all()
+    assert (has.either >= has[['fine', 'coarse']].max(axis=1)).all()
     assert (has.either <= has.fine + has.coarse + 1e-12).all()
     assert alarms['both'] == alarms['fine'] + alarms['coarse'] >= alarms['lowered']
     assert found.thresholds['lowered'] <= found.thresholds['fine']
     assert table.objects['all'] == table.objects.drop('all').sum()
     gain = has.either['over 1 km'] - has.lowered['over 1 km']
     assert has.gain['over 1 km'].startswith(f'{gain:.3f}')
-    assert found.verdict in show_scales(found)
-    assert max(map(len, show_scales(found).splitlines())) <= 160
+    assert found.verdict in ' '.join(show_scales(found).split())
+    assert max(map(len, show_scales(found).splitlines())) <= 100
     assert found.verdict.startswith('worth a try') == (shift < 0)
 
 def test_what_is_missing_for_the_comparison_is_named(seen_twice):
