@@ -13,6 +13,7 @@ __all__ = ['JOIN_RULES', 'STRIP_PIXELS', 'LARGEST', 'pixel_area', 'corners', 'wh
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -314,7 +315,7 @@ def own_point(folder:Path,     # a run folder
               ratio:int|str
              ) -> ObjectOperatingPoint:
     "The threshold of objects that was chosen on validation; raises `DataError` where there is none"
-    again = f'rtsseg-calibrate --run {folder.name} --views {views}'
+    again = f'rtsseg-calibrate --run {os.path.relpath(folder)} --views {views}'
     try:
         found = Calibration.load(folder/'model'/'calibration.json', views).object_thresholds
     except ValueError as error:
