@@ -290,6 +290,8 @@ def check_map(path:Path     # of `predict`
         raise DataError(f'{path.name} was not made by rtsseg-predict: it holds no settings, so what its values mean is '
                         'not known')
     problems = []
+    if settings.get('joined'):
+        problems.append('it was joined from several maps, and its values do not add up to areas: take one of them')
     if not settings.get('calibration'):
         problems.append('it holds raw scores, not probabilities: calibrate the run (rtsseg-calibrate), '
                         'and make the map again (rtsseg-predict)')

@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonNegativeInt', 'ScheduleName', 'OF_TWO_PHASES',
            'LOOP_UNREAD', 'Span', 'SPLIT_FOLDERS', 'NamePattern', 'Source', 'Percent', 'Percentiles', 'RisingPair',
-           'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'Probability', 'GUIDE_THRESHOLDS', 'RunName',
-           'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS',
-           'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding',
-           'Since', 'PostHoc', 'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate',
-           'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread',
-           'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource',
-           'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops',
-           'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe',
-           'RandomScale', 'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow',
-           'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig',
-           'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system',
-           'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder',
-           'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path',
-           'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at',
-           'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides',
-           'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc',
-           'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides',
-           'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
+           'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'SYMMETRIES', 'VIEWS_PATTERN', 'Probability',
+           'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD', 'DATA_UNREAD',
+           'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS',
+           'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc', 'PathOrName', 'raise_together', 'check_rising',
+           'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage',
+           'check_first_stage', 'Unread', 'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping',
+           'LoopConfig', 'ToySource', 'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource',
+           'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
+           'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio',
+           'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Views', 'parse_views',
+           'check_view_text', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig', 'lacks',
+           'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
+           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
+           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
+           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
+           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
+           'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings',
+           'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names',
+           'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -39,7 +40,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     AfterValidator,
@@ -759,6 +760,44 @@ class Model(Strict):
     gradient_checkpointing: Annotated[bool, Undeciding()] = Field(
         False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
 
+# %% ../nbs/00b_config.ipynb #cviews02
+# test-time augmentation, cheapest first
+SYMMETRIES = 'none', 'minimal', 'standard', 'full'
+
+VIEWS_PATTERN = rf'({"|".join(SYMMETRIES)})(@0\.[0-9]+)?(-max)?'
+
+class Views(NamedTuple):
+    "How pixels are seen: by symmetries that are averaged, at a scale, and merged where windows overlap"
+    symmetries: str          # one of `SYMMETRIES`
+    scale: float = 1.        # pixels become 1 / scale times as long
+    merging: str = 'mean'    # mean: weighted, without seams; max: what one window saw stays
+
+    def __str__(self):
+        scale = '' if self.scale == 1 else f'@{self.scale:g}'
+        return self.symmetries + scale + ('-max' if self.merging == 'max' else '')
+
+def parse_views(text:str    # as none, full, none@0.5, minimal-max or none@0.5-max
+               ) -> Views:
+    "What a text says of views; raises `ValueError`"
+    match = re.fullmatch(VIEWS_PATTERN, text)
+    if not match:
+        name = re.match('[^@-]*', text)[0]
+        near = nearest(name, SYMMETRIES) if name not in SYMMETRIES else ''
+        raise ValueError(f'{text!r} is not one of {", ".join(SYMMETRIES)}{near}; a scale below 1 and the maximum over '
+                         'windows follow the name, as in none@0.5, none-max and none@0.5-max')
+    symmetries, scale, merging = match.groups()
+    found = Views(symmetries, float(scale[1:]) if scale else 1., 'max' if merging else 'mean')
+    if found.scale < .05:
+        raise ValueError(f'{text!r}: a scale below 0.05 leaves no objects')
+    if str(found) != text:
+        raise ValueError(f'{text!r} is written {str(found)!r}')
+    return found
+
+def check_view_text(text:str) -> str:
+    "Raise `ValueError` for a text that names no views; the text"
+    parse_views(text)
+    return text
+
 # %% ../nbs/00b_config.ipynb #1c7552b5
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
@@ -811,9 +850,11 @@ class Calibrate(Strict):
         30, description='positive tiles below which a region takes the global threshold')
 
 class Infer(Strict):
-    "Guide 11"
-    views: Literal['none', 'minimal', 'standard', 'full'] = Field(
-        'none', description='test-time augmentation: 1, 2, 4 or the 8 symmetries of the square')
+    "Guide 8.2 and 11"
+    views: Annotated[str, AfterValidator(check_view_text)] = Field(
+        'none', description='test-time augmentation: none, minimal, standard or full (1, 2, 4 or the 8 symmetries of '
+                            'the square); none@0.5 sees half the resolution, none-max keeps the maximum over windows',
+        json_schema_extra=dict(pattern=f'^{VIEWS_PATTERN}$'))
 
 class Card(Strict):
     "What the model card states and no file of the run knows"

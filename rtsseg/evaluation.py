@@ -79,8 +79,7 @@ def split_views(text:str,        # names with commas between them; '' is the con
         return [system.default_views(cfg)]
     names = [name.strip() for name in text.split(',')]
     for name in names:
-        if name not in system.views:
-            raise ConfigError(f'views: {name!r} is not one of {", ".join(system.views)}{nearest(name, system.views)}')
+        system.check_views(name)
     return names
 
 def changed_since_training(folder:Path, cfg:RunConfig, feed:Feed) -> str:

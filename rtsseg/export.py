@@ -36,7 +36,7 @@ from scipy.special import logit
 from torch import nn
 
 from .calibration import Calibration, read_stored
-from .config import ConfigError, RtsConfig, load
+from .config import SYMMETRIES, ConfigError, RtsConfig, load
 from .console import logger, nearest, progress
 from .files import check_seal, digest, inside, seal_model, write_atomic
 from .infer import STATS, VIEWS, Predictor, load_model, read_conversion, read_stats
@@ -428,8 +428,9 @@ def check_export_arguments(out:Path, formats:tuple[str, ...], views:str) -> None
             problems.append(f'formats: {name!r} is not one of {known}{nearest(name, EXPORT_FORMATS)}')
     if not set(formats) & {'onnx', 'qgis', 'torch'}:
         problems.append('formats: no file with a model: name onnx, qgis or torch')
-    if views not in VIEWS:
-        problems.append(f'views: {views!r} is not one of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+    if views not in SYMMETRIES:
+        problems.append(f'views: {views!r} is not one of {", ".join(SYMMETRIES)}{nearest(views, SYMMETRIES)}; an '
+                        'exported file sees one window as it is: scales and the maximum over windows are of maps')
     if problems:
         raise ConfigError('\n'.join(problems))
 

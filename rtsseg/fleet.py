@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from .claims import Claims, Store
-from .config import ConfigError
+from .config import ConfigError, parse_views
 from .console import DataError, some_names
 from .infer import load_model
 from .launch import StopSignals
@@ -102,7 +102,7 @@ def cut_shards(sizes:list[tuple[int, int]],    # of each scene: rows of windows,
 class MapOptions:
     "What decides the maps of a job, beside the scenes"
     model: str           # a model directory
-    views: str = ''      # none, minimal, standard or full; '' takes the model's
+    views: str = ''      # as none, minimal, none@0.5 or none-max; '' takes the model's
     device: str = 'auto' # auto, cpu or cuda
     batch: int = 8       # windows at once
     resample: bool = False   # scenes of another resolution are resampled to that of training
@@ -117,11 +117,16 @@ class Mapper:
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.options, self.model = options, load_model(options.model, device)
         self.views = options.views or self.model.cfg.infer.views
+        try:
+            self.scale = parse_views(self.views).scale
+        except ValueError as error:
+            raise ConfigError(f'views: {error}') from None
         self.calibration = load_calibration(self.model.folder, self.views)
 
     def open(self, row:dict) -> MapJob:
         "What the map of a scene is made with. Raises `DataError` and `ConfigError` where the scene does not fit"
-        opened = Scene(Path(row['scene']), row['extra'], row['crs'], self.model, resample=self.options.resample)
+        opened = Scene(Path(row['scene']), row['extra'], row['crs'], self.model, resample=self.options.resample,
+                       scale=self.scale)
         return MapJob(self.model, opened, self.calibration, self.views, self.options.batch)
 
 def plan_job(mapper:Mapper, rows:list[dict]) -> dict:
@@ -278,7 +283,7 @@ class Worker:
             if finished.missing():
                 raise DataError(f'{name} has changed since its windows were run: begin again in another folder')
             out = Path(folder)/f'{name}.tif'
-            write_map(out, opened.scene, finished)
+            write_map(out, opened.scene.grid, finished)
             write_note(out, opened)
             # the note comes last: it says that the map is there
             for file in (out, note_path(out)):
@@ -337,7 +342,7 @@ def map_scenes(model:str|Path,      # a model directory
                out:str|Path,        # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
                workers:int=1,       # processes of this machine
                share:str='',        # as 2/8: only every eighth shard, beginning with the second
-               views:str='',        # none, minimal, standard or full; '' takes the model's
+               views:str='',        # as none, minimal, none@0.5 or none-max; '' takes the model's
                device:str='auto',   # auto, cpu or cuda
                batch:int=8,         # windows at once
                resample:bool=False, # scenes of another resolution are resampled to that of training

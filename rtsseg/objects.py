@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IOUS', 'MISS_KINDS', 'SIZE_CLASSES', 'Matches', 'match_objects', 'object_metrics', 'grid_counts', 'object_grid',
-           'misses', 'recall_by_size', 'slump_bounds', 'found_slumps', 'false_alarms']
+           'described_objects', 'misses', 'recall_by_size', 'slump_bounds', 'found_slumps', 'false_alarms']
 
 # %% ../nbs/03e_objects.ipynb #iobjects
 from collections import Counter
@@ -187,7 +187,9 @@ SIZE_CLASSES = {
     'over 1 km': (1000, np.inf)
 }
 
-def _described(evidence, objects):
+def described_objects(evidence:Evidence,
+                      objects:pd.DataFrame    # with tile and size, as of `match_objects`
+                     ) -> pd.DataFrame:
     "Objects with the identity of their tiles, their longest side in metres, and its class (none without a pixel size)"
     metres = objects['size'] * evidence['pixel_size'][objects.tile]
     identity = {name: evidence[name][objects.tile] for name in ('tile_id', 'region', 'positive')}
@@ -230,7 +232,7 @@ def misses(evidence:Evidence,     # of a split
     missed = (truth.area >= min_area) & ~truth.index.isin(matched.true_row)
     missed = truth.assign(kind=pd.Categorical(kind, MISS_KINDS), iou=best_iou)[missed]
     columns = ['tile_id', 'region', 'id', 'area', 'metres', 'size', 'edge', 'kind', 'iou']
-    return _described(evidence, missed)[columns].reset_index(drop=True)
+    return described_objects(evidence, missed)[columns].reset_index(drop=True)
 
 # %% ../nbs/03e_objects.ipynb #14246855
 def recall_by_size(evidence:Evidence,     # of a split
@@ -242,7 +244,7 @@ def recall_by_size(evidence:Evidence,     # of a split
 
     A row for each of `SIZE_CLASSES`, and 'unknown' for objects of tiles without a pixel size.
     `edge` counts the objects that touch a tile's edge."""
-    truth = _described(evidence, match_objects(evidence, threshold, iou, min_area).truth)
+    truth = described_objects(evidence, match_objects(evidence, threshold, iou, min_area).truth)
     size = truth['size'].cat.add_categories('unknown').fillna('unknown')
     table = pd.DataFrame(dict(objects=1, found=truth.match > 0, edge=truth.edge))
     table = table.groupby(size, observed=False).sum().astype(int)
@@ -297,4 +299,4 @@ def false_alarms(evidence:Evidence,     # of a split
     "The predicted objects without a match; `positive` says whether their tile holds a slump"
     predicted = match_objects(evidence, threshold, iou, min_area).predicted
     columns = ['tile_id', 'region', 'positive', 'id', 'area', 'metres', 'size', 'score', 'edge']
-    return _described(evidence, predicted[predicted.match == 0])[columns].reset_index(drop=True)
+    return described_objects(evidence, predicted[predicted.match == 0])[columns].reset_index(drop=True)

@@ -21,7 +21,7 @@ from .config import Metrics, RtsConfig, ratio_text
 from .console import DataError, progress
 from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
-from .infer import Predictor, judged_part, predict_logits
+from .infer import Predictor, check_scale, judged_part, predict_logits
 from .manifest import Manifest
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
 from .runs import StoredThresholds
@@ -117,7 +117,8 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
                   ask:Pass,
                   bins:Bins|None=None        # the grid of scores; None: as a few tiles suggest
                  ) -> Evidence:
-    "One pass over a split; raises `DataError` where too many tiles cannot be read"
+    "One pass over a split; raises `DataError` where too many tiles cannot be read, and `ConfigError` for a scale"
+    check_scale(packed.model, cfg.data.tile_size + 2 * cfg.data.context, ask.views)
     thresholds = object_thresholds(cfg.metrics, ask.folder, ask.split, ask.views)
     bins = bins or finer_bins(packed, loader, part, ask) or 'float16'
     meter = Meter(part.table, thresholds, bins, ask.views, widths=cfg.metrics.boundary_widths)

@@ -20,6 +20,7 @@ import os
 import shutil
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from rasterio.windows import Window
 from scipy.special import logit
 
 from .calibration import Calibration
-from .config import ConfigError, ratio_text
+from .config import ConfigError, parse_views, ratio_text
 from .console import DataError, logger, nearest, progress
 from .evidence import evidence_path, run_evidence
 from .files import FileError, digest, inside, read_json, write_atomic
@@ -47,7 +48,7 @@ from .findings import Finding
 from .folders import is_turned
 from .ground import crs_name, ground_size
 from .importers import Conversion, convert, read_registry
-from .infer import VIEWS, Predictor, load_model, predict_logits
+from .infer import Predictor, load_model, mean_logits
 from .launch import StopSignals
 from .raster import GDAL_OPTIONS, has_unwritten_blocks, open_raster
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
@@ -162,7 +163,8 @@ class Scene:
                  model:Predictor,      # the model that will see it
                  band_numbers:str='',  # numbers of the EXTRA bands, for `parse_bands`; '': by their description
                  form:str='',          # one of `FORMS`; '': the one that it has
-                 resample:bool=False   # another resolution is resampled to that of training
+                 resample:bool=False,  # another resolution is resampled to that of training
+                 scale:float=1.        # then pixels become 1 / scale times as long
                 ):
         self.stats = model.stats
         self.tile = model.cfg.data.tile_size
@@ -191,7 +193,7 @@ class Scene:
         self.label = dict(scene_name=path.name, scene_date=date)
         self.crs = choose_crs(path.name, grid.crs, crs)
         grid = grid._replace(crs=self.crs)
-        self.longer = self._resize_factor(grid, resample)
+        self.longer = self._resize_factor(grid, resample) / scale
         if self.longer != 1:
             self._check_blocks()
             grid = self.resampled = resized_grid(grid, self.longer)
@@ -200,6 +202,11 @@ class Scene:
         dtype = str(self.read_rows(0).rgb.dtype)
         if dtype != self.stats.dtype:
             raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
+
+    @property
+    def grid(self) -> Grid:
+        "Where the map of the scene lies"
+        return Grid((self.height, self.width), self.crs, self.transform)
 
     def _resize_factor(self, grid, resample):
         "How many times as long pixels must become; 1 as well where nothing is known"
@@ -321,7 +328,7 @@ HALF_PRECISION = dict(fp16=torch.float16, bf16=torch.bfloat16)
 def window_probabilities(model:Predictor,              # on its device
                          images:list[torch.Tensor],    # windows, float32 (C, tile, tile), at most `batch` of them
                          batch:int,                    # windows that the model runs at once
-                         views:str                     # a key of `VIEWS`
+                         symmetries:str                # a key of `VIEWS`
                         ) -> np.ndarray:               # float64 (windows, tile, tile)
     "Scores between 0 and 1; raises `ModelError` where the batch does not fit into the GPU"
     device = next(model.model.parameters()).device
@@ -332,19 +339,21 @@ def window_probabilities(model:Predictor,              # on its device
     torch.stack(images, out=x[:len(images)])
     try:
         with torch.inference_mode(), reproducible, autocast:
-            logits = predict_logits(model.model, x.to(device), views)
+            logits = mean_logits(model.model, x.to(device), symmetries)
             return logits.double().sigmoid()[:len(images)].cpu().numpy()
     except torch.OutOfMemoryError:
         raise ModelError(f'{batch} windows at once do not fit into the GPU: take a smaller --batch') from None
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
 class BlendedRows:
-    "The weighted mean of windows over as many rows of pixels as a window has"
+    "Windows merged into as many rows of pixels as a window has: by their weighted mean, or by their maximum"
 
     def __init__(self,
-                 tile:int,    # side of a window, pixels
-                 width:int    # of the scene, pixels
+                 tile:int,            # side of a window, pixels
+                 width:int,           # of the scene, pixels
+                 merging:str='mean'   # mean or max
                 ):
+        self.merging = merging
         self.weight = window_weight(tile)
         self.total = np.zeros((tile, max(width, tile)))
         self.weights = np.zeros_like(self.total)
@@ -367,14 +376,19 @@ class BlendedRows:
            ) -> None:
         "Add a window"
         columns = slice(left, left + len(self.weight))
+        if self.merging == 'max':
+            self.total[:, columns] = np.maximum(self.total[:, columns], probability)
+            return
         self.total[:, columns] += self.weight * probability
         self.weights[:, columns] += self.weight
 
-    def mean(self,
-             valid:np.ndarray    # bool (rows, columns): the upper left part of the rows
-            ) -> np.ndarray:     # float64, of the same shape; 0 where it is not valid
-        "The mean over all windows so far"
+    def merged(self,
+               valid:np.ndarray    # bool (rows, columns): the upper left part of the rows
+              ) -> np.ndarray:     # float64, of the same shape; 0 where it is not valid
+        "The mean or the maximum over all windows so far"
         rows, columns = valid.shape
+        if self.merging == 'max':
+            return np.where(valid, self.total[:rows, :columns], 0)
         total, weights = self.total[:rows, :columns], self.weights[:rows, :columns]
         return np.divide(total, weights, out=np.zeros_like(total), where=valid)
 
@@ -386,7 +400,7 @@ class MapJob:
     scene: Scene
     # None: the map holds raw scores
     calibration: Calibration|None
-    # a key of `VIEWS`
+    # for `parse_views`
     views: str
     # windows at once
     batch: int
@@ -420,7 +434,7 @@ def predict_rows(job:MapJob,
     scene = job.scene
     tops, lefts = window_starts(scene.height, scene.tile), window_starts(scene.width, scene.tile)
     ends = [*tops[1:], scene.height]
-    blended = BlendedRows(scene.tile, scene.width)
+    blended = BlendedRows(scene.tile, scene.width, parse_views(job.views).merging)
     for i in progress(needed_rows(tops, scene.tile, wanted), 'rows of windows'):
         blended.move_to(tops[i])
         rows = scene.read_rows(tops[i])
@@ -429,16 +443,17 @@ def predict_rows(job:MapJob,
         if i in wanted:
             valid = rows.valid[:ends[i] - tops[i], :scene.width]
             counts = dict(pixels=valid.size, valid=int(valid.sum()), windows=len(seen), empty=len(lefts) - len(seen))
-            yield MapRows(i, blended.mean(valid), valid, counts)
+            yield MapRows(i, blended.merged(valid), valid, counts)
 
 def add_windows(blended:BlendedRows, job:MapJob, rows:RawTile, lefts:list[int], batch:int,
                 signals:StopSignals) -> None:
-    "Run the windows of a row that start at these columns, and add them to the mean"
+    "Run the windows of a row that start at these columns, and merge them"
+    symmetries = parse_views(job.views).symmetries
     for first in range(0, len(lefts), batch):
         stop_if_asked(signals)
         some = lefts[first:first + batch]
         images = [job.scene.window(rows, left) for left in some]
-        for left, score in zip(some, window_probabilities(job.model, images, batch, job.views)):
+        for left, score in zip(some, window_probabilities(job.model, images, batch, symmetries)):
             if not np.isfinite(score).all():
                 raise ModelError(f'the model gives scores that are not finite in the window at row {blended.top}, '
                                  f'column {left}')
@@ -657,18 +672,18 @@ def matches_note(out:Path) -> bool:
         return False
 
 # %% ../nbs/08_predict.ipynb #be867681
-def write_geotiff(path:Path, scene:Scene, finished:FinishedRows) -> None:
+def write_geotiff(path:Path, grid:Grid, finished:FinishedRows) -> None:
     "Write the finished rows into a plain GeoTIFF"
-    total = dict(pixels=0, valid=0, windows=0, empty=0)
-    layout = dict(driver='GTiff', count=1, dtype='uint16', nodata=NODATA, height=scene.height, width=scene.width)
-    place = dict(crs=scene.crs, transform=scene.transform)
+    total = Counter()
+    layout = dict(driver='GTiff', count=1, dtype='uint16', nodata=NODATA, height=grid.shape[0], width=grid.shape[1])
+    place = dict(crs=grid.crs, transform=grid.transform)
     with rasterio.open(path, 'w', compress='deflate', zlevel=1, bigtiff='if_safer', **layout, **place) as dataset:
         for counts, values, window in finished.blocks():
             dataset.write(values, 1, window=window)
-            total = {name: value + counts[name] for name, value in total.items()}
+            total.update(counts)
         dataset.scales = (1 / STEPS,)
         dataset.set_band_description(1, 'probability')
-        dataset.update_tags(RTSSEG=json.dumps(finished.settings | total))
+        dataset.update_tags(RTSSEG=json.dumps(finished.settings | dict(total)))
 
 def check_written(path:Path, finished:FinishedRows) -> None:
     "Read a GeoTIFF back; raises `OSError` where a pixel differs from the finished rows"
@@ -677,7 +692,7 @@ def check_written(path:Path, finished:FinishedRows) -> None:
             if (dataset.read(1, window=window) != values).any():
                 raise OSError('the pixels read back are not those that were written')
 
-def write_map(out:Path, scene:Scene, finished:FinishedRows) -> None:
+def write_map(out:Path, grid:Grid, finished:FinishedRows) -> None:
     "Join the finished rows into a Cloud Optimized GeoTIFF; raises `OSError`"
     plain, optimized = finished.folder/'whole.tif', finished.folder/'map.tif'
     for path in (plain, optimized):
@@ -686,7 +701,7 @@ def write_map(out:Path, scene:Scene, finished:FinishedRows) -> None:
     try:
         with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
-            write_geotiff(plain, scene, finished)
+            write_geotiff(plain, grid, finished)
             rasterio.shutil.copy(plain, optimized, **cog)
             check_written(optimized, finished)
     except Exception as error:
@@ -715,8 +730,10 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
         problems.append(f'form: {form!r} is not one of {", ".join(FORMS)}{nearest(form, FORMS)}')
     if form == 'source' and extra:
         problems.append('form: a file of the source holds the EXTRA bands itself: leave out --extra')
-    if views not in ('', *VIEWS):
-        problems.append(f'views: {views!r} is not one of {", ".join(VIEWS)}{nearest(views, VIEWS)}')
+    try:
+        parse_views(views or 'none')
+    except ValueError as error:
+        problems.append(f'views: {error}')
     if device not in ('auto', 'cpu', 'cuda'):
         problems.append(f'device: {device!r} is not one of auto, cpu, cuda')
     if device == 'cuda' and not torch.cuda.is_available():
@@ -727,7 +744,7 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
         raise ConfigError('\n'.join(problems))
 
 def load_calibration(folder:Path,        # a model directory
-                     views:str           # a key of `VIEWS`
+                     views:str           # for `parse_views`
                     ) -> Calibration|None:
     "The calibration of a model for these views, with a note of what it promises; None if there is none"
     path = folder/'calibration.json'
@@ -788,7 +805,7 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
             done = finished.count - len(missing)
             logger.info(f'{done} of {finished.count} rows of windows are done already')
         finish_rows(job, finished, missing, signals)
-        write_map(out, job.scene, finished)
+        write_map(out, job.scene.grid, finished)
         note = write_note(out, job)
         for finding in shift_findings(note['input'], job):
             if finding.level == 'warning':
@@ -803,7 +820,7 @@ def predict(model_dir:str|Path,      # a model directory
             scene:str|Path,          # a GeoTIFF of any size: R, G, B as in training; or a file as in `data.source`
             out:str|Path,            # the map, a .tif
             extra:str|Path='',       # a GeoTIFF on the same grid with the model's EXTRA bands
-            views:str='',            # none, minimal, standard or full; '' takes the model's
+            views:str='',            # as none, minimal, none@0.5 or none-max; '' takes the model's
             crs:str='',              # CRS of a scene that has none: EPSG:3413, for example, or none
             device:str='auto',       # auto, cpu or cuda
             batch:int=8,             # windows at once; half precision gives other last digits for another number
@@ -823,7 +840,7 @@ def predict(model_dir:str|Path,      # a model directory
     views = views or model.cfg.infer.views
     calibration = load_calibration(model.folder, views)
     band_numbers = read_registry(Path(registry)) if registry else ''
-    opened = Scene(scene, extra, crs, model, band_numbers, form, resample)
+    opened = Scene(scene, extra, crs, model, band_numbers, form, resample, parse_views(views).scale)
     job = MapJob(model, opened, calibration, views, batch)
     settings = map_settings(job)
     folder = out.with_name(f'{out.name}.parts')

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
-from .console import DataError, progress
+from .console import DataError, nearest, progress
 from .files import write_atomic
 from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
@@ -147,7 +147,7 @@ class SampleMeter:
 class Pass:
     "What an evaluation asks of a system: which split, seen how, and where"
     split: str                  # train, val or test
-    views: str                  # a name in `System.views`
+    views: str                  # that `System.check_views` takes
     folder: Path                # the run folder
     accelerator: 'Accelerator'  # device and precision
 
@@ -235,6 +235,11 @@ class System:
     def calibrate(self, folder:Path, cfg:RunConfig, views:str) -> Any:
         "Write what is chosen on the validation table into the model directory, and return it; raises `ConfigError`"
         raise ConfigError(f'system {self.name} has no calibration')
+
+    def check_views(self, views:str) -> None:
+        "Raise `ConfigError` for views that the system does not have"
+        if views not in self.views:
+            raise ConfigError(f'views: {views!r} is not one of {", ".join(self.views)}{nearest(views, self.views)}')
 
     def default_views(self, cfg:RunConfig) -> str:
         "The views that are meant where none are named"

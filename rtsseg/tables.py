@@ -27,9 +27,9 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
-from .calibration import VIEW_NAMES, Region, recommend, views_gain
+from .calibration import Region, recommend, views_gain
 from .columns import parse_uids
-from .config import Metrics, ratio_text
+from .config import SYMMETRIES, Metrics, ratio_text
 from .evidence import Evidence, evidence_path
 from .intervals import Difference, bootstrap, compare, subsample
 from rtsseg.metrics import (
@@ -744,7 +744,7 @@ VIEWS_NOTE = 'gain: of {monitor} over one view; noise: two standard deviations o
 
 def views_tables(run:PixelRun) -> list[Table]:
     "What test-time augmentation gains on validation, and what it costs; [] where validation was evaluated one way only"
-    evaluated = [views for views in VIEW_NAMES if evidence_path(run.folder, 'val', views).exists()]
+    evaluated = [views for views in SYMMETRIES if evidence_path(run.folder, 'val', views).exists()]
     if len(evaluated) < 2:
         return []
     gains = views_gain(run.folder)

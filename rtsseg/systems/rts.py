@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import RtsConfig
+from ..config import SYMMETRIES, ConfigError, RtsConfig, parse_views
 from ..system import Feed, Pass, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
@@ -87,8 +87,7 @@ class RTS(System):
     "Segmentation of retrogressive thaw slumps"
     name = 'rts'
     Config = RtsConfig
-    # test-time augmentation, cheapest first
-    views = ('none', 'minimal', 'standard', 'full')
+    views = SYMMETRIES
     group_name = 'blocks with positives'
 
     def feed(self, cfg:RtsConfig, prepare:bool=False) -> RtsFeed:
@@ -179,6 +178,13 @@ class RTS(System):
         "Write calibration.json from the validation evidence, and return the calibration; raises `DataError`"
         from rtsseg.calibration import calibrate_pixels
         return calibrate_pixels(folder, cfg, views)
+
+    def check_views(self, views:str) -> None:
+        "Raise `ConfigError` for a text that `parse_views` does not take"
+        try:
+            parse_views(views)
+        except ValueError as error:
+            raise ConfigError(f'views: {error}') from None
 
     def default_views(self, cfg:RtsConfig) -> str:
         "The views of the config"
