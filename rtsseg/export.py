@@ -137,7 +137,7 @@ def library_probabilities(model:Predictor, calibration:Calibration|None, views:s
         image, extra, _ = scale_tile(tile, 'a tile', model.stats)
         normalised = model.stats.normalise(np.concatenate([image, extra], 2))
         images.append(torch.from_numpy(normalised.transpose(2, 0, 1)))
-    score = window_probabilities(model, images, len(images), views)
+    score = window_probabilities(model, torch.stack(images), views)
     return score if calibration is None else calibration.probability(logit(score))
 
 # %% ../nbs/08e_export.ipynb #ex000019
