@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'RESOLUTION_FACTOR', 'HALF_PRECISION', 'CACHED_ROWS', 'STEPS', 'NODATA', 'HASH_BYTES', 'window_starts',
            'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'resampled_raster',
-           'Scene', 'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_probabilities', 'BlendedRows',
+           'Scene', 'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_logits', 'BlendedRows',
            'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows',
            'add_windows', 'stop_if_asked', 'probability_to_uint16', 'other_settings', 'FinishedRows', 'map_lock',
            'map_settings', 'calibration_settings', 'read_map_settings', 'note_path', 'write_note', 'describe_scene',
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import numpy as np
 import rasterio.shutil
 import torch
@@ -262,21 +263,29 @@ class Scene:
                left:int,          # first column
                out:np.ndarray     # float32 (C, tile, tile): what the model sees of the window is written here
               ) -> None:
-        "Scale and normalise a window, with the same arithmetic as `scale_tile` and `Stats.normalise`, in place"
+        "Scale and normalise a window: what `scale_tile` and `Stats.normalise` give, without copies on the way"
         columns = slice(left, left + self.tile)
-        scale = np.float32(1 / self.stats.scale)
-        for plane, channel in zip(rows.rgb, out):
-            np.multiply(plane[:, columns], scale, out=channel, dtype='float32', casting='unsafe')
-        if rows.rgb.dtype == np.uint16:
-            np.minimum(out[:3], 1, out=out[:3])
         out[3:] = rows.extra[..., columns]
-        for channel, mean, std in zip(out, np.float32(self.stats.mean), np.float32(self.stats.std)):
-            channel -= mean
-            channel /= std
+        for k, plane in enumerate(out):
+            if k < 3 and rows.rgb.dtype == np.uint8:
+                # a byte has 256 values
+                cv2.LUT(rows.rgb[k, :, columns], self._normalise(np.arange(256), k, np.empty(256, 'float32')), plane)
+            else:
+                self._normalise(rows.rgb[k, :, columns] if k < 3 else plane, k, plane)
         valid = rows.valid[:, columns]
         if not valid.all():
             # the mean, normalised
             np.copyto(out, 0, where=~valid)
+
+    def _normalise(self, values, k, out):
+        "Scale and normalise values of channel k; returns `out`"
+        if k < 3:
+            np.multiply(values, np.float32(1 / self.stats.scale), out=out, dtype='float32', casting='unsafe')
+        if k < 3 and self.stats.dtype == 'uint16':
+            np.minimum(out, 1, out=out)
+        out -= np.float32(self.stats.mean[k])
+        out /= np.float32(self.stats.std[k])
+        return out
 
 # how many times as long or short as in training: augmentation varies sizes by a fifth
 RESOLUTION_FACTOR = 1.25
@@ -331,37 +340,38 @@ def choose_crs(name:str,                        # file name of the scene
 # %% ../nbs/08_predict.ipynb #0334e96a
 HALF_PRECISION = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
-def window_probabilities(model:Predictor,    # on its device
-                         x:torch.Tensor,     # windows, float32 (batch, C, tile, tile)
-                         views:str           # a key of `VIEWS`
-                        ) -> np.ndarray:     # float64 (batch, tile, tile)
-    "Scores between 0 and 1; raises `ModelError` where the batch does not fit into the GPU"
+def window_logits(model:Predictor,     # on its device
+                  x:torch.Tensor,      # windows, float32 (batch, C, tile, tile)
+                  views:str            # a key of `VIEWS`
+                 ) -> torch.Tensor:    # (batch, tile, tile), on the device of the model
+    "Logits of windows; raises `ModelError` where the batch does not fit into the GPU"
     device = next(model.model.parameters()).device
     half = HALF_PRECISION.get(model.cfg.precision)
     reproducible = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     autocast = torch.autocast(device.type, half, enabled=device.type == 'cuda' and half is not None)
     try:
         with torch.inference_mode(), reproducible, autocast:
-            logits = predict_logits(model.model, x.to(device, non_blocking=True), views)
-            return logits.double().sigmoid_().cpu().numpy()
+            return predict_logits(model.model, x.to(device, non_blocking=True), views)
     except torch.OutOfMemoryError:
         raise ModelError(f'{len(x)} windows at once do not fit into the GPU: take a smaller --batch') from None
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
-CACHED_ROWS = 32
+# rows of a window that stay in the cache of a processor from one step to the next
+CACHED_ROWS = 128
 
 class BlendedRows:
     "The weighted mean of windows over as many rows of pixels as a window has"
 
     def __init__(self,
                  tile:int,    # side of a window, pixels
-                 width:int    # of the scene, pixels
+                 width:int,   # of the scene, pixels
+                 device:str|torch.device='cpu'    # where windows are added
                 ):
-        self.weight = window_weight(tile)
-        self.ramp = np.sqrt(np.diag(self.weight))
-        self.total = np.zeros((tile, max(width, tile)))
-        # sums of the ramps over all windows of a row, and over the rows so far
-        self.across, self.down = np.zeros(self.total.shape[1]), np.zeros(tile)
+        self.weight = torch.from_numpy(window_weight(tile)).to(device)
+        self.total = torch.zeros(tile, max(width, tile), dtype=torch.float64, device=device)
+        # sums of the ramp over the rows of windows so far, and over all windows of a row
+        self.ramp, self.down = np.sqrt(np.diag(window_weight(tile))), np.zeros(tile)
+        self.across = np.zeros(max(width, tile))
         for left in window_starts(width, tile):
             self.across[left:left + tile] += self.ramp
         # above the scene
@@ -373,30 +383,31 @@ class BlendedRows:
         "Move down to a row of windows: rows above `top` are dropped, new rows start at 0"
         tile = len(self.total)
         step = min(top - self.top, tile)
-        for sums in (self.total, self.down):
-            sums[:tile - step] = sums[step:]
-            sums[tile - step:] = 0
-        self.down += self.ramp
+        self.total[:tile - step] = self.total[step:].clone()
+        self.total[tile - step:] = 0
+        self.down = np.append(self.down[step:], np.zeros(step)) + self.ramp
         self.top = top
 
     def add(self,
-            left:int,                # first column of the window
-            probability:np.ndarray   # float64 (tile, tile)
+            left:int,              # first column of the window
+            logits:torch.Tensor    # (tile, tile)
            ) -> None:
-        "Add a window"
+        "Add the scores of a window"
         columns = slice(left, left + len(self.weight))
-        # few rows at a time stay in the cache of the processor
         for top in range(0, len(self.weight), CACHED_ROWS):
             rows = slice(top, top + CACHED_ROWS)
-            self.total[rows, columns] += self.weight[rows] * probability[rows]
+            self.total[rows, columns].addcmul_(self.weight[rows], logits[rows].double().sigmoid_())
 
     def mean(self,
              valid:np.ndarray    # bool (rows, columns): the upper left part of the rows
             ) -> np.ndarray:     # float64, of the same shape; 0 where it is not valid
         "The mean over all windows so far"
         rows, columns = valid.shape
-        weights = np.outer(self.down[:rows], self.across[:columns])
-        return np.divide(self.total[:rows, :columns], weights, out=np.zeros(valid.shape), where=valid)
+        found = self.total[:rows, :columns].cpu().numpy() / self.across[:columns]
+        found /= self.down[:rows, None]
+        if not valid.all():
+            found[~valid] = 0
+        return found
 
 # %% ../nbs/08_predict.ipynb #besides2
 def ahead(items:Iterator    # without None
@@ -411,7 +422,7 @@ def ahead(items:Iterator    # without None
 def behind(work:Callable,     # of an item
            items:Iterable
           ) -> None:
-    "Do the work on each item by a thread of its own, while the next one is made; what was begun is done, whatever comes"
+    "Do the work on each item by a thread of its own, while the next one is made; what was begun is done in any case"
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(int)
         for item in items:
@@ -497,7 +508,7 @@ def predict_rows(job:MapJob,
     scene = job.scene
     tops = window_starts(scene.height, scene.tile)
     ends = [*tops[1:], scene.height]
-    blended = BlendedRows(scene.tile, scene.width)
+    blended = BlendedRows(scene.tile, scene.width, next(job.model.model.parameters()).device)
     with closing(ahead(read_windows(job, needed_rows(tops, scene.tile, wanted)))) as batches:
         for batch in batches:
             i = batch.row
@@ -513,12 +524,15 @@ def add_windows(blended:BlendedRows, job:MapJob, batch:WindowBatch, signals:Stop
     "Run a batch of windows, and add them to the mean"
     stop_if_asked(signals)
     if batch.lefts:
-        for left, score in zip(batch.lefts, window_probabilities(job.model, batch.x, job.views)):
-            # a sum of numbers between 0 and 1 is finite where they are
-            if not np.isfinite(score.sum()):
-                raise ModelError(f'the model gives scores that are not finite in the window at row {blended.top}, '
-                                 f'column {left}')
-            blended.add(left, score)
+        logits = window_logits(job.model, batch.x, job.views)[:len(batch.lefts)]
+        # the largest number is NaN where one is
+        is_wrong = logits.amax((1, 2)).isnan().cpu()
+        if is_wrong.any():
+            left = batch.lefts[int(is_wrong.int().argmax())]
+            raise ModelError(f'the model gives scores that are not finite in the window at row {blended.top}, '
+                             f'column {left}')
+        for left, each in zip(batch.lefts, logits):
+            blended.add(left, each)
     stop_if_asked(signals)
 
 def stop_if_asked(signals:StopSignals) -> None:
