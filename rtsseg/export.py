@@ -41,7 +41,7 @@ from .console import logger, nearest, progress
 from .files import check_seal, digest, inside, seal_model, write_atomic
 from .infer import STATS, VIEWS, Predictor, load_model, read_conversion, read_stats
 from .models import check_size, encoders
-from .prediction import calibration_settings, load_calibration, window_probabilities
+from .prediction import calibration_settings, load_calibration, window_logits
 from .rawtile import RawTile
 from .runs import config_files
 from .stats import Stats
@@ -137,7 +137,7 @@ def library_probabilities(model:Predictor, calibration:Calibration|None, views:s
         image, extra, _ = scale_tile(tile, 'a tile', model.stats)
         normalised = model.stats.normalise(np.concatenate([image, extra], 2))
         images.append(torch.from_numpy(normalised.transpose(2, 0, 1)))
-    score = window_probabilities(model, images, len(images), views)
+    score = window_logits(model, torch.stack(images), views).double().sigmoid().cpu().numpy()
     return score if calibration is None else calibration.probability(logit(score))
 
 # %% ../nbs/08e_export.ipynb #ex000019

@@ -1,6 +1,8 @@
 "Scenes become maps: seams, edges, grids, what is refused, what it costs"
 import hashlib
 import json
+import threading
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -26,8 +28,9 @@ from rtsseg.folders import ORIENTATION, import_images
 from rtsseg.importers import Conversion
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.manifest import read_manifest
-from rtsseg.prediction import NODATA, STEPS, Scene, map_lock, predict, window_starts
+from rtsseg.prediction import NODATA, STEPS, FinishedRows, Scene, map_lock, predict, window_starts
 from rtsseg.raster import write_raster
+from rtsseg.runs import RunError
 from rtsseg.stats import compute_stats
 from rtsseg.tiles import TileDataset
 from rtsseg.toy import BANDS, scored_tiles
@@ -293,6 +296,65 @@ def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypa
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
 
+# ---------------------------------------------------------------- reading and writing beside the model
+
+def delayed(patch, owner, name):
+    "Let a function wait a little before each call; the threads that called it"
+    function, threads = getattr(owner, name), set()
+
+    def waits(*arguments):
+        threads.add(threading.current_thread())
+        time.sleep(.01)
+        return function(*arguments)
+
+    patch.setattr(owner, name, waits)
+    return threads
+
+SLOW = {'reader': (Scene, 'window'), 'model': (rtsseg.prediction, 'window_logits'), 'writer': (FinishedRows, 'write')}
+
+@pytest.mark.parametrize('slow', SLOW)
+def test_a_map_does_not_depend_on_which_thread_waits(model, tmp_path, monkeypatch, slow):
+    "Batches are filled anew only when the model has seen them; reader and writer have threads, which end"
+    scene = write_scene(tmp_path/'scene.tif', noise(200, 210))
+    predict(model, scene, tmp_path/'map.tif', batch=2)
+    threads = delayed(monkeypatch, *SLOW[slow])
+    predict(model, scene, tmp_path/'slow.tif', batch=2)
+    assert (tmp_path/'slow.tif').read_bytes() == (tmp_path/'map.tif').read_bytes()
+    assert (threading.main_thread() in threads) == (slow == 'model')
+    assert len(threads) == 1
+    assert threads.isdisjoint(threading.enumerate()) or slow == 'model'
+
+@pytest.mark.parametrize('of', ['image', 'windows', 'rows'])
+def test_an_error_beside_the_model_ends_the_command(model, tmp_path, monkeypatch, of):
+    "With its own message, from whichever thread; no thread is left, and the same command resumes"
+    scene = write_scene(tmp_path/'scene.tif', noise(64 + 9 * 32, 70))
+    predict(model, scene, tmp_path/'map.tif')
+    owner, name, error = dict(
+        image=(Scene, 'read_rows', DataError('rows 128 to 191: damaged')),
+        windows=(Scene, 'window', OSError(5, 'Input/output error')),
+        rows=(FinishedRows, 'write', OSError(28, 'No space left on device')),
+    )[of]
+    function, calls, before = getattr(owner, name), [], threading.active_count()
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise error
+        return function(*arguments)
+
+    out = tmp_path/'again.tif'
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        wanted = DataError if of == 'image' else RunError
+        with pytest.raises(wanted, match='damaged|Input/output error.*resumes|No space left on device.*resumes'):
+            predict(model, scene, out)
+    assert threading.active_count() == before
+    rows = sorted(file.name for file in tmp_path.glob('again.tif.parts/0*'))
+    assert rows == [f'{i:06}' for i in range(len(rows))]
+    assert 0 < len(rows) < 5
+    predict(model, scene, out)
+    assert out.read_bytes() == (tmp_path/'map.tif').read_bytes()
+
 # ---------------------------------------------------------------- what is refused
 
 def good(folder):
@@ -469,6 +531,12 @@ def imported_model(tmp_path, write, extra=(), **settings):
     stats = compute_stats(manifest, list(extra))
     return folder, manifest, untrained_model(tmp_path/'model', stats, source=source)
 
+def window(scene, rows, left):
+    "What the model sees of a window"
+    x = torch.full((len(scene.stats.channels), scene.tile, scene.tile), torch.nan)
+    scene.window(rows, left, x.numpy())
+    return x
+
 @pytest.mark.parametrize(('write', 'extra', 'crs', 'settings'), [
     (seven_bands, ['ndvi', 'slope'], '', SCALED),
     (seven_bands, ['ndvi'], '', SCALED | dict(downscale=2)),
@@ -492,7 +560,7 @@ def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, caplog, write,
         found, want = theirs.read_rows(top), ours.read_rows(top)
         np.testing.assert_array_equal(found.valid, want.valid)
         for left in window_starts(ours.width, 64):
-            assert torch.equal(theirs.window(found, left), ours.window(want, left))
+            assert torch.equal(window(theirs, found, left), window(ours, want, left))
     made = predict(model, file, tmp_path/'theirs.tif', crs=crs)
     predict(model, tile, tmp_path/'ours.tif', raster, crs=crs, form=form)
     np.testing.assert_array_equal(read_map(tmp_path/'theirs.tif'), read_map(tmp_path/'ours.tif'))

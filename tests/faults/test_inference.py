@@ -205,7 +205,7 @@ def test_41_a_scene_smaller_than_a_tile(model, tmp_path, height, width):
 @pytest.mark.parametrize('height, width', [(30, 30), (150, 200)])
 def test_41_a_scene_without_any_data(model, tmp_path, monkeypatch, height, width):
     "The map holds no data and says so in numbers, and the model is not run at all"
-    monkeypatch.setattr(rtsseg.prediction, 'window_probabilities', None)
+    monkeypatch.setattr(rtsseg.prediction, 'window_logits', None)
     path, valid = scene(tmp_path/'scene.tif', height, width, (0, height, 0, width))
     out = tmp_path/'map.tif'
     made = predict(model, path, out)
@@ -485,7 +485,7 @@ def test_42_a_raster_of_others_is_kept(model, tmp_path):
 @pytest.mark.usefixtures('default_signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_42_asked_to_stop(model, tmp_path, capsys, monkeypatch, number):
-    "A signal ends the command after the current windows, with exit code 3, and the same command resumes"
+    "A signal ends the command after the current batch of windows, with exit code 3, and the same command resumes"
     path, _ = scene(tmp_path/'scene.tif', 300, 100)
     out = tmp_path/'map.tif'
     predict(model, path, tmp_path/'undisturbed.tif')
@@ -505,7 +505,8 @@ def test_42_asked_to_stop(model, tmp_path, capsys, monkeypatch, number):
     assert 'stopped; the same command resumes' in printed
     assert 'Traceback' not in printed
     assert not out.exists()
-    assert len(finished(out)) == 2
+    # the third row may have been done when the signal came
+    assert len(finished(out)) in (2, 3)
     rtsseg_predict(**given)
     done = capsys.readouterr()
     assert 'rows of windows are done already' in done.err

@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from functools import partial
 
 import rtsseg.files
@@ -51,18 +52,20 @@ def never_opened_for_writing(path):
     return lambda: sys.addaudithook(hook)
 
 def count_calls(work):
-    "How many times Python enters or leaves a function while it does the work"
+    "How many times Python enters or leaves a function while it does the work, in all threads"
     calls = 0
 
     def count(frame, event, argument):
         nonlocal calls
         calls += 1
 
+    threading.setprofile(count)
     sys.setprofile(count)
     try:
         work()
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
     return calls
 
 def killed_at_call(k):
@@ -75,7 +78,11 @@ def killed_at_call(k):
         if left <= 0:
             die()
 
-    return lambda: sys.setprofile(count)
+    def prepare():
+        threading.setprofile(count)
+        sys.setprofile(count)
+
+    return prepare
 
 def limit_file_size(size):
     "No file of this process can grow beyond `size` bytes: writing fails as on a full disk"
