@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import RtsConfig
+from ..config import ConfigError, RtsConfig
 from ..system import Feed, Pass, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
@@ -112,8 +112,10 @@ class RTS(System):
         self.model(cfg, None)
 
     def model(self, cfg:RtsConfig, feed:RtsFeed|None) -> Any:
-        "A new segmentation network; raises `ConfigError` where the tile size does not fit it"
+        "A new segmentation network; raises `ConfigError` where the tile size does not fit it, and for an ensemble"
         from rtsseg.models import build, check_size
+        if cfg.members:
+            raise ConfigError('members: an ensemble is not trained; rtsseg-ensemble makes it of models that are')
         model = build(cfg.model)
         check_size(model, cfg.data.tile_size)
         check_size(model, cfg.data.tile_size + 2 * cfg.data.context)
