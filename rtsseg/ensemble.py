@@ -191,7 +191,9 @@ def ensemble_run(folder:Path,                     # the run folder
     write_atomic(folder/'environment.json', json.dumps(env, indent=1))
     # from the runs root on, so that nothing depends on where that is
     runs = [Path(*one.run.resolve().parts[-4:]).as_posix() for one in candidates]
-    append_line(folder/'log.jsonl', dict(event='ensemble', seeds=[one.cfg.seed for one in candidates], models=runs))
+    said = [described_member(member) for member in cfg.members]
+    append_line(folder/'log.jsonl', dict(event='ensemble', seeds=[member.seed for member in cfg.members], members=said,
+                                         models=runs))
     save_ensemble(folder/'model', cfg, candidates, env)
 
 # %% ../nbs/04p_ensemble.ipynb #en000017

@@ -318,8 +318,9 @@ class ForcedEvent(OpenNode):
     differs: dict[SafeName, Any]
 
 class EnsembleEvent(OpenNode):
-    "log.jsonl: models were put together, with their seeds and their run folders"
+    "log.jsonl: models became one; each with its seed, what it is in words, and its run folder"
     seeds: list[Annotated[int, Field(ge=0)]]
+    members: list[str]
     models: list[str]
 
 class EvaluateEvent(OpenNode):
