@@ -104,7 +104,7 @@ OTHER_WEIGHTS = ('{run.title}: {metric} is {now:.8f} on the validation evidence,
 SAME_WEIGHTS = ('{run.title}: all {n} metrics of the exported model are within {near:g} of the best validation '
                 '(epoch {epoch}, step {step}; {run.monitor} {value:.6f})')
 
-NOT_TRAINED = '{run.title}: it was not trained, so there is no best validation to compare it with'
+NOT_TRAINED = '{run.title}: it was not trained, and has no best validation that it could be compared with'
 
 NOT_COMPARED = ('{run.title}: validation was evaluated through {views} views only, so the exported model was not '
                 'compared with the best validation')

