@@ -55,7 +55,7 @@ def test_the_probability_is_the_mean_over_members_and_views(draws, views, scale)
 def models(tmp_path_factory):
     "Model directories of three networks, one of them of another architecture"
     root = tmp_path_factory.mktemp('models')
-    small = dict(decoder_pyramid_channels=16, decoder_segmentation_channels=8)
+    small = dict(decoder_pyramid_channels=64, decoder_segmentation_channels=32)
     return [untrained_model(root/'a'), untrained_model(root/'b', draw=1),
             untrained_model(root/'c', draw=2, architecture='fpn', options=small)]
 
