@@ -107,7 +107,7 @@ def test_a_damaged_ensemble_does_not_load(together, tmp_path, name, damage):
         load_model(folder)
 
 def test_weights_of_a_member_that_are_missing_are_named(together, tmp_path):
-    "Also where the list of digests was made anew"
+    "Also where the list of digests was made again"
     folder = shutil.copytree(together, tmp_path/'model')
     kept = {name: t for name, t in load_file(folder/WEIGHTS).items() if not name.startswith('members.1.')}
     save_file(kept, folder/WEIGHTS)
