@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonNegativeInt', 'ScheduleName', 'OF_TWO_PHASES',
            'LOOP_UNREAD', 'Span', 'SPLIT_FOLDERS', 'NamePattern', 'Source', 'Percent', 'Percentiles', 'RisingPair',
-           'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'SYMMETRIES', 'VIEWS_PATTERN', 'Probability',
-           'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD', 'DATA_UNREAD',
-           'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS',
-           'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc', 'PathOrName', 'raise_together', 'check_rising',
-           'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping', 'Checkpoints', 'Loader', 'Stage',
-           'check_first_stage', 'Unread', 'differing_settings', 'unread_lines', 'schedules', 'ends_before_stopping',
-           'LoopConfig', 'ToySource', 'check_span', 'TableSource', 'FieldSource', 'check_name_pattern', 'ImagesSource',
-           'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear',
-           'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio',
-           'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss', 'Model', 'Views', 'parse_views',
-           'check_view_text', 'Metrics', 'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig', 'lacks',
-           'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names', 'find_system', 'short_visible',
-           'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder', 'config_folder', 'config_names',
-           'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places', 'holds_path', 'absolute_paths',
-           'Setting', 'locate', 'validation_errors', 'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake',
-           'unprintable_places', 'read_layers', 'config_class', 'load', 'select_fields', 'decides', 'is_hashed',
-           'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings',
-           'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema', 'parse_overrides', 'settings', 'assigned_names',
-           'check_parameters', 'is_example', 'skip_examples', 'notebook_parameters']
+           'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'MOST_MEMBERS', 'SYMMETRIES', 'VIEWS_PATTERN',
+           'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD',
+           'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH',
+           'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc', 'PathOrName',
+           'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping',
+           'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread', 'differing_settings', 'unread_lines',
+           'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource', 'FieldSource',
+           'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform',
+           'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste', 'Augment',
+           'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss',
+           'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics', 'Calibrate', 'Infer', 'Card',
+           'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
+           'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
+           'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
+           'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed',
+           'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load',
+           'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as',
+           'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema',
+           'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples',
+           'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -760,6 +761,18 @@ class Model(Strict):
     gradient_checkpointing: Annotated[bool, Undeciding()] = Field(
         False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
 
+class Member(Strict):
+    "A model of an ensemble, as it was trained"
+    seed: Annotated[int, Undeciding()] = Field(..., description='seed of its run')
+    weights: Annotated[str, Field(pattern='^[0-9a-f]{64}$')] = Field(..., description='SHA-256 of its weights')
+    monitor: Annotated[str, Undeciding()] = Field(..., description='metric that chose its weights')
+    value: Annotated[float, Undeciding()] = Field(..., description='that metric at its best validation')
+    epoch: Annotated[PositiveInt, Undeciding()] = Field(..., description='epoch of that validation')
+    model: Model = Field(..., description='its network')
+
+# so that the seeds of all of them fit into the name of a folder
+MOST_MEMBERS = 20
+
 # %% ../nbs/00b_config.ipynb #cviews02
 # test-time augmentation, cheapest first
 SYMMETRIES = 'none', 'minimal', 'standard', 'full'
@@ -888,6 +901,11 @@ class RunConfig(LoopConfig):
     _files: tuple[Path, ...] = PrivateAttr(())
 
     @property
+    def folder_name(self) -> str:
+        "The last part of the path of its run folder"
+        return f'seed{self.seed}'
+
+    @property
     def files(self) -> tuple[Path, ...]:
         "The files that a command read the config from; empty where it was made in code"
         return self._files
@@ -956,6 +974,9 @@ class RtsConfig(RunConfig):
     sampler: Sampler = Sampler()
     loss: Loss = Loss()
     model: Model = Model()
+    members: Annotated[list[Member], Since('0.3')] = Field(
+        [], max_length=MOST_MEMBERS,
+        description='models whose probabilities are averaged, in the place of `model`; rtsseg-ensemble writes them')
     metrics: Metrics = Metrics()
     calibrate: Annotated[Calibrate, PostHoc()] = Calibrate()
     infer: Annotated[Infer, PostHoc()] = Infer()
@@ -977,6 +998,9 @@ class RtsConfig(RunConfig):
         if self.model.fusion == 'late' and not self.data.extra_bands:
             yield 'model.fusion is late, but data.extra_bands names no band to fuse'
 
+        if len(self.members) == 1:
+            yield 'members holds one model, and an ensemble has two or more'
+
     def _training_contradictions(self) -> Iterator[str]:
         fraction = self.sampler.positive_fraction
         if fraction is not None and not 1 <= round(self.batch_size * fraction) < self.batch_size:
@@ -990,6 +1014,17 @@ class RtsConfig(RunConfig):
                 yield f'{where}: {name!r} is not a part of the loss{nearest(name, parts)}'
         if not re.fullmatch('pr_auc@(native|[1-9][0-9]{0,8})', self.metrics.monitor):
             yield f'metrics.monitor is {self.metrics.monitor!r}: write pr_auc@<ratio> or pr_auc@native'
+
+    @property
+    def networks(self) -> list[Model]:
+        "What is built: the members of an ensemble, or one model"
+        return [member.model for member in self.members] or [self.model]
+
+    @property
+    def folder_name(self) -> str:
+        "As of every run, or with the seeds of an ensemble"
+        seeds = '-'.join(str(member.seed) for member in self.members)
+        return f'ensemble-{seeds}' if seeds else super().folder_name
 
     def unread_rules(self) -> list[Unread]:
         "Which settings a run of this tree does not read, and when"

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_DIFFERENCE', 'GATE_TILES', 'GATE_BATCH', 'PIXELS', 'PROBABILITY', 'ONNX_EXPORTERS', 'MLM', 'ARTIFACTS',
-           'EXPORT_FORMATS', 'turned', 'mean_log_odds', 'WholeModel', 'random_tile', 'raw_pixels',
-           'library_probabilities', 'size_step', 'ExportJob', 'check_parity', 'require_export_extra', 'traced_onnx',
-           'translated_onnx', 'exported_program', 'onnx_runner', 'operating_threshold', 'deepness_metadata',
-           'own_metadata', 'with_metadata', 'with_fixed_size', 'write_onnx', 'write_qgis', 'write_program', 'mlm_input',
-           'mlm_output', 'stac_item', 'check_export_arguments', 'write_formats', 'export_model', 'calibrations',
-           'inspect_model', 'show_model', 'verify_model']
+           'EXPORT_FORMATS', 'turned', 'WholeModel', 'random_tile', 'raw_pixels', 'library_probabilities', 'size_step',
+           'ExportJob', 'check_parity', 'require_export_extra', 'traced_onnx', 'translated_onnx', 'exported_program',
+           'onnx_runner', 'operating_threshold', 'deepness_metadata', 'own_metadata', 'with_metadata',
+           'with_fixed_size', 'write_onnx', 'write_qgis', 'write_program', 'mlm_input', 'mlm_output', 'stac_item',
+           'check_export_arguments', 'write_formats', 'export_model', 'calibrations', 'inspect_model', 'show_model',
+           'verify_model']
 
 # %% ../nbs/08e_export.ipynb #ex000007
 import io
@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import prod, sqrt
+from math import lcm, prod, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +39,18 @@ from .calibration import Calibration, read_stored
 from .config import SYMMETRIES, ConfigError, RtsConfig, load
 from .console import logger, nearest, progress
 from .files import check_seal, digest, inside, seal_model, write_atomic
-from .infer import STATS, VIEWS, Predictor, load_model, read_conversion, read_stats
+from rtsseg.infer import (
+    STATS,
+    VIEWS,
+    Predictor,
+    described_member,
+    described_model,
+    load_model,
+    mean_log_odds,
+    networks_in,
+    read_conversion,
+    read_stats,
+)
 from .models import check_size, encoders
 from .prediction import calibration_settings, load_calibration, window_logits
 from .rawtile import RawTile
@@ -59,16 +70,6 @@ def turned(x:torch.Tensor,     # (…, H, W)
     if turns:
         return x.transpose(-2, -1).flip(-2 if turns == 1 else -1)
     return x
-
-def mean_log_odds(logits:list[torch.Tensor]    # of the views, of one shape
-                 ) -> torch.Tensor:            # float32
-    "The log-odds of the mean probability"
-    if len(logits) == 1:
-        return logits[0]
-    wide = [each.double() for each in logits]
-    yes = sum(each.sigmoid() for each in wide)
-    no = sum((-each).sigmoid() for each in wide)
-    return (yes / no).log().float()
 
 # %% ../nbs/08e_export.ipynb #ex000012
 class WholeModel(nn.Module):
@@ -143,11 +144,13 @@ def library_probabilities(model:Predictor, calibration:Calibration|None, views:s
 # %% ../nbs/08e_export.ipynb #ex000019
 def size_step(model:Predictor) -> int:    # pixels; 0: only tiles of the size that it was trained with
     "Sides that a model takes are multiples of this"
-    tile, step = model.cfg.data.tile_size, max(encoder.output_stride for encoder in encoders(model.model))
+    tile, networks = model.cfg.data.tile_size, networks_in(model.model)
+    step = lcm(*(encoder.output_stride for network in networks for encoder in encoders(network)))
     if tile % step:
         return 0
     try:
-        check_size(model.model, (tile + step, tile))
+        for network in networks:
+            check_size(network, (tile + step, tile))
     except ConfigError:
         return 0
     return step
@@ -281,8 +284,9 @@ def own_metadata(job:ExportJob) -> dict[str, Any]:
         name=model.cfg.name,
         rtsseg=version('rtsseg'),
         weights=digest(model.folder/WEIGHTS),
-        architecture=model.cfg.model.architecture,
-        encoder=model.cfg.model.encoder,
+        architecture=', '.join(dict.fromkeys(network.architecture for network in model.cfg.networks)),
+        encoder=', '.join(dict.fromkeys(network.encoder for network in model.cfg.networks)),
+        members=[described_member(member) for member in model.cfg.members],
         channels=stats.channels,
         input=f'float32 (N, {len(stats.channels)}, H, W): R, G and B as numbers of {stats.dtype}, EXTRA bands in raw '
               'units, NaN without data; not normalised, not scaled',
@@ -397,7 +401,7 @@ def stac_item(job:ExportJob,
         'description': f'Probabilities of rare objects, a value a pixel. Output: {own["output"]}',
         'bands': [dict(name=band) for band in own['channels']],
         'mlm:name': name,
-        'mlm:architecture': f'{cfg.model.architecture} with {cfg.model.encoder}',
+        'mlm:architecture': described_model(cfg),
         'mlm:tasks': ['semantic-segmentation'],
         'mlm:framework': 'PyTorch',
         'mlm:framework_version': torch.__version__,
@@ -506,7 +510,9 @@ def inspect_model(folder:str|Path       # a model directory
                       pixel_size=stats.pixel_size)
     return dict(
         name=cfg.name,
+        model=described_model(cfg),
         network=network,
+        members=[described_member(member) for member in cfg.members],
         bands=stats.channels,
         tile_size=cfg.data.tile_size,
         statistics=statistics,
@@ -523,7 +529,8 @@ def show_model(found:dict[str, Any]    # of `inspect_model`
     "What a model directory is, in lines"
     network, statistics, best = found['network'], found['statistics'], found['validation']
     lines = [
-        f'{found["name"]}: {network["architecture"]} with {network["encoder"]}, {network["weights"]:,} weights',
+        f'{found["name"]}: {found["model"]}, {network["weights"]:,} weights',
+        *(f'  {member}' for member in found['members']),
         f'bands: {", ".join(found["bands"])} ({network["fusion"]} fusion); tiles of {found["tile_size"]} pixels, '
         f'{statistics["dtype"]} / {statistics["scale"]:g}',
     ]
@@ -531,7 +538,8 @@ def show_model(found:dict[str, Any]    # of `inspect_model`
         lines.append(f'  {band}: mean {statistics["mean"][band]:.4g}, std {statistics["std"][band]:.4g}')
     if found['source']:
         lines.append(f'source: {json.dumps(found["source"])}')
-    lines.append(f'best validation: {best["monitor"]} = {best["value"]:.4f} at epoch {best["epoch"]}')
+    if best['epoch']:
+        lines.append(f'best validation: {best["monitor"]} = {best["value"]:.4f} at epoch {best["epoch"]}')
     for views, each in found['calibration'].items():
         lines.append(f'views {views}: {each["promise"]}')
         reached = [f'{ratio} from {p:.3g}' for ratio, p in each['thresholds'].items() if p is not None]

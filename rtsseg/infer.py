@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['VIEWS', 'SIDE_STEP', 'MACHINE_FIELDS', 'STATS', 'SOURCE', 'CARD_HEAD', 'MADE', 'apply_view', 'undo_view',
            'judged_part', 'mean_logits', 'scaled_side', 'check_scale', 'mirrored', 'continued', 'largest_logits',
-           'predict_logits', 'model_card', 'save_model', 'read_stats', 'read_conversion', 'Predictor', 'load_model']
+           'predict_logits', 'mean_log_odds', 'Ensemble', 'networks_in', 'member_logits', 'described_network',
+           'described_model', 'described_member', 'first_weights', 'model_card', 'save_model', 'read_stats',
+           'read_conversion', 'untrained_network', 'Predictor', 'load_model']
 
 # %% ../nbs/04a_infer.ipynb #iinfer
 from dataclasses import dataclass, fields
@@ -19,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from .card import described_data, stated_sections, with_section
-from .config import RtsConfig, Strict, load, parse_views
+from .config import Member, Model, RtsConfig, Strict, load, parse_views
 from .console import DataError
 from .files import inside, read_json, typed, write_atomic
 from .importers import Conversion, conversion_of
@@ -139,6 +141,44 @@ def predict_logits(model:nn.Module,      # gives logits (B, 1, H, W) from images
     logits = logits[:, None, :height, :width].float()
     return functional.interpolate(logits, x.shape[-2:], mode='bilinear')[:, 0]
 
+# %% ../nbs/04a_infer.ipynb #ens00002
+def mean_log_odds(logits:list[torch.Tensor]    # of views or of models, of one shape
+                 ) -> torch.Tensor:            # float32
+    "The log-odds of the mean probability"
+    if len(logits) == 1:
+        return logits[0]
+    wide = [each.double() for each in logits]
+    yes = sum(each.sigmoid() for each in wide)
+    no = sum((-each).sigmoid() for each in wide)
+    return (yes / no).log().float()
+
+class Ensemble(nn.Module):
+    "Several models as one: the logit of the mean of their probabilities"
+
+    def __init__(self,
+                 members:list[nn.Module]    # each gives logits (B, 1, H, W) from images (B, C, H, W)
+                ):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self,
+                x:torch.Tensor         # normalised images, float32 (B, C, H, W)
+               ) -> torch.Tensor:      # logits, float32 (B, 1, H, W)
+        "The mean over the members, in double precision; each of them runs once"
+        return mean_log_odds([member(x) for member in self.members])
+
+def networks_in(model:nn.Module        # of `load_model`
+               ) -> list[nn.Module]:   # each gives logits of its own
+    "The members of an ensemble, or the model alone"
+    return list(model.members) if isinstance(model, Ensemble) else [model]
+
+def member_logits(model:nn.Module,      # of `load_model`, in eval mode
+                  x:torch.Tensor,       # normalised images, float32 (B, C, H, W)
+                  views:str='none'      # a key of `VIEWS`
+                 ) -> torch.Tensor:     # float32 (n, B, H, W)
+    "What each member of an ensemble says by itself: n forward passes for each view"
+    return torch.stack([predict_logits(member, x, views) for member in networks_in(model)])
+
 # %% ../nbs/04a_infer.ipynb #0d198615
 # where things lie on the machine that trained stays out of what is published
 MACHINE_FIELDS = dict(runs=True, tracker=True, data={'manifest', 'root', 'source'})
@@ -149,7 +189,7 @@ SOURCE = 'source.json'
 
 CARD_HEAD = ('# {name}\n'
              '\n'
-             'Finds rare objects in satellite imagery: {architecture} with {encoder}, {channels} channels in '
+             'Finds rare objects in satellite imagery: {network}, {channels} channels in '
              '({bands}), one logit a pixel out.\n')
 
 MADE = (
@@ -160,6 +200,28 @@ MADE = (
     '- Weights are {weights}. No licence of third-party pretrained weights is changed by this file: '
     "source of the encoder's first weights: {source}.")
 
+def described_network(network:Model) -> str:
+    "Architecture and encoder in words"
+    found = f'{network.architecture} with {network.encoder}'
+    if network.fusion == 'late':
+        found += f' (EXTRA bands: {network.extra_encoder or network.encoder}, fused late)'
+    return found
+
+def described_model(cfg:RtsConfig) -> str:
+    "The network of a config in words, or those of its members"
+    networks = ' and '.join(dict.fromkeys(described_network(network) for network in cfg.networks))
+    return f'the mean of {len(cfg.members)} models ({networks})' if cfg.members else networks
+
+def described_member(member:Member) -> str:
+    "A model of an ensemble in words, with its best validation and the first digits of its digest"
+    return (f'seed {member.seed}: {described_network(member.model)}, {member.monitor} = {member.value:.4f} at epoch '
+            f'{member.epoch}, weights {member.weights[:12]}')
+
+def first_weights(network:Model) -> str:
+    "Where the first weights of the encoder came from, without the folders above"
+    path = Path(network.weights or 'none, random')
+    return '/'.join(path.parts[-4:]) if path.is_dir() else path.name
+
 def model_card(cfg:RtsConfig,                # what built the model
                stats:Stats,                  # what normalised its training data
                best:dict,                    # epoch and value of its best validation
@@ -167,17 +229,13 @@ def model_card(cfg:RtsConfig,                # what built the model
                tiles:pd.DataFrame|None       # of the manifest; None leaves out the section on data
               ) -> str:                      # Markdown
     "The card of a segmentation model, without what calibration and report add"
-    encoder = cfg.model.encoder
-    if cfg.model.fusion == 'late':
-        encoder += f' (EXTRA bands: {cfg.model.extra_encoder or cfg.model.encoder}, fused late)'
-    first_weights = Path(cfg.model.weights or 'none, random')
-    source = '/'.join(first_weights.parts[-4:]) if first_weights.is_dir() else first_weights.name
     exported = 'the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation'
-    card = CARD_HEAD.format(name=cfg.name, architecture=cfg.model.architecture, encoder=encoder,
-                            channels=cfg.model.in_channels, bands=', '.join(stats.channels))
+    card = CARD_HEAD.format(name=cfg.name, network=described_model(cfg), channels=cfg.model.in_channels,
+                            bands=', '.join(stats.channels))
     made = MADE.format(
         rtsseg=env.get('rtsseg'), commit=env.get('git_commit', 'unknown'), seed=cfg.seed,
-        manifest=stats.manifest_hash, scale=stats.scale, weights=exported, source=source,
+        manifest=stats.manifest_hash, scale=stats.scale, weights=exported,
+        source=first_weights(cfg.model),
         best=f"Best validation: {cfg.metrics.monitor} = {best['value']:.4f} at epoch {best['epoch']}.")
     sections = stated_sections(cfg.card)
     if tiles is not None:
@@ -240,6 +298,12 @@ def read_conversion(folder:Path,     # a model directory
         raise ValueError(f'{SOURCE} scales to uint16, and {STATS} is of {stats.dtype}')
     return conversion
 
+def untrained_network(cfg:RtsConfig     # of a model directory
+                     ) -> nn.Module:    # with random weights
+    "The network of a config, or an ensemble of those of its members"
+    members = [build(network.model_copy(update=dict(weights=None))) for network in cfg.networks]
+    return Ensemble(members) if cfg.members else members[0]
+
 @dataclass
 class Predictor:
     "A segmentation model and what it needs to predict"
@@ -247,7 +311,7 @@ class Predictor:
     cfg: RtsConfig
     model: nn.Module
     stats: Stats
-    best: dict        # epoch, step, value and metrics of its best validation
+    best: dict        # epoch, step, value and metrics of its best validation; of an ensemble without epoch and value
     conversion: Conversion|None     # of the files of its source; None: they were tiles
 
 def load_model(folder:str|Path,               # a model directory
@@ -265,6 +329,5 @@ def load_model(folder:str|Path,               # a model directory
         check_directory(folder, [STATS])
         stats = read_stats(folder, cfg.data.extra_bands)
         conversion = read_conversion(folder, stats)
-        without_weights = cfg.model.model_copy(update=dict(weights=None))
-        model = load_weights(folder, lambda: build(without_weights))
+        model = load_weights(folder, lambda: untrained_network(cfg))
     return Predictor(folder, cfg, place_model(model, device).eval(), stats, best, conversion)

@@ -27,7 +27,7 @@ from .figures import GALLERY_KINDS, comparison_figure, gallery, pr_figure, relia
 from .intervals import MIN_SUPPORT
 from .page import Bullets, Cards, Deferred, Fold, ImageGrid, Link, Number, Picture, Slider, Table, Text
 from .pixel_results import PixelResults, PixelRun, check_same_tiles, confirm, pixel_results, ratio_thresholds
-from .results import ReportError, Results, listed, ratio_name, short_path
+from .results import ReportError, Results, ratio_name, seeds_text, short_path
 from .scores import CODES
 from rtsseg.tables import (
     METRICS,
@@ -59,7 +59,7 @@ from rtsseg.tables import (
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep1
 FOUND = 'At {ratio}, of 100 predicted objects {precision} are slumps, and of 100 slumps {recall} are found.'
 
-NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation (seed {seeds}): the tables use '
+NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation ({seeds}): the tables use '
                '0.5 instead, which nobody chose. The slider shows what other thresholds give.')
 
 NO_PROBABILITY = 'What this page calls a probability is {why}.'
@@ -77,10 +77,10 @@ def headline_sentences(results:PixelResults) -> list[str]:
     precision, recall = of_hundred(found['object_precision_30']), of_hundred(found['object_recall_30'])
     sentences = [FOUND.format(ratio=ratio_name(ratio), precision=precision, recall=recall)]
     calibration = results.first.calibration
-    points = {run.seed: run.calibration.thresholds.get(ratio) for run in results.runs}
-    missed = [seed for seed, point in points.items() if point and not point.reached]
+    points = [(run, run.calibration.thresholds.get(ratio)) for run in results.runs]
+    missed = [run for run, point in points if point and not point.reached]
     if missed:
-        sentences.append(NOT_REACHED.format(target=calibration.target_precision, seeds=listed(missed)))
+        sentences.append(NOT_REACHED.format(target=calibration.target_precision, seeds=seeds_text(missed)))
     if not calibration.is_calibrated:
         sentences.append(NO_PROBABILITY.format(why=calibration.promise))
     return sentences
@@ -254,13 +254,13 @@ def shown_seed(results:PixelResults) -> list:
         return []
     return [Text(f'Of {len(results.runs)} seeds, {results.first.seed} is shown.', 'soft')]
 
-RELIABILITY_CAPTION = ('Reliability on validation, seed {seed}: of the pixels that are given a probability, the share '
+RELIABILITY_CAPTION = ('Reliability on validation, {run.title}: of the pixels that are given a probability, the share '
                        'that is positive. Nearly all pixels lie in the lowest bin.')
 
 def calibration_section(results:PixelResults) -> list:
     "Both fits, their errors, and reliability"
     run = results.first
-    caption = RELIABILITY_CAPTION.format(seed=run.seed)
+    caption = RELIABILITY_CAPTION.format(run=run)
     figure = Deferred(lambda: [Picture(reliability_figure(run), caption)])
     return [*seed_blocks(results, calibration_tables), figure]
 
@@ -351,7 +351,7 @@ def data_section(results:PixelResults) -> list:
     manifest = results.first.environment.get('manifest_hash', 'unknown')
     return [Text(DATA_TEXT.format(manifest=manifest)), *data_tables(results.first)]
 
-OLD_CALIBRATION = ('Seed {seed}: the validation evidence was written again after the calibration; if the model '
+OLD_CALIBRATION = ('Of {run.title}: the validation evidence was written again after the calibration; if the model '
                    'changed, run rtsseg-calibrate --run {folder} again.')
 
 NO_MANIFEST_NOTE = ('The manifest does not exist any more, or is not what this run was trained on: '
@@ -372,7 +372,7 @@ def pixel_notes(results:PixelResults) -> list[str]:
     notes = [confirm(run) for run in results.runs]
     for run in results.runs:
         if run.calibration.evidence != run.evidence['val'].hash:
-            notes.append(OLD_CALIBRATION.format(seed=run.seed, folder=short_path(run.folder)))
+            notes.append(OLD_CALIBRATION.format(run=run, folder=short_path(run.folder)))
     if results.first.manifest is None:
         notes.append(NO_MANIFEST_NOTE)
     for split, evidence in results.first.evidence.items():

@@ -122,9 +122,8 @@ def title_of(results:list[Results],    # one for each configuration
 
 def lead_of(results:Results) -> str:
     "What was run, and what puts its numbers in doubt"
-    word = 'seed' if len(results.runs) == 1 else 'seeds'
-    what = LEAD.format(system=results.first.cfg.system, seeds=f'{word} {listed(results.seeds)}',
-                       configuration=results.first.configuration)
+    seeds = results.first.title if len(results.runs) == 1 else f'seeds {listed(results.seeds)}'
+    what = LEAD.format(system=results.first.cfg.system, seeds=seeds, configuration=results.first.configuration)
     return ' '.join([what, *warnings_for(results)])
 
 def comparison_lead(results:list[Results], split:str) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORCED_LOOK', 'CHANGED_RULE', 'UNKNOWN_LOOK', 'ratio_name', 'metric_label', 'ReportError', 'short_path', 'shell_path',
            'require_file', 'read_checked', 'read_events', 'Run', 'run_path', 'check_model_seal', 'last_epochs',
-           'data_ledger', 'read_run', 'listed', 'forced_actions', 'Results', 'group_runs', 'check_seeds',
+           'data_ledger', 'read_run', 'listed', 'seeds_text', 'forced_actions', 'Results', 'group_runs', 'check_seeds',
            'check_test_evaluated', 'configuration_label', 'read_results']
 
 # %% ../nbs/06c_results.ipynb #iresults
@@ -127,6 +127,23 @@ class Run:
         return self.cfg.seed
 
     @property
+    def ensemble(self) -> dict|None:
+        "The event of the log that says what was put together; None for a run that was trained"
+        return next((event for event in self.events if event['event'] == 'ensemble'), None)
+
+    @property
+    def title(self) -> str:
+        "Which run it is, in words"
+        return f'ensemble of seeds {listed(self.ensemble["seeds"])}' if self.ensemble else f'seed {self.seed}'
+
+    @property
+    def training(self) -> list:
+        "Epochs, best epoch and its monitored value; dashes for an ensemble, which is not trained"
+        if self.ensemble:
+            return ['–', '–', '–']
+        return [int(self.epochs.epoch.max()), self.best['epoch'], f"{self.best['value']:.4f}"]
+
+    @property
     def configuration(self) -> str:
         "Hash of the configuration"
         return self.folder.parent.name
@@ -171,14 +188,14 @@ class Run:
     def summary(self) -> Table:
         "What the run is, in a few lines"
         splits = [split for split in ('val', 'test') if self.evaluation(split).is_file()]
-        rows = [['folder', str(short_path(self.folder))], ['epochs', int(self.epochs.epoch.max())],
-                ['best epoch', self.best['epoch']], [self.monitor, f"{self.best['value']:.4f}"],
+        trained = zip(['epochs', 'best epoch', self.monitor], self.training, strict=True)
+        rows = [['folder', str(short_path(self.folder))], *map(list, trained),
                 ['evaluated', ', '.join(splits) or 'nothing']]
-        return Table(['run', f'seed {self.seed}'], rows)
+        return Table(['run', self.title], rows)
 
     def __repr__(self) -> str:
-        return (f'Run({self.cfg.name}/{self.configuration}/{self.folder.name}: {self.monitor} '
-                f'{self.best["value"]:.4f} at epoch {self.best["epoch"]})')
+        _, epoch, value = self.training
+        return f'Run({self.cfg.name}/{self.configuration}/{self.folder.name}: {self.monitor} {value} at epoch {epoch})'
 
     def _repr_html_(self) -> str:
         return self.summary.html()
@@ -235,25 +252,30 @@ def read_run(folder:str|Path    # a run folder
     log = require_file(folder/'log.jsonl', folder, f'{train} --fresh')
     events = read_events(log, folder, repair)
     epochs = last_epochs(events)
-    if epochs.empty:
+    if epochs.empty and not any(event['event'] == 'ensemble' for event in events):
         raise ReportError(f'{short_path(log, 6)} is damaged (it holds no epoch): {repair}')
     others = [event for event in events if event['event'] != 'epoch']
     ledger = data_ledger(folder, cfg.runs, environment.get('manifest_hash'))
     return Run(folder, cfg, environment, epochs, others, best, ledger)
 
 # %% ../nbs/06c_results.ipynb #cresults6
-FORCED_LOOK = ('The look at the test split was FORCED (seed {seeds}): another configuration or rule '
+FORCED_LOOK = ('The look at the test split was FORCED ({seeds}): another configuration or rule '
                'had looked at it before. It has served as a second validation split, so these numbers may be too good.')
 
-CHANGED_RULE = ('After the look at the test split, what is chosen on validation was changed (seed {seeds}): {before} '
+CHANGED_RULE = ('After the look at the test split, what is chosen on validation was changed ({seeds}): {before} '
                 'became {now}. Numbers that were seen before may have led to that.')
 
-UNKNOWN_LOOK = ('The ledger of the test split has no look by this configuration (seed {seeds}): '
+UNKNOWN_LOOK = ('The ledger of the test split has no look by this configuration ({seeds}): '
                 'it is unknown whether anything was chosen on the test split.')
 
 def listed(items:Iterable) -> str:
     "Items with commas between them"
     return ', '.join(map(str, items))
+
+def seeds_text(runs:list[Run]    # one or several
+              ) -> str:
+    "Which runs of a configuration are meant: 'seed 42, 43', or the title of an ensemble"
+    return runs[0].title if len(runs) == 1 else f'seed {listed(run.seed for run in runs)}'
 
 def forced_actions(run:Run) -> list[str]:
     "What was forced in a run beside a look at the test split"
@@ -303,17 +325,17 @@ class Results:
         "Why the numbers of the test split are in doubt; '' where the ledger allowed each seed to look"
         if self.split == 'val':
             return ''
-        forced = [run.seed for run in self.runs if any(look['forced'] for look in run.test_looks)]
+        forced = [run for run in self.runs if any(look['forced'] for look in run.test_looks)]
         if forced:
-            return FORCED_LOOK.format(seeds=listed(forced))
-        unknown = [run.seed for run in self.runs if not run.test_looks]
+            return FORCED_LOOK.format(seeds=seeds_text(forced))
+        unknown = [run for run in self.runs if not run.test_looks]
         if unknown:
-            return UNKNOWN_LOOK.format(seeds=listed(unknown))
+            return UNKNOWN_LOOK.format(seeds=seeds_text(unknown))
         changed = [run for run in self.runs if not run.was_looked_at_so]
         if not changed:
             return ''
         before, now = different_parts(changed[0].test_looks[-1], changed[0].present_look)
-        return CHANGED_RULE.format(seeds=listed(run.seed for run in changed), before=before, now=now)
+        return CHANGED_RULE.format(seeds=seeds_text(changed), before=before, now=now)
 
     @property
     def forced(self) -> str:
@@ -322,7 +344,7 @@ class Results:
         for run in self.runs:
             actions = forced_actions(run)
             if actions:
-                sentences.append(f'FORCED, seed {run.seed}: {"; ".join(actions)}.')
+                sentences.append(f'FORCED, {run.title}: {"; ".join(actions)}.')
         return ' '.join(sentences)
 
     @property
@@ -337,7 +359,7 @@ class Results:
         head = ['seed', 'epochs', 'best epoch', self.first.monitor]
         rows = []
         for run in self.runs:
-            rows.append([run.seed, int(run.epochs.epoch.max()), run.best['epoch'], f"{run.best['value']:.4f}"])
+            rows.append([run.seed, *run.training])
         return Table(head, rows, title=self.label).html()
 
 # %% ../nbs/06c_results.ipynb #cresults7

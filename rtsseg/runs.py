@@ -8,8 +8,8 @@ __all__ = ['POST_HOC', 'PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_
            'git', 'git_state', 'uncommitted', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment',
            'TestLook', 'TestLooks', 'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds',
            'append_line', 'read_lines', 'read_log', 'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent',
-           'EvaluateEvent', 'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped',
-           'check_inside', 'try_lock', 'describe_holder', 'run_lock']
+           'EnsembleEvent', 'EvaluateEvent', 'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy',
+           'Stopped', 'check_inside', 'try_lock', 'describe_holder', 'run_lock']
 
 # %% ../nbs/00c_runs.ipynb #iruns
 import hashlib
@@ -67,6 +67,9 @@ def config_hash(cfg:LoopConfig,        # the tree
         node = tree
         for parent in parents:
             node = node.get(parent, {})
+            # the networks of members have no weights of their own
+            if isinstance(node, list):
+                node = {}
         if name in node:
             node[name] = content_of(node[name])
     text = json.dumps([tree, manifest_hash], sort_keys=True, separators=(',', ':'))
@@ -118,7 +121,7 @@ def run_folder(cfg:RunConfig,          # the tree
                manifest_hash:str       # hash of the manifest's content
               ) -> Path:               # runs/<name>/<hash>/seed<k>
     "Where the run of this config, this data and this seed lives"
-    return cfg.runs/cfg.name/config_hash(cfg, manifest_hash)/f'seed{cfg.seed}'
+    return cfg.runs/cfg.name/config_hash(cfg, manifest_hash)/cfg.folder_name
 
 # %% ../nbs/00c_runs.ipynb #47585a8f
 PACKAGES = [
@@ -185,10 +188,10 @@ class OpenNode(Strict):
     model_config = ConfigDict(extra='allow')
 
 class Best(Strict):
-    "metrics.json: the best validation"
-    epoch: PositiveInt
+    "metrics.json: the best validation; an ensemble, which is not trained, has neither an epoch nor a value"
+    epoch: PositiveInt | None
     step: Annotated[int, Field(ge=0)] = 0
-    value: float
+    value: float | None
     metrics: dict[MetricName, Annotated[float, Field(allow_inf_nan=True)]]
 
 class Environment(OpenNode):
@@ -314,6 +317,12 @@ class ForcedEvent(OpenNode):
     "log.jsonl: a run was continued by force, and the settings that differ"
     differs: dict[SafeName, Any]
 
+class EnsembleEvent(OpenNode):
+    "log.jsonl: models became one; each with its seed, what it is in words, and its run folder"
+    seeds: list[Annotated[int, Field(ge=0)]]
+    members: list[str]
+    models: list[str]
+
 class EvaluateEvent(OpenNode):
     "log.jsonl: a pass over a split, with its views, its number of tiles and its time"
     split: SafeName
@@ -323,7 +332,7 @@ class EvaluateEvent(OpenNode):
     forced: str = ''
 
 LOG_EVENTS = dict(start=StartEvent, stage=StageEvent, end=EndEvent, forced=ForcedEvent, evaluate=EvaluateEvent,
-              epoch=dict[SafeName, PlotNumber])
+              ensemble=EnsembleEvent, epoch=dict[SafeName, PlotNumber])
 
 EPOCH_FIELDS = dict(epoch=Annotated[int, Field(ge=1, le=10**6)], step=int, seconds=float)
 

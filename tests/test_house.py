@@ -144,7 +144,7 @@ WINGS = {
     'measure': 'scores shapes evidence metrics objects bootstrap intervals',
     'learn': 'losses models weights infer checkpoint workers processes schedule loop budget',
     'seam': 'system',
-    'task': 'segment track launch check log noise resume observe training evaluation plan',
+    'task': 'segment track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
     'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims fleet joins '
             'tour',

@@ -111,8 +111,10 @@ class RTS(System):
         self.model(cfg, None)
 
     def model(self, cfg:RtsConfig, feed:RtsFeed|None) -> Any:
-        "A new segmentation network; raises `ConfigError` where the tile size does not fit it"
+        "A new segmentation network; raises `ConfigError` where the tile size does not fit it, and for an ensemble"
         from rtsseg.models import build, check_size
+        if cfg.members:
+            raise ConfigError('members: an ensemble is not trained; rtsseg-ensemble makes it of models that are')
         model = build(cfg.model)
         check_size(model, cfg.data.tile_size)
         check_size(model, cfg.data.tile_size + 2 * cfg.data.context)

@@ -29,13 +29,15 @@ def statistics(bands=()):
         manifest_hash='none',
     )
 
-def untrained_model(folder, stats=None, tile=64, source=None):
-    "A model directory of an untrained network whose scores spread; `source` is what its data came from"
+def untrained_model(folder, stats=None, tile=64, source=None, draw=0, **network):
+    """A model directory of an untrained network whose scores spread; `source` is what its data came from
+
+    Other draws are other seeds; `network` replaces settings of the model."""
     stats = stats or statistics()
     bands = stats.channels[3:]
-    torch.manual_seed(0)
-    settings = MODEL | dict(in_channels=3 + len(bands))
-    cfg = load(batch_size=8, data=dict(tile_size=tile, extra_bands=bands, source=source), model=settings)
+    torch.manual_seed(draw)
+    data = dict(tile_size=tile, extra_bands=bands, source=source)
+    cfg = load(seed=42 + draw, batch_size=8, data=data, model=MODEL | dict(in_channels=3 + len(bands)) | network)
     model = build(cfg.model)
     with torch.no_grad():
         model.segmentation_head[0].weight *= 30

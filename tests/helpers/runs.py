@@ -91,9 +91,11 @@ def write_log(folder):
     lines.append(dict(event='end', reason='all epochs done', epoch=2, step=20, best=2))
     write_atomic(folder/'log.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
 
-def run(root, seed=0, **more):
-    "The run folder of a model of random weights that tells bright from dark: evaluated, calibrated and tested"
-    cfg = load(
+def trained(root, draw=0, **more):
+    """The run folder of a model of random weights that tells bright from dark, as training leaves it
+
+    With a function that writes its model directory with another value of the best validation."""
+    settings = dict(
         name='small',
         runs=root/'runs',
         device='cpu',
@@ -104,12 +106,12 @@ def run(root, seed=0, **more):
         metrics=dict(ratios=[1], monitor='pr_auc@1', replicates=20),
         calibrate=dict(ratio=1, target_precision=.3),
         model=MODEL,
-        **more,
     )
+    cfg = load(**settings | more)
     world = read_manifest(cfg.data.manifest, cfg.data.block_size)
     folder = run_folder(cfg, world.hash)
     stats = compute_stats(world.of('train'))
-    torch.manual_seed(seed)
+    torch.manual_seed(draw)
     model = build(cfg.model).eval()
     write_atomic(folder/'config.yaml', to_yaml(cfg))
     write_environment(folder, world.hash)
@@ -120,6 +122,11 @@ def run(root, seed=0, **more):
         save_model(folder/'model', model, cfg, stats, best, {})
 
     export(0.)
+    return folder, export
+
+def run(root, seed=0, **more):
+    "The run folder of such a model: evaluated, calibrated and tested"
+    folder, export = trained(root, seed, **more)
     evidence = Evidence.read(evaluate(folder))
     export(summary(evidence, [1], ious=())[1]['pr_auc'])
     calibrate(folder)
