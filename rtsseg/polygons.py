@@ -687,8 +687,8 @@ def part_values(part:ProbabilityMap,
     "The value of another map at the centre of each pixel"
     (height, width), crs, transform = grid
     place = dict(crs=crs, transform=transform, height=height, width=width, nodata=part.nodata)
-    # tolerance 0: each centre is transformed by itself
-    with open_map(part.path, 1) as one, WarpedVRT(one.dataset, resampling=Resampling.nearest, tolerance=0,
+    # centres are transformed to a thousandth of a pixel; GDAL does not take 0
+    with open_map(part.path, 1) as one, WarpedVRT(one.dataset, resampling=Resampling.nearest, tolerance=1e-3,
                                                   **place) as warped:
         values = warped.read(1).astype('int32')
     values[values == part.nodata] = -1
