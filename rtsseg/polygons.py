@@ -9,10 +9,10 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'places_of', 'geodesic_measures', 'ground_sides', 'rectangle_sides', 'ProbabilityMap',
            'read_probability_map', 'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics',
            'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'mosaic_objects', 'find_objects',
-           'choose_rules', 'choose_cuts', 'rule_columns', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
-           'simplify_outlines', 'describe_objects', 'arts_columns', 'joined', 'qgis_style', 'layer_bytes',
-           'write_polygons', 'size_classes', 'compare_known', 'covered_ground', 'file_problems', 'search_problems',
-           'written_files', 'plan_search', 'polygon_counts', 'map_polygons']
+           'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
+           'simplify_outlines', 'describe_objects', 'arts_columns', 'joined', 'rule_columns', 'qgis_style',
+           'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'covered_ground', 'file_problems',
+           'search_problems', 'written_files', 'plan_search', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
@@ -840,29 +840,6 @@ def choose_cuts(threshold:float,         # a probability
         raise ConfigError(f'cuts: {cuts[0]:g} is not above the threshold, {threshold:.4g}')
     return [threshold, *(cuts or (round(threshold + (1 - threshold) * part / 3, 4) for part in (1, 2)))]
 
-# %% ../nbs/08a_polygons.ipynb #poly-columns
-# that `rule_columns` may add
-RULE_COLUMNS = 'region', 'threshold', 'threshold_from', 'parts_seen', 'parts_agree', 'found_by'
-
-def rule_columns(objects:pd.DataFrame,    # of `find_objects`
-                 search:Search            # with which they were found
-                ) -> pd.DataFrame:
-    "Objects with the threshold of each; with its region and where the threshold is from; with what parts say"
-    number = objects.rule.to_numpy(int)
-    columns = dict(threshold=np.array([rule.threshold for rule in search.rules])[number])
-    if search.layer:
-        columns |= dict(region=np.array(search.layer.names, object)[number],
-                        threshold_from=np.array([rule.source for rule in search.rules], object)[number])
-    if search.parts:
-        highest = objects[search.part_names()].to_numpy()
-        lowest = np.array([[lowest_value(rule.threshold) for rule in rules] for rules in search.part_rules])
-        finds = highest >= lowest[:, number].T
-        names = [part.path.stem for part in search.parts]
-        columns |= dict(parts_seen=(highest >= 0).sum(1), parts_agree=finds.sum(1),
-                        found_by=[joined(np.array(names)[row]) for row in finds])
-    return objects.assign(**columns)
-
-
 # %% ../nbs/08a_polygons.ipynb #2ec1693b
 class Outlines(NamedTuple):
     "Polygons, and what they measure: on the ground in metres, without a CRS in pixels"
@@ -979,6 +956,29 @@ def arts_columns(objects:pd.DataFrame,              # of a map with a CRS
 def joined(texts:Iterable[str]) -> str:
     "Texts that are not empty, each once, separated by commas"
     return ','.join(dict.fromkeys(filter(None, texts)))
+
+# %% ../nbs/08a_polygons.ipynb #poly-columns
+# that `rule_columns` may add
+RULE_COLUMNS = 'region', 'threshold', 'threshold_from', 'parts_seen', 'parts_agree', 'found_by'
+
+def rule_columns(objects:pd.DataFrame,    # of `find_objects`
+                 search:Search            # with which they were found
+                ) -> pd.DataFrame:
+    "Objects with the threshold of each; with its region and where the threshold is from; with what parts say"
+    number = objects.rule.to_numpy(int)
+    columns = dict(threshold=np.array([rule.threshold for rule in search.rules])[number])
+    if search.layer:
+        columns |= dict(region=np.array(search.layer.names, object)[number],
+                        threshold_from=np.array([rule.source for rule in search.rules], object)[number])
+    if search.parts:
+        highest = objects[search.part_names()].to_numpy()
+        lowest = np.array([[lowest_value(rule.threshold) for rule in rules] for rules in search.part_rules])
+        finds = highest >= lowest[:, number].T
+        names = [part.path.stem for part in search.parts]
+        columns |= dict(parts_seen=(highest >= 0).sum(1), parts_agree=finds.sum(1),
+                        found_by=[joined(np.array(names)[row]) for row in finds])
+    return objects.assign(**columns)
+
 
 # %% ../nbs/08a_polygons.ipynb #776e4341
 # from low to high probability

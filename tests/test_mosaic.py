@@ -62,7 +62,7 @@ def read_whole(path):
         return np.concatenate([one.codes(strip) for strip in one.strips(7)])
 
 @given(values_of_maps, st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_map_that_is_cut_apart_is_itself_again(folder, values, data):
     height, width = values.shape
     row, column = data.draw(st.integers(1, height - 1)), data.draw(st.integers(1, width - 1))
@@ -84,7 +84,7 @@ def test_a_map_that_is_cut_apart_is_itself_again(folder, values, data):
         assert first[name].tolist() == second[name].tolist()
 
 @given(values_of_maps, values_of_maps, st.integers(-50, 50), st.integers(-50, 50), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_later_date_lies_on_top(folder, old, new, across, down, swapped):
     "In whichever order maps are named; nodata where neither has data"
     paths = [write_dated(folder/'old.tif', old, '2024-07-01'),
@@ -130,7 +130,7 @@ def test_rooms_take_a_mosaic_as_a_map(tmp_path, capsys):
     assert masks[0]['predicted'] == masks[1]['predicted']
 
 @given(values_of_maps, st.floats(.01, .99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_mask_is_the_comparison(folder, values, threshold):
     path = write_dated(folder/'masked.tif', values)
     made = write_mask(path, folder/'mask.tif', threshold)
@@ -186,7 +186,7 @@ bands = st.builds(lambda dtype, name, nodata, colour, found: (dtype, name, nodat
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.tuples(*[numbers] * 6), st.lists(bands, min_size=1, max_size=4),
        st.dictionaries(text.filter(bool), text, max_size=3), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_vrt_comes_back_as_it_was_written(folder, width, height, transform, bands, tags, relative):
     home = folder/'home'
     (home/'sub').mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def test_black_ground_is_not_made_up(hostile_home):
         assert ds.read().shape == (3, 20, 100)
 
 @given(st.binary(max_size=200), st.integers(0, 2000), st.integers(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_damaged_xml_is_an_error_and_no_crash(hostile_home, junk, at, gone):
     data = (hostile_home/'inner.vrt').read_bytes()
     path = hostile_home/'damaged.vrt'

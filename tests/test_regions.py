@@ -61,7 +61,7 @@ def plain_objects(values, rules, codes):
     return sorted(found, key=lambda one: one[0])
 
 @given(maps_of_values, rules_of_regions, st.integers(1, 60), st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_thresholds_by_region_are_those_of_whole_arrays(folder, values, rules, rows, cut):
     "In strips of any height, in one map or two"
     paths = [write_probability(folder/'whole.tif', values)]
@@ -82,7 +82,7 @@ def test_thresholds_by_region_are_those_of_whole_arrays(folder, values, rules, r
     assert shapely.area(found.outline.to_numpy()).tolist() == found.pixels.tolist()
 
 @given(maps_of_values, st.sampled_from([.5, .8]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_equal_rules_are_one_threshold(folder, values, threshold):
     maps = read_maps([write_probability(folder/'equal.tif', values)])
     cuts = [threshold, .9, .95]
@@ -93,7 +93,7 @@ def test_equal_rules_are_one_threshold(folder, values, threshold):
 
 @given(maps_of_values, maps_of_values, st.sampled_from([.3, .6]), st.integers(1, 60), st.integers(-7, 7),
        st.sampled_from([1, 2, 3]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_parts_are_sampled_at_the_centres_of_pixels(folder, values, other, threshold, rows, shift, factor):
     "On a grid that is moved, and of pixels that are longer"
     place = GRID @ Affine.translation(shift, shift) @ Affine.scale(factor)
@@ -115,7 +115,7 @@ def test_parts_are_sampled_at_the_centres_of_pixels(folder, values, other, thres
     assert found.found_by.tolist() == ['part' if value >= lowest_value(threshold) else '' for value in highest]
 
 @given(maps_of_values, maps_of_values, st.integers(-9, 9), st.integers(-9, 9), st.sampled_from([0., 2.]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_overlaps_are_what_the_option_says(folder, first, second, across, down, simplify):
     place = GRID @ Affine.translation(across, down)
     paths = [write_probability(folder/'first.tif', first, dict(scene_date='2026-07-01')),
