@@ -22,7 +22,6 @@ from .files import FileError, read_json
 from .raster import Grid
 from .vrt import open_named
 
-
 # %% ../nbs/07a_mapfile.ipynb #d58d5227
 STEPS, NODATA = 65534, 65535
 
@@ -64,7 +63,6 @@ def scene_label(out:Path    # a map
     except FileError:
         note = {}
     return {name: str(note.get(name, '')) for name in ('scene_name', 'scene_date')}
-
 
 # %% ../nbs/07a_mapfile.ipynb #mapfile-open
 @dataclass
@@ -131,4 +129,3 @@ def open_map(path:str|Path,    # a map, or a mosaic of maps
         grid = Grid(dataset.shape, dataset.crs, dataset.transform)
         yield OpenMap(path, dataset, grid, dataset.scales[0], dataset.offsets[0], dataset.nodata,
                       tag_settings(dataset))
-

@@ -29,7 +29,6 @@ from .regions import overall_rule
 from .runs import RunError
 from .vrt import Vrt, VrtBand, VrtSource, open_named, raster_digest, vrt_xml
 
-
 # %% ../nbs/08k_mosaic.ipynb #mosaic-settings
 # settings that each map of a mosaic has for itself
 OWN_SETTINGS = {'rtsseg', 'scene', 'extra', 'extra_bands', 'crs', 'tile', 'batch', 'precision', 'device', 'resampled',
@@ -62,7 +61,6 @@ def mosaic_vrt(maps:Sequence[ProbabilityMap]    # of `read_maps`, the uppermost 
     place = maps[0].grid.transform @ Affine.translation(whole.left, whole.top)
     return Vrt(whole.width, whole.height, crs.to_wkt() if crs else '', place, [band],
                dict(RTSSEG=json.dumps(settings)))
-
 
 # %% ../nbs/08k_mosaic.ipynb #mosaic-write
 def _refuse(out, suffix, tag, what, force):
@@ -97,7 +95,6 @@ def write_mosaic(maps:Sequence[str|Path],    # on one grid, of one model and cal
     write_atomic(out, vrt_xml(vrt, Path(os.path.abspath(out)).parent))
     logger.info(f'{out.name}: {len(members)} maps, {vrt.width} × {vrt.height} pixels')
     return dict(maps=len(members), height=vrt.height, width=vrt.width, crs=vrt.crs or None)
-
 
 # %% ../nbs/08k_mosaic.ipynb #mosaic-mask
 # without data
@@ -162,4 +159,3 @@ def write_mask(map:str|Path,                 # of rtsseg-predict, or a mosaic
         counts = _write_optimized(out, one, made)
     logger.info(f'{out.name}: pixels from a probability of {threshold:.3g}')
     return made | counts
-

@@ -764,7 +764,6 @@ class Search:
         runs, label = take(runs, is_kept), label[is_kept]
         return runs | dict(object=number_by_first(label)[1])
 
-
 # %% ../nbs/08a_polygons.ipynb #32e3d1ff
 def mosaic_objects(mosaic:Mosaic,          # maps that are read together
                    cuts:Sequence[int],     # values: the lowest threshold, and higher ones
@@ -803,8 +802,6 @@ def find_objects(maps:Sequence[ProbabilityMap],   # on one grid
                'rule', *search.part_names(), 'mosaic']
     nothing = dict(outline=object, **dict.fromkeys(numbers, float), at_edge=bool, maps=object)
     return pd.DataFrame({name: np.zeros(0, dtype) for name, dtype in nothing.items()})
-
-
 
 # %% ../nbs/08a_polygons.ipynb #93ca7ca7
 def choose_rules(maps:Sequence[ProbabilityMap],    # at least one
@@ -979,7 +976,6 @@ def rule_columns(objects:pd.DataFrame,    # of `find_objects`
                         found_by=[joined(np.array(names)[row]) for row in finds])
     return objects.assign(**columns)
 
-
 # %% ../nbs/08a_polygons.ipynb #776e4341
 # from low to high probability
 STYLE_COLOURS = '#fde725', '#5ec962', '#21918c', '#3b528b', '#440154'
@@ -1034,8 +1030,6 @@ def write_polygons(polygons:gpd.GeoDataFrame,    # of `describe_objects`
 # %% ../nbs/08a_polygons.ipynb #b9966af1
 # limits of the size classes, m²
 SIZES = 1e3, 1e4, 1e5
-
-
 
 # %% ../nbs/08a_polygons.ipynb #efb45e31
 def size_classes(area:np.ndarray    # m²
@@ -1225,4 +1219,3 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
     write_polygons(polygons, out, cuts[0])
     logger.info(f'{out.name}: {len(polygons)} polygons from a probability of {cuts[0]:.3g}')
     return result
-

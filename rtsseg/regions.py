@@ -19,7 +19,6 @@ from rasterio.transform import Affine
 
 from .console import DataError, nearest, raise_problems
 
-
 # %% ../nbs/07b_regions.ipynb #regions-read
 def read_layer(path:Path,         # any file of polygons that GDAL or GeoParquet reads
                column:str=''      # that must be there; '' for none
@@ -86,7 +85,6 @@ def read_regions(path:str|Path,    # a layer of polygons
     numbers = np.array([names.index(text) for text in texts], int)
     return RegionLayer(names, layer.geometry.make_valid().to_numpy(), numbers)
 
-
 # %% ../nbs/07b_regions.ipynb #regions-rules
 # kinds of operating points, and where the tag of a map holds them
 POINTS = dict(pixels='thresholds', objects='objects')
@@ -141,4 +139,3 @@ def missed_regions(settings:dict, ratio:str, points:str, regions:Sequence[str]) 
     "Regions in which no threshold reaches the target precision on validation: they take that of all regions"
     stored = settings['calibration']['regions']
     return [region for region in regions if stored.get(region, {}).get(POINTS[points], {}).get(ratio, 0) is None]
-

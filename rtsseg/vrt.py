@@ -27,7 +27,6 @@ from .console import DataError, first_lines
 from .files import digest
 from .raster import has_unwritten_blocks, open_dataset, open_raster, unreadable
 
-
 # %% ../nbs/01a_vrt.ipynb #vrt-parts
 class VrtSource(NamedTuple):
     "A part of a GeoTIFF, and where it lies in a mosaic"
@@ -102,7 +101,6 @@ def _add_source(element, source, folder):
         SubElement(found, 'NODATA').text = source.nodata
     if source.masked:
         SubElement(found, 'UseMaskBand').text = 'true'
-
 
 # %% ../nbs/01a_vrt.ipynb #vrt-parse
 # bytes of the XML
@@ -216,7 +214,6 @@ def parse_vrt(data:bytes,      # the XML
     tags = {item.get('key', ''): item.text or '' for block in blocks for item in block.iterfind('MDI')}
     return Vrt(*size, _parse_crs(_text(root, 'SRS')), _parse_transform(_text(root, 'GeoTransform')), bands, tags)
 
-
 # %% ../nbs/01a_vrt.ipynb #vrt-check
 # GDAL's names
 GDAL_TYPES = dict(uint8='Byte', int8='Int8', uint16='UInt16', int16='Int16', uint32='UInt32', int32='Int32',
@@ -283,7 +280,6 @@ def read_vrt(path:str|Path) -> Vrt:
         raise DataError(f'{path.name}: not a regular file')
     return _checked(path, found.st_mtime_ns, found.st_size)
 
-
 # %% ../nbs/01a_vrt.ipynb #vrt-open
 def is_vrt(path:str|Path) -> bool:
     "Whether a file is named as a mosaic"
@@ -321,4 +317,3 @@ def raster_digest(path:str|Path    # a file that the user named
              for band in vrt.bands]
     text = b''.join([vrt_xml(vrt._replace(bands=bands)), *(digest(file).encode() for file in files)])
     return hashlib.sha256(text).hexdigest()
-
