@@ -1719,7 +1719,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.regions.missed_regions': ('regions.html#missed_regions', 'rtsseg/regions.py'),
                                 'rtsseg.regions.overall_rule': ('regions.html#overall_rule', 'rtsseg/regions.py'),
                                 'rtsseg.regions.read_layer': ('regions.html#read_layer', 'rtsseg/regions.py'),
-                                'rtsseg.regions.read_regions': ('regions.html#read_regions', 'rtsseg/regions.py'),
+                                'rtsseg.regions.read_region_layer': ('regions.html#read_region_layer', 'rtsseg/regions.py'),
                                 'rtsseg.regions.region_rules': ('regions.html#region_rules', 'rtsseg/regions.py')},
             'rtsseg.reporting': { 'rtsseg.reporting.Content': ('report.html#content', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.Content.by_heading': ('report.html#content.by_heading', 'rtsseg/reporting.py'),

@@ -81,7 +81,7 @@ def _refuse(out, suffix, tag, what, force):
 def write_mosaic(maps:Sequence[str|Path],    # on one grid, of one model and calibration
                  out:str|Path,               # the mosaic, a .vrt; it names the maps relative to itself
                  overlap:str='later',        # what lies on top: later (by the notes of the maps) or last (named last)
-                 force:bool=False            # replace a file that is no mosaic of maps
+                 force:bool=False            # replace any file of this name
                 ) -> dict:                   # maps, height, width and CRS
     "Write a mosaic of maps; raises `ConfigError` and `DataError` before anything is written"
     paths, out = [Path(path) for path in maps], Path(out)
@@ -138,7 +138,7 @@ def write_mask(map:str|Path,                 # of rtsseg-predict, or a mosaic
                out:str|Path,                 # the mask, a .tif
                threshold:float|None=None,    # probability from which a pixel counts; None: the calibration's
                ratio:str='1:200',            # at which the threshold of the calibration is taken
-               force:bool=False              # replace a file that is no mask
+               force:bool=False              # replace any file of this name
               ) -> dict:                     # map, model, threshold, and pixels that are 1, 0 and without data
     "Write the mask of a map. Raises `ConfigError` and `DataError` before it writes, and `RunError` on a full disk"
     map, out = Path(map), Path(out)

@@ -50,7 +50,7 @@ from rtsseg.regions import (
     missed_regions,
     overall_rule,
     read_layer,
-    read_regions,
+    read_region_layer,
     region_rules,
 )
 from .vrt import is_vrt, read_vrt
@@ -1204,7 +1204,7 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
     if (known or regions) and first.crs is None:
         raise DataError(f'{paths[0].name} has no CRS: it cannot be compared with known objects or regions')
     objects_known = read_layer(Path(known), region) if known else None
-    layer = read_regions(regions, region_column, crs_name(first.crs)) if regions else None
+    layer = read_region_layer(regions, region_column, crs_name(first.crs)) if regions else None
     search = plan_search(members, parts, threshold, ratio_text(parse_judged_ratio(ratio)), points, layer)
     thresholds = [rule.threshold for rule in search.rules]
     cuts = [min(thresholds), *choose_cuts(max(thresholds), cuts)[1:]]

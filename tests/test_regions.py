@@ -15,7 +15,7 @@ from rtsseg.config import ConfigError
 from rtsseg.console import DataError
 from rtsseg.mapfile import NODATA, STEPS, lowest_value
 from rtsseg.polygons import Search, find_objects, map_polygons, read_maps, rule_columns
-from rtsseg.regions import RegionLayer, Rule, read_regions
+from rtsseg.regions import RegionLayer, Rule, read_region_layer
 
 EIGHT = np.ones((3, 3))
 
@@ -180,21 +180,18 @@ def test_each_polygon_says_where_its_threshold_is_from(tmp_path, points):
     assert json.dumps(made)
 
 def test_parts_stand_in_the_files(tmp_path):
-    values = draw_values(3, 50, 50)
-    path = write_probability(tmp_path/'map.tif', values)
-    half = write_probability(tmp_path/'half.tif', np.where(values == NODATA, NODATA, values // 2).astype('uint16'))
-    same = write_probability(tmp_path/'same.tif', values)
-    map_polygons(path, tmp_path/'out.gpkg', parts=[half, same])
-    found = gpd.read_file(tmp_path/'out.gpkg')
-    assert (found.parts_seen == 2).all()
-    assert set(found.found_by) == {'same'}
-    assert (found.parts_agree == 1).all()
-    # at the lower threshold both find what reaches twice of it
-    map_polygons(path, tmp_path/'out.gpkg', ratio='1:20', parts=[half, same], force=True)
-    found = gpd.read_file(tmp_path/'out.gpkg')
-    both = found.max_probability >= .6
-    assert both.any() and not both.all()
-    assert found.found_by.tolist() == np.where(both, 'half,same', 'same').tolist()
+    "Each part is held against the threshold of its own calibration"
+    values = np.zeros((20, 30), 'uint16')
+    values[3:8, 3:8], values[10:15, 10:20] = round(.55 * STEPS), round(.9 * STEPS)
+    paths = [write_probability(tmp_path/f'{name}.tif', plane) for name, plane in
+             dict(map=values, same=values, half=values // 2, bare=np.full_like(values, NODATA)).items()]
+    wanted = {'1:200': (['same', 'same'], [1, 1]), '1:20': (['same', 'same,half'], [1, 2])}
+    for ratio, (names, counts) in wanted.items():
+        map_polygons(paths[0], tmp_path/'out.gpkg', ratio=ratio, parts=paths[1:], force=True)
+        found = gpd.read_file(tmp_path/'out.gpkg')
+        assert found.found_by.tolist() == names
+        assert found.parts_agree.tolist() == counts
+        assert found.parts_seen.tolist() == [2, 2]
 
 def test_what_is_refused(tmp_path):
     values = draw_values(3, 30, 30)
@@ -227,7 +224,7 @@ def test_a_layer_of_parallels_is_drawn_on_a_polar_grid(tmp_path):
     "A region whose border is a parallel ends there, also between its corners"
     box = gpd.GeoDataFrame(dict(region=['ring']), geometry=[shapely.box(-180, 70, 180, 75)], crs='EPSG:4326')
     box.to_parquet(tmp_path/'ring.parquet')
-    layer = read_regions(tmp_path/'ring.parquet', 'region', 'EPSG:3413')
+    layer = read_region_layer(tmp_path/'ring.parquet', 'region', 'EPSG:3413')
     area = shapely.area(layer.polygons).sum()
     radius = [np.hypot(*point) for point in shapely.get_coordinates(layer.polygons)]
     assert area == pytest.approx(np.pi * (max(radius)**2 - min(radius)**2), rel=1e-3)
