@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import pyproj
 import rasterio
-from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
 from scipy.optimize import minimize_scalar
@@ -32,15 +31,16 @@ from .calibration import balancing_intercept, fit_lines, minimise_logistic, summ
 from .config import ConfigError, parse_judged_ratio, ratio_text
 from .console import DataError, logger, progress
 from .evidence import Evidence, evidence_path, run_evidence
-from .files import digest, write_atomic
+from .files import write_atomic
 from .ground import crs_name, equal_area_crs, transformer
 from .intervals import drawn_weight
+from .mapfile import NODATA, STEPS, OpenMap, note_path, open_map
 from .operating import Replicates
-from .prediction import NODATA, STEPS, note_path, read_map_settings
 from .raster import GDAL_OPTIONS, Grid, open_raster
 from .runs import require_folder, run_config
 from .scenestats import stored_ratio
 from .scores import clipped_scores
+from .vrt import raster_digest
 
 # %% ../nbs/08b_areas.ipynb #careas1
 def interpolation(at:np.ndarray,     # (n,) positions
@@ -184,21 +184,20 @@ def sum_pixels(codes:np.ndarray,     # uint16 (rows, width), of a map
     by_node = np.bincount(key, area * (1 - share), size) + np.bincount(key + 1, area * share, size + 1)[:size]
     return CellSums(total(area), total(area * code / STEPS), total(area * (code == 0)), by_node.reshape(count, -1))
 
-def rows_of_cells(dataset:DatasetReader,   # an open map
-                  grid:Grid,               # of the map
-                  cells:Grid               # of `cell_grid`
+def rows_of_cells(one:OpenMap,
+                  cells:Grid      # of `cell_grid`
                  ) -> Iterator[tuple[int, CellSums]]:
     "The sums of each row of cells, and its number"
-    areas, nodes = PixelAreas(grid), code_nodes()
-    cell_rows, cell_columns = cells_of(grid, cells)
-    width = grid.shape[1]
+    areas, nodes = PixelAreas(one.grid), code_nodes()
+    cell_rows, cell_columns = cells_of(one.grid, cells)
+    width = one.grid.shape[1]
     at_once = max(1, PIXELS_AT_ONCE // width)
     found = [(row, list(rows)) for row, rows in groupby(range(len(cell_rows)), lambda i: cell_rows[i])]
     for row, rows in progress(found, 'rows of cells'):
         parts = []
         for top in range(rows[0], rows[-1] + 1, at_once):
             count = min(at_once, rows[-1] + 1 - top)
-            codes = dataset.read(1, window=Window(0, top, width, count))
+            codes = one.codes(Window(0, top, width, count))
             part = sum_pixels(codes, areas.of_rows(top, count), cell_columns, cells.shape[1], nodes)
             parts = [add_sums(parts[0], part) if parts else part]
         yield int(row), parts[0]
@@ -285,20 +284,16 @@ def draw_calibrations(evidence:Evidence,     # of the validation split
 def check_map(path:Path     # of `predict`
              ) -> tuple[dict, Grid]:    # its settings, and its grid
     "What a map must have so that areas can be summed; raises one `DataError` with all that it lacks"
-    settings = read_map_settings(path)
+    with open_map(path, 512) as one:
+        settings, grid, problems = one.settings, one.grid, one.storage_problems()
     if not settings:
         raise DataError(f'{path.name} was not made by rtsseg-predict: it holds no settings, so what its values mean is '
                         'not known')
-    problems = []
     if settings.get('joined'):
         problems.append('it was joined from several maps, and its values do not add up to areas: take one of them')
     if not settings.get('calibration'):
         problems.append('it holds raw scores, not probabilities: calibrate the run (rtsseg-calibrate), '
                         'and make the map again (rtsseg-predict)')
-    with open_raster(path, rows=512) as dataset:
-        grid = Grid(dataset.shape, dataset.crs, dataset.transform)
-        if dataset.dtypes[0] != 'uint16' or not np.isclose(dataset.scales[0], 1 / STEPS):
-            problems.append('its pixels are not those that rtsseg-predict wrote: take the map itself')
     if not grid.crs:
         problems.append('it has no CRS, so its pixels have no area: make it again with --crs EPSG:3413, for example')
     if grid.transform.b or grid.transform.d:
@@ -377,12 +372,12 @@ class CellAreas(NamedTuple):
     expected: float
     zero: float            # area of the code 0
 
-def sum_map(dataset:DatasetReader, grid:Grid, cells:Grid, calibration:dict, draws:CalibrationDraws) -> CellAreas:
+def sum_map(one:OpenMap, cells:Grid, calibration:dict, draws:CalibrationDraws) -> CellAreas:
     "Sums over all cells, and what each replicate of the calibration makes of them"
     log_odds = code_nodes().log_odds
     table = node_probabilities(log_odds, calibration, draws.lines)
     planes, totals, sums = np.full((3, *cells.shape), np.nan), np.zeros(len(draws.lines)), np.zeros(3)
-    for row, found in rows_of_cells(dataset, grid, cells):
+    for row, found in rows_of_cells(one, cells):
         filled = np.flatnonzero(found.valid)
         expected = found.expected
         if draws.line:
@@ -421,13 +416,13 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
     if draws.why:
         logger.warning(f'no interval: {draws.why}')
     cells = cell_grid(grid, cell)
-    with open_raster(map, rows=512) as dataset:
-        found = sum_map(dataset, grid, cells, calibration, draws)
+    with open_map(map, 512) as one:
+        found = sum_map(one, cells, calibration, draws)
     interval = expanded_interval(found.totals, draws.blocks) if len(draws.lines) else (None, None, draws.why)
     total = Estimate(found.expected / 1e6, *(None if end is None else end / 1e6 for end in interval[:2]), interval[2])
     made = dict(
-        map=digest(map), cell=cell, crs=crs_name(grid.crs), ratio=ratio_text(asked) if asked else calibration['ratio'],
-        method=calibration['method'],
+        map=raster_digest(map), cell=cell, crs=crs_name(grid.crs),
+        ratio=ratio_text(asked) if asked else calibration['ratio'], method=calibration['method'],
         promise=calibration['promise'], replicates=len(draws.lines), blocks=draws.blocks,
         expected_km2=total.value, low=total.low, high=total.high, why=total.why, valid_km2=found.valid / 1e6,
         # what codes of 0 may stand for

@@ -34,23 +34,13 @@ from .console import DataError, first_lines, logger, nearest, progress
 from .evidence import Evidence
 from .files import digest, write_atomic
 from .launch import StopSignals
+from .mapfile import NODATA, STEPS, note_path, read_map_settings, scene_label
 from .objects import SIZE_CLASSES, described_objects, match_objects, object_metrics
 from .operating import OBJECT_IOU, ObjectOperatingPoint
-from .polygons import ProbabilityMap, find_objects, place_outlines, read_probability_map, stored_threshold
-from rtsseg.prediction import (
-    NODATA,
-    STEPS,
-    FinishedRows,
-    is_finished,
-    map_lock,
-    note_path,
-    read_map_settings,
-    refuse_to_replace,
-    scene_label,
-    stop_if_asked,
-    write_map,
-)
+from .polygons import ProbabilityMap, find_objects, place_outlines, read_probability_map
+from .prediction import FinishedRows, is_finished, map_lock, refuse_to_replace, stop_if_asked, write_map
 from .raster import Grid, open_raster
+from .regions import overall_rule
 from .runs import RunError, require_finished, run_config
 
 # %% ../nbs/08j_joins.ipynb #cjoins08
@@ -283,7 +273,7 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
     grid, limits, large = finest[0].grid, {}, None
     if rule == 'size':
         text = ratio_text(parse_judged_ratio(ratio))
-        cuts = [stored_threshold(one, text) if threshold is None else threshold for one in finest[1:]]
+        cuts = [threshold or overall_rule(one.path.name, one.settings, text, 'pixels').threshold for one in finest[1:]]
         limits = dict(least=least, thresholds=cuts)
         large = [large_outlines(one, grid, cut, least) for one, cut in zip(finest[1:], cuts, strict=True)]
     settings = joint_settings(named, rule, limits)

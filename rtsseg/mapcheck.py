@@ -12,6 +12,7 @@ __all__ = ['SEAM', 'FLAT', 'MAX_HOLES', 'MAX_EMPTY', 'COARSE', 'DISAGREE', 'MEAN
 
 # %% ../nbs/08f_mapcheck.ipynb #imchk
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ from rasterio.windows import Window
 
 from .config import ConfigError
 from .console import DataError, progress
-from .files import digest, read_json, write_atomic
+from .files import read_json, write_atomic
 from .findings import Finding, FindingTable, readiness
-from .prediction import read_map_settings, window_starts
-from .raster import Grid, check_same_grid, open_raster
-from .scenestats import QUANTILES, channel_names, input_summary, read_channels, read_probability, scene_statistics
+from .mapfile import open_map
+from .prediction import window_starts
+from .raster import Grid, check_same_grid
+from .scenestats import QUANTILES, channel_names, input_summary, read_channels, scene_statistics
+from .vrt import open_named, raster_digest
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk1
 # steps at the edges of windows, over those elsewhere, that are a seam
@@ -190,18 +193,17 @@ def common_window(first:DatasetReader, second:DatasetReader) -> Window|None:
 def compare_maps(first:str|Path, second:str|Path) -> Overlap|None:
     "Hold two maps against each other on the grid of the first; None without common ground"
     sums = np.zeros(4)
-    with open_raster(first, rows=512) as a, open_raster(second, rows=512) as b:
-        window = common_window(a, b)
+    with open_map(first, 512) as a, open_map(second, 512) as b:
+        window = common_window(a.dataset, b.dataset)
         if window is None:
             return None
-        grid = dict(crs=a.crs, transform=a.transform, width=a.width, height=a.height, nodata=b.nodata)
-        with WarpedVRT(b, resampling=Resampling.nearest, **grid) as warped:
+        (height, width), crs, transform = a.grid
+        grid = dict(crs=crs, transform=transform, width=width, height=height, nodata=b.nodata)
+        with WarpedVRT(b.dataset, resampling=Resampling.nearest, **grid) as warped:
             for top in range(window.row_off, window.row_off + window.height, 512):
                 rows = min(512, window.row_off + window.height - top)
                 part = Window(window.col_off, top, window.width, rows)
-                p = read_probability(a, part)
-                codes = warped.read(1, window=part)
-                q = np.where(codes == b.nodata, np.nan, codes * b.scales[0])
+                p, q = a.probability(part), replace(b, dataset=warped).probability(part)
                 both = ~np.isnan(p + q)
                 sums += [both.sum(), np.abs(p - q)[both].sum(), p[both].sum(), q[both].sum()]
     n, difference, p, q = sums.tolist()
@@ -211,7 +213,7 @@ def compare_maps(first:str|Path, second:str|Path) -> Overlap|None:
 
 def overlap_findings(maps:list[Path]) -> list[Finding]:
     "What maps say of ground that two of them cover"
-    found, digests = [], {path: digest(path) for path in maps}
+    found, digests = [], {path: raster_digest(path) for path in maps}
     for first, second in progress(list(combinations(maps, 2)), 'pairs of maps'):
         what = f'{first.name} and {second.name}'
         if digests[first] == digests[second]:
@@ -389,16 +391,13 @@ class CheckedMap(NamedTuple):
 
 def check_one(path:Path, scene:str|Path) -> CheckedMap:
     "Seams, coverage and values of a map"
-    settings = read_map_settings(path)
-    with open_raster(path, rows=512) as dataset:
-        if dataset.count != 1 or dataset.nodata is None:
-            raise DataError(f'{path.name} is not a map: a map has one band of probabilities and declares nodata')
-        sums = MapSums(dataset.shape)
+    with open_map(path, 512) as one:
+        settings, sums = one.settings, MapSums(one.grid.shape)
         if scene:
-            _add_scene(sums, dataset, scene, path.name)
+            _add_scene(sums, one, scene)
         else:
-            for window in _strips(dataset, path.name):
-                p = read_probability(dataset, window)
+            for window in one.strips(512):
+                p = one.probability(window)
                 sums.add(window.row_off, p, ~np.isnan(p))
     found = value_findings(sums)
     if scene:
@@ -413,20 +412,15 @@ def check_one(path:Path, scene:str|Path) -> CheckedMap:
         found.append(Finding('note', 'seams', 'not checked', 'the map does not say how large its windows were'))
     return CheckedMap(path, sums, ratios, found)
 
-def _strips(dataset, name):
-    "Windows of 512 rows"
-    for top in progress(range(0, dataset.height, 512), f'512 rows of {name}'):
-        yield Window(0, top, dataset.width, min(512, dataset.height - top))
-
-def _add_scene(sums, dataset, scene, name):
+def _add_scene(sums, one, scene):
     "Add a map together with its scene"
-    with open_raster(scene, pictures=True, rows=512) as image:
-        check_same_grid(Grid(image.shape, image.crs, image.transform), Grid(dataset.shape, dataset.crs or image.crs,
-                                                                             dataset.transform), name)
+    with open_named(scene, pictures=True, rows=512) as image:
+        grid = one.grid._replace(crs=one.grid.crs or image.crs)
+        check_same_grid(Grid(image.shape, image.crs, image.transform), grid, one.path.name)
         bands = list(range(1, len(channel_names(image)) + 1))
-        for window in _strips(dataset, name):
+        for window in one.strips(512):
             _, valid = read_channels(image, bands, window)
-            sums.add(window.row_off, read_probability(dataset, window), valid)
+            sums.add(window.row_off, one.probability(window), valid)
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk10
 def check_figure(checked:list[CheckedMap]    # of `check_one`

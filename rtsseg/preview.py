@@ -27,9 +27,9 @@ from .config import ConfigError
 from .console import DataError, logger, nearest, visible
 from .files import write_atomic
 from .ground import crs_name, ground_size, transformer
+from .mapfile import open_map, read_map_settings
 from .page import escape, safe_json
-from .prediction import read_map_settings
-from .raster import open_raster
+
 
 # %% ../nbs/08g_preview.ipynb #cprev1
 COLOUR_MAP = 'magma_r'
@@ -45,16 +45,15 @@ def read_overview(path:Path,    # a map
                   side:int      # longer side of the picture, pixels, at most
                  ) -> Overview:
     "Read a map at the size of a picture; raises `DataError`"
-    with open_raster(path, rows=1) as dataset:
-        if dataset.count != 1 or dataset.nodata is None:
-            raise DataError(f'{path.name} is not a map: a map has one band of probabilities and declares nodata')
-        height, width = dataset.shape
+    with open_map(path, 1) as one:
+        height, width = one.grid.shape
         factor = max(max(height, width) / side, 1)
         small = max(round(height / factor), 1), max(round(width / factor), 1)
-        codes = dataset.read(1, out_shape=small, resampling=Resampling.average, masked=True)
-        probability = codes.astype(float).filled(np.nan) * dataset.scales[0]
-        transform = dataset.transform @ Affine.scale(width / small[1], height / small[0])
-        return Overview(probability, transform, crs_name(dataset.crs) if dataset.crs else '', (height, width))
+        codes = one.dataset.read(1, out_shape=small, resampling=Resampling.average, masked=True)
+        probability = codes.astype(float).filled(np.nan) * one.scale + one.offset
+        transform = one.grid.transform @ Affine.scale(width / small[1], height / small[0])
+        crs = crs_name(one.grid.crs) if one.grid.crs else ''
+        return Overview(probability, transform, crs, (height, width))
 
 def png_address(probability:np.ndarray    # float (h, w), NaN without data
                ) -> str:                  # data:image/png;base64,…

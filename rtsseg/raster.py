@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_VALUES', 'MAX_BLOCKS', 'TIFF_SIGNATURES', 'GDAL_OPTIONS', 'NO_GEOREFERENCE', 'FilesInside',
-           'resolve_inside', 'check_regular', 'open_raster', 'write_raster', 'valid_pixels', 'has_unwritten_blocks',
-           'unwritten_pixels', 'Grid', 'check_same_grid']
+           'resolve_inside', 'check_regular', 'open_dataset', 'unreadable', 'open_raster', 'write_raster',
+           'valid_pixels', 'has_unwritten_blocks', 'unwritten_pixels', 'Grid', 'check_same_grid']
 
 # %% ../nbs/01a_raster.ipynb #iraster
 import hashlib
@@ -15,7 +15,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.transform import Affine
-from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from .console import DataError
@@ -164,16 +163,26 @@ def _without_unraisable():
         sys.unraisablehook = hook
 
 @contextmanager
-def _dataset(path, data, driver, options):
-    "An open dataset: of the bytes `data` where they are given, else of the file"
-    with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+def open_dataset(path:Path,         # the file
+                 data:bytes|None,   # its content; None: GDAL reads the file
+                 driver:str,        # the one driver that may read it
+                 options:dict,      # of the driver
+                 rows:int|None      # rows that are read at a time; None: the whole raster
+                ) -> Iterator[DatasetReader]:
+    "An open dataset that claims no more than memory should hold; raises `DataError`, and whatever GDAL raises"
+    with _without_unraisable(), warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS), ExitStack() as stack:
         warnings.simplefilter('ignore', NotGeoreferencedWarning)
-        if data is None:
-            with rasterio.open(path, driver=driver, **options) as ds:
-                yield ds
-        else:
-            with MemoryFile(data) as memory, rasterio.open(memory.name, driver=driver, **options) as ds:
-                yield ds
+        name = path if data is None else stack.enter_context(MemoryFile(data)).name
+        ds = stack.enter_context(rasterio.open(name, driver=driver, **options))
+        _check_claims(ds, path.name, rows)
+        yield ds
+
+def unreadable(path:Path,
+               error:Exception    # of GDAL
+              ) -> DataError:
+    "What GDAL says of a file, in one line"
+    reason = ' '.join(str(error.__cause__ or error).split())
+    return DataError(f'{path.name} cannot be read: {reason}')
 
 @contextmanager
 def open_raster(path:str|Path,           # the file
@@ -187,25 +196,22 @@ def open_raster(path:str|Path,           # the file
     path = Path(path)
     if georeference:
         check_regular(path)
-    with _without_unraisable():
-        try:
-            if sha256:
-                data = path.read_bytes() if data is None else data
-                _check_sha256(data, sha256)
-            driver = 'GTiff'
-            if data is not None or pictures:
-                driver = _driver(_first_bytes(path) if data is None else data, path.name, pictures)
-            options = {} if georeference else NO_GEOREFERENCE
-            with _dataset(path, data, driver, options) as ds:
-                _check_claims(ds, path.name, rows)
-                yield ds
-        except DataError:
-            raise
-        except Exception as e:
-            if data is None:
-                _explain(path, pictures)
-            reason = ' '.join(str(e.__cause__ or e).split())
-            raise DataError(f'{path.name} cannot be read: {reason}') from None
+    try:
+        if sha256:
+            data = path.read_bytes() if data is None else data
+            _check_sha256(data, sha256)
+        driver = 'GTiff'
+        if data is not None or pictures:
+            driver = _driver(_first_bytes(path) if data is None else data, path.name, pictures)
+        options = {} if georeference else NO_GEOREFERENCE
+        with open_dataset(path, data, driver, options, rows) as ds:
+            yield ds
+    except DataError:
+        raise
+    except Exception as e:
+        if data is None:
+            _explain(path, pictures)
+        raise unreadable(path, e) from None
 
 def _first_bytes(path):
     with open(path, 'rb') as file:
@@ -262,9 +268,11 @@ def valid_pixels(ds:DatasetReader,        # an open raster
     return np.ones(planes.shape[1:], bool)
 
 # %% ../nbs/01a_raster.ipynb #eraster6
-def has_unwritten_blocks(ds:DatasetReader    # an open GeoTIFF
+def has_unwritten_blocks(ds:DatasetReader    # an open raster
                         ) -> bool:
-    "Whether some blocks were never written"
+    "Whether some blocks were never written; pictures and mosaics have none of their own"
+    if ds.driver != 'GTiff':
+        return False
     for band in ds.indexes:
         height, width = ds.block_shapes[band - 1]
         for y, x in np.ndindex(math.ceil(ds.height / height), math.ceil(ds.width / width)):
@@ -281,8 +289,8 @@ def unwritten_pixels(ds:DatasetReader,    # an open raster
     "Pixels in blocks that were never written, and are read as 0"
     rows, columns = planes.shape[1:]
     missing = np.zeros((rows, columns), bool)
-    # a resampled raster has no blocks in a file
-    if isinstance(ds, WarpedVRT):
+    # pictures, mosaics and resampled rasters have no blocks of their own
+    if ds.driver != 'GTiff':
         return missing
     for band, plane in zip(bands, planes):
         height, width = ds.block_shapes[band - 1]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'QUANTILES', 'SAMPLE', 'ROWS', 'SCORE_EDGES', 'SHARE_FACTOR', 'SCORE_DISTANCE', 'BlockSums', 'ObjectCount',
-           'score_histogram', 'SceneTally', 'channel_names', 'read_channels', 'read_probability', 'scene_statistics',
-           'input_summary', 'stored_ratio', 'evidence_findings']
+           'score_histogram', 'SceneTally', 'channel_names', 'read_channels', 'scene_statistics', 'input_summary',
+           'stored_ratio', 'evidence_findings']
 
 # %% ../nbs/07a_scenestats.ipynb #iscstats
 import math
@@ -23,8 +23,10 @@ from scipy.special import expit, logit
 from .console import progress
 from .evidence import Evidence
 from .findings import Finding
+from .mapfile import open_map
 from .operating import score_masses
-from .raster import Grid, check_same_grid, open_raster, unwritten_pixels, valid_pixels
+from .raster import Grid, check_same_grid, unwritten_pixels, valid_pixels
+from .vrt import open_named
 
 # %% ../nbs/07a_scenestats.ipynb #cscst1
 # blocks along each side of a scene
@@ -185,32 +187,25 @@ def read_channels(dataset:DatasetReader,    # an open scene
     valid &= ~unwritten_pixels(dataset, planes, bands, int(window.row_off))
     return planes, valid & np.isfinite(planes).all(0)
 
-def read_probability(dataset:DatasetReader,    # an open map
-                     window:Window
-                    ) -> np.ndarray:           # float64, NaN without data
-    "Probabilities of a map"
-    codes = dataset.read(1, window=window)
-    return np.where(codes == dataset.nodata, np.nan, codes * dataset.scales[0])
-
-def scene_statistics(scene:str|Path,         # a GeoTIFF, or a picture
+def scene_statistics(scene:str|Path,         # a GeoTIFF, a VRT or a picture
                      map:str|Path='',        # the map of this scene, on its grid; '' for none
                      threshold:float=.5      # pixels of this probability or more are predicted
                     ) -> SceneTally:
     "Read a scene and its map once, by rows; raises `DataError`"
     with ExitStack() as stack:
-        image = stack.enter_context(open_raster(scene, pictures=True, rows=ROWS))
-        predicted = stack.enter_context(open_raster(map, rows=ROWS)) if map else None
+        image = stack.enter_context(open_named(scene, pictures=True, rows=ROWS))
+        predicted = stack.enter_context(open_map(map, ROWS)) if map else None
         if predicted:
             # a scene without a CRS is mapped in the one that was named for it
-            grid = Grid(image.shape, image.crs or predicted.crs, image.transform)
-            check_same_grid(grid, predicted, Path(map).name)
+            grid = Grid(image.shape, image.crs or predicted.grid.crs, image.transform)
+            check_same_grid(grid, predicted.grid, predicted.path.name)
         names = channel_names(image)
         tally = SceneTally(names, image.shape, threshold)
         bands = list(range(1, len(names) + 1))
         for top in progress(range(0, image.height, ROWS), f'{ROWS} rows of {Path(scene).name}'):
             window = Window(0, top, image.width, min(ROWS, image.height - top))
             planes, valid = read_channels(image, bands, window)
-            tally.add(top, planes, valid, read_probability(predicted, window) if predicted else None)
+            tally.add(top, planes, valid, predicted.probability(window) if predicted else None)
     return tally
 
 # %% ../nbs/07a_scenestats.ipynb #cscst7

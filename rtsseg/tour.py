@@ -26,8 +26,9 @@ from .console import DataError, logger, nearest
 from .files import write_atomic
 from .manifest import Manifest
 from .mapcheck import map_check
+from .mapfile import read_map_settings
 from .polygons import geodesic_measures, map_polygons, to_lonlat
-from .prediction import predict, read_map_settings
+from .prediction import predict
 from .preview import preview
 from .raster import GDAL_OPTIONS, Grid
 from .rawtile import read_row, tile_name

@@ -22,7 +22,8 @@ from rtsseg.evidence import Evidence
 from rtsseg.export import MOST_DIFFERENCE, export_model, inspect_model, show_model, verify_model
 from rtsseg.files import SEAL, digest, seal_model
 from rtsseg.infer import STATS, VIEWS, Ensemble, load_model, predict_logits
-from rtsseg.prediction import NODATA, STEPS, calibration_settings, predict
+from rtsseg.mapfile import NODATA, STEPS
+from rtsseg.prediction import calibration_settings, predict
 from rtsseg.reporting import report
 from rtsseg.results import read_results, read_run
 from rtsseg.weights import WEIGHTS, ModelError

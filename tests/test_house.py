@@ -138,7 +138,7 @@ def test_no_trace_of_a_machine():
 # ---------------------------------------------------------------- rooms and walls
 WINGS = {
     'core': 'console files config runs',
-    'data': 'ground raster rawtile columns manifest splits stats findings audit filecheck importers folders toy '
+    'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
             'pretrained windows prepare stage card',
     'feed': 'sampler augment tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals',
@@ -146,8 +146,8 @@ WINGS = {
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
-    'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims fleet joins '
-            'tour',
+    'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview claims '
+            'fleet joins mosaic tour',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }

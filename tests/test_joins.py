@@ -32,8 +32,9 @@ from rtsseg.files import write_atomic
 from rtsseg.fleet import map_scenes
 from rtsseg.infer import load_model, mean_logits, predict_logits
 from rtsseg.joins import JOIN_RULES, join_maps, scale_gain, show_scales
+from rtsseg.mapfile import NODATA, STEPS
 from rtsseg.polygons import map_polygons
-from rtsseg.prediction import NODATA, STEPS, BlendedRows, Scene, predict, window_starts
+from rtsseg.prediction import BlendedRows, Scene, predict, window_starts
 from rtsseg.runs import Stopped, config_hash
 from rtsseg.toy import scored_tiles
 

@@ -19,20 +19,20 @@ from helpers.maps import noise as noise_image
 from rtsseg.config import ConfigError
 from rtsseg.console import DataError
 from rtsseg.ground import GEOD
+from rtsseg.mapfile import NODATA, STEPS, lowest_value
 from rtsseg.polygons import (
     NEAR,
     compare_known,
     find_objects,
     geodesic_measures,
-    lowest_value,
     map_polygons,
     read_maps,
     simplify_outlines,
 )
-from rtsseg.prediction import NODATA, STEPS, predict
+from rtsseg.prediction import predict
 
 CUTS = [.5, .6, .8]
-LOW = lowest_value(CUTS[0], 1 / STEPS)
+LOW = lowest_value(CUTS[0])
 EIGHT = np.ones((3, 3))
 
 def draw_values(seed, height, width, sigma, share):
@@ -88,7 +88,7 @@ def test_numbers_are_those_of_scipy(folder, values, rows):
         return
     assert found.total.tolist() == ndimage.sum(values.astype(float), labels, index).tolist()
     assert found.peak.tolist() == ndimage.maximum(values, labels, index).tolist()
-    reached = values >= lowest_value(CUTS[2], 1 / STEPS)
+    reached = values >= lowest_value(CUTS[2])
     assert found.reached_2.tolist() == ndimage.sum(reached, labels, index).tolist()
     bare = np.pad(values == NODATA, NEAR, constant_values=True)
     edge = np.pad(np.zeros_like(labels, bool), NEAR, constant_values=True)
