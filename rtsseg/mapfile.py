@@ -45,11 +45,14 @@ def tag_settings(dataset:DatasetReader    # an open raster
     except (ValueError, TypeError):
         return {}
 
-def read_map_settings(path:Path     # a map, or another raster
-                     ) -> dict:     # {} where it holds none
-    "The settings and counts in the tag of a map; raises `DataError` where it cannot be opened"
-    with open_named(path, rows=1) as dataset:
-        return tag_settings(dataset)
+def read_map_settings(path:Path     # a map, another file, or none
+                     ) -> dict:     # {} where nothing is held
+    "The settings and counts in the tag of a map"
+    try:
+        with open_named(path, rows=1) as dataset:
+            return tag_settings(dataset)
+    except DataError:
+        return {}
 
 def note_path(out:Path) -> Path:
     "The JSON file beside a map"
