@@ -269,7 +269,9 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const one = id => document.getElementById(id);
 const key = `rtsseg-review ${data.sample} ${data.rater}`;
 const units = data.units, place = new Map(units.map((unit, i) => [unit.id, i]));
-let ratings = {}, past = [], at = 0, outline = false, seen = false;
+let ratings = {}, past = [], at = 0, outline = false;
+// units whose outline was shown, however often one came back to them
+const seen = new Set();
 
 const next = from => {
   for (let step = 1; step <= units.length; step++) {
@@ -281,7 +283,7 @@ const next = from => {
 const drawOutline = () => {
   one('outline').setAttribute('visibility', outline ? 'visible' : 'hidden');
   one('o').setAttribute('aria-pressed', outline);
-  seen = seen || outline;
+  if (outline) seen.add(units[at].id);
 };
 const mark = () => {
   const rating = ratings[units[at].id];
@@ -296,7 +298,7 @@ const mark = () => {
 };
 const show = i => {
   const unit = units[at = i];
-  outline = seen = false;
+  outline = false;
   one('picture').setAttribute('href', unit.src);
   for (const name of ['width', 'height']) one('picture').setAttribute(name, unit[name]);
   one('svg').setAttribute('viewBox', `0 0 ${unit.width} ${unit.height}`);
@@ -316,7 +318,7 @@ const save = () => {
 const rate = (answer, share) => {
   const id = units[at].id;
   past.push([id, ratings[id]]);
-  ratings[id] = {answer, outline: seen};
+  ratings[id] = {answer, outline: seen.has(id)};
   if (share) ratings[id].share = share;
   save();
   show(next(at));
@@ -353,7 +355,10 @@ for (let tenth = 1; tenth <= 10; tenth++) buttons[`s${tenth}`] = tenth % 10;
 for (const [id, name] of Object.entries(buttons)) one(id).addEventListener('click', () => keys[name]());
 try {
   const kept = JSON.parse(localStorage.getItem(key) || '{}');
-  for (const [id, rating] of Object.entries(kept)) if (place.has(id)) ratings[id] = rating;
+  for (const [id, rating] of Object.entries(kept)) if (place.has(id)) {
+    ratings[id] = rating;
+    if (rating.outline) seen.add(id);
+  }
 } catch (error) {
   save();
 }
@@ -361,12 +366,21 @@ show(next(-1));
 """
 
 REVIEW_STYLE = """
-svg { width: min(100%, 70vh); display: block; background: var(--tint); margin: .6rem 0 }
-#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+main { max-width: none; display: flex; flex-wrap: wrap; gap: 0 2rem; padding: 1rem }
+#view { width: min(56vw, 100vh - 2rem) }
+#panel { flex: 1 1 20rem; max-width: 32rem }
+@media (max-aspect-ratio: 1) { #view { width: 100% } }
+h1 { font-size: 1.3rem }
+svg { width: 100%; display: block; background: var(--tint) }
+#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; filter: drop-shadow(0 0 1px #000) }
 #frame { stroke: #fff; stroke-dasharray: 6 4 }
 #outline { stroke: #ffd000 }
+progress { width: 100% }
+.keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; margin: .3rem 0 .9rem }
+button { font: inherit; font-size: .92rem; padding: .35rem .2rem; border: 1px solid var(--line); border-radius: .3rem;
+  background: var(--tint); color: var(--ink); cursor: pointer }
 button[aria-pressed=true] { background: var(--accent); color: #fff }
-progress { width: min(100%, 70vh) }
+kbd { font: 600 .8em ui-monospace, monospace; opacity: .75; margin-left: .35em }
 """
 
 def review_page(question:str,          # what raters are asked
@@ -378,28 +392,30 @@ def review_page(question:str,          # what raters are asked
     script_hash = base64.b64encode(hashlib.sha256(REVIEW_SCRIPT.encode()).digest()).decode()
     policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data:; "
               f"script-src 'sha256-{script_hash}'")
-    answers = [('yes', 'Yes (y)'), ('no', 'No (n)'), ('unsure', 'Unsure (u)')]
-    shares = [(f's{tenth}', f'{tenth * 10}% ({tenth % 10})') for tenth in range(1, 11)]
-    others = [('left', '←'), ('right', '→'), ('z', 'Undo (z)'), ('o', 'Outline (o)'), ('d', 'Download ratings (d)')]
-    def row(buttons):
-        inner = ' '.join(f'<button type="button" id="{name}">{escape(text)}</button>' for name, text in buttons)
-        return f'<p>{inner}</p>'
+    answers = [('yes', 'Yes', 'y'), ('no', 'No', 'n'), ('unsure', 'Unsure', 'u')]
+    shares = [(f's{tenth}', f'{tenth * 10}%', tenth % 10) for tenth in range(1, 11)]
+    others = [('left', 'Back', '←'), ('right', 'Next', '→'), ('z', 'Undo', 'z'), ('o', 'Outline', 'o'),
+              ('d', 'Download', 'd')]
+    def keys(buttons):
+        inner = ''.join(f'<button type="button" id="{name}">{escape(text)}<kbd>{key}</kbd></button>'
+                        for name, text, key in buttons)
+        return f'<div class="keys">{inner}</div>'
     title = escape(f'Review: {rater}')
     data = safe_json(dict(sample=sample, rater=rater, units=units))
-    help_text = ('The question is about the dashed cell; the ground around it is there for context. A digit says yes, '
-                 'and which share of the cell the class covers, in tenths. Judge first, then look at the outline of '
-                 'what the map predicts, if at all.')
+    help_text = ('The question is about the dashed cell; the ground around it is there for context. Judge first, then '
+                 'look at the outline of what the map predicts, if at all. Answers stay in this browser until the '
+                 'ratings are downloaded, as a file to hand in.')
     return ''.join([
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f'<title>{title}</title><style>{STYLE}{REVIEW_STYLE}</style></head><body><main><h1>{title}</h1>',
-        Text(question).html(), Text(help_text, 'soft').html(),
-        f'<progress id="progress" max="{len(units)}" value="0"></progress>',
-        '<p><output id="count"></output> · <output id="note"></output></p>',
+        f'<title>{title}</title><style>{STYLE}{REVIEW_STYLE}</style></head><body><main><div id="view">',
         '<svg id="svg" role="img" aria-label="picture of the unit"><image id="picture" preserveAspectRatio="none"/>',
-        '<rect id="frame"/><path id="outline" visibility="hidden"/></svg>',
-        row(answers), row(shares), row(others), '</main>',
+        f'<rect id="frame"/><path id="outline" visibility="hidden"/></svg></div><div id="panel"><h1>{title}</h1>',
+        f'<progress id="progress" max="{len(units)}" value="0"></progress><p><output id="count"></output></p>',
+        Text(question).html(), keys(answers),
+        Text('Yes, and the share of the cell that it covers:').html(), keys(shares), keys(others),
+        '<p class="soft"><output id="note"></output></p>', Text(help_text, 'soft').html(), '</div></main>',
         f'<script type="application/json" id="data">{data}</script>',
         f'<script>{REVIEW_SCRIPT}</script></body></html>\n'])
 

@@ -18,7 +18,7 @@ from rasterio.transform import Affine, from_origin
 from scipy.ndimage import gaussian_filter, label
 from scipy.stats import binom
 
-from helpers.browser import chromium, in_browser
+from helpers.browser import driven_browser, in_browser
 from helpers.maps import CRS, GRID
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
@@ -284,22 +284,57 @@ def test_the_script_of_a_page():
     assert first == dict(u0=dict(answer='yes', outline=False), u1=dict(answer='yes', outline=False, share=.3),
                          u2=dict(answer='no', outline=True), u3=dict(answer='unsure', outline=False))
     assert set(second) == {'u0', 'u1'}
-    # the button answers u2, the page moves to u3, and two steps back lie u1
-    assert third['u2'] == dict(answer='unsure', outline=False)
+    # the button answers u2, whose outline was shown before; the page moves to u3, and two steps back lie u1
+    assert third['u2'] == dict(answer='unsure', outline=True)
     assert third['u1'] == dict(answer='yes', outline=False, share=1)
     assert '3 rated' in count
 
+COUNT = "document.getElementById('count').textContent"
+IS_OUTLINED = "document.getElementById('outline').getAttribute('visibility') === 'visible'"
+PARTS = "[...document.querySelectorAll('button, svg')]"
+
+def key_of(rating):
+    "The key that gives an answer; a share in tenths"
+    return str(max(round(10 * rating['share']), 1) % 10) if rating['answer'] == 'yes' else 'n'
+
 @in_browser
-def test_a_page_in_a_browser(sample, tmp_path):
-    "Two answers and one undone, by keys; the policy is opened for the script of the test alone"
-    page = (sample/'pages/ana.html').read_text()
-    press = ("for (const key of ['y', '4', 'z', 'n', 'o']) "
-             "document.dispatchEvent(new KeyboardEvent('keydown', {key}));")
-    page = re.sub(r'<meta http-equiv.*?>', '', page).replace('</body>', f'<script>{press}</script></body>')
-    (tmp_path/'page.html').write_text(page)
-    shown = chromium(tmp_path, '--dump-dom', (tmp_path/'page.html').as_uri())
-    assert '2 rated' in shown
-    assert re.search(r'id="outline"[^>]*visibility="visible"', shown)
+def test_a_rater_uses_the_page_in_a_browser(world, tmp_path):
+    "Keys, buttons, undo, a browser that is closed in between, and a file that is read back"
+    sample = tmp_path/'review'
+    review_sample(world.map, sample, world.scene, n=24, side=32, least=2, sizes=[], raters=['ana'])
+    page, truth = sample/'pages/ana.html', truthful(world, sample, 'ana')
+    with driven_browser(tmp_path) as tab:
+        tab.open(page, COUNT)
+        order = tab.value('units.map(unit => unit.id)')
+        assert set(order) == set(truth)
+        for key in ('y', '4', 'z', 'n', 'o'):
+            tab.press(key)
+        assert tab.value(COUNT) == f'unit 3 of {len(order)}; 2 rated'
+        assert tab.value(IS_OUTLINED)
+        # what was shown stays known
+        tab.click('right')
+        tab.click('left')
+        assert not tab.value(IS_OUTLINED)
+        tab.click('unsure')
+        # all that a rater needs is in the window, at a size of common screens
+        for side, inner, most in (('bottom', 'innerHeight', 768), ('right', 'innerWidth', 1366)):
+            assert tab.value(f'Math.max(...{PARTS}.map(part => part.getBoundingClientRect().{side}))') <= tab.value(inner)
+            assert tab.value(inner) <= most
+    with driven_browser(tmp_path) as tab:
+        tab.open(page, COUNT)
+        assert tab.value(COUNT) == f'unit 4 of {len(order)}; 3 rated'
+        for unit in order[3:]:
+            tab.press(key_of(truth[unit]))
+        assert 'all done' in tab.value(COUNT)
+        tab.press('d')
+        tab.wait((tmp_path/'ratings_ana.json').exists)
+    ratings = json.loads((tmp_path/'ratings_ana.json').read_text())['ratings']
+    assert [ratings[unit] for unit in order[:3]] == [
+        dict(answer='yes', outline=False), dict(answer='no', outline=False), dict(answer='unsure', outline=True)]
+    for unit in order[3:]:
+        assert ratings[unit]['answer'] == truth[unit]['answer']
+        assert abs(ratings[unit].get('share', 0) - truth[unit].get('share', 0)) <= .1
+    assert len(read_ratings(sample, [tmp_path/'ratings_ana.json']).units) == len(order)
 
 # ---------------------------------------------------------------- ratings come back
 
