@@ -33,10 +33,12 @@ from rtsseg.estimates import (
     DesignEstimate,
     allocate,
     cohen_kappa,
+    expected_half_widths,
     prediction_powered_mean,
     strata_shares,
     stratified_mean,
     stratified_recall,
+    units_needed,
 )
 from .files import FileError, digest, read_json, typed, write_atomic
 from .ground import crs_name, ground_size
@@ -424,13 +426,17 @@ UNITS, STRATA, SAMPLE = 'units.csv', 'strata.csv', 'sample.json'
 ALLOCATIONS = 'neyman', 'proportional'
 QUESTION = 'Does the dashed cell hold a part of what the map is about?'
 
-def _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, twice):
+def _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocation, least, raters, twice):
     "Raise one `ConfigError` with all arguments of `review_sample` that are wrong"
     problems = []
     if (folder/SAMPLE).exists():
         problems.append(f'out: {folder.name} holds a sample already: name another folder, so that no rating is lost')
     if n < 2:
         problems.append(f'n: {n} units are too few')
+    if not 0 <= half_width < .5:
+        problems.append(f'half_width: {half_width} must lie between 0 (n decides) and 0.5')
+    if least < 2:
+        problems.append(f'least: {least} units leave a stratum without a variance, or without a chance to be drawn')
     if side < 1:
         problems.append(f'side: {side} pixels are too few for a cell')
     if not all(0 < cut < 1 for cut in cuts):
@@ -463,8 +469,8 @@ def scene_factor(map_path:str|Path,    # a map
     check_same_grid(coarse, grid, 'the map')
     return factor
 
-def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation, least, seed):
-    "The drawn units, the strata, the CRS of the map, and the largest cell"
+def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, half_width, allocation, least, seed):
+    "The drawn units, the strata, the CRS of the map, the area of the largest cell and expected half-widths"
     with open_raster(map_path, rows=1) as ds:
         crs = crs_name(ds.crs) if ds.crs else ''
     cells = map_cells(map_path, side, threshold)
@@ -476,15 +482,27 @@ def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation
         cells['region'] = region_of(cells, crs, regions)
     cells['stratum'] = name_strata(cells, threshold, cuts, sizes)
     strata = describe_strata(cells, threshold)
-    share = strata.share.clip(.02, .98)
-    spreads = np.sqrt(share * (1 - share)) if allocation == 'neyman' else share * 0 + 1
-    try:
-        counts = allocate(min(n, len(cells)), strata.N.to_dict(), spreads.to_dict(), least)
-    except ValueError as error:
-        raise ConfigError(f'n, least: {error}: change one of them, or take fewer cuts and sizes') from None
+    counts, expected = _choose_counts(strata, n, half_width, allocation, least)
     strata['n'] = pd.Series(counts)
     largest = (cells.height * cells.width * cells.pixel_area).max()
-    return draw_units(cells, counts, seed), strata, crs, largest
+    return draw_units(cells, counts, seed), strata, crs, dict(largest=float(largest), expected_half_widths=expected)
+
+def _choose_counts(strata, n, half_width, allocation, least):
+    "Units of each stratum, and what precision and recall may be expected to get from them"
+    share = strata.share.clip(.02, .98)
+    spread = np.sqrt(share * (1 - share)) if allocation == 'neyman' else share * 0 + 1
+    sizes, shares, predicted, spreads = (column.to_dict() for column in (strata.N, share, strata.predicted, spread))
+    if half_width:
+        n = units_needed(sizes, shares, predicted, spreads, half_width, least)
+    try:
+        counts = allocate(min(n, sum(sizes.values())), sizes, spreads, least)
+    except ValueError as error:
+        raise ConfigError(f'n, least: {error}: change one of them, or take fewer cuts and sizes') from None
+    expected = expected_half_widths(sizes, shares, predicted, counts)
+    logger.info(f'{sum(counts.values())} of {sum(sizes.values())} cells are drawn; by what the map expects, the '
+                'intervals will be ' + ' and '.join(f'{name} ± {half:.3f}' for name, half in expected.items()))
+    # JSON has no NaN
+    return counts, {name: half if np.isfinite(half) else None for name, half in expected.items()}
 
 def _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed):
     "A page for each rater"
@@ -526,6 +544,7 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
                   out:str|Path,                      # a new folder for the sample
                   scene:str|Path='',                 # the image that the map was made from; '' writes no pages
                   n:int=500,                         # units to draw
+                  half_width:float=0.,               # wanted of the intervals of precision and recall, instead of n
                   side:int=32,                       # of a unit, pixels of the map
                   threshold:float=.5,                # probability from which the map finds the class
                   cuts:list[float]=(.05, .2, .8),    # further borders of the bands of highest probability
@@ -543,19 +562,19 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
     map_path, folder = Path(map_path), Path(out)
     cuts = sorted({*map(float, cuts), float(threshold)})
     sizes = sorted(map(int, sizes))
-    _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, twice)
+    _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocation, least, raters, twice)
     factor = scene_factor(map_path, scene) if scene else 1
-    units, strata, crs, largest = _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation, least,
-                                                seed)
+    units, strata, crs, known = _choose_units(map_path, side, threshold, cuts, sizes, regions, n, half_width,
+                                              allocation, least, seed)
     units['raters'] = assign_raters(len(units), raters, twice, seed)
     sample = _write_tables(folder, units, strata)
     if scene:
         _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed)
     else:
         logger.info('no scene was named: no pages are written')
-    settings = _provenance(map_path, scene, crs) | dict(
+    settings = _provenance(map_path, scene, crs) | known | dict(
         factor=factor, n=len(units), side=side, threshold=threshold, cuts=cuts, sizes=sizes, allocation=allocation,
-        least=least, raters=list(raters), twice=twice, question=question, seed=seed, largest=float(largest),
+        least=least, raters=list(raters), twice=twice, question=question, seed=seed,
         units_sha256=sample, strata_sha256=digest(folder/STRATA))
     write_atomic(folder/SAMPLE, json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
     return settings

@@ -187,11 +187,56 @@ def test_each_unit_of_a_stratum_is_drawn_as_often():
     for i, p in enumerate([.4] * 10 + [.2] * 5):
         assert binom.ppf(1e-5, draws, p) <= counts[i] <= binom.ppf(1 - 1e-5, draws, p)
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 9), st.integers(2, 60), st.integers(2, 4),
+       st.lists(st.floats(.01, .99), max_size=4), st.lists(st.integers(1, 50), max_size=2),
+       st.sampled_from(['neyman', 'proportional']), st.integers(0, 99))
+def test_each_valid_pixel_can_be_drawn(tmp_path_factory, height, width, side, n, least, cuts, sizes, allocation, seed):
+    "Also far below the threshold: each pixel lies in one cell, of a stratum that is drawn from at least once"
+    rng = np.random.default_rng(seed)
+    probability = np.clip(gaussian_filter(rng.normal(.2, .8, (height, width)), 1), 0, 1)**2
+    valid = rng.random((height, width)) < .7
+    folder = tmp_path_factory.mktemp('draw')
+    path = write_map(folder/'map.tif', probability, valid)
+    try:
+        made = review_sample(path, folder/'out', n=n, side=side, cuts=cuts, sizes=sizes, least=least,
+                             allocation=allocation, seed=seed)
+    except ConfigError as error:
+        # said, where so few units cannot give each stratum its least
+        assert 'cannot be drawn' in str(error)
+        return
+    except DataError:
+        assert not valid.any()
+        return
+    strata = pd.read_csv(folder/'out/strata.csv', index_col='stratum')
+    assert (strata.n >= np.minimum(least, strata.N)).all()
+    cells = map_cells(path, side, .5)
+    chance = pd.Series(name_strata(cells, .5, made['cuts'], made['sizes'])).map(strata.n / strata.N)
+    covered = np.zeros((height, width))
+    for cell, p in zip(cells.itertuples(), chance):
+        covered[cell.row:cell.row + cell.height, cell.column:cell.column + cell.width] += p
+    assert (covered[valid] > 0).all()
+    assert chance.max() <= 1
+    assert chance.sum() == pytest.approx(made['n'])
+    # what is drawn carries its own chance
+    units = pd.read_csv(folder/'out/units.csv')
+    assert np.allclose(units.probability, units.n / units.N)
+
+def test_a_wanted_interval_decides_the_number_of_units(world, tmp_path, caplog):
+    "Half as wide takes more units, and what is expected is said"
+    made = [review_sample(world.map, tmp_path/f'{half}', half_width=half, least=5, side=SIDE) for half in (.2, .1)]
+    for settings, half in zip(made, (.2, .1)):
+        widths = settings['expected_half_widths']
+        assert max(widths.values()) <= half
+        assert max(widths.values()) > .9 * half
+        assert f'{settings["n"]} of ' in caplog.text
+    assert made[1]['n'] > 1.5 * made[0]['n']
+
 def test_arguments_are_checked_together(world, tmp_path):
     with pytest.raises(ConfigError) as error:
-        review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], allocation='neymann',
-                      raters=['a b', 'c', 'c'], twice=2)
-    for words in ('n: 1', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'", "'a b'", 'twice: 2'):
+        review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], least=0, allocation='neymann',
+                      raters=['a b', 'c', 'c'], twice=2, half_width=.7)
+    for words in ('n: 1', 'half_width: 0.7', 'least: 0', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'", "'a b'", 'twice: 2'):
         assert words in str(error.value)
     assert not (tmp_path/'out').exists()
 
