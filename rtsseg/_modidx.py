@@ -1693,7 +1693,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.rawtile.shrink': ('rawtile.html#shrink', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile.tile_name': ('rawtile.html#tile_name', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile.tile_offsets': ('rawtile.html#tile_offsets', 'rtsseg/rawtile.py')},
-            'rtsseg.relearn': { 'rtsseg.relearn.Source': ('relearn.html#source', 'rtsseg/relearn.py'),
+            'rtsseg.relearn': { 'rtsseg.relearn.TileSource': ('relearn.html#tilesource', 'rtsseg/relearn.py'),
                                 'rtsseg.relearn._check_places': ('relearn.html#_check_places', 'rtsseg/relearn.py'),
                                 'rtsseg.relearn._check_review_tiles': ('relearn.html#_check_review_tiles', 'rtsseg/relearn.py'),
                                 'rtsseg.relearn._cut_all': ('relearn.html#_cut_all', 'rtsseg/relearn.py'),

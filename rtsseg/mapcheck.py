@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEAM', 'FLAT', 'MAX_HOLES', 'MAX_EMPTY', 'COARSE', 'DISAGREE', 'MEAN_SHIFT', 'QUANTILE_SHIFT', 'SCORE_SHIFT',
-           'FACTOR', 'TIMES_NOISE', 'JITTER', 'AGAIN', 'flat_odds', 'LineSteps', 'edge_lines', 'seam_ratios',
+           'FACTOR', 'TIMES_NOISE', 'JITTER', 'WINDOWS_AGAIN', 'flat_odds', 'LineSteps', 'edge_lines', 'seam_ratios',
            'seam_finding', 'MapSums', 'value_findings', 'coverage_finding', 'Overlap', 'common_window', 'compare_maps',
            'overlap_findings', 'Shift', 'shift_of', 'shift_finding', 'channel_finding', 'factor_finding',
            'prediction_findings', 'drift_findings', 'scene_baseline', 'read_baseline', 'why_not_again', 'job_of_map',
@@ -397,7 +397,7 @@ def read_baseline(path:str|Path) -> dict:
 # change of probability that is worth a warning
 JITTER = .005
 # windows that are predicted again
-AGAIN = 4
+WINDOWS_AGAIN = 4
 
 def why_not_again(settings:dict    # of the tags of a map
                  ) -> str:         # '' where its windows can be predicted again here
@@ -451,7 +451,7 @@ def batch_jitter(job:MapJob    # of `job_of_map`
     scene = job.scene
     tops, lefts = window_starts(scene.height, scene.tile), window_starts(scene.width, scene.tile)
     batch, found = min(job.batch, len(lefts)), dict(place=[], alone=[], twice=[])
-    for top in np.unique(np.linspace(0, len(tops) - 1, AGAIN).round().astype(int)):
+    for top in np.unique(np.linspace(0, len(tops) - 1, WINDOWS_AGAIN).round().astype(int)):
         rows = scene.read_rows(tops[top])
         seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
         # the batch in the middle

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HARD_NEGATIVE', 'POSITIVE', 'CONFIRMED', 'NO_OUTLINE', 'HELD_OUT', 'OUTLINES', 'MAP', 'RATINGS', 'FILES',
            'cell_kinds', 'pixel_boxes', 'centred_windows', 'inside_window', 'without_repeats_of', 'nearest_regions',
-           'held_out', 'pixels_of', 'rated_mask', 'Source', 'grid_of', 'cut_raster', 'mask_of', 'cut_tile',
+           'held_out', 'pixels_of', 'rated_mask', 'TileSource', 'grid_of', 'cut_raster', 'mask_of', 'cut_tile',
            'common_root', 'moved_paths', 'next_manifest', 'rated_cells', 'rated_test_tiles', 'choose_windows',
            'review_tiles']
 
@@ -154,7 +154,7 @@ def rated_mask(window:pd.Series,        # row, column, height, width
     return mask, sorted(sources)
 
 # %% ../nbs/08j_relearn.ipynb #ctiles
-class Source(NamedTuple):
+class TileSource(NamedTuple):
     "What tiles are cut from"
     # open rasters on one grid; extra is None for a model of RGB
     scene: DatasetReader
@@ -177,7 +177,7 @@ def cut_raster(ds:DatasetReader, bands:list[int], window:Window, path:Path) -> N
     write_raster(path, planes, grid_of(ds, window), ds.crs, None if ds.nodata is not None else valid,
                  names, ds.nodata)
 
-def mask_of(source:Source, window:pd.Series, cells:pd.DataFrame, accept:bool) -> tuple[np.ndarray, list[str]]:
+def mask_of(source:TileSource, window:pd.Series, cells:pd.DataFrame, accept:bool) -> tuple[np.ndarray, list[str]]:
     "`rated_mask` of a window, with the outlines and the map that lie there"
     part = Window(window.column, window.row, window.width, window.height)
     shape, grid = (int(window.height), int(window.width)), grid_of(source.scene, part)
@@ -188,7 +188,7 @@ def mask_of(source:Source, window:pd.Series, cells:pd.DataFrame, accept:bool) ->
         predicted = valid_probability(source.map, part)[0] >= source.threshold
     return rated_mask(window, cells, outlined, predicted)
 
-def cut_tile(source:Source,
+def cut_tile(source:TileSource,
              window:pd.Series,       # row, column, height, width, and tile_id
              cells:pd.DataFrame,     # rated cells with `kind`
              accept:bool,            # confirmed cells take the outline of the map
@@ -223,7 +223,7 @@ def common_root(manifest:Manifest, out:Path) -> Path:
 
 def moved_paths(table:pd.DataFrame,    # with the columns of `FILES`
                 folder:Path,           # that its paths are relative to
-                root:Path              # that they shall be relative to
+                root:Path              # that they start at afterwards
                ) -> pd.DataFrame:
     "A table whose paths start at another folder"
     prefix = os.path.relpath(folder.resolve(), root)
@@ -268,7 +268,7 @@ def rated_test_tiles(manifest:Manifest, cells:pd.DataFrame) -> list[str]:    # s
 def choose_windows(cells:pd.DataFrame,       # of `rated_cells`
                    manifest:Manifest,        # of the earlier training
                    cfg:RunConfig,            # its data
-                   source:Source,
+                   source:TileSource,
                    accept:bool
                   ) -> tuple[pd.DataFrame, pd.DataFrame]:    # windows with region and block; cells that are left out
     "The windows that become tiles, and why other cells do not"
@@ -355,7 +355,7 @@ def review_tiles(folder:str|Path,               # of `review_sample`
 # %% ../nbs/08j_relearn.ipynb #crelearn2
 @contextmanager
 def _opened(rated, map, scene, extra, outlines):
-    "The files of a review as a `Source`"
+    "The files of a review as a `TileSource`"
     with ExitStack() as stack:
         image = stack.enter_context(open_raster(scene))
         grid = Grid(image.shape, image.crs, image.transform)
@@ -365,7 +365,7 @@ def _opened(rated, map, scene, extra, outlines):
         drawn = gpd.GeoDataFrame(geometry=[], crs=image.crs)
         if outlines:
             drawn = read_known(Path(outlines)).to_crs(image.crs)
-        yield Source(image, bands, stack.enter_context(open_raster(map)), rated.settings['threshold'], drawn)
+        yield TileSource(image, bands, stack.enter_context(open_raster(map)), rated.settings['threshold'], drawn)
 
 def _cut_all(source, windows, cells, accept, out, sample):
     "The rows of all tiles that were cut"

@@ -374,7 +374,8 @@ main { max-width: none; display: flex; flex-wrap: wrap; gap: 0 2rem; padding: 1r
 @media (max-aspect-ratio: 1) { #view { width: 100% } }
 h1 { font-size: 1.3rem }
 svg { width: 100%; display: block; background: var(--tint) }
-#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; filter: drop-shadow(0 0 1px #000) }
+#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke;
+  filter: drop-shadow(0 0 1px #000) }
 #frame { stroke: #fff; stroke-dasharray: 6 4 }
 #outline { stroke: #ffd000 }
 progress { width: 100% }

@@ -171,7 +171,7 @@ def test_confirmed_cells_take_the_outline_of_the_map(reviewed, tmp_path):
                 assert not (mask == 0)[inside].any()
 
 def test_ratings_and_outlines_that_disagree_are_ignored(reviewed, tmp_path):
-    "All answers are no: where somebody drew an outline all the same, nothing is learnt"
+    "Somebody drew outlines where the rater saw nothing: their pixels teach nothing"
     no = {unit: dict(answer='no', outline=False) for unit in reviewed.units.unit}
     reviewed.tiles(tmp_path/'next', ratings=reviewed.rate('no.json', **no), outlines=reviewed.outlines)
     root = read_root(tmp_path/'next')

@@ -225,18 +225,19 @@ def test_each_valid_pixel_can_be_drawn(tmp_path_factory, height, width, side, n,
 def test_a_wanted_interval_decides_the_number_of_units(world, tmp_path, caplog):
     "Half as wide takes more units, and what is expected is said"
     made = [review_sample(world.map, tmp_path/f'{half}', half_width=half, least=5, side=SIDE) for half in (.2, .1)]
-    for settings, half in zip(made, (.2, .1)):
-        widths = settings['expected_half_widths']
+    for found, half in zip(made, (.2, .1)):
+        widths = found['expected_half_widths']
         assert max(widths.values()) <= half
         assert max(widths.values()) > .9 * half
-        assert f'{settings["n"]} of ' in caplog.text
+        assert f'{found["n"]} of ' in caplog.text
     assert made[1]['n'] > 1.5 * made[0]['n']
 
 def test_arguments_are_checked_together(world, tmp_path):
     with pytest.raises(ConfigError) as error:
         review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], least=0, allocation='neymann',
                       raters=['a b', 'c', 'c'], twice=2, half_width=.7)
-    for words in ('n: 1', 'half_width: 0.7', 'least: 0', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'", "'a b'", 'twice: 2'):
+    for words in ('n: 1', 'half_width: 0.7', 'least: 0', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'",
+                  "'a b'", 'twice: 2'):
         assert words in str(error.value)
     assert not (tmp_path/'out').exists()
 
@@ -329,7 +330,7 @@ def test_the_script_of_a_page():
     assert first == dict(u0=dict(answer='yes', outline=False), u1=dict(answer='yes', outline=False, share=.3),
                          u2=dict(answer='no', outline=True), u3=dict(answer='unsure', outline=False))
     assert set(second) == {'u0', 'u1'}
-    # the button answers u2, whose outline was shown before; the page moves to u3, and two steps back lie u1
+    # the outline of u2 was shown before its button; two steps back from u3 lies u1
     assert third['u2'] == dict(answer='unsure', outline=True)
     assert third['u1'] == dict(answer='yes', outline=False, share=1)
     assert '3 rated' in count
