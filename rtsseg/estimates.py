@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DesignEstimate', 'wilson', 'Strata', 'strata_moments', 'effective_size', 'strata_shares', 'stratified_mean',
-           'stratified_ratio', 'stratified_recall', 'prediction_powered_mean', 'sample_size', 'allocate', 'cohen_kappa']
+           'stratified_ratio', 'stratified_recall', 'prediction_powered_mean', 'sample_size', 'allocate',
+           'expected_half_widths', 'units_needed', 'cohen_kappa']
 
 # %% ../nbs/08c_estimates.ipynb #est-imports
 from collections.abc import Mapping, Sequence
@@ -263,6 +264,44 @@ def allocate(n:int,                          # units of the sample
     room = np.where(counts < high, share - counts, -1)
     counts[np.argsort(-room, kind='stable')[:short]] += 1
     return dict(zip(sizes, counts.astype(int).tolist()))
+
+# %% ../nbs/08c_estimates.ipynb #est-need
+def expected_half_widths(sizes:Mapping[str, int],        # units in each stratum
+                         shares:Mapping[str, float],     # expected share of the class in each
+                         predicted:Mapping[str, bool],   # whether the map finds the class in the units of a stratum
+                         counts:Mapping[str, int],       # units to draw in each, at least one
+                         level:float=.95                 # of the intervals
+                        ) -> dict[str, float]:           # precision and recall; NaN where nothing is expected
+    "Half the width that intervals may be expected to have (Stehman 2014, eqs. 25 and 28, with expected shares)"
+    N, p, n = (np.array([source[name] for name in sizes], float) for source in (sizes, shares, counts))
+    is_found = np.array([predicted[name] for name in sizes], bool)
+    variance, total = N**2 * (1 - n / N) * p * (1 - p) / n, N * p
+    with np.errstate(invalid='ignore', divide='ignore'):
+        recall = total[is_found].sum() / total.sum()
+        slope = np.where(is_found, 1 - recall, -recall) / total.sum()
+        errors = dict(precision=np.sqrt(variance[is_found].sum()) / N[is_found].sum(),
+                      recall=np.sqrt((slope**2 * variance).sum()))
+    return {name: float(norm.ppf((1 + level) / 2) * error) for name, error in errors.items()}
+
+def units_needed(sizes:Mapping[str, int],        # units in each stratum
+                 shares:Mapping[str, float],     # expected share of the class in each
+                 predicted:Mapping[str, bool],   # whether the map finds the class in the units of a stratum
+                 spreads:Mapping[str, float],    # of the allocation
+                 half_width:float,               # wanted for precision and for recall
+                 least:int=2,                    # units of a stratum, where it has so many
+                 level:float=.95                 # of the intervals
+                ) -> int:                        # all units where fewer are not enough
+    "The smallest sample that may be expected to give both intervals"
+    low, high = (sum(min(most, size) for size in sizes.values()) for most in (least, max(sizes.values())))
+    while low < high:
+        n = (low + high) // 2
+        found = expected_half_widths(sizes, shares, predicted, allocate(n, sizes, spreads, least), level)
+        # of what is not expected at all, nothing can be asked
+        if np.nanmax([0, *found.values()]) <= half_width:
+            high = n
+        else:
+            low = n + 1
+    return low
 
 # %% ../nbs/08c_estimates.ipynb #est-kappa
 def cohen_kappa(first:Sequence,      # answers of one rater

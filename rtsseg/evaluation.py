@@ -21,7 +21,17 @@ from .config import ConfigError, RunConfig, find_system
 from .console import DataError, RtssegError, logger, nearest
 from .files import inside, read_seal, write_atomic
 from .processes import make_accelerator, make_deterministic
-from .runs import TestLook, append_line, config_hash, different_parts, read_ledger, require_finished, run_config
+from rtsseg.runs import (
+    TestLook,
+    append_line,
+    config_hash,
+    different_parts,
+    rated_text,
+    read_ledger,
+    read_reviews,
+    require_finished,
+    run_config,
+)
 from .system import Feed, Pass, System, table_path
 from .weights import WEIGHTS
 
@@ -171,9 +181,13 @@ def evaluate(folder:str|Path,       # a run folder with a model
         if missing:
             logger.info(missing)
         # the ledger lies above this folder, wherever its config says that runs are
-        ledger = TestLedger(folder.resolve().parents[2], job.feed.hash)
+        runs = folder.resolve().parents[2]
+        ledger = TestLedger(runs, job.feed.hash)
         look = look_of(job.cfg, job.feed.hash, views)
         ledger.check(look, force)
+        rated = rated_text(read_reviews(runs).get(job.feed.hash, []))
+        if rated:
+            logger.info(rated)
     table = observe(job)
     if split == 'test':
         # before anything of the table is printed or written

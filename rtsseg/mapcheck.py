@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEAM', 'FLAT', 'MAX_HOLES', 'MAX_EMPTY', 'COARSE', 'DISAGREE', 'MEAN_SHIFT', 'QUANTILE_SHIFT', 'SCORE_SHIFT',
-           'FACTOR', 'TIMES_NOISE', 'flat_odds', 'LineSteps', 'edge_lines', 'seam_ratios', 'seam_finding', 'MapSums',
-           'value_findings', 'coverage_finding', 'Overlap', 'common_window', 'compare_maps', 'overlap_findings',
-           'Shift', 'shift_of', 'shift_finding', 'channel_finding', 'factor_finding', 'prediction_findings',
-           'drift_findings', 'scene_baseline', 'read_baseline', 'CheckedMap', 'check_one', 'check_figure', 'MapCheck',
-           'map_check']
+           'FACTOR', 'TIMES_NOISE', 'JITTER', 'WINDOWS_AGAIN', 'flat_odds', 'LineSteps', 'edge_lines', 'seam_ratios',
+           'seam_finding', 'MapSums', 'value_findings', 'coverage_finding', 'Overlap', 'common_window', 'compare_maps',
+           'overlap_findings', 'Shift', 'shift_of', 'shift_finding', 'channel_finding', 'factor_finding',
+           'prediction_findings', 'drift_findings', 'scene_baseline', 'read_baseline', 'why_not_again', 'job_of_map',
+           'probabilities_of', 'window_jitter', 'batch_jitter', 'jitter_findings', 'draw_jitter', 'CheckedMap',
+           'check_one', 'check_batches_of', 'check_figure', 'MapCheck', 'map_check']
 
 # %% ../nbs/08f_mapcheck.ipynb #imchk
 import json
@@ -18,19 +19,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rasterio.enums import Resampling
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
+from scipy.special import logit
 
-from .config import ConfigError
+from .config import ConfigError, parse_views
 from .console import DataError, progress
 from .files import read_json, write_atomic
 from .findings import Finding, FindingTable, readiness
-from .mapfile import open_map
-from .prediction import window_starts
+from .infer import load_model
+from .mapfile import STEPS, open_map
+from .prediction import MapJob, Scene, load_calibration, map_settings, window_logits, window_starts
 from .raster import Grid, check_same_grid
 from .scenestats import QUANTILES, channel_names, input_summary, read_channels, scene_statistics
 from .vrt import open_named, raster_digest
@@ -381,16 +386,118 @@ def read_baseline(path:str|Path) -> dict:
         raise DataError(f'{Path(path).name} is not a baseline of scenes: rtsseg-map-baseline makes one')
     return found
 
+# %% ../nbs/08f_mapcheck.ipynb #cmchkj
+# change of probability that is worth a warning
+JITTER = .005
+# windows that are predicted again
+WINDOWS_AGAIN = 4
+
+def why_not_again(settings:dict    # of the tags of a map
+                 ) -> str:         # '' where its windows can be predicted again here
+    "Why batch jitter cannot be checked"
+    if 'batch' not in settings:
+        return 'the map does not say how it was made'
+    if settings['extra']:
+        return 'its model also sees EXTRA bands'
+    if settings['device'] == 'cuda' and not torch.cuda.is_available():
+        return 'it was made on a GPU, and this machine has none'
+    return ''
+
+def job_of_map(path:Path, settings:dict, scene:str|Path,
+               model:str|Path      # a model directory
+              ) -> MapJob:
+    "What a map was made with, as its tags say; raises `DataError` where that is another model or scene"
+    loaded = load_model(model, settings['device'])
+    form = ''
+    if loaded.conversion:
+        form = 'source' if settings.get('source') else 'manifest'
+    opened = Scene(Path(scene), '', settings['crs'], loaded, form=form, resample='resampled' in settings)
+    calibration = load_calibration(loaded.folder, settings['views'])
+    job = MapJob(loaded, opened, calibration, settings['views'], settings['batch'])
+    now = map_settings(job)
+    for name, where in dict(model=model, scene=scene).items():
+        if now[name] != settings[name]:
+            raise DataError(f'{path.name} was not made from {Path(where).name} as it is now: name its {name}')
+    return job
+
+def probabilities_of(job:MapJob, images:list[torch.Tensor], batch:int) -> np.ndarray:    # (images, tile, tile)
+    "What a map holds of some windows, before they are blended"
+    x = torch.zeros(batch, *images[0].shape)
+    torch.stack(images, out=x[:len(images)])
+    logits = window_logits(job.model, x, parse_views(job.views).symmetries)
+    score = logits[:len(images)].double().sigmoid().cpu().numpy()
+    return job.calibration.probability(logit(score)) if job.calibration else score
+
+def window_jitter(job:MapJob,
+                  images:list[torch.Tensor],    # the windows of a batch
+                  batch:int,                    # windows at once
+                  valid:np.ndarray              # bool (tile, tile): of the first of them
+                 ) -> dict[str, float]:
+    "How much the probabilities of the first window change, at most"
+    usual = probabilities_of(job, images, batch)[0]
+    moved = [torch.zeros_like(images[0])] * (batch - len(images)) + images[::-1]
+    others = dict(place=probabilities_of(job, moved, batch)[-1],
+                  alone=probabilities_of(job, images[:1], 1)[0],
+                  twice=probabilities_of(job, images, 2 * batch)[0])
+    return {name: float(np.abs(other - usual)[valid].max()) for name, other in others.items()}
+
+def batch_jitter(job:MapJob    # of `job_of_map`
+                ) -> dict[str, list[float]]:    # place, alone, twice: a change of probability for each window
+    "Predict some windows again at another place of their batch, alone, and in a larger one"
+    scene = job.scene
+    tops, lefts = window_starts(scene.height, scene.tile), window_starts(scene.width, scene.tile)
+    batch, found = min(job.batch, len(lefts)), dict(place=[], alone=[], twice=[])
+    for top in np.unique(np.linspace(0, len(tops) - 1, WINDOWS_AGAIN).round().astype(int)):
+        rows = scene.read_rows(tops[top])
+        seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
+        # the batch in the middle
+        first = len(seen) // 2 // batch * batch
+        some = seen[first:first + batch]
+        if some:
+            images = list(torch.empty(len(some), len(scene.stats.channels), scene.tile, scene.tile))
+            for left, image in zip(some, images, strict=True):
+                scene.window(rows, left, image.numpy())
+            valid = rows.valid[:, some[0]:some[0] + scene.tile]
+            for name, change in window_jitter(job, images, batch, valid).items():
+                found[name].append(change)
+    return found
+
+def jitter_findings(jitter:dict[str, list[float]]    # of `batch_jitter`
+                   ) -> list[Finding]:
+    "Whether the place or the size of a batch decides what a map holds"
+    if not jitter['place']:
+        return [Finding('note', 'batch jitter', 'the scene has no valid pixel')]
+    place, size = max(jitter['place']), max(jitter['alone'] + jitter['twice'])
+    found = []
+    for what, change, limit, note in (
+        ('batch place', place, .5 / STEPS, 'a map that is resumed can have other bytes'),
+        ('batch size', size, JITTER, 'maps with another --batch differ: use one for all, or fp32'),
+    ):
+        is_more = change > limit
+        seen = f'probabilities of {len(jitter["place"])} windows change by {change:.1e} at most'
+        found.append(Finding('warning' if is_more else 'ok', what, seen, note if is_more else ''))
+    return found
+
+def draw_jitter(ax:Axes, jitter:dict[str, list[float]]) -> None:
+    "The difference of each window, by what was changed"
+    for at, values in enumerate(jitter.values()):
+        # 0 has no place on a logarithmic axis
+        ax.plot(np.full(len(values), at), np.maximum(values, 1e-9), 'o', ms=4, alpha=.6)
+    ax.axhline(JITTER, color='k', lw=.5, ls=':')
+    ax.set(yscale='log', ylim=(5e-10, 1), ylabel='change of probability')
+    ax.set_xticks(range(len(jitter)), jitter, fontsize=8)
+
 # %% ../nbs/08f_mapcheck.ipynb #cmchk9
 class CheckedMap(NamedTuple):
     "A map, what was counted, and what follows"
     path: Path
     sums: MapSums
     ratios: dict[str, np.ndarray]    # of `seam_ratios`, by direction; empty where windows are not known
+    jitter: dict[str, list[float]]   # of `batch_jitter`; empty without a model
     findings: list[Finding]
 
-def check_one(path:Path, scene:str|Path) -> CheckedMap:
-    "Seams, coverage and values of a map"
+def check_one(path:Path, scene:str|Path, model:str|Path='') -> CheckedMap:
+    "Seams, coverage and values of a map, and, with its model, whether batches decide what is in it"
     with open_map(path, 512) as one:
         settings, sums = one.settings, MapSums(one.grid.shape)
         if scene:
@@ -410,7 +517,20 @@ def check_one(path:Path, scene:str|Path) -> CheckedMap:
         found += [seam_finding(what, ratio) for what, ratio in ratios.items()]
     else:
         found.append(Finding('note', 'seams', 'not checked', 'the map does not say how large its windows were'))
-    return CheckedMap(path, sums, ratios, found)
+    jitter = {}
+    if model:
+        jitter, of_batches = check_batches_of(path, settings, scene, model)
+        found += of_batches
+    return CheckedMap(path, sums, ratios, jitter, found)
+
+def check_batches_of(path:Path, settings:dict, scene:str|Path,
+                     model:str|Path) -> tuple[dict[str, list[float]], list[Finding]]:
+    "The jitter of a map and what it means; raises `DataError` for a model that the map was not made with"
+    why = why_not_again(settings)
+    if why:
+        return {}, [Finding('note', 'batch jitter', 'not checked', why)]
+    jitter = batch_jitter(job_of_map(path, settings, scene, model))
+    return jitter, jitter_findings(jitter)
 
 def _add_scene(sums, one, scene):
     "Add a map together with its scene"
@@ -425,9 +545,10 @@ def _add_scene(sums, one, scene):
 # %% ../nbs/08f_mapcheck.ipynb #cmchk10
 def check_figure(checked:list[CheckedMap]    # of `check_one`
                 ) -> Figure:
-    "Each map in coarse, its holes in red, and its seams by the offset from the edges of windows"
-    figure = Figure(figsize=(7.5, 2.3 * len(checked)), dpi=72, layout='constrained')
-    for (left, right), one in zip(figure.subplots(len(checked), 2, squeeze=False), checked, strict=True):
+    "Each map in coarse, its holes in red, its seams by the offset from the edges of windows, and its jitter"
+    panels = 3 if any(one.jitter for one in checked) else 2
+    figure = Figure(figsize=(1.5 + 3 * panels, 2.3 * len(checked)), dpi=72, layout='constrained')
+    for (left, right, *rest), one in zip(figure.subplots(len(checked), panels, squeeze=False), checked, strict=True):
         _, known, valid, lacking = one.sums.counts
         with np.errstate(invalid='ignore'):
             image = np.where(known > 0, one.sums.total / known, np.nan)
@@ -443,6 +564,8 @@ def check_figure(checked:list[CheckedMap]    # of `check_one`
         right.set(xlabel='pixels from the edges of windows', ylabel='step, relative')
         if one.ratios:
             right.legend(fontsize=7)
+        for ax in rest:
+            draw_jitter(ax, one.jitter)
     return figure
 
 class MapCheck(NamedTuple):
@@ -456,22 +579,24 @@ class MapCheck(NamedTuple):
 def map_check(maps:list[str|Path],            # maps of rtsseg-predict
               scenes:list[str|Path]=(),       # their scenes, in the same order; none: the maps alone
               baseline:str|Path='',           # JSON of `scene_baseline`; '': drift is not checked
+              model:str|Path='',              # the model directory of all maps; '': batch jitter is not checked
               figure:str|Path='',             # a .png of the figure; '' writes none
               threshold:float=.5              # pixels of this probability or more are predicted
              ) -> MapCheck:
-    """Check finished maps: seams, coverage, data, overlaps, and drift against earlier scenes
+    """Check finished maps: seams, coverage, data, overlaps, batch jitter, and drift against earlier scenes
 
     Prints the table. Errors mean that a map is wrong, warnings that a person should look. Raises `DataError` and
     `ConfigError`."""
     maps, scenes = [Path(path) for path in maps], list(scenes) or [''] * len(maps)
     if not maps or len(scenes) != len(maps):
         raise ConfigError(f'{len(maps)} maps and {len(scenes)} scenes: name one scene for each map, or none')
-    if baseline and not scenes[0]:
-        raise ConfigError('baseline: drift is that of scenes: name the scene of each map')
+    for name, given in dict(baseline=baseline, model=model).items():
+        if given and not scenes[0]:
+            raise ConfigError(f'{name}: what it is for needs scenes: name the scene of each map')
     known = read_baseline(baseline) if baseline else None
     checked, summaries, found = [], {}, FindingTable()
     for path, scene in zip(maps, scenes, strict=True):
-        one = check_one(path, scene)
+        one = check_one(path, scene, model)
         checked.append(one)
         own = list(one.findings)
         if scene:

@@ -24,7 +24,16 @@ from .config import RunConfig, find_system, ratio_text
 from .console import RtssegError
 from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
 from .page import Table
-from .runs import Best, Environment, different_parts, parse_event, read_ledger, require_folder, run_config
+from rtsseg.runs import (
+    Best,
+    Environment,
+    different_parts,
+    parse_event,
+    read_ledger,
+    read_reviews,
+    require_folder,
+    run_config,
+)
 from .system import System, table_path
 
 # %% ../nbs/06c_results.ipynb #cresults0
@@ -229,11 +238,14 @@ def data_ledger(folder:Path,             # a run folder
                ) -> dict:                # {} where nobody looked
     "What the ledger knows about the test split of some data. It is in the root where the run is, or in its config's"
     for root in (folder.parents[2], runs):
-        if (root/'test_ledger.json').exists():
-            try:
-                return read_ledger(root).get(manifest_hash, {})
-            except FileError as e:
-                raise ReportError(str(e)) from None
+        try:
+            found, reviews = read_ledger(root).get(manifest_hash, {}), read_reviews(root).get(manifest_hash, [])
+        except FileError as e:
+            raise ReportError(str(e)) from None
+        if reviews:
+            found = found | dict(reviews=reviews)
+        if found or (root/'test_ledger.json').exists():
+            return found
     return {}
 
 def read_run(folder:str|Path    # a run folder

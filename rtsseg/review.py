@@ -32,10 +32,12 @@ from rtsseg.estimates import (
     DesignEstimate,
     allocate,
     cohen_kappa,
+    expected_half_widths,
     prediction_powered_mean,
     strata_shares,
     stratified_mean,
     stratified_recall,
+    units_needed,
 )
 from .files import FileError, digest, read_json, typed, write_atomic
 from .ground import crs_name, ground_size
@@ -257,7 +259,9 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const one = id => document.getElementById(id);
 const key = `rtsseg-review ${data.sample} ${data.rater}`;
 const units = data.units, place = new Map(units.map((unit, i) => [unit.id, i]));
-let ratings = {}, past = [], at = 0, outline = false, seen = false;
+let ratings = {}, past = [], at = 0, outline = false;
+// units whose outline was shown, however often one came back to them
+const seen = new Set();
 
 const next = from => {
   for (let step = 1; step <= units.length; step++) {
@@ -269,7 +273,7 @@ const next = from => {
 const drawOutline = () => {
   one('outline').setAttribute('visibility', outline ? 'visible' : 'hidden');
   one('o').setAttribute('aria-pressed', outline);
-  seen = seen || outline;
+  if (outline) seen.add(units[at].id);
 };
 const mark = () => {
   const rating = ratings[units[at].id];
@@ -284,7 +288,7 @@ const mark = () => {
 };
 const show = i => {
   const unit = units[at = i];
-  outline = seen = false;
+  outline = false;
   one('picture').setAttribute('href', unit.src);
   for (const name of ['width', 'height']) one('picture').setAttribute(name, unit[name]);
   one('svg').setAttribute('viewBox', `0 0 ${unit.width} ${unit.height}`);
@@ -304,7 +308,7 @@ const save = () => {
 const rate = (answer, share) => {
   const id = units[at].id;
   past.push([id, ratings[id]]);
-  ratings[id] = {answer, outline: seen};
+  ratings[id] = {answer, outline: seen.has(id)};
   if (share) ratings[id].share = share;
   save();
   show(next(at));
@@ -341,7 +345,10 @@ for (let tenth = 1; tenth <= 10; tenth++) buttons[`s${tenth}`] = tenth % 10;
 for (const [id, name] of Object.entries(buttons)) one(id).addEventListener('click', () => keys[name]());
 try {
   const kept = JSON.parse(localStorage.getItem(key) || '{}');
-  for (const [id, rating] of Object.entries(kept)) if (place.has(id)) ratings[id] = rating;
+  for (const [id, rating] of Object.entries(kept)) if (place.has(id)) {
+    ratings[id] = rating;
+    if (rating.outline) seen.add(id);
+  }
 } catch (error) {
   save();
 }
@@ -349,12 +356,22 @@ show(next(-1));
 """
 
 REVIEW_STYLE = """
-svg { width: min(100%, 70vh); display: block; background: var(--tint); margin: .6rem 0 }
-#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+main { max-width: none; display: flex; flex-wrap: wrap; gap: 0 2rem; padding: 1rem }
+#view { width: min(56vw, 100vh - 2rem) }
+#panel { flex: 1 1 20rem; max-width: 32rem }
+@media (max-aspect-ratio: 1) { #view { width: 100% } }
+h1 { font-size: 1.3rem }
+svg { width: 100%; display: block; background: var(--tint) }
+#frame, #outline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke;
+  filter: drop-shadow(0 0 1px #000) }
 #frame { stroke: #fff; stroke-dasharray: 6 4 }
 #outline { stroke: #ffd000 }
+progress { width: 100% }
+.keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; margin: .3rem 0 .9rem }
+button { font: inherit; font-size: .92rem; padding: .35rem .2rem; border: 1px solid var(--line); border-radius: .3rem;
+  background: var(--tint); color: var(--ink); cursor: pointer }
 button[aria-pressed=true] { background: var(--accent); color: #fff }
-progress { width: min(100%, 70vh) }
+kbd { font: 600 .8em ui-monospace, monospace; opacity: .75; margin-left: .35em }
 """
 
 def review_page(question:str,          # what raters are asked
@@ -366,28 +383,30 @@ def review_page(question:str,          # what raters are asked
     script_hash = base64.b64encode(hashlib.sha256(REVIEW_SCRIPT.encode()).digest()).decode()
     policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data:; "
               f"script-src 'sha256-{script_hash}'")
-    answers = [('yes', 'Yes (y)'), ('no', 'No (n)'), ('unsure', 'Unsure (u)')]
-    shares = [(f's{tenth}', f'{tenth * 10}% ({tenth % 10})') for tenth in range(1, 11)]
-    others = [('left', '←'), ('right', '→'), ('z', 'Undo (z)'), ('o', 'Outline (o)'), ('d', 'Download ratings (d)')]
-    def row(buttons):
-        inner = ' '.join(f'<button type="button" id="{name}">{escape(text)}</button>' for name, text in buttons)
-        return f'<p>{inner}</p>'
+    answers = [('yes', 'Yes', 'y'), ('no', 'No', 'n'), ('unsure', 'Unsure', 'u')]
+    shares = [(f's{tenth}', f'{tenth * 10}%', tenth % 10) for tenth in range(1, 11)]
+    others = [('left', 'Back', '←'), ('right', 'Next', '→'), ('z', 'Undo', 'z'), ('o', 'Outline', 'o'),
+              ('d', 'Download', 'd')]
+    def keys(buttons):
+        inner = ''.join(f'<button type="button" id="{name}">{escape(text)}<kbd>{key}</kbd></button>'
+                        for name, text, key in buttons)
+        return f'<div class="keys">{inner}</div>'
     title = escape(f'Review: {rater}')
     data = safe_json(dict(sample=sample, rater=rater, units=units))
-    help_text = ('The question is about the dashed cell; the ground around it is there for context. A digit says yes, '
-                 'and which share of the cell the class covers, in tenths. Judge first, then look at the outline of '
-                 'what the map predicts, if at all.')
+    help_text = ('The question is about the dashed cell; the ground around it is there for context. Judge first, then '
+                 'look at the outline of what the map predicts, if at all. Answers stay in this browser until the '
+                 'ratings are downloaded, as a file to hand in.')
     return ''.join([
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f'<title>{title}</title><style>{STYLE}{REVIEW_STYLE}</style></head><body><main><h1>{title}</h1>',
-        Text(question).html(), Text(help_text, 'soft').html(),
-        f'<progress id="progress" max="{len(units)}" value="0"></progress>',
-        '<p><output id="count"></output> · <output id="note"></output></p>',
+        f'<title>{title}</title><style>{STYLE}{REVIEW_STYLE}</style></head><body><main><div id="view">',
         '<svg id="svg" role="img" aria-label="picture of the unit"><image id="picture" preserveAspectRatio="none"/>',
-        '<rect id="frame"/><path id="outline" visibility="hidden"/></svg>',
-        row(answers), row(shares), row(others), '</main>',
+        f'<rect id="frame"/><path id="outline" visibility="hidden"/></svg></div><div id="panel"><h1>{title}</h1>',
+        f'<progress id="progress" max="{len(units)}" value="0"></progress><p><output id="count"></output></p>',
+        Text(question).html(), keys(answers),
+        Text('Yes, and the share of the cell that it covers:').html(), keys(shares), keys(others),
+        '<p class="soft"><output id="note"></output></p>', Text(help_text, 'soft').html(), '</div></main>',
         f'<script type="application/json" id="data">{data}</script>',
         f'<script>{REVIEW_SCRIPT}</script></body></html>\n'])
 
@@ -396,13 +415,17 @@ UNITS, STRATA, SAMPLE = 'units.csv', 'strata.csv', 'sample.json'
 ALLOCATIONS = 'neyman', 'proportional'
 QUESTION = 'Does the dashed cell hold a part of what the map is about?'
 
-def _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, twice):
+def _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocation, least, raters, twice):
     "Raise one `ConfigError` with all arguments of `review_sample` that are wrong"
     problems = []
     if (folder/SAMPLE).exists():
         problems.append(f'out: {folder.name} holds a sample already: name another folder, so that no rating is lost')
     if n < 2:
         problems.append(f'n: {n} units are too few')
+    if not 0 <= half_width < .5:
+        problems.append(f'half_width: {half_width} must lie between 0 (n decides) and 0.5')
+    if least < 2:
+        problems.append(f'least: {least} units leave a stratum without a variance, or without a chance to be drawn')
     if side < 1:
         problems.append(f'side: {side} pixels are too few for a cell')
     if not all(0 < cut < 1 for cut in cuts):
@@ -435,8 +458,8 @@ def scene_factor(map_path:str|Path,    # a map
     check_same_grid(coarse, grid, 'the map')
     return factor
 
-def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation, least, seed):
-    "The drawn units, the strata, the CRS of the map, and the largest cell"
+def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, half_width, allocation, least, seed):
+    "The drawn units, the strata, the CRS of the map, the area of the largest cell and expected half-widths"
     with open_map(map_path, 1) as one:
         crs = crs_name(one.grid.crs) if one.grid.crs else ''
     cells = map_cells(map_path, side, threshold)
@@ -448,15 +471,27 @@ def _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation
         cells['region'] = region_of(cells, crs, regions)
     cells['stratum'] = name_strata(cells, threshold, cuts, sizes)
     strata = describe_strata(cells, threshold)
-    share = strata.share.clip(.02, .98)
-    spreads = np.sqrt(share * (1 - share)) if allocation == 'neyman' else share * 0 + 1
-    try:
-        counts = allocate(min(n, len(cells)), strata.N.to_dict(), spreads.to_dict(), least)
-    except ValueError as error:
-        raise ConfigError(f'n, least: {error}: change one of them, or take fewer cuts and sizes') from None
+    counts, expected = _choose_counts(strata, n, half_width, allocation, least)
     strata['n'] = pd.Series(counts)
     largest = (cells.height * cells.width * cells.pixel_area).max()
-    return draw_units(cells, counts, seed), strata, crs, largest
+    return draw_units(cells, counts, seed), strata, crs, dict(largest=float(largest), expected_half_widths=expected)
+
+def _choose_counts(strata, n, half_width, allocation, least):
+    "Units of each stratum, and what precision and recall may be expected to get from them"
+    share = strata.share.clip(.02, .98)
+    spread = np.sqrt(share * (1 - share)) if allocation == 'neyman' else share * 0 + 1
+    sizes, shares, predicted, spreads = (column.to_dict() for column in (strata.N, share, strata.predicted, spread))
+    if half_width:
+        n = units_needed(sizes, shares, predicted, spreads, half_width, least)
+    try:
+        counts = allocate(min(n, sum(sizes.values())), sizes, spreads, least)
+    except ValueError as error:
+        raise ConfigError(f'n, least: {error}: change one of them, or take fewer cuts and sizes') from None
+    expected = expected_half_widths(sizes, shares, predicted, counts)
+    logger.info(f'{sum(counts.values())} of {sum(sizes.values())} cells are drawn; by what the map expects, the '
+                'intervals will be ' + ' and '.join(f'{name} ± {half:.3f}' for name, half in expected.items()))
+    # JSON has no NaN
+    return counts, {name: half if np.isfinite(half) else None for name, half in expected.items()}
 
 def _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed):
     "A page for each rater"
@@ -498,6 +533,7 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
                   out:str|Path,                      # a new folder for the sample
                   scene:str|Path='',                 # the image that the map was made from; '' writes no pages
                   n:int=500,                         # units to draw
+                  half_width:float=0.,               # wanted of the intervals of precision and recall, instead of n
                   side:int=32,                       # of a unit, pixels of the map
                   threshold:float=.5,                # probability from which the map finds the class
                   cuts:list[float]=(.05, .2, .8),    # further borders of the bands of highest probability
@@ -515,19 +551,19 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
     map_path, folder = Path(map_path), Path(out)
     cuts = sorted({*map(float, cuts), float(threshold)})
     sizes = sorted(map(int, sizes))
-    _check_sample(folder, n, side, threshold, cuts, sizes, allocation, raters, twice)
+    _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocation, least, raters, twice)
     factor = scene_factor(map_path, scene) if scene else 1
-    units, strata, crs, largest = _choose_units(map_path, side, threshold, cuts, sizes, regions, n, allocation, least,
-                                                seed)
+    units, strata, crs, known = _choose_units(map_path, side, threshold, cuts, sizes, regions, n, half_width,
+                                              allocation, least, seed)
     units['raters'] = assign_raters(len(units), raters, twice, seed)
     sample = _write_tables(folder, units, strata)
     if scene:
         _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed)
     else:
         logger.info('no scene was named: no pages are written')
-    settings = _provenance(map_path, scene, crs) | dict(
+    settings = _provenance(map_path, scene, crs) | known | dict(
         factor=factor, n=len(units), side=side, threshold=threshold, cuts=cuts, sizes=sizes, allocation=allocation,
-        least=least, raters=list(raters), twice=twice, question=question, seed=seed, largest=float(largest),
+        least=least, raters=list(raters), twice=twice, question=question, seed=seed,
         units_sha256=sample, strata_sha256=digest(folder/STRATA))
     write_atomic(folder/SAMPLE, json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
     return settings

@@ -7,9 +7,10 @@ __all__ = ['POST_HOC', 'PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_
            'config_hash', 'config_files', 'run_config', 'keep_post_hoc', 'publish_post_hoc', 'judge_run', 'run_folder',
            'git', 'git_state', 'uncommitted', 'environment', 'check_drawable', 'OpenNode', 'Best', 'Environment',
            'TestLook', 'TestLooks', 'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds',
-           'append_line', 'read_lines', 'read_log', 'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent',
-           'EnsembleEvent', 'EvaluateEvent', 'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy',
-           'Stopped', 'check_inside', 'try_lock', 'describe_holder', 'run_lock']
+           'TestReview', 'read_reviews', 'note_review', 'rated_text', 'append_line', 'read_lines', 'read_log',
+           'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent', 'EnsembleEvent', 'EvaluateEvent',
+           'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside',
+           'try_lock', 'describe_holder', 'run_lock']
 
 # %% ../nbs/00c_runs.ipynb #iruns
 import hashlib
@@ -20,12 +21,13 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+from filelock import FileLock
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from rtsseg.config import (
@@ -241,6 +243,46 @@ class StoredThreshold(OpenNode):
 class StoredThresholds(OpenNode):
     "What is read of calibration.json before the test split is: thresholds of pixels, for one setting of views"
     thresholds: dict[str, StoredThreshold] = {}
+
+# %% ../nbs/00c_runs.ipynb #crevledger
+class TestReview(Strict):
+    "Tiles of a test split whose ground was rated in the review of a map"
+    sample: str         # digest of what was drawn
+    map: str
+    raters: list[str]
+    when: str           # ISO date of the last rating
+    tiles: list[str]
+
+def read_reviews(folder:str|Path    # the runs folder
+                ) -> dict:          # {hash of a manifest: list of `TestReview` as JSON}; empty without a file
+    "test_reviews.json; raises `FileError`"
+    path = Path(folder)/'test_reviews.json'
+    return typed(dict[str, list[TestReview]], read_json(path, folder), path.name) if path.exists() else {}
+
+def note_review(folder:Path,             # the runs folder
+                hashes:Iterable[str],    # of the manifests that hold these tiles in their test split
+                review:dict              # a `TestReview` as JSON
+               ) -> None:
+    "Add a review to test_reviews.json; an earlier entry of the same sample is replaced. Raises `FileError`"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(inside(folder/'.test_reviews.lock', folder)):
+        found = read_reviews(folder)
+        for name in hashes:
+            others = [one for one in found.get(name, []) if one['sample'] != review['sample']]
+            found[name] = [*others, review]
+        found = typed(dict[str, list[TestReview]], found, 'review')
+        write_atomic(folder/'test_reviews.json', json.dumps(found, indent=1))
+
+def rated_text(reviews:list[dict]    # of one manifest
+              ) -> str:              # '' where nothing was rated
+    "How much of a test split people have rated, in words"
+    if not reviews:
+        return ''
+    tiles = {tile for review in reviews for tile in review['tiles']}
+    maps = ', '.join(dict.fromkeys(f"{review['map']} on {review['when'][:10]}" for review in reviews))
+    verb = 'tile of the test split was' if len(tiles) == 1 else 'tiles of the test split were'
+    return (f'{len(tiles)} {verb} rated in reviews of maps ({maps}): what was chosen after that may rest on what was '
+            'seen there.')
 
 # %% ../nbs/00c_runs.ipynb #99031393
 def append_line(path:Path,     # the file

@@ -8,8 +8,8 @@ __all__ = ['GREYS', 'ENSEMBLE_TEXT', 'OTHER_ENVIRONMENT', 'CODE_OF_NUMBERS', 'NE
            'columns_of', 'logged_curves', 'draw_losses', 'draw_scores', 'draw_rates', 'shade_frozen', 'curriculum',
            'mark_curriculum', 'finish_panel', 'training_figure', 'members_table', 'training_blocks', 'training_table',
            'code_state', 'environment_table', 'run_commands', 'commands', 'code_of_numbers', 'ledger_notes',
-           'shared_notes', 'shared_sections', 'numbers_blocks', 'split_table', 'split_tables', 'seed_numbers',
-           'table_estimates', 'metrics_table', 'table_sections', 'monitor_table', 'settings_table']
+           'look_notes', 'shared_notes', 'shared_sections', 'numbers_blocks', 'split_table', 'split_tables',
+           'seed_numbers', 'table_estimates', 'metrics_table', 'table_sections', 'monitor_table', 'settings_table']
 
 # %% ../nbs/06d_shared.ipynb #ishared
 import json
@@ -25,7 +25,7 @@ from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
 from .config import RunConfig, deciding_settings
 from .page import Bullets, Code, Deferred, Number, Picture, Table, Text
 from .results import ReportError, Results, Run, listed, metric_label, shell_path, short_path
-from .runs import flatten
+from .runs import flatten, rated_text
 
 # %% ../nbs/06d_shared.ipynb #cshared1
 GREYS = ('0.65', '0.8', '0.5')
@@ -237,7 +237,12 @@ FORCED_LOOKS = ('{n} of these looks were FORCED after another configuration had 
 UNCOMMITTED = 'The code had uncommitted changes, so the commit alone does not repeat this run.'
 
 def ledger_notes(run:Run) -> list[str]:
-    "What the ledger knows about the test split"
+    "What the ledger knows about the test split, and which of its tiles people have rated"
+    rated = rated_text(run.ledger.get('reviews', []))
+    return look_notes(run) + ([rated] if rated else [])
+
+def look_notes(run:Run) -> list[str]:
+    "Who evaluated the test split"
     looks = run.ledger.get('looks', [])
     if not looks:
         return [NEVER_LOOKED]

@@ -3,6 +3,8 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import from_origin
@@ -193,6 +195,58 @@ def test_maps_in_another_crs_are_compared_too(tmp_path):
     assert found.pixels > .95 * 200 * 200
     assert found.difference < .08
 
+# ---------------------------------------------------------------- batches
+
+@pytest.fixture(scope='module')
+def mapped(tmp_path_factory):
+    "A model directory, a scene with a gap, and its map"
+    folder = tmp_path_factory.mktemp('mapped')
+    image = noise(200, 330)
+    image[:, :90, :120] = 0
+    write_scene(folder/'scene.tif', image)
+    predict(untrained_model(folder/'model'), folder/'scene.tif', folder/'map.tif', batch=3)
+    return folder
+
+def jitter_of(folder, **arguments):
+    found = map_check([folder/'map.tif'], [folder/'scene.tif'], model=folder/'model', **arguments)
+    return levels(found, 'batch'), found
+
+def test_batches_do_not_decide_what_a_map_holds(mapped, tmp_path):
+    found, check = jitter_of(mapped, figure=tmp_path/'check.png')
+    assert found == {'batch place': 'ok', 'batch size': 'ok'}
+    assert len(check.figure.axes) == 3
+
+def test_a_network_that_looks_at_its_batch_is_found(mapped, monkeypatch):
+    "Its scores depend on the mean of all windows that are run together"
+    usual = rtsseg.prediction.predict_logits
+    monkeypatch.setattr(rtsseg.prediction, 'predict_logits',
+                        lambda model, x, views: usual(model, x, views) + 50 * x.mean())
+    found, _ = jitter_of(mapped)
+    assert found['batch size'] == 'warning'
+
+def test_a_network_that_knows_its_place_is_found(mapped, monkeypatch):
+    usual = rtsseg.prediction.predict_logits
+    def by_place(model, x, views):
+        return usual(model, x, views) + .01 * torch.arange(len(x)).view(-1, 1, 1)
+    monkeypatch.setattr(rtsseg.prediction, 'predict_logits', by_place)
+    found, _ = jitter_of(mapped)
+    assert found['batch place'] == 'warning'
+
+def test_jitter_is_that_of_the_model_and_the_scene_of_a_map(mapped, tmp_path):
+    other = untrained_model(tmp_path/'other', tile=32)
+    with pytest.raises(DataError, match='was not made from other as it is now: name its model'):
+        map_check([mapped/'map.tif'], [mapped/'scene.tif'], model=other)
+    changed = write_scene(tmp_path/'scene.tif', noise(200, 330)[::-1])
+    with pytest.raises(DataError, match='name its scene'):
+        map_check([mapped/'map.tif'], [changed], model=mapped/'model')
+    with pytest.raises(ConfigError, match='model: what it is for needs scenes'):
+        map_check([mapped/'map.tif'], model=mapped/'model')
+
+def test_a_map_of_another_program_cannot_be_predicted_again(mapped, tmp_path):
+    path = write_map(tmp_path/'map.tif', smooth((200, 330)))
+    found = map_check([path], [mapped/'scene.tif'], model=mapped/'model')
+    assert levels(found, 'batch') == {'batch jitter': 'note'}
+
 # ---------------------------------------------------------------- drift
 
 @pytest.fixture(scope='module')
@@ -226,6 +280,43 @@ def test_brightness_is_flagged_and_another_scene_is_not(toy, tmp_path, known):
     bright = map_check(maps[1:], images[1:], tmp_path/'baseline.json')
     assert set(levels(bright, 'channel').values()) == {'warning'}
     assert levels(bright)['predicted share'] == 'warning'
+
+def altered(folder, tmp_path, change):
+    "What the check says of the last scene after a change of its pixels, against four scenes as they were"
+    scene_baseline(*pairs(folder, ['s0', 's1', 's2', 's3']), tmp_path/'baseline.json')
+    image = read_rgb(folder/'s4.tif')
+    changed = np.where(image.any(2)[..., None], np.clip(change(image.astype(float)), 1, 255), 0).astype('uint8')
+    put(tmp_path, 'later', changed)
+    return map_check([tmp_path/'later_map.tif'], [tmp_path/'later.tif'], tmp_path/'baseline.json')
+
+def read_rgb(path):
+    with rasterio.open(path) as dataset:
+        return dataset.read().transpose(1, 2, 0)
+
+@pytest.mark.parametrize('band, name', list(enumerate('RGB')))
+def test_a_shift_of_one_band_is_flagged_and_named(toy, tmp_path, band, name):
+    "Imagery of another year (guide 4): one band of the later scene is 1.2 standard deviations higher"
+    def higher(image):
+        image[..., band] += 1.2 * image[..., band][image.any(2)].std()
+        return image
+    found = levels(altered(toy, tmp_path, higher), 'channel')
+    assert found == {f'channel {other}': 'warning' if other == name else 'ok' for other in 'RGB'}
+
+def test_less_contrast_is_flagged_by_quantiles(toy, tmp_path):
+    "Haze: the same mean, a third of the spread"
+    def hazy(image):
+        middle = image[image.any(2)].mean(0)
+        return middle + (image - middle) / 3
+    found = altered(toy, tmp_path, hazy)
+    assert 'warning' in levels(found, 'channel').values()
+    assert any('quantile' in f.value for f in found.findings if f.level == 'warning')
+
+def test_a_small_shift_of_one_band_is_no_alarm(toy, tmp_path):
+    "A quarter of a standard deviation of blue raised false alarms in the field, held against curated tiles"
+    def bluer(image):
+        image[..., 2] += .256 * image[..., 2][image.any(2)].std()
+        return image
+    assert set(levels(altered(toy, tmp_path, bluer), 'channel').values()) == {'ok'}
 
 def test_each_scene_of_a_kind_passes_against_the_others(toy, tmp_path):
     "Leave one out: no alarm about the input"

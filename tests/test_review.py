@@ -18,7 +18,7 @@ from rasterio.transform import Affine, from_origin
 from scipy.ndimage import gaussian_filter, label
 from scipy.stats import binom
 
-from helpers.browser import chromium, in_browser
+from helpers.browser import driven_browser, in_browser
 from helpers.maps import CRS, GRID
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
@@ -187,11 +187,57 @@ def test_each_unit_of_a_stratum_is_drawn_as_often():
     for i, p in enumerate([.4] * 10 + [.2] * 5):
         assert binom.ppf(1e-5, draws, p) <= counts[i] <= binom.ppf(1 - 1e-5, draws, p)
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 9), st.integers(2, 60), st.integers(2, 4),
+       st.lists(st.floats(.01, .99), max_size=4), st.lists(st.integers(1, 50), max_size=2),
+       st.sampled_from(['neyman', 'proportional']), st.integers(0, 99))
+def test_each_valid_pixel_can_be_drawn(tmp_path_factory, height, width, side, n, least, cuts, sizes, allocation, seed):
+    "Also far below the threshold: each pixel lies in one cell, of a stratum that is drawn from at least once"
+    rng = np.random.default_rng(seed)
+    probability = np.clip(gaussian_filter(rng.normal(.2, .8, (height, width)), 1), 0, 1)**2
+    valid = rng.random((height, width)) < .7
+    folder = tmp_path_factory.mktemp('draw')
+    path = write_map(folder/'map.tif', probability, valid)
+    try:
+        made = review_sample(path, folder/'out', n=n, side=side, cuts=cuts, sizes=sizes, least=least,
+                             allocation=allocation, seed=seed)
+    except ConfigError as error:
+        # said, where so few units cannot give each stratum its least
+        assert 'cannot be drawn' in str(error)
+        return
+    except DataError:
+        assert not valid.any()
+        return
+    strata = pd.read_csv(folder/'out/strata.csv', index_col='stratum')
+    assert (strata.n >= np.minimum(least, strata.N)).all()
+    cells = map_cells(path, side, .5)
+    chance = pd.Series(name_strata(cells, .5, made['cuts'], made['sizes'])).map(strata.n / strata.N)
+    covered = np.zeros((height, width))
+    for cell, p in zip(cells.itertuples(), chance):
+        covered[cell.row:cell.row + cell.height, cell.column:cell.column + cell.width] += p
+    assert (covered[valid] > 0).all()
+    assert chance.max() <= 1
+    assert chance.sum() == pytest.approx(made['n'])
+    # what is drawn carries its own chance
+    units = pd.read_csv(folder/'out/units.csv')
+    assert np.allclose(units.probability, units.n / units.N)
+
+def test_a_wanted_interval_decides_the_number_of_units(world, tmp_path, caplog):
+    "Half as wide takes more units, and what is expected is said"
+    made = [review_sample(world.map, tmp_path/f'{half}', half_width=half, least=5, side=SIDE) for half in (.2, .1)]
+    for found, half in zip(made, (.2, .1)):
+        widths = found['expected_half_widths']
+        assert max(widths.values()) <= half
+        assert max(widths.values()) > .9 * half
+        assert f'{found["n"]} of ' in caplog.text
+    assert made[1]['n'] > 1.5 * made[0]['n']
+
 def test_arguments_are_checked_together(world, tmp_path):
     with pytest.raises(ConfigError) as error:
-        review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], allocation='neymann',
-                      raters=['a b', 'c', 'c'], twice=2)
-    for words in ('n: 1', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'", "'a b'", 'twice: 2'):
+        review_sample(world.map, tmp_path/'out', n=1, side=0, threshold=1.5, sizes=[0], least=0, allocation='neymann',
+                      raters=['a b', 'c', 'c'], twice=2, half_width=.7)
+    for words in ('n: 1', 'half_width: 0.7', 'least: 0', 'side: 0', 'threshold', 'sizes: 0', "did you mean 'neyman'",
+                  "'a b'", 'twice: 2'):
         assert words in str(error.value)
     assert not (tmp_path/'out').exists()
 
@@ -284,22 +330,57 @@ def test_the_script_of_a_page():
     assert first == dict(u0=dict(answer='yes', outline=False), u1=dict(answer='yes', outline=False, share=.3),
                          u2=dict(answer='no', outline=True), u3=dict(answer='unsure', outline=False))
     assert set(second) == {'u0', 'u1'}
-    # the button answers u2, the page moves to u3, and two steps back lie u1
-    assert third['u2'] == dict(answer='unsure', outline=False)
+    # the outline of u2 was shown before its button; two steps back from u3 lies u1
+    assert third['u2'] == dict(answer='unsure', outline=True)
     assert third['u1'] == dict(answer='yes', outline=False, share=1)
     assert '3 rated' in count
 
+COUNT = "document.getElementById('count').textContent"
+IS_OUTLINED = "document.getElementById('outline').getAttribute('visibility') === 'visible'"
+PARTS = "[...document.querySelectorAll('button, svg')]"
+
+def key_of(rating):
+    "The key that gives an answer; a share in tenths"
+    return str(max(round(10 * rating['share']), 1) % 10) if rating['answer'] == 'yes' else 'n'
+
 @in_browser
-def test_a_page_in_a_browser(sample, tmp_path):
-    "Two answers and one undone, by keys; the policy is opened for the script of the test alone"
-    page = (sample/'pages/ana.html').read_text()
-    press = ("for (const key of ['y', '4', 'z', 'n', 'o']) "
-             "document.dispatchEvent(new KeyboardEvent('keydown', {key}));")
-    page = re.sub(r'<meta http-equiv.*?>', '', page).replace('</body>', f'<script>{press}</script></body>')
-    (tmp_path/'page.html').write_text(page)
-    shown = chromium(tmp_path, '--dump-dom', (tmp_path/'page.html').as_uri())
-    assert '2 rated' in shown
-    assert re.search(r'id="outline"[^>]*visibility="visible"', shown)
+def test_a_rater_uses_the_page_in_a_browser(world, tmp_path):
+    "Keys, buttons, undo, a browser that is closed in between, and a file that is read back"
+    sample = tmp_path/'review'
+    review_sample(world.map, sample, world.scene, n=24, side=32, least=2, sizes=[], raters=['ana'])
+    page, truth = sample/'pages/ana.html', truthful(world, sample, 'ana')
+    with driven_browser(tmp_path) as tab:
+        tab.open(page, COUNT)
+        order = tab.value('units.map(unit => unit.id)')
+        assert set(order) == set(truth)
+        for key in ('y', '4', 'z', 'n', 'o'):
+            tab.press(key)
+        assert tab.value(COUNT) == f'unit 3 of {len(order)}; 2 rated'
+        assert tab.value(IS_OUTLINED)
+        # what was shown stays known
+        tab.click('right')
+        tab.click('left')
+        assert not tab.value(IS_OUTLINED)
+        tab.click('unsure')
+        # all that a rater needs is in the window, at a size of common screens
+        for side, inner, most in (('bottom', 'innerHeight', 768), ('right', 'innerWidth', 1366)):
+            ends = f'{PARTS}.map(part => part.getBoundingClientRect().{side})'
+            assert tab.value(f'Math.max(...{ends})') <= tab.value(inner) <= most
+        # the page is closed and opened again
+        tab.open(page, COUNT)
+        assert tab.value(COUNT) == f'unit 4 of {len(order)}; 3 rated'
+        for unit in order[3:]:
+            tab.press(key_of(truth[unit]))
+        assert 'all done' in tab.value(COUNT)
+        tab.press('d')
+        tab.wait((tmp_path/'ratings_ana.json').exists)
+    ratings = json.loads((tmp_path/'ratings_ana.json').read_text())['ratings']
+    assert [ratings[unit] for unit in order[:3]] == [
+        dict(answer='yes', outline=False), dict(answer='no', outline=False), dict(answer='unsure', outline=True)]
+    for unit in order[3:]:
+        assert ratings[unit]['answer'] == truth[unit]['answer']
+        assert abs(ratings[unit].get('share', 0) - truth[unit].get('share', 0)) <= .1
+    assert len(read_ratings(sample, [tmp_path/'ratings_ana.json']).units) == len(order)
 
 # ---------------------------------------------------------------- ratings come back
 
