@@ -265,6 +265,8 @@ class Scene:
             raw = self._read(Window(0, top, self.width, rows))
         except DataError as error:
             raise DataError(f'rows {top} to {top + rows - 1}: {error}') from None
+        if rows == self.tile <= self.width:
+            return raw
         padding = [(0, self.tile - rows), (0, max(self.tile - self.width, 0))]
         return RawTile(*(np.pad(plane, [(0, 0)] * (plane.ndim - 2) + padding) for plane in raw))
 
@@ -367,7 +369,7 @@ def window_logits(model:Predictor,     # on its device
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
 # rows of a window that stay in the cache of a processor from one step to the next
-CACHED_ROWS = 128
+CACHED_ROWS = 64
 
 class BlendedRows:
     "Windows merged into as many rows of pixels as a window has: by their weighted mean, or by their maximum"
@@ -859,10 +861,15 @@ def finish_rows(job:MapJob,
                ) -> None:
     "Run the windows of wanted rows, and keep the probabilities"
     def keep(rows):
-        probability = rows.score
-        if job.calibration:
-            probability = job.calibration.probability(logit(rows.score))
-        finished.write(rows.index, rows.counts, probability_to_uint16(probability, rows.valid))
+        values = np.empty(rows.score.shape, 'uint16')
+        # a part at a time, so that what lies between score and value takes little memory
+        for top in range(0, len(values), CACHED_ROWS):
+            part = slice(top, top + CACHED_ROWS)
+            probability = rows.score[part]
+            if job.calibration:
+                probability = job.calibration.probability(logit(probability))
+            values[part] = probability_to_uint16(probability, rows.valid[part])
+        finished.write(rows.index, rows.counts, values)
 
     with closing(predict_rows(job, wanted, signals)) as found:
         behind(keep, found)
