@@ -23,7 +23,7 @@ from rasterio.transform import from_origin
 from .config import ConfigError
 from .console import nearest
 from .files import write_atomic
-from .fleet import Mapper, MapOptions
+from .fleet import MapOptions, Mapper
 from .infer import VIEWS, Predictor
 from .launch import StopSignals
 from .page import Bullets, Number, Part, Picture, Table, appendix, page
@@ -109,6 +109,11 @@ class MapCost:
         "Hours of all GPUs"
         return self.gpus * self.hours
 
+    @property
+    def cost(self) -> float:
+        "Of GPUs and storage, in units of the prices"
+        return self.compute + self.storage
+
 def map_cost(work:MapWork, machines:Machines) -> MapCost:
     "Time and cost of a map"
     one = seconds_with_deaths(work.forwards / work.shards / machines.rate, machines.deaths, machines.start)
@@ -166,20 +171,22 @@ def gpu_counts(gpus:int) -> list[int]:
 
 def assumptions(work:MapWork, machines:Machines, source:str) -> list[str]:
     "All that a cost is made from, in words"
+    windows, passes = 1 / (1 - work.overlap)**2, len(VIEWS[work.views])
+    scales = ', '.join(f'{scale:g}' for scale in work.scales)
     store = 'without a limit' if machines.store == inf else f'of {machines.store / 1e6:,.0f} MB a second'
-    prices = [f'{name} {value:g}' if value else f'{name} not given'
-              for name, value in (('a GPU hour', machines.price), ('a GB for a month', machines.storage_price))]
+    prices = []
+    for name, value in (('a GPU hour', machines.price), ('a GB for a month', machines.storage_price)):
+        prices.append(f'{name} {value:g}' if value else f'{name} not given')
     return [
         f'{work.tiles:,.0f} tiles of {work.side} × {work.side} pixels without overlap, all with data',
-        f'windows overlap by {work.overlap:.0%} of their side: {1 / (1 - work.overlap)**2:.3g} for each tile; those that '
-        'reach beyond a scene, or are run again where a shard begins within one, are not counted',
-        f'views {work.views}: {len(VIEWS[work.views])} forward passes; models: {work.members}; scales: '
-        f'{", ".join(f"{scale:g}" for scale in work.scales)}',
-        f'{work.forwards:,.0f} forward passes in all; {machines.rate:.4g} a second on each GPU ({source}), on all alike',
+        f'windows overlap by {work.overlap:.0%} of their side: {windows:.3g} for each tile; those that reach beyond a '
+        'scene, or are run again where a shard begins within one, are not counted',
+        f'views {work.views}: {passes} forward passes; models: {work.members}; scales: {scales}',
+        f'{work.forwards:,.0f} forward passes; {machines.rate:.4g} a second on each GPU ({source}), on all alike',
         f'{work.shards:,} shards of {work.shard:,} tiles; GPUs are paid for until the last one is done',
-        f'a worker dies {machines.deaths:g} times a day, and its shard is begun again after {machines.start:g} seconds',
-        f'{work.traffic / 1e12:.3g} TB are moved ({work.read:g} bytes of a pixel read, {work.written:g} written), beside '
-        f'the forward passes, through a store {store}',
+        f'a worker dies {machines.deaths:g} times a day; {machines.start:g} seconds later its shard is begun again',
+        f'{work.traffic / 1e12:.3g} TB are moved ({work.read:g} bytes of a pixel read, {work.written:g} written), '
+        f'beside the forward passes, through a store {store}',
         f'the map has {work.stored / 1e12:.3g} TB and is kept for {machines.months:g} months',
         f'prices: {"; ".join(prices)}',
         'not counted: getting the scenes, opening them to plan the shards, joining maps, people',
@@ -198,21 +205,27 @@ class CostReport:
         return [map_cost(self.work, replace(self.machines, gpus=gpus)) for gpus in gpu_counts(self.machines.gpus)]
 
     @property
+    def is_priced(self) -> bool:
+        "Whether a price was given"
+        return bool(self.machines.price or self.machines.storage_price)
+
+    @property
     def table(self) -> Table:
         "A row for each number of GPUs; costs where prices are known"
-        is_priced = self.machines.price or self.machines.storage_price
         rows = []
         for one in self.costs:
             row = [one.gpus, Number(one.hours / 24, '{:,.2f}'), Number(one.gpu_hours, '{:,.0f}')]
-            if is_priced:
-                row.append(Number(one.compute + one.storage, '{:,.0f}'))
+            if self.is_priced:
+                row.append(Number(one.cost, '{:,.0f}'))
             rows.append([*row, one.limit])
-        return Table(['GPUs', 'days', 'GPU hours', *(['cost'] if is_priced else []), 'limit'], rows)
+        paid = ['cost'] if self.is_priced else []
+        return Table(['GPUs', 'days', 'GPU hours', *paid, 'limit'], rows)
 
     def figure(self) -> Figure:
-        "Days, and GPU hours, by number of GPUs"
+        "Days, and cost or GPU hours, by number of GPUs"
         figure = Figure(figsize=(8, 3), layout='constrained')
-        gpus, ideal = [one.gpus for one in self.costs], self.costs[0].hours / 24
+        gpus = [one.gpus for one in self.costs]
+        ideal = map_cost(self.work, replace(self.machines, gpus=1, store=inf)).hours / 24
         time_axes, cost_axes = figure.subplots(1, 2)
         time_axes.loglog(gpus, [ideal / n for n in gpus], '--', color='0.6', label='half for twice the GPUs')
         time_axes.loglog(gpus, [one.hours / 24 for one in self.costs], 'o-', label='this map')
@@ -220,8 +233,12 @@ class CostReport:
             time_axes.axhline(self.work.traffic / self.machines.store / DAY, color='tab:red', lw=1, label='store')
         time_axes.set(xlabel='GPUs', ylabel='days')
         time_axes.legend(fontsize=8)
-        cost_axes.loglog(gpus, [one.gpu_hours for one in self.costs], 'o-')
-        cost_axes.set(xlabel='GPUs', ylabel='GPU hours')
+        if self.is_priced:
+            paid, what = [one.cost for one in self.costs], 'cost'
+        else:
+            paid, what = [one.gpu_hours for one in self.costs], 'GPU hours'
+        cost_axes.loglog(gpus, paid, 'o-')
+        cost_axes.set(xlabel='GPUs', ylabel=what)
         return figure
 
     @property
@@ -246,7 +263,7 @@ class CostReport:
 
     def write(self, out:Path) -> None:
         "Write a page, .html, or Markdown with its picture in a folder beside it, .md"
-        scaling = [self.table, Picture(self.figure(), 'Days and GPU hours by number of GPUs')]
+        scaling = [self.table, Picture(self.figure(), 'By number of GPUs')]
         assumed = Bullets(assumptions(self.work, self.machines, self.source))
         parts = [Part('', {'Time and cost': scaling, 'Assumptions': [assumed]})]
         if out.suffix == '.html':
@@ -308,4 +325,5 @@ def cost_report(work:MapWork,
         raise ConfigError('rate: give the forward passes of a GPU a second, or name a --model to measure them here')
     check_cost(work, replace(machines, rate=1.))
     found = measure_rate(MapOptions(str(model), device=device, batch=batch), seconds)
-    return CostReport(replace(work, side=found.side), replace(machines, rate=found.forwards), 'measured on this machine')
+    work, machines = replace(work, side=found.side), replace(machines, rate=found.forwards)
+    return CostReport(work, machines, 'measured on this machine')

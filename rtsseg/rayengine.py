@@ -18,7 +18,7 @@ from typing import Any
 from .claims import Store
 from .config import ConfigError
 from .console import nearest, progress
-from .fleet import Mapper, MapOptions, Worker, begin_job, run_workers
+from .fleet import MapOptions, Mapper, Worker, begin_job, run_workers
 from .launch import StopSignals
 from .runs import RunError
 
