@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,8 @@ def map_scenes(model:str|Path,      # a model directory
                batch:int=8,         # windows at once
                resample:bool=False, # scenes of another resolution are resampled to that of training
                windows:int=1000,    # of a shard, about
-               expiry:float=120.    # seconds after which the part of a dead worker is taken over
+               expiry:float=120.,   # seconds after which the part of a dead worker is taken over
+               run:Callable=run_workers    # what runs several workers, with the arguments of `run_workers`
               ) -> dict:            # maps that were made, and scenes that failed
     """Maps of many scenes. The same command resumes, and on further machines it helps.
 
@@ -357,8 +359,8 @@ def map_scenes(model:str|Path,      # a model directory
     store, options = Store(out), MapOptions(os.path.abspath(model), views, device, batch, resample, windows)
     mapper = Mapper(options)
     job = begin_job(store, mapper, rows)
-    if workers > 1:
-        run_workers(workers, str(out), options, rows, expiry, part)
+    if workers > 1 or run is not run_workers:
+        run(workers, str(out), options, rows, expiry, part)
     else:
         with StopSignals() as signals:
             Worker(store, mapper, job, expiry, signals, part).run()
