@@ -7,7 +7,9 @@ __all__ = ['VIEWS', 'MACHINE_FIELDS', 'STATS', 'SOURCE', 'CARD_HEAD', 'MADE', 'a
            'predict_logits', 'model_card', 'save_model', 'read_stats', 'read_conversion', 'Predictor', 'load_model']
 
 # %% ../nbs/04a_infer.ipynb #iinfer
+import hashlib
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import nn
 from .card import described_data, stated_sections, with_section
 from .config import RtsConfig, Strict, load
 from .console import DataError
-from .files import inside, read_json, typed, write_atomic
+from .files import digest, inside, read_json, typed, write_atomic
 from .importers import Conversion, conversion_of
 from .models import build
 from .runs import config_files
@@ -184,6 +186,12 @@ class Predictor:
     stats: Stats
     best: dict        # epoch, step, value and metrics of its best validation
     conversion: Conversion|None     # of the files of its source; None: they were tiles
+
+    @cached_property
+    def sha256(self) -> str:
+        "Of what decides its scores; taken once, as a job of small scenes would read the weights for each"
+        files = ('config.yaml', STATS, 'model.safetensors')
+        return hashlib.sha256(''.join(digest(self.folder/name) for name in files).encode()).hexdigest()
 
 def load_model(folder:str|Path,               # a model directory
                device:str|torch.device='cpu'  # where to put the model

@@ -561,11 +561,9 @@ def map_settings(job:MapJob) -> dict:
     "Everything that decides a map, for its tags and its JSON file"
     model, scene = job.model, job.scene
     device = next(model.model.parameters()).device.type
-    files = ('config.yaml', 'normalization_stats.json', 'model.safetensors')
-    model_digests = ''.join(digest(model.folder/name) for name in files)
     settings = dict(
         rtsseg=version('rtsseg'),
-        model=hashlib.sha256(model_digests.encode()).hexdigest(),
+        model=model.sha256,
         calibration=calibration_settings(job.calibration),
         views=job.views,
         scene=digest(scene.files['image']),
