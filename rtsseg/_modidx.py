@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.scenelist._files_in': ('scenelist.html#_files_in', 'rtsseg/scenelist.py'),
                                   'rtsseg.scenelist._on_this_machine': ('scenelist.html#_on_this_machine', 'rtsseg/scenelist.py'),
                                   'rtsseg.scenelist._stac_row': ('scenelist.html#_stac_row', 'rtsseg/scenelist.py'),
+                                  'rtsseg.scenelist._stem': ('scenelist.html#_stem', 'rtsseg/scenelist.py'),
                                   'rtsseg.scenelist._table_columns': ('scenelist.html#_table_columns', 'rtsseg/scenelist.py'),
                                   'rtsseg.scenelist.is_url': ('scenelist.html#is_url', 'rtsseg/scenelist.py'),
                                   'rtsseg.scenelist.local_file': ('scenelist.html#local_file', 'rtsseg/scenelist.py'),

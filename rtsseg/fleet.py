@@ -130,7 +130,7 @@ def list_digest(scenes:pd.DataFrame    # of `read_scenes`
     found = hashlib.sha256()
     for start in range(0, len(scenes), HASHED):
         for column in SCENE_COLUMNS:
-            found.update('\0'.join([column, *scenes[column].iloc[start:start + HASHED]]).encode())
+            found.update('\0'.join([column, *scenes[column].iloc[start:start + HASHED].tolist()]).encode())
     return found.hexdigest()
 
 def begin_job(store:Store, options:MapOptions, scenes:pd.DataFrame) -> FleetJob:

@@ -9,7 +9,6 @@ __all__ = ['SCENE_COLUMNS', 'STAC_SUFFIXES', 'ASSET_COLUMNS', 'URL_SCHEMES', 'St
 # %% ../nbs/08h_scenelist.ipynb #ilist0
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -136,7 +135,7 @@ URL_SCHEMES = 'http', 'https', 's3', 'gs', 'gcs', 'az', 'abfs'
 
 def is_url(address:str) -> bool:
     "Whether a list names a file elsewhere"
-    return bool(re.match('[a-z][a-z0-9]+://', address))
+    return '://' in address
 
 def _check_urls(scenes, remote):
     "Raise where files elsewhere are named that are not wanted, or that cannot be fetched here"
@@ -176,10 +175,15 @@ def _on_this_machine(column, root):
     "Addresses of files, absolute where they are paths"
     def absolute(address):
         if address.startswith('file://'):
-            address = unquote(urlsplit(address).path)
+            return unquote(urlsplit(address).path)
         is_complete = not address or is_url(address)
         return address if is_complete else os.path.normpath(os.path.join(root, address))
-    return pd.Series([absolute(address) for address in column], dtype='str')
+    return pd.Series([absolute(address) for address in column.tolist()], dtype='str')
+
+def _stem(address):
+    "The name of a file without its ending"
+    path = urlsplit(address).path if is_url(address) else address
+    return os.path.splitext(path.rpartition('/')[2])[0]
 
 def _check_list(scenes, source):
     "Raise one `DataError` with what is wrong with the rows of a list"
@@ -203,7 +207,7 @@ def read_scenes(source:str|Path,         # a table, a folder of GeoTIFFs, a GeoT
                 assets:list[str]=()      # of STAC items: as image=visual, extra=elevation
                ) -> pd.DataFrame:        # a row for each scene, all columns text; paths are absolute
     "The scenes of a job, none of which is opened. Raises `DataError` with all that is wrong with the list"
-    source, named = Path(source), parse_assets(assets)
+    source, wanted = Path(source), parse_assets(assets)
     root = source if source.is_dir() else source.parent
     files, items = _files_in(source) if source.is_dir() else ([], [])
     suffix = source.suffix.lower()
@@ -214,7 +218,7 @@ def read_scenes(source:str|Path,         # a table, a folder of GeoTIFFs, a GeoT
     if files:
         table = pd.DataFrame(dict(scene=files))
     elif items:
-        table = pd.DataFrame([_stac_row(item, named) for name in items for item in stac_items(root/name)],
+        table = pd.DataFrame([_stac_row(item, wanted) for name in items for item in stac_items(root/name)],
                              columns=SCENE_COLUMNS)
     else:
         table = _table_columns(source)
@@ -223,8 +227,8 @@ def read_scenes(source:str|Path,         # a table, a folder of GeoTIFFs, a GeoT
     scenes = _as_text(table, source.name)
     for column in ('scene', 'extra'):
         scenes[column] = _on_this_machine(scenes[column], os.path.abspath(root))
-    stems = scenes.scene.str.extract('([^/]*?)(?:[.][^./]*)?(?:[?].*)?$')[0]
-    scenes['name'] = scenes.name.where(scenes.name != '', stems)
+    named = zip(scenes.name.tolist(), scenes.scene.tolist(), strict=True)
+    scenes['name'] = pd.Series([name or _stem(address) for name, address in named], dtype='str')
     scenes['date'] = scenes.date.str[:10]
     _check_list(scenes, source.name)
     _check_urls(scenes, remote)
