@@ -284,6 +284,8 @@ def resize_factor(name:str,              # file name of the scene
                  ) -> float:             # how many times as long the pixels must become; 1: they fit
     "Whether a scene has the resolution of training (guide 4); raises `DataError` where it is another one"
     smallest, largest = trained
+    if not 0 < side < math.inf:
+        raise DataError(f'{name} has pixels without a size on the ground: its coordinates do not fit its CRS')
     if smallest / RESOLUTION_FACTOR <= side <= largest * RESOLUTION_FACTOR:
         return 1.
     if resample:

@@ -146,7 +146,8 @@ WINGS = {
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',
-    'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims fleet',
+    'maps': 'scenestats prediction polygons areas estimates review export mapcheck preview claims '
+            'scenelist fleet',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }
