@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import emit_value, short, timed
 from rasterio.transform import from_origin
 
+from common import emit_value, short, timed
 from rtsseg.config import ToySource, load
 from rtsseg.fleet import map_scenes
 from rtsseg.infer import load_model, save_model
