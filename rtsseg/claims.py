@@ -7,6 +7,8 @@ __all__ = ['Store', 'Claims']
 
 # %% ../nbs/08h_claims.ipynb #iclaims
 import json
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .files import write_atomic
+from .files import sync_folder, write_atomic
 
 # %% ../nbs/08h_claims.ipynb #cstore
 class Store:
@@ -59,14 +61,44 @@ class Store:
         else:
             self.fs.pipe_file(self.path(name), data)
 
+    def put(self,
+            name:str,
+            file:Path    # on this machine
+           ) -> None:
+        "Write a file as a whole, or replace it, by the content of another, which may be larger than memory"
+        if not self.is_local:
+            self.fs.put_file(str(file), self.path(name))
+            return
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            with open(file, 'rb') as source, open(temporary, 'wb') as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
     def read(self, name:str) -> bytes:
         "The content of a file; raises `FileNotFoundError`"
         return self.fs.cat_file(self.path(name))
 
+    def exists(self, name:str) -> bool:
+        "Whether a file is there"
+        self.fs.invalidate_cache()
+        return self.fs.exists(self.path(name))
+
     def names(self, folder:str) -> list[str]:
         "Names of the files in a folder, sorted; those that are being written are left out"
         self.fs.invalidate_cache()
-        found = self.fs.find(self.path(folder)) if self.fs.isdir(self.path(folder)) else []
+        try:
+            # details of each file would take most of the time
+            found = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            found = []
         names = (path.rsplit('/', 1)[1] for path in found)
         return sorted(name for name in names if not name.startswith('.') and not name.endswith('.tmp'))
 

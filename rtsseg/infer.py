@@ -10,7 +10,9 @@ __all__ = ['VIEWS', 'SIDE_STEP', 'MACHINE_FIELDS', 'STATS', 'SOURCE', 'CARD_HEAD
            'read_conversion', 'untrained_network', 'Predictor', 'load_model']
 
 # %% ../nbs/04a_infer.ipynb #iinfer
+import hashlib
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.nn import functional
 from .card import described_data, stated_sections, with_section
 from .config import Member, Model, RtsConfig, Strict, load, parse_views
 from .console import DataError
-from .files import inside, read_json, typed, write_atomic
+from .files import digest, inside, read_json, typed, write_atomic
 from .importers import Conversion, conversion_of
 from .models import build, check_size
 from .runs import config_files
@@ -313,6 +315,12 @@ class Predictor:
     stats: Stats
     best: dict        # epoch, step, value and metrics of its best validation; of an ensemble without epoch and value
     conversion: Conversion|None     # of the files of its source; None: they were tiles
+
+    @cached_property
+    def sha256(self) -> str:
+        "Of what decides its scores; taken once, as a job of small scenes would read the weights for each"
+        files = ('config.yaml', STATS, 'model.safetensors')
+        return hashlib.sha256(''.join(digest(self.folder/name) for name in files).encode()).hexdigest()
 
 def load_model(folder:str|Path,               # a model directory
                device:str|torch.device='cpu'  # where to put the model

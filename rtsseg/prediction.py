@@ -318,6 +318,8 @@ def resize_factor(name:str,              # file name of the scene
                  ) -> float:             # how many times as long the pixels must become; 1: they fit
     "Whether a scene has the resolution of training (guide 4); raises `DataError` where it is another one"
     smallest, largest = trained
+    if not 0 < side < math.inf:
+        raise DataError(f'{name} has pixels without a size on the ground: its coordinates do not fit its CRS')
     if smallest / RESOLUTION_FACTOR <= side <= largest * RESOLUTION_FACTOR:
         return 1.
     if resample:
@@ -661,11 +663,9 @@ def map_settings(job:MapJob) -> dict:
     "Everything that decides a map, for its tags and its JSON file"
     model, scene = job.model, job.scene
     device = next(model.model.parameters()).device.type
-    files = ('config.yaml', 'normalization_stats.json', 'model.safetensors')
-    model_digests = ''.join(digest(model.folder/name) for name in files)
     settings = dict(
         rtsseg=version('rtsseg'),
-        model=hashlib.sha256(model_digests.encode()).hexdigest(),
+        model=model.sha256,
         calibration=calibration_settings(job.calibration),
         views=job.views,
         scene=raster_digest(scene.files['image']),

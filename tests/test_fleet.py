@@ -1,26 +1,42 @@
 "Maps of many scenes: the bytes do not depend on who made which part, or on who died"
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from zipfile import ZipFile
 
+import geopandas as gpd
+import numpy as np
 import pandas as pd
+import pyproj
 import pytest
+import shapely
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from rasterio.transform import from_origin
+from rasterio.transform import Affine, from_origin
 
-from rtsseg.config import ToySource, load
-from rtsseg.fleet import cut_shards, map_scenes
+import rtsseg.fleet
+from helpers.maps import noise, untrained_model
+from rtsseg.claims import Store
+from rtsseg.config import ConfigError, ToySource, load
+from rtsseg.console import DataError
+from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, work_of
 from rtsseg.infer import save_model
+from rtsseg.launch import StopSignals
 from rtsseg.models import build
+from rtsseg.polygons import map_polygons
 from rtsseg.prediction import predict
 from rtsseg.raster import write_raster
 from rtsseg.runs import RunError
+from rtsseg.scenelist import SCENE_COLUMNS
 from rtsseg.stats import Stats
 from rtsseg.toy import CRS, METRES, scene
 
@@ -106,25 +122,232 @@ def test_a_worker_that_is_asked_to_stop_gives_its_claim_back(fleet, tmp_path):
     map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20, expiry=600.)
     check_maps(fleet, job)
 
-def test_scenes_that_do_not_fit_cost_only_themselves(fleet, tmp_path):
-    "Another resolution, a missing file, text under a .tif name: listed, with what is wrong, and exit code 3"
-    write_scene(tmp_path/'coarse.tif', 200, pixel=10)
-    (tmp_path/'text.tif').write_text('no raster')
-    names = ['coarse.tif', 'text.tif', 'missing.tif', str(fleet/'scenes'/'1.tif')]
-    pd.DataFrame(dict(scene=names)).to_csv(tmp_path/'list.csv', index=False)
+def map_content(job, name):
+    "The bytes of a map of a job, as a file or as a member of an archive"
+    file = job/f'maps/{name}.tif'
+    if file.exists():
+        return file.read_bytes()
+    row = pd.read_parquet(job/'index.parquet').set_index('name').loc[name]
+    with ZipFile(job/row.archive) as archive:
+        return archive.read(row.member)
+
+def bad_scenes(folder):
+    "{name: what the report says of it}; the scenes are written, but for one"
+    write_scene(folder/'coarse.tif', 200, pixel=10)
+    write_scene(folder/'whole.tif', 200)
+    content = (folder/'whole.tif').read_bytes()
+    (folder/'cut.tif').write_bytes(content[:len(content) // 2])
+    (folder/'text.tif').write_text('no raster')
+    image = noise(70, 70)
+    write_raster(folder/'turned.tif', image, from_origin(*CORNER, 3, 3) @ Affine.rotation(30), CRS, nodata=0)
+    # metres, where the CRS counts in degrees
+    write_raster(folder/'swapped.tif', image, from_origin(*CORNER, 3, 3), 'EPSG:4326', nodata=0)
+    return dict(coarse='coarse.tif has pixels of 9.', cut='cut.tif cannot be read', text='text.tif is not a GeoTIFF',
+                missing='missing.tif: no such file', turned='a rotated grid',
+                swapped='its coordinates do not fit its CRS')
+
+@pytest.mark.parametrize('tiles', [False, True])
+def test_scenes_that_do_not_fit_cost_only_themselves(fleet, tmp_path, tiles):
+    "In the middle of a list: each is reported with what is wrong with it, exit code 3, and a list to try again"
+    problems = bad_scenes(tmp_path)
+    names = [str(fleet/'scenes/0.tif'), *(f'{name}.tif' for name in problems), str(fleet/'scenes/1.tif')]
+    pd.DataFrame(dict(scene=names, region='north')).to_csv(tmp_path/'list.csv', index=False)
+    job = tmp_path/'job'
     with pytest.raises(RunError) as caught:
-        map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', device='cpu')
-    message = str(caught.value)
+        map_scenes(fleet/'model', tmp_path/'list.csv', job, device='cpu', tiles=tiles, windows=40)
     assert caught.value.code == 3
-    assert '3 of 4 scenes failed' in message
-    for words in ('coarse: coarse.tif has pixels of 9.', 'text: text.tif is not a GeoTIFF', 'missing: missing.tif'):
-        assert words in message
-    assert (tmp_path/'job/maps/1.tif').read_bytes() == (fleet/'1.tif').read_bytes()
-    again = pd.read_csv(tmp_path/'job'/'retry.csv')
-    assert sorted(again.name) == ['coarse', 'missing', 'text']
-    # those that are there now are mapped
-    made = map_scenes(fleet/'model', tmp_path/'coarse.tif', tmp_path/'resampled', device='cpu', resample=True)
-    assert made['maps'] == ['coarse.tif']
+    lines = str(caught.value).splitlines()
+    assert '6 of 8 scenes failed' in lines[0]
+    for line, (name, words) in zip(lines[1:], problems.items(), strict=True):
+        assert line.startswith(f'{name}: ')
+        assert words in line
+    for k in range(2):
+        assert map_content(job, str(k)) == (fleet/f'{k}.tif').read_bytes()
+    again = pd.read_csv(job/'retry.csv')
+    assert again.name.tolist() == list(problems)
+    assert set(again.region) == {'north'}
+    # the list is taken as it is; what was wrong with one is not wrong any more
+    shutil.copy(tmp_path/'whole.tif', tmp_path/'missing.tif')
+    with pytest.raises(RunError, match='4 of 6 scenes failed'):
+        map_scenes(fleet/'model', job/'retry.csv', tmp_path/'second', device='cpu', resample=True, tiles=tiles)
+    assert map_content(tmp_path/'second', 'missing')
+    assert map_content(tmp_path/'second', 'coarse')
+
+FAR = dict(
+    pole=('EPSG:3413', (-200, 150), 3),
+    date_line_mercator=('EPSG:3857', (20037508.34 - 570, 11068716), 8.77),
+    date_line_utm=('EPSG:32601', (213_000, 7_800_000), 3),
+    date_line_polar=('EPSG:3413', (-1_900_000, 1_900_000), 3),
+)
+
+@pytest.mark.parametrize('place', FAR)
+def test_scenes_at_the_pole_and_at_the_antimeridian(fleet, tmp_path, place):
+    "The map lies on the grid of its scene, and its object has the area that it has in an equal-area projection"
+    crs, corner, pixel = FAR[place]
+    image = np.full((3, 130, 130), 102, 'uint8')
+    write_raster(tmp_path/'scene.tif', image, from_origin(*corner, pixel, pixel), crs, nodata=0)
+    map_scenes(fleet/'model', tmp_path/'scene.tif', tmp_path/'job', device='cpu')
+    map_polygons([tmp_path/'job/maps/scene.tif'], tmp_path/'objects.gpkg', 1e-4)
+    objects = gpd.read_file(tmp_path/'objects.gpkg')
+    assert len(objects) == 1
+    assert objects.crs == crs
+    square = shapely.box(corner[0], corner[1] - 130 * pixel, corner[0] + 130 * pixel, corner[1])
+    assert objects.total_bounds == pytest.approx(square.bounds)
+    longitude, latitude = pyproj.Proj(crs)(square.centroid.x, square.centroid.y, inverse=True)
+    plane = pyproj.CRS(f'+proj=laea +datum=WGS84 +lat_0={latitude} +lon_0={longitude}')
+    project = pyproj.Transformer.from_crs(crs, plane, always_xy=True).transform
+    assert objects.Area.sum() == pytest.approx(shapely.transform(square, project, interleaved=False).area, rel=1e-3)
+
+@pytest.mark.parametrize('tiles', [False, True])
+def test_a_finished_part_is_not_done_twice(fleet, tmp_path, tiles):
+    "A worker that claims a part which another has done in the meantime leaves it"
+    store = Store(tmp_path/'job')
+    listed = pd.DataFrame(dict.fromkeys(SCENE_COLUMNS, ['x']))
+    with StopSignals() as signals:
+        worker = Worker(store, None, FleetJob(MapOptions('model', tiles=tiles), listed), 60, signals)
+        (part,), _ = worker.work.parts((0, 1))
+        store.write(worker.work.result(part), b'done')
+        # without a mapper, doing it would fail
+        assert worker.do_one([part])
+    assert store.read(worker.work.result(part)) == b'done'
+    assert store.names('claims') == []
+
+SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12)
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=SIZES, count=st.integers(2, 4), windows=st.integers(1, 60))
+def test_shares_hold_each_shard_once(sizes, count, windows):
+    "Plans of three scenes each, in any order; the maps wait for all shards of their scenes"
+    store = Store('memory://shares')
+    if store.fs.exists(store.root):
+        store.fs.rm(store.root, recursive=True)
+    listed = pd.DataFrame({name: [f'{name}{k}' for k in range(len(sizes))] for name in SCENE_COLUMNS})
+    job = FleetJob(MapOptions('model', windows=windows), listed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtsseg.fleet, 'PLANNED', 3)
+        work = work_of(store, job)
+        plans, later = work.parts((0, 1))
+        assert later
+        assert plans == [f'p{k:06}' for k in range((len(sizes) + 2) // 3)]
+        for part in reversed(plans):
+            found = [dict(k=k, count=sizes[k][0], columns=sizes[k][1], width=9) for k in job.stretch(int(part[1:]), 3)]
+            store.write(f'plans/{part}', json.dumps(found).encode())
+        shards, later = work_of(store, job).parts((0, 1))
+        assert later
+        shared = [work_of(store, job).parts((i, count)) for i in range(count)]
+        assert sorted(part for parts, _ in shared for part in parts) == shards
+        assert not any(later for _, later in shared)
+        work.read_plans()
+        rows = sorted((k, row) for items in work.shards.values() for k, first, end in items
+                      for row in range(first, end))
+        assert rows == [(k, row) for k, (height, _) in enumerate(sizes) for row in range(height)]
+        for part in shards:
+            store.write(f'shards/{part}', b'')
+        assert work.parts((0, 1)) == ([f'm{k:06}' for k in range(len(sizes))], False)
+
+@pytest.fixture
+def server(fleet):
+    "The scenes over HTTP, on this machine; the address"
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *words):
+            pass
+
+    served = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=fleet/'scenes'))
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{served.server_port}'
+    served.shutdown()
+    served.server_close()
+
+def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, server):
+    "STAC items with references over HTTP: the same bytes; one that is not there costs only itself"
+    items = []
+    for k in range(3):
+        assets = dict(visual=dict(href=f'{server}/{k}.tif'), thumbnail=dict(href='small.png'))
+        properties = dict(datetime='2023-08-01T12:00:00Z')
+        items.append(dict(type='Feature', id=str(k), geometry=None, properties=properties, assets=assets))
+    (tmp_path/'items.json').write_text(json.dumps(dict(type='FeatureCollection', features=items)))
+    arguments = fleet/'model', tmp_path/'items.json', tmp_path/'job'
+    named = dict(device='cpu', asset=['image=visual'], windows=20)
+    with pytest.raises(DataError, match='only with --remote'):
+        map_scenes(*arguments, **named)
+    assert not (tmp_path/'job').exists()
+    with pytest.raises(RunError, match=f'1 of 3 scenes failed.*\n2: {server}/2.tif cannot be fetched'):
+        map_scenes(*arguments, **named, remote=True)
+    for k in range(2):
+        assert (tmp_path/f'job/maps/{k}.tif').read_bytes() == (fleet/f'{k}.tif').read_bytes()
+        note = json.loads((tmp_path/f'job/maps/{k}.tif.json').read_text())
+        assert (note['scene_name'], note['scene_date']) == (f'{k}.tif', '2023-08-01')
+
+def test_a_kind_of_storage_without_its_package(fleet, tmp_path, monkeypatch):
+    "Said before a job begins"
+    (tmp_path/'list.csv').write_text('scene\ngs://bucket/a.tif\n')
+    monkeypatch.setitem(sys.modules, 'gcsfs', None)
+    with pytest.raises(ConfigError, match='gs:// needs a package'):
+        map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', remote=True)
+    (tmp_path/'list.csv').write_text('scene\nftp://host/a.tif\n')
+    with pytest.raises(DataError, match='ftp:// is not one of http'):
+        map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', remote=True)
+
+def test_form_and_registry_are_those_of_predict(fleet, tmp_path):
+    "Bands of EXTRA rasters by number; a form that a model cannot read fails"
+    stats = Stats(['R', 'G', 'B', 'NIR'], 'uint8', 255., [.3] * 4, [.1] * 4, 1, '', pixel_size=[2.8, 3.1])
+    model = untrained_model(tmp_path/'model', stats)
+    place = from_origin(*CORNER, METRES, METRES), CRS
+    write_raster(tmp_path/'a.tif', noise(100, 80), *place, nodata=0)
+    write_raster(tmp_path/'extra.tif', noise(100, 80)[:2].astype('float32'), *place)
+    (tmp_path/'bands.yaml').write_text('NIR: 2\n')
+    (tmp_path/'list.csv').write_text('scene,extra\na.tif,extra.tif\n')
+    settings = dict(device='cpu', registry=tmp_path/'bands.yaml', form='manifest')
+    predict(model, tmp_path/'a.tif', tmp_path/'map.tif', tmp_path/'extra.tif', **settings)
+    map_scenes(model, tmp_path/'list.csv', tmp_path/'job', **settings)
+    assert (tmp_path/'job/maps/a.tif').read_bytes() == (tmp_path/'map.tif').read_bytes()
+    with pytest.raises(ConfigError, match='registry: it numbers the bands of the column extra'):
+        map_scenes(fleet/'model', fleet/'scenes', tmp_path/'none', **settings)
+    with pytest.raises(RunError, match='form: model keeps no source.json'):
+        map_scenes(fleet/'model', fleet/'scenes', tmp_path/'source', device='cpu', form='source')
+
+@pytest.mark.slow
+def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_path):
+    "A loop over shares, all at once"
+    job = tmp_path/'job'
+    shares = [[*command(fleet, job, 60), '--share', f'{i}/3'] for i in (1, 2, 3)]
+    running = [subprocess.Popen(share, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+               for share in shares]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    done = len([*(job/'shards').iterdir()])
+    assert done > 3
+    # all shards are there: the last command only joins
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtsseg.fleet.SceneWork, 'make_shard', None)
+        map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
+    check_maps(fleet, job)
+
+TILES = 'import json, sys; from rtsseg.fleet import map_scenes; map_scenes(**json.loads(sys.argv[1]))'
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_in_a_list_of_tiles_costs_nothing(fleet, tmp_path):
+    "The same archives and index as of a job that was not interrupted"
+    tiles = tmp_path/'tiles'
+    tiles.mkdir()
+    for k in range(30):
+        write_scene(tiles/f'{k:02}.tif', 64, k)
+    made = map_scenes(fleet/'model', tiles, tmp_path/'whole', device='cpu', tiles=True, windows=5)
+    assert made['maps'] == [f't{k:06}.zip' for k in range(6)]
+    options = dict(model=f'{fleet}/model', scenes=str(tiles), out=f'{tmp_path}/job', device='cpu', tiles=True,
+                   windows=5, expiry=3)
+    worker = subprocess.Popen([sys.executable, '-c', TILES, json.dumps(options)], env=ONE_THREAD,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not [*(tmp_path/'job/index').glob('t*')]:
+        assert worker.poll() is None, 'it ended before it could be stopped'
+        time.sleep(.01)
+    worker.kill()
+    worker.wait()
+    assert not (tmp_path/'job/report.json').exists()
+    assert map_scenes(**options) == made
+    for name in ('index.parquet', 'report.json', *(f'maps/{archive}' for archive in made['maps'])):
+        assert (tmp_path/'job'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
+    predict(fleet/'model', tiles/'07.tif', tmp_path/'07.tif', device='cpu')
+    assert map_content(tmp_path/'job', '07') == (tmp_path/'07.tif').read_bytes()
 
 @pytest.mark.parametrize('change', ['gone', 'another'])
 def test_a_scene_that_changes_before_its_map_is_joined(fleet, tmp_path, change):
