@@ -521,9 +521,11 @@ def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of the
             problems.append(str(error))
     names = [one.path for one in found]
     problems += [f'{path.name} is named twice' for path in dict.fromkeys(names) if names.count(path) > 1]
-    if not problems:
+    try:
         found = in_order(found, overlap)
-        problems += filter(None, [place_map(one, found[0]) for one in found])
+    except DataError as error:
+        problems.append(str(error))
+    problems += filter(None, [place_map(one, found[0]) for one in found])
     if problems:
         raise DataError('\n'.join(first_lines(problems)))
     return found

@@ -143,9 +143,12 @@ def test_area_is_measured_on_the_ground(tmp_path):
     assert (map_cells(bare, 4, .5).pixel_area == 1).all()
 
 def test_what_is_no_map_is_refused(tmp_path):
-    write_raster(tmp_path/'image.tif', np.full((1, 8, 8), 9, 'uint8'), transform=GRID, crs=CRS)
-    with pytest.raises(DataError, match='image.tif holds values outside of 0 to 1'):
-        review_sample(tmp_path/'image.tif', tmp_path/'out')
+    image = np.full((1, 8, 8), 9, 'uint8')
+    for nodata, words in ((None, 'image.tif is not a map of probabilities: it declares no nodata value'),
+                          (0, 'image.tif holds values outside of 0 to 1')):
+        write_raster(tmp_path/'image.tif', image, transform=GRID, crs=CRS, nodata=nodata)
+        with pytest.raises(DataError, match=words):
+            review_sample(tmp_path/'image.tif', tmp_path/'out')
     write_map(tmp_path/'empty.tif', np.zeros((8, 8)), np.zeros((8, 8), bool))
     with pytest.raises(DataError, match='empty.tif holds no data'):
         review_sample(tmp_path/'empty.tif', tmp_path/'out')
