@@ -7,9 +7,10 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'requi
            'argument_parser', 'print_error', 'call', 'is_script', 'set_hash_seed', 'merged_signature',
            'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe',
            'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model', 'rtsseg_map', 'rtsseg_polygons',
+           'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model',
+           'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons',
            'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample',
-           'rtsseg_review_read', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -348,7 +349,7 @@ def rtsseg_track(run:str='',    # run folder, or the folder of a search
 def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the config
                     shared:RunArguments=RunArguments(),
                     split:str='val',      # train, val or test
-                    views:str='',         # none, minimal, standard, full, or several with commas; '': the config's
+                    views:str='',         # as none, minimal or none@0.5, several with commas; '': the config's
                     force:bool=False      # although another config used the test split, or config or data changed
                    ) -> None:
     "Run a trained model over a split and write down what it saw"
@@ -368,7 +369,7 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
 @command()
 def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      shared:RunArguments=RunArguments(),
-                     views:str=''     # none, minimal, standard or full; '' takes the config's
+                     views:str=''     # as none, minimal, none@0.5 or none-max; '' takes the config's
                     ) -> None:
     "Turn a run's scores into probabilities and choose its thresholds, on its validation evidence"
     folder = shared.run_folder(run)
@@ -377,6 +378,26 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
     gains = show_views(views_gain(folder))
     if gains:
         print(gains)
+
+@command()
+def rtsseg_scales(run:str='',                # run folder, evaluated on validation and calibrated with both views
+                  fine:str='none',           # views at full resolution
+                  coarse:str='none@0.5',     # views at a lower one
+                  ratio:str='1:200'          # at which thresholds and false objects are taken
+                 ) -> None:
+    "Whether a second scale finds more large objects on validation, at as many false alarms (guide 8.2)"
+    require(run=run)
+    from rtsseg.joins import scale_gain, show_scales
+    print(show_scales(scale_gain(run, fine, coarse, ratio)))
+
+@command()
+def rtsseg_ensemble(models:list[str]=(),    # run folders, or model directories
+                    out:str=''              # a new model directory; '' makes a run folder beside those of the models
+                   ) -> None:
+    "One model of several, whose probability is the mean of theirs; it is evaluated and calibrated like any other"
+    require(models=models)
+    from rtsseg.ensemble import ensemble
+    print(os.path.relpath(ensemble(as_list(models), out)))
 
 @command()
 def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or configurations; none: found from the config
@@ -399,7 +420,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    scene:str='',          # of any size: GeoTIFF with R, G, B as tiles have, or a file as in data.source
                    out:str='',            # the map, a .tif; beside it comes a .tif.json
                    extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
-                   views:str='',          # none, minimal, standard or full; '' takes the model's
+                   views:str='',          # as none, minimal, none@0.5 or none-max; '' takes the model's
                    crs:str='',            # of a scene that names none: as EPSG:3413, or none
                    device:str='auto',     # auto, cpu or cuda
                    batch:int=8,           # windows at once
@@ -445,44 +466,126 @@ def rtsseg_model(inspect:str='',    # model directory: what it is
         print(f'{len(verify_model(verify))} files are what was written')
 
 @command(resumes=True)
-def rtsseg_map(model:str='',          # model directory, as runs/…/model
-               scenes:str='',         # a table with a column scene, a folder of GeoTIFFs, or one GeoTIFF
-               out:str='',            # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
-               workers:int=1,         # processes of this machine
-               share:str='',          # as 2/8: only every eighth shard, beginning with the second
-               views:str='',          # none, minimal, standard or full; '' takes the model's
-               device:str='auto',     # auto, cpu or cuda
-               batch:int=8,           # windows at once
-               resample:bool=False,   # scenes of another resolution are resampled to that of training
-               windows:int=1000,      # of a shard, about
-               expiry:float=120       # seconds after which the part of a dead worker is taken over
+def rtsseg_map(model:str='',             # model directory, as runs/…/model
+               scenes:str='',            # a table with a column scene, a folder of GeoTIFFs, a GeoTIFF, or STAC items
+               out:str='',               # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
+               workers:int=1,            # processes of this machine, or actors of Ray
+               engine:str='local',       # local or ray
+               share:str='',             # as 2/8: only every eighth shard, beginning with the second
+               views:str='',             # as none, minimal, none@0.5 or none-max; '' takes the model's
+               device:str='auto',        # auto, cpu or cuda
+               batch:int=8,              # windows at once
+               resample:bool=False,      # scenes of another resolution are resampled to that of training
+               windows:int=1000,         # of a shard, about; with --tiles: rows of the list in a shard
+               expiry:float=120,         # seconds after which the part of a dead worker is taken over
+               form:str='',              # manifest or source, where a scene could be read as either
+               registry:str='',          # YAML file of the bands in the column extra, name: number
+               tiles:bool=False,         # the list is of tiles: maps of a shard are one archive
+               remote:bool=False,        # files that the list names by URL are fetched
+               asset:list[str]=()        # of STAC items: image=visual, and extra=elevation
               ) -> None:
     "Maps of many scenes; resumes, and the same command on further machines helps"
     require(model=model, scenes=scenes, out=out)
     from rtsseg.fleet import map_scenes
-    made = map_scenes(model, scenes, out, workers, share, views, device, batch, resample, windows, expiry)['maps']
+    from rtsseg.rayengine import find_engine
+    made = map_scenes(model, scenes, out, workers, share, views, device, batch, resample, windows, expiry, form,
+                      registry, tiles, remote, as_list(asset), find_engine(engine))['maps']
     if share:
         print('this share is done; the same command without --share joins the maps, once all shares are')
     else:
-        print(f'{len(made)} maps in {out}/maps')
+        print(f'{len(made)} {"archives" if tiles else "maps"} in {out}/maps')
 
 @command()
-def rtsseg_polygons(maps:list[str]=(),         # maps of rtsseg-predict on one grid
-                    out:str='',                # the GeoPackage; GeoParquet and QGIS style go beside it
-                    threshold:float=0,         # probability from which a pixel counts; 0: the calibration's
-                    ratio:str='1:200',         # at which the threshold of the calibration is taken
-                    min_area:float=0,          # smallest object, m² on the ground; pixels without a CRS
-                    simplify:float=0,          # corners that span less than this many pixels, squared, go
-                    known:str='',              # a layer of known objects to compare with
-                    region:str='',             # its column that names the region
-                    force:bool=False           # replace files that exist
+def rtsseg_cost(tiles:float=0,             # of the map, without overlap
+                model:str='',              # model directory, whose rate is measured here
+                rate:float=0,              # forward passes of a GPU a second; 0: measured
+                gpus:int=8,                # the most that are considered
+                views:str='none',          # none, minimal, standard or full
+                scales:str='1',            # as '1 0.5'
+                members:int=1,             # models of an ensemble
+                price:float=0,             # of a GPU for an hour; 0: not known
+                store:float=float('inf'),  # bytes a second between the store and all GPUs
+                storage_price:float=0,     # of a GB for a month; 0: not known
+                months:float=12,           # for which the map is kept
+                deaths:float=0,            # of a GPU's worker, a day
+                device:str='auto',         # auto, cpu or cuda, for measuring
+                batch:int=8,               # windows at once, for measuring
+                out:str=''                 # a page, .html or .md; '' writes none
+               ) -> None:
+    "Time and cost of a large map by number of GPUs, with all assumptions"
+    require(tiles=tiles)
+    from rtsseg.cost import Machines, MapWork, cost_report, read_scales
+    work = MapWork(tiles, views=views, scales=read_scales(scales), members=members)
+    machines = Machines(rate, gpus, price, store, storage_price, months, deaths)
+    found = cost_report(work, machines, model, device, batch)
+    print(found)
+    if out:
+        found.write(Path(out))
+
+# %% ../nbs/10_cli.ipynb #ccliprod
+@command()
+def rtsseg_join(maps:list[str]=(),      # maps of one scene, as of several scales
+                out:str='',             # the joined map, a .tif
+                rule:str='max',         # max, mean or size
+                least:float=1000,       # for size: shortest object of a coarser map, metres
+                threshold:float=0,      # for size: probability of objects; 0: each map's own
+                ratio:str='1:200',      # at which a map's own threshold is taken
+                force:bool=False        # replace a map of other settings
+               ) -> None:
+    "Maps of one scene as one, as of several scales (guide 8.2); each of them is kept"
+    require(maps=maps, out=out)
+    from rtsseg.joins import join_maps
+    made = join_maps(as_list(maps), out, rule, least, threshold or None, ratio, force)
+    print(f"{out}: {made['valid']} of {made['pixels']} pixels have data; {made['views']}")
+
+@command()
+def rtsseg_mosaic(maps:list[str]=(),      # maps on one grid, of one model and calibration
+                  out:str='',             # a .vrt that names them relative to itself
+                  overlap:str='later',    # what lies on top: later (the later scene) or last (named last)
+                  force:bool=False        # replace a file of this name
+                 ) -> None:
+    "Maps of a region as one file that names them; other commands take it as a map"
+    import json
+    require(maps=maps, out=out)
+    from rtsseg.mosaic import write_mosaic
+    print(json.dumps(write_mosaic(as_list(maps), out, overlap, force), indent=1))
+
+@command()
+def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
+                out:str='',            # the mask, a .tif: 1, 0, and 255 without data
+                threshold:float=0,     # probability from which a pixel counts; 0: the calibration's
+                ratio:str='1:200',     # at which the threshold of the calibration is taken
+                force:bool=False       # replace a file of this name
+               ) -> None:
+    "The mask of a map as a Cloud Optimized GeoTIFF"
+    import json
+    require(map=map, out=out)
+    from rtsseg.mosaic import write_mask
+    print(json.dumps(write_mask(map, out, threshold or None, ratio, force), indent=1))
+
+@command()
+def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on one grid, or mosaics
+                    out:str='',                   # the GeoPackage; GeoParquet and QGIS style go beside it
+                    threshold:float=0,            # probability from which a pixel counts; 0: the calibration's
+                    ratio:str='1:200',            # at which the threshold of the calibration is taken
+                    points:str='pixels',          # pixels: thresholds alone; objects: thresholds and smallest areas
+                    regions:str='',               # a layer of regions, which take thresholds of their own
+                    region_column:str='region',   # its column that names the region
+                    min_area:float=0,             # smallest object, m² on the ground; pixels without a CRS
+                    simplify:float=0,             # corners that span less than this many pixels, squared, go
+                    parts:list[str]=(),           # maps of the same ground by other scales or seeds: how many agree
+                    overlap:str='last',           # what counts where maps overlap: last, later, highest or both
+                    known:str='',                 # a layer of known objects to compare with
+                    region:str='',                # its column that names the region
+                    force:bool=False              # replace files that exist
                    ) -> None:
     "Objects of maps as polygons with attributes, each once: GeoPackage, GeoParquet and a QGIS style"
     import json
     require(maps=maps, out=out)
     from rtsseg.polygons import map_polygons
     found = map_polygons(as_list(maps), out, threshold or None, ratio, min_area, simplify, known=known, region=region,
-                         force=force)
+                         force=force, points=points, regions=regions, region_column=region_column,
+                         parts=as_list(parts), overlap=overlap)
     print(json.dumps(found, indent=1))
 
 @command()
@@ -499,10 +602,12 @@ def rtsseg_areas(map:str='',            # a map of rtsseg-predict, calibrated an
     from rtsseg.areas import expected_area
     print(json.dumps(expected_area(map, out, run, cell, replicates, ratio), indent=1))
 
+# %% ../nbs/10_cli.ipynb #cclichk
 @command()
 def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict
                      scenes:list[str]=(),    # their scenes, in the same order; none: the maps alone
                      baseline:str='',        # JSON of rtsseg-map-baseline; '': drift is not checked
+                     model:str='',           # the model directory of all maps; '': batch jitter is not checked
                      figure:str='',          # a .png of the figure; '' writes none
                      threshold:float=.5      # pixels of this probability or more are predicted
                     ) -> None:
@@ -510,7 +615,7 @@ def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict
     from rtsseg.console import DataError
     from rtsseg.findings import has_errors
     from rtsseg.mapcheck import map_check
-    found = map_check(as_list(maps), as_list(scenes), baseline, figure, threshold)
+    found = map_check(as_list(maps), as_list(scenes), baseline, model, figure, threshold)
     if has_errors(found.findings):
         raise DataError(found.verdict)
 
@@ -544,6 +649,7 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
                          out:str='',                 # a new folder for the sample and its pages
                          scene:str='',               # the image that the map was made from; '' writes no pages
                          n:int=500,                  # cells to draw
+                         half_width:float=0,         # wanted of the intervals of precision and recall; n counts no more
                          side:int=32,                # of a cell, pixels of the map
                          threshold:float=.5,         # probability from which the map finds something
                          regions:str='',             # polygons with a column region; '' for none
@@ -556,7 +662,7 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
     require(map=map, out=out)
     from rtsseg.review import review_sample
     review_sample(map, out, scene, n, side, threshold, regions=regions, allocation=allocation,
-                  raters=as_list(raters) or ['rater'], twice=twice, seed=seed)
+                  raters=as_list(raters) or ['rater'], twice=twice, seed=seed, half_width=half_width)
     print(f'{out}: open its pages in a browser, rate, and give the downloaded files to rtsseg-review-read')
 
 @command()
@@ -570,6 +676,23 @@ def rtsseg_review_read(sample:str='',           # folder of rtsseg-review-sample
     print(visible(review_read(sample, as_list(ratings))))
     if rows:
         review_rows(sample, as_list(ratings), rows)
+
+@command()
+def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sample
+                        ratings:list[str]=(),    # the file of each rater
+                        run:str='',              # run folder of the model that made the map
+                        map:str='',              # the map that was rated
+                        scene:str='',            # its scene
+                        out:str='',              # a new folder for tiles, manifest.csv and data.yaml
+                        outlines:str='',         # polygons drawn around new finds; '' for none
+                        extra:str='',            # EXTRA bands of the scene, where the model sees any
+                        accept:bool=False        # confirmed cells too, with the map's outline as provisional mask
+                       ) -> None:
+    "Tiles of the next training from the false alarms and new finds of a review"
+    import json
+    require(sample=sample, ratings=ratings, run=run, map=map, scene=scene, out=out)
+    from rtsseg.relearn import review_tiles
+    print(json.dumps(review_tiles(sample, as_list(ratings), run, map, scene, out, outlines, extra, accept), indent=1))
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
