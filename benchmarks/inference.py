@@ -1,6 +1,6 @@
 """Maps of scenes beside MONAI's sliding windows and beside bare forward passes, on one thread of a CPU
 
-python benchmarks/inference.py [side] [rounds]     MONAI is no dependency: pip install --no-deps monai==1.6.1
+python benchmarks/inference.py [side] [rounds]     for MONAI, pip install --no-deps monai==1.6.1
 
 A model that costs nothing, one 1 × 1 convolution, shows what a window of 512² costs around the model: the time of all
 windows, less that of the model alone on as many. Ours normalises the pixels of a scene, blends scores in double

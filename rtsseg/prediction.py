@@ -495,7 +495,7 @@ class WindowBatch:
     counts: dict[str, int]
     # columns where the windows of the batch start; none where the row holds no data
     lefts: list[int]
-    # float32 (batch, C, tile, tile): the windows, then zeros; filled anew two batches later
+    # float32 (batch, C, tile, tile): the windows, then zeros; filled again two batches later
     x: torch.Tensor
     # whether the row has no further batch
     is_last: bool

@@ -296,7 +296,7 @@ def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypa
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
 
-# ---------------------------------------------------------------- reading and writing beside the model
+# ---------------------------------------------------------------- threads beside the model
 
 def delayed(patch, owner, name):
     "Let a function wait a little before each call; the threads that called it"
@@ -314,7 +314,7 @@ SLOW = {'reader': (Scene, 'window'), 'model': (rtsseg.prediction, 'window_logits
 
 @pytest.mark.parametrize('slow', SLOW)
 def test_a_map_does_not_depend_on_which_thread_waits(model, tmp_path, monkeypatch, slow):
-    "Batches are filled anew only when the model has seen them; reader and writer have threads, which end"
+    "Batches are filled again only when the model has seen them; reader and writer have threads, which end"
     scene = write_scene(tmp_path/'scene.tif', noise(200, 210))
     predict(model, scene, tmp_path/'map.tif', batch=2)
     threads = delayed(monkeypatch, *SLOW[slow])
