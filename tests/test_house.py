@@ -162,7 +162,7 @@ MAY_IMPORT = {
     'seam': 'core measure',
     'task': 'core data feed measure learn seam',
     'judge': 'core data feed measure seam',
-    'maps': 'core data feed measure learn judge task',
+    'maps': 'core data feed measure learn seam judge task',
     'search': 'core data feed learn seam task judge',
     'commands': ' '.join(WINGS),
     'systems': 'core data feed measure learn seam judge task',
