@@ -136,9 +136,11 @@ def test_scores_become_probabilities(calibration, tmp_path):
     want = expit(calibration.slope * logit(score) + calibration.intercept)
     found = read_map(tmp_path/'map.tif') / STEPS
     assert np.abs(found - want).max() < 2 * max(calibration.slope, 1) / STEPS
-    thresholds = {}
-    for ratio, point in calibration.thresholds.items():
-        thresholds[f'1:{ratio}'] = point.threshold if point.reached else None
+    def by_ratio(points, get):
+        return {f'1:{ratio}': get(point) if point.reached else None for ratio, point in points.items()}
+    def thresholds_and_floors(found):
+        return dict(thresholds=by_ratio(found.thresholds, lambda point: point.threshold),
+                    objects=by_ratio(found.objects, lambda point: point.model_dump(include={'threshold', 'min_area'})))
     assert made['calibration'] == dict(
         promise=calibration.promise,
         excess=calibration.remaining.value,
@@ -146,7 +148,8 @@ def test_scores_become_probabilities(calibration, tmp_path):
         ratio='1:200',
         slope=calibration.slope,
         intercept=calibration.intercept,
-        thresholds=thresholds,
+        regions={name: thresholds_and_floors(region) for name, region in calibration.regions.items()},
+        **thresholds_and_floors(calibration),
     )
     with pytest.raises(ValueError, match="no calibration for views 'minimal'"):
         predict(folder, scene, tmp_path/'m.tif', views='minimal')
