@@ -499,8 +499,9 @@ def rtsseg_map(model:str='',             # model directory, as runs/…/model
 def rtsseg_cost(tiles:float=0,             # of the map, without overlap
                 model:str='',              # model directory, whose rate is measured here
                 rate:float=0,              # forward passes of a GPU a second; 0: measured
-                gpus:int=8,                # the most that are considered
+                gpus:int=8,                # the number that the answer is for
                 views:str='none',          # none, minimal, standard or full
+                overlap:float=.5,          # of neighbouring windows, as a share of their side; 0: tiles as they are
                 scales:str='1',            # as '1 0.5'
                 members:int=1,             # models of an ensemble
                 price:float=0,             # of a GPU for an hour; 0: not known
@@ -515,7 +516,7 @@ def rtsseg_cost(tiles:float=0,             # of the map, without overlap
     "Time and cost of a large map by number of GPUs, with all assumptions"
     require(tiles=tiles)
     from rtsseg.cost import Machines, MapWork, cost_report, read_scales
-    work = MapWork(tiles, views=views, scales=read_scales(scales), members=members)
+    work = MapWork(tiles, overlap=overlap, views=views, scales=read_scales(scales), members=members)
     machines = Machines(rate, gpus, price, store, storage_price, months, deaths)
     found = cost_report(work, machines, model, device, batch)
     print(found)
