@@ -169,6 +169,7 @@ def rate_beside(folder, rounds, height, width, views, passes, goal):
     model = build(load(model=NETWORK).model).eval().to(memory_format=torch.channels_last)
     job = open_job(write_scene(folder, height, width), model, views)
     count = count_windows(job)
+    assert count % BATCH == 0
     x = torch.randn(BATCH, 3, TILE, TILE)
 
     @torch.inference_mode()
