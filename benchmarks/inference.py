@@ -34,7 +34,7 @@ from rtsseg.config import load
 from rtsseg.infer import Predictor
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
-from rtsseg.prediction import FinishedRows, MapJob, Scene, finish_rows, predict_rows, window_starts
+from rtsseg.prediction import FinishedRows, MapJob, Scene, finish_rows, predict_rows, read_windows, window_starts
 from rtsseg.raster import write_raster
 from rtsseg.stats import Stats
 
@@ -169,11 +169,12 @@ def rate_beside(folder, rounds, height, width, views, passes, goal):
     model = build(load(model=NETWORK).model).eval().to(memory_format=torch.channels_last)
     job = open_job(write_scene(folder, height, width), model, views)
     count = count_windows(job)
-    x = torch.randn(BATCH, 3, TILE, TILE)
+    assert count % BATCH == 0
+    windows = [batch.x.clone() for batch in read_windows(job, [*range(count_rows(job))])]
 
     @torch.inference_mode()
     def bare():
-        for _ in range(passes*count // BATCH):
+        for x in windows*passes:
             model(x)
 
     times = turns(lambda: write_rows(job), bare, rounds, warm=1, clock=time.process_time)
