@@ -404,7 +404,7 @@ class TileWork:
             finished = FinishedRows(Path(folder)/'rows', map_settings(opened), size['count'], size['width'])
             finish_rows(opened, finished, {*range(size['count'])}, self.signals)
             out = Path(folder)/f"{row['name']}.tif"
-            write_map(out, scene, finished)
+            write_map(out, scene.grid, finished)
             note = write_note(out, opened)
             for file in (out, note_path(out)):
                 add_member(archive, file)
