@@ -167,8 +167,8 @@ LINES = {
 # what a row says instead of a test, where nothing is built
 NOT_BUILT = 'not built'
 
-# settings that say where things are, and not what a run is
-PLACES = 'name', 'runs', 'system', 'tracker.', 'data.manifest', 'data.source'
+# settings that say where things are, and not what a run is; the members of an ensemble are written by its command
+PLACES = 'name', 'runs', 'system', 'tracker.', 'data.manifest', 'data.source', 'members'
 
 def defaults(cls, prefix=''):
     "Every field of a config tree, and its default"
