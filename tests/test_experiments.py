@@ -167,7 +167,7 @@ LINES = {
 # what a row says instead of a test, where nothing is built
 NOT_BUILT = 'not built'
 
-# settings that say where things are, and not what a run is; the members of an ensemble are written by its command
+# settings that say where things are, and not what a run is; members are written by rtsseg-ensemble
 PLACES = 'name', 'runs', 'system', 'tracker.', 'data.manifest', 'data.source', 'members'
 
 def defaults(cls, prefix=''):

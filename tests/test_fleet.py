@@ -74,11 +74,17 @@ def command(fleet, job, expiry):
     return [MAP, '--model', fleet/'model', '--scenes', fleet/'scenes', '--out', job, '--device', 'cpu',
             '--windows', '20', '--expiry', str(expiry)]
 
+def works_on_the_next(job):
+    "Whether a shard is made, and another one is claimed"
+    made = {file.name for file in (job/'shards').glob('s*')}
+    claimed = {file.stem for file in (job/'claims').glob('s*')}
+    return bool(made and claimed - made)
+
 def begun(fleet, job, expiry):
     "A worker in a process of its own that has made a shard and works on the next"
     worker = subprocess.Popen(command(fleet, job, expiry), env=ONE_THREAD, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL)
-    while not list((job/'shards').glob('s*')):
+    while not works_on_the_next(job):
         assert worker.poll() is None, 'it ended before it could be stopped'
         time.sleep(.01)
     return worker

@@ -218,17 +218,17 @@ def test_batches_do_not_decide_what_a_map_holds(mapped, tmp_path):
 
 def test_a_network_that_looks_at_its_batch_is_found(mapped, monkeypatch):
     "Its scores depend on the mean of all windows that are run together"
-    usual = rtsseg.prediction.predict_logits
-    monkeypatch.setattr(rtsseg.prediction, 'predict_logits',
+    usual = rtsseg.prediction.mean_logits
+    monkeypatch.setattr(rtsseg.prediction, 'mean_logits',
                         lambda model, x, views: usual(model, x, views) + 50 * x.mean())
     found, _ = jitter_of(mapped)
     assert found['batch size'] == 'warning'
 
 def test_a_network_that_knows_its_place_is_found(mapped, monkeypatch):
-    usual = rtsseg.prediction.predict_logits
+    usual = rtsseg.prediction.mean_logits
     def by_place(model, x, views):
         return usual(model, x, views) + .01 * torch.arange(len(x)).view(-1, 1, 1)
-    monkeypatch.setattr(rtsseg.prediction, 'predict_logits', by_place)
+    monkeypatch.setattr(rtsseg.prediction, 'mean_logits', by_place)
     found, _ = jitter_of(mapped)
     assert found['batch place'] == 'warning'
 
