@@ -297,7 +297,7 @@ def test_memory_grows_with_the_width_of_a_scene_and_not_with_its_height(monkeypa
         predict(loaded.folder, scene, tmp_path/f'map{height}.tif')
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # rows wait for a thread in one run and not in the other; the scene itself would add more than half
+    # rows may wait for a thread; the scene itself would add more than half
     assert peaks[1] < 1.5 * peaks[0]
 
 # ---------------------------------------------------------------- threads beside the model
