@@ -2,8 +2,10 @@
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 def timed(function, *arguments, clock=time.perf_counter):
     "Seconds of one call: wall clock, or CPU time of this process with `time.process_time`"
@@ -23,6 +25,17 @@ def turns(ours, peer, rounds, warm=3, clock=time.perf_counter):
 def per_item(times, items):
     "The seconds of two lists of calls, each divided by the items that a call handles"
     return [[seconds / items for seconds in calls] for calls in times]
+
+def peak_mb():
+    "Of this process since it was started; `ru_maxrss` would know the peak of its parent too"
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))/1024
+
+def memory_in_process(script, side, path):
+    "Megabytes that a script prints as the peak of one side, which it runs in a process of its own"
+    command = [sys.executable, script, side, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(json.loads(done.stdout.splitlines()[-1]))
 
 def machine():
     "The machine in words: cores, load, and the GPU where torch sees one"

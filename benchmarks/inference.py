@@ -16,7 +16,6 @@ and writing beside the model hide nothing.
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
@@ -29,7 +28,7 @@ import torch
 from rasterio.transform import from_origin
 from torch import nn
 
-from common import emit, emit_value, short, timed, turns
+from common import emit, emit_value, memory_in_process, peak_mb, short, timed, turns
 from rtsseg.config import load
 from rtsseg.infer import Predictor
 from rtsseg.launch import StopSignals
@@ -129,11 +128,6 @@ def overhead_beside(folder, side, rounds):
     compare('in memory, blended', blend, in_memory, .5)
     compare('from file to finished rows', write_rows, on_disk, .25)
 
-def peak_mb():
-    "Of this process since it was started; `ru_maxrss` would know the peak of its parent too"
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))/1024
-
 def show_memory(side, path):
     "Print the megabytes that one call adds"
     torch.set_num_threads(1)
@@ -146,18 +140,12 @@ def show_memory(side, path):
     work[0](*work[1:])
     print(json.dumps(peak_mb() - before))
 
-def memory(side, path):
-    "The same, in a process of its own"
-    command = [sys.executable, __file__, side, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return round(json.loads(done.stdout.splitlines()[-1]))
-
 def memory_beside(folder, side):
     "Peaks of memory for scenes of several shapes"
-    peer = memory('peer', side)
+    peer = memory_in_process(__file__, 'peer', side)
     for height, width in ((side, side), (8*side, side), (side, 8*side)):
         path = write_scene(folder, height, width)
-        ours, is_square = memory('ours', path), height == width
+        ours, is_square = memory_in_process(__file__, 'ours', path), height == width
         about = dict(goal='≤ 80 MB', met=ours <= 80) if is_square else {}
         emit_value(f'peak of memory beside a scene of {height} × {width}', ours, peer if is_square else None, 'MB',
                    **about)

@@ -10,7 +10,6 @@ given to `rasterio.features.shapes`. Both find as many objects of the same area.
 in a process of its own, above the imports.
 """
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import rasterio.features
 import shapely
 from rasterio.transform import from_origin
 
-from common import emit, emit_value, turns
+from common import emit, emit_value, memory_in_process, peak_mb, turns
 from rtsseg.ground import GEOD
 from rtsseg.polygons import find_objects, geodesic_measures, read_maps
 from rtsseg.prediction import NODATA, STEPS
@@ -88,11 +87,6 @@ def whole_array(path):
     polygons = [shapely.geometry.shape(one) for one, _ in found]
     return len(polygons), shapely.area(polygons).sum()
 
-def peak_mb():
-    "Of this process since it was started; `ru_maxrss` would know the peak of its parent too"
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))/1024
-
 SIDES = dict(ours=in_strips, peer=whole_array)
 
 def show_memory(side, path):
@@ -101,12 +95,6 @@ def show_memory(side, path):
     SIDES[side](path)
     print(json.dumps(peak_mb() - before))
 
-def memory(side, path):
-    "The same, in a process of its own"
-    command = [sys.executable, __file__, side, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return round(json.loads(done.stdout.splitlines()[-1]))
-
 def outlines_beside(path, size, rounds):
     "Time and memory of the outlines of a map of this size"
     found = in_strips(path)
@@ -114,7 +102,8 @@ def outlines_beside(path, size, rounds):
     times = turns(lambda: in_strips(path), lambda: whole_array(path), rounds, warm=0, clock=time.process_time)
     what = f'outlines of {found[0]:,} objects on {size} pixels'
     emit(f'{what}, beside rasterio.features.shapes', *times, goal=1)
-    emit_value(f'{what}: peak of memory', memory('ours', path), memory('peer', path), 'MB')
+    ours, peer = (memory_in_process(__file__, side, path) for side in ('ours', 'peer'))
+    emit_value(f'{what}: peak of memory', ours, peer, 'MB')
 
 def map_beside(side, rounds):
     "A large map, and one of a quarter of its height"

@@ -273,7 +273,8 @@ def draw_calibrations(evidence:Evidence,     # of the validation split
                         '(rtsseg-calibrate) and make the map again (rtsseg-predict)')
     ratio, line = ratio or own, None
     if ratio != own:
-        *line, why = fit_lines(evidence, ratio, trained)[method]
+        slope, intercept, why = fit_lines(evidence, ratio, trained)[method]
+        line = slope, intercept
     drawn = Replicates(evidence, replicates)
     why = drawn.why.removeprefix('no interval: ') or why
     if why:
@@ -376,12 +377,12 @@ def sum_map(one:OpenMap, cells:Grid, calibration:dict, draws:CalibrationDraws) -
     "Sums over all cells, and what each replicate of the calibration makes of them"
     log_odds = code_nodes().log_odds
     table = node_probabilities(log_odds, calibration, draws.lines)
+    if draws.line:
+        at_ratio = node_probabilities(log_odds, calibration, np.array([draws.line]))[:, 0]
     planes, totals, sums = np.full((3, *cells.shape), np.nan), np.zeros(len(draws.lines)), np.zeros(3)
     for row, found in rows_of_cells(one, cells):
         filled = np.flatnonzero(found.valid)
-        expected = found.expected
-        if draws.line:
-            expected = found.by_node @ node_probabilities(log_odds, calibration, np.array([draws.line]))[:, 0]
+        expected = found.by_node @ at_ratio if draws.line else found.expected
         planes[0, row, filled] = expected[filled]
         sums += [found.valid.sum(), expected.sum(), found.zero.sum()]
         if len(totals):
