@@ -23,7 +23,7 @@ from rtsseg.fleet import MapOptions, Mapper, begin_job, work_of
 from rtsseg.infer import save_model
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
-from rtsseg.prediction import predict, window_probabilities
+from rtsseg.prediction import predict, window_logits
 from rtsseg.raster import write_raster
 from rtsseg.scenelist import read_scenes
 from rtsseg.stats import Stats
@@ -86,11 +86,11 @@ def small_tiles(home, count):
                      from_origin(-3_000_000 + 2000 * k, 900_000, METRES, METRES), CRS, nodata=0)
     pd.DataFrame(dict(scene=[f'tiles/{k}.tif' for k in range(count)])).to_parquet(home/'list.parquet')
     store, options = Store(home/'tiled'), MapOptions(f'{home}/model', device='cpu', tiles=True, windows=count)
-    mapper, window = Mapper(options), [torch.zeros(3, TILE, TILE)]
+    mapper, windows = Mapper(options), torch.zeros(1, 3, TILE, TILE)
     job = begin_job(store, options, read_scenes(home/'list.parquet'))
     with StopSignals() as signals:
         seconds = timed(work_of(store, job, mapper, signals).do, 't000000', clock=time.process_time)
-    forward = timed(lambda: [window_probabilities(mapper.model, window, 1, 'none') for _ in range(count)],
+    forward = timed(lambda: [window_logits(mapper.model, windows, 'none') for _ in range(count)],
                     clock=time.process_time)
     archive = home/'tiled/maps/t000000.zip'
     emit_value(f'a tile of {TILE}² in a list, beside its forward pass', short(1000 * seconds / count),

@@ -373,10 +373,13 @@ def test_every_command_has_a_hash_seed(tmp_path, command, given):
     assert wanted.startswith('hash ')
     assert hash_of([Path(sys.executable).parent/command, '--help'], clean | seed) == wanted
 
-def test_what_commands_import_is_there():
-    "Their imports stand inside the functions, where only a call would find a mistake"
-    for node in ast.walk(ast.parse((ROOT/'rtsseg/cli.py').read_text())):
-        if isinstance(node, ast.ImportFrom):
+IMPORT_LATE = [ROOT/'rtsseg/cli.py', *sorted((ROOT/'benchmarks').glob('*.py'))]
+
+@pytest.mark.parametrize('path', IMPORT_LATE, ids=lambda path: path.stem)
+def test_what_a_script_imports_is_there(path):
+    "Commands import inside of functions, and no test runs the benchmarks: only a call would find a mistake"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith('rtsseg')):
             found = importlib.import_module(absolute_name(node, ['rtsseg']))
             for alias in node.names:
                 assert hasattr(found, alias.name), f'{node.module}.{alias.name}'
