@@ -10,21 +10,21 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
            'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH',
            'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc', 'PathOrName',
            'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping',
-           'Checkpoints', 'Loader', 'Stage', 'check_first_stage', 'Unread', 'differing_settings', 'unread_lines',
-           'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource', 'FieldSource',
-           'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform',
-           'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste', 'Augment',
-           'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats', 'Loss',
-           'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics', 'Calibrate', 'Infer', 'Card',
-           'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig', 'system_names',
-           'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml', 'package_folder',
-           'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override', 'nodes_in', 'path_places',
-           'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors', 'concerns_removed',
-           'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers', 'config_class', 'load',
-           'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings', 'as_trained', 'judged_as',
-           'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml', 'write_schema',
-           'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example', 'skip_examples',
-           'notebook_parameters']
+           'Checkpoints', 'Loader', 'Stage', 'Unfreezing', 'check_first_stage', 'Unread', 'differing_settings',
+           'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource',
+           'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data',
+           'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste',
+           'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats',
+           'Loss', 'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics', 'Calibrate', 'Infer',
+           'Card', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig',
+           'system_names', 'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml',
+           'package_folder', 'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override',
+           'nodes_in', 'path_places', 'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors',
+           'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers',
+           'config_class', 'load', 'select_fields', 'decides', 'is_hashed', 'is_post_hoc', 'post_hoc_settings',
+           'as_trained', 'judged_as', 'not_post_hoc', 'deciding_settings', 'hashed_settings', 'yaml_text', 'to_yaml',
+           'write_schema', 'parse_overrides', 'settings', 'assigned_names', 'check_parameters', 'is_example',
+           'skip_examples', 'notebook_parameters']
 
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
@@ -210,6 +210,11 @@ class Stage(Strict):
         {}, description='weights of loss parts in this stage; others keep loop-wide values')
     continues: Annotated[bool, Since('0.2')] = Field(
         False, description='the schedule of the stage before it continues: no new warm-up, no new cosine')
+    gated: Annotated[bool, Since('0.3')] = Field(
+        False, description='its loss weights wait until the monitored value at least equals the best one of the '
+                           'time when a gate opened last; the first gate opens at once')
+    sampler: Annotated[str, Since('0.3')] = Field(
+        '', description='how training samples are drawn, by a name that the system knows; empty: as it does by itself')
 
     @model_validator(mode='after')
     def _ordered(self):
@@ -227,6 +232,12 @@ class Stage(Strict):
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError('warmup_steps takes the place of warmup_epochs: leave out one of them')
         return self
+
+class Unfreezing(Strict):
+    "Lower layers of the model train later: pretrained ones stay as they are while upper ones adapt"
+    share: Fraction = Field(0., description='share of the layers, from the input up, that is frozen at first')
+    groups: PositiveInt = Field(4, description='in how many groups they begin to train, the upper ones first')
+    every: PositiveInt = Field(10, description='epochs until each of these groups begins to train')
 
 def check_first_stage(stages:list[Stage]) -> list[Stage]:
     "Raises `ValueError` where the first stage continues a schedule"
@@ -286,6 +297,8 @@ OF_TWO_PHASES = ('freeze_backbone_epochs', 'lr.frozen_lr', 'lr.base_lr', 'lr.bac
 LOOP_UNREAD = [
     Unread(OF_TWO_PHASES, 'stages has a schedule of its own', lambda cfg: bool(cfg.stages)),
     Unread(('lr.frozen_lr',), 'freeze_backbone_epochs is 0', lambda cfg: not cfg.freeze_backbone_epochs),
+    Unread(('unfreeze.groups', 'unfreeze.every'), 'unfreeze.share is 0', lambda cfg: not cfg.unfreeze.share),
+    Unread(('gate_epochs',), 'no stage is gated', lambda cfg: not any(stage.gated for stage in cfg.stages)),
     Unread(('lr.min_lr',), 'lr.schedule is {cfg.lr.schedule}',
            lambda cfg: cfg.lr.schedule != 'cosine' and not cfg.lr.anneal_on_stop),
     Unread(('lr.warmup_start_lr',), 'the warm-up has no length',
@@ -335,6 +348,9 @@ class LoopConfig(Strict):
         {}, description='weight of each loss part; 1 where it is not named')
     stages: Annotated[list[Stage], AfterValidator(check_gapless), AfterValidator(check_first_stage)] = Field(
         [], description='a schedule of its own; empty means the two phases of the guide')
+    gate_epochs: Annotated[PositiveInt, Since('0.3')] = Field(
+        10, description='gated stages: epochs for which the loss weights of before hold on where a gate stays closed')
+    unfreeze: Annotated[Unfreezing, Since('0.3')] = Unfreezing()
 
     @model_validator(mode='after')
     def _one_length_of_an_epoch(self):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTotals', 'EpochTotals', 'upgrade_state',
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
-           'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'set_train_mode', 'seed_epoch',
-           'planned_rate', 'present_rate', 'set_rates', 'rates_by_part', 'train_epoch', 'save_by_clock', 'same_meaning',
-           'keep_best', 'validate_epoch', 'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'scales_of',
-           'begin', 'batches_per_epoch', 'resume', 'finish', 'fit']
+           'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'freeze', 'ask_gate',
+           'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part', 'train_epoch',
+           'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch', 'is_warmed_up', 'watch_progress',
+           'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin', 'batches_per_epoch', 'resume', 'finish',
+           'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -40,11 +41,13 @@ from rtsseg.processes import (
 )
 from rtsseg.schedule import (
     EarlyStopper,
+    LossGate,
     ParameterGroup,
     PlannedStage,
     Plateau,
     WeightAverage,
     falling_rate,
+    frozen_parameters,
     group_parameters,
     layer_scales,
     learning_rate,
@@ -66,7 +69,7 @@ class Task:
         return {'decoder': [model]}
 
     def layers(self, model:nn.Module) -> dict[str, int]:
-        "For `lr.layer_decay`: the layer of each parameter by name, from the input up; others learn at the full rate"
+        "The layer of each parameter by name, from the input up: what `lr.layer_decay` and `unfreeze` read"
         return {}
 
     def modules(self) -> nn.Module|None:
@@ -185,7 +188,7 @@ OLD_PLATEAU = {'plateau', 'plateau_best', 'plateau_since', 'factor'}
 
 def upgrade_state(state:dict) -> dict:
     "A state of an older version in the present form; raises `ValueError` where that is not possible"
-    state = dict(anneals_after=0) | state
+    state = dict(anneals_after=0, gate={}) | state
     if 'plateau' in state:
         return state
     if state['stopper'].get('plateau'):
@@ -223,6 +226,9 @@ class TrainingState:
     best: dict = field(default_factory=dict)      # epoch, step, value and metrics of the best validation
     stopper: EarlyStopper = field(default_factory=EarlyStopper)
     plateau: Plateau = field(default_factory=Plateau)
+    gate: LossGate = field(default_factory=LossGate)
+    layers: dict[str, int] = field(default_factory=dict)       # parameter name: its layer, where the config needs it
+    frozen: set[str] = field(default_factory=set)              # parameters of layers that do not train yet
     anneals_after: int = 0                  # epoch at which early stopping decided: the rate falls; 0: it has not
     asked: str = ''                         # why this process was asked to stop
     reason: str = ''                        # why the run stopped, '' while it trains: the same in all processes
@@ -268,7 +274,10 @@ class TrainingState:
 
     def loss_weights(self, epoch:int) -> dict[str, float]:
         "Weights of loss parts in an epoch; 1 where a part is not named"
-        return {**self.cfg.loss_weights, **self.stage_of(epoch).stage.loss_weights}
+        last = self.stage_of(epoch).stage.first
+        reached = [planned.stage for planned in self.plan if planned.stage.first <= last]
+        holding = [stage.loss_weights for stage in reached if self.gate.holds(stage, epoch)]
+        return {**self.cfg.loss_weights, **(holding[-1] if holding else {})}
 
     def steps_before(self, epoch:int) -> int:
         "Optimizer steps done when an epoch began"
@@ -297,6 +306,7 @@ class TrainingState:
             sampler=self.sampler.state() if hasattr(self.sampler, 'state') else {},
             stopper=vars(self.stopper),
             plateau=vars(self.plateau),
+            gate=vars(self.gate),
             machine=self.processes.machine,
             history=[{k: v for k, v in row.items() if k not in self.MEASURED} for row in self.history],
             **vars(self.totals),
@@ -334,6 +344,7 @@ class TrainingState:
         if hasattr(self.sampler, 'load'):
             self.sampler.load(state['sampler'])
         self.stopper, self.plateau = EarlyStopper(**state['stopper']), Plateau(**state['plateau'])
+        self.gate = LossGate(**state['gate'])
         self.totals = EpochTotals(**{f.name: state[f.name] for f in fields(EpochTotals)})
         self.history = state['history']
         for name in self.SAVED:
@@ -499,27 +510,55 @@ def take_step(run:TrainingState, group:list) -> None:
 
 # %% ../nbs/04e_loop.ipynb #cepoch
 def enter_stage(run:TrainingState) -> None:
-    "Freeze what the stage of this epoch freezes, and tell observers, where the stage is a new one"
-    planned = run.stage_of(run.epoch)
-    if planned is not run.planned:
-        run.planned = planned
-        for part, modules in run.parts.items():
-            for module in modules:
-                module.requires_grad_(part not in planned.stage.frozen)
+    "Freeze what this epoch freezes and ask the gate of its stage; tell observers where the stage is a new one"
+    planned, frozen = run.stage_of(run.epoch), frozen_parameters(run.cfg.unfreeze, run.layers, run.epoch)
+    if planned is not run.planned or frozen != run.frozen:
+        is_new = planned is not run.planned
+        run.planned, run.frozen = planned, frozen
+        freeze(run)
         run.processes.share(run.model.buffers())
-        run.tell('on_stage', run, planned.stage)
+        if is_new:
+            run.tell('on_stage', run, planned.stage)
+    ask_gate(run)
+
+def freeze(run:TrainingState) -> None:
+    "Let the parts that the stage does not freeze train, without the layers that are still frozen"
+    for part, modules in run.parts.items():
+        for module in modules:
+            module.requires_grad_(part not in run.planned.stage.frozen)
+    for name, parameter in run.model.named_parameters():
+        if name in run.frozen:
+            parameter.requires_grad_(False)
+
+def ask_gate(run:TrainingState) -> None:
+    "Settle whether the loss weights of a gated stage take hold in the epoch that begins"
+    stage, gate, monitor = run.planned.stage, run.gate, run.task.monitor
+    if not gate.is_due(stage, run.epoch):
+        return
+    values = [row[f'val/{monitor}'] for row in run.history if f'val/{monitor}' in row]
+    newest, best, wait = [math.nan, *values][-1], run.best.get('value', math.nan), run.cfg.gate_epochs
+    if not gate.ask(stage, run.epoch, newest, best, run.task.mode, wait) and run.processes.is_main:
+        logger.info(f'epoch {run.epoch}: {monitor} {newest:.4f} does not reach the milestone {gate.milestone:.4f}, so '
+                    f'the loss weights stay as they are for {wait} epochs more')
 
 def set_train_mode(run:TrainingState) -> None:
-    "Training mode for all but the frozen parts"
+    "Training mode for all but the frozen parts and layers"
     run.model.train()
     for part, modules in run.parts.items():
         for module in modules:
             module.train(part not in run.planned.stage.frozen)
+    # a frozen module neither drops paths nor moves its statistics
+    for prefix, module in run.model.named_modules() if run.frozen else []:
+        names = {name for name, _ in module.named_parameters(prefix)}
+        if names and names <= run.frozen:
+            module.eval()
 
 def seed_epoch(run:TrainingState) -> None:
     "Make the order of the epoch's batches a function of seed and epoch"
     if hasattr(run.sampler, 'set_epoch'):
         run.sampler.set_epoch(run.epoch)
+    if hasattr(run.sampler, 'choose'):
+        run.sampler.choose(run.planned.stage.sampler)
     reseed(run.processes.device, run.cfg.seed, run.epoch)
     # a sampler may have a generator of its own
     generator = getattr(getattr(run.sampler, 'sampler', None), 'generator', None)
@@ -701,15 +740,22 @@ def end_epoch(run:TrainingState, row:dict, judged:tuple[dict, Any]|None) -> None
             run.tell('on_checkpoint', run, path)
 
 # %% ../nbs/04e_loop.ipynb #cstart
-def scales_of(cfg:LoopConfig, task:Task, model:nn.Module) -> dict[str, float]|None:
-    "What each parameter's rate is multiplied by, where rates decay by layer; raises `ConfigError`"
-    if cfg.lr.layer_decay is None:
-        return None
+def layers_of(cfg:LoopConfig, task:Task, model:nn.Module) -> dict[str, int]:
+    "The layer of each parameter, where the config needs it, else {}; raises `ConfigError`"
+    needed = [name for name, is_set in (('lr.layer_decay', cfg.lr.layer_decay), ('unfreeze.share', cfg.unfreeze.share))
+              if is_set]
+    if not needed:
+        return {}
     layers = task.layers(model)
     if not layers:
-        raise ConfigError(f'lr.layer_decay: {type(task).__name__} does not say which layers the model has '
-                          '(Task.layers)')
-    return layer_scales(model, layers, cfg.lr.layer_decay)
+        raise ConfigError(f'{needed[0]}: {type(task).__name__} does not say which layers the model has (Task.layers)')
+    return layers
+
+def check_samplers(cfg:LoopConfig, sampler:BatchSampler) -> None:
+    "Raise `ConfigError` where stages name ways to draw samples, and the system has one only"
+    named = [stage.sampler for stage in cfg.stages if stage.sampler]
+    if named and not hasattr(sampler, 'choose'):
+        raise ConfigError(f'stages: sampler {named[0]!r}: this system draws samples in one way; leave it out')
 
 def begin(cfg:LoopConfig,        # what to do
           task:Task,             # what it means
@@ -724,14 +770,17 @@ def begin(cfg:LoopConfig,        # what to do
     if helpers:
         parts['modules'] = [helpers.to(processes.device)]
     place_model(model, processes.device)
-    plan = plan_stages(cfg, parts)
-    groups = group_parameters(model, parts, scales_of(cfg, task, model))
+    check_samplers(cfg, sampler)
+    plan, layers = plan_stages(cfg, parts), layers_of(cfg, task, model)
+    scales = layer_scales(model, layers, cfg.lr.layer_decay) if cfg.lr.layer_decay else None
+    groups = group_parameters(model, parts, scales)
     optimizer = torch.optim.AdamW([dict(params=g.parameters, name=g.part, lr=0.) for g in groups], lr=0.,
                                   weight_decay=cfg.optimizer.weight_decay, fused=True)
     for module in [model, helpers] if helpers else [model]:
         processes.share(t.detach() for t in [*module.parameters(), *module.buffers()])
     average = WeightAverage(model, cfg.ema.decay) if cfg.ema.enabled else None
-    run = TrainingState(cfg, task, model, average, folder, processes, optimizer, groups, parts, plan, sampler, tell)
+    run = TrainingState(cfg, task, model, average, folder, processes, optimizer, groups, parts, plan, sampler, tell,
+                        layers=layers)
     if run.learns and type(task).difficulty is Task.difficulty:
         raise ConfigError(f'hard negatives: {type(task).__name__} has no difficulty that they could be drawn by')
     return run
@@ -773,7 +822,7 @@ def finish(run:TrainingState) -> None:
 def fit(cfg:LoopConfig,       # what to do
         task:Task,            # what it means
         model:nn.Module,      # weights to train, changed in place
-        train:DataLoader,     # training batches; the batch sampler may have set_epoch, learns, learn, state and load
+        train:DataLoader,     # batches; the batch sampler may have set_epoch, choose, learns, learn, state and load
         val:DataLoader,       # validation batches, each once
         folder:str|Path,      # the run folder; a run resumes from the checkpoints in it
         observers:Iterable=(),# objects with hooks (see `HOOKS`)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLATEAU_THRESHOLD', 'PlannedStage', 'default_stages', 'check_stages', 'plan_stages', 'learning_rate', 'layer_scales',
-           'ParameterGroup', 'group_parameters', 'WeightAverage', 'EarlyStopper', 'falling_rate', 'Plateau']
+           'ParameterGroup', 'group_parameters', 'WeightAverage', 'EarlyStopper', 'falling_rate', 'Plateau', 'LossGate',
+           'count_frozen_layers', 'frozen_parameters']
 
 # %% ../nbs/04d_schedule.ipynb #ischedul
 import copy
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .config import ConfigError, EarlyStopping, LearningRate, LoopConfig, Stage
+from .config import ConfigError, EarlyStopping, LearningRate, LoopConfig, Stage, Unfreezing
 from .console import nearest
 
 # %% ../nbs/04d_schedule.ipynb #03f77401
@@ -253,3 +254,66 @@ class Plateau:
     def factor_in(self, planned:PlannedStage) -> float:
         "The factor in a stage: 1 unless its schedule is the one that was watched"
         return self.factor if self.first == planned.head.first else 1.
+
+# %% ../nbs/04d_schedule.ipynb #cgate
+@dataclass
+class LossGate:
+    "Since when the loss weights of each gated stage hold, as plain numbers that a checkpoint can hold"
+    milestone: float|None = None                  # best monitored value when a gate opened last; None before any
+    opened: dict = field(default_factory=dict)    # first epoch of a gated stage: epoch from which its weights hold
+    due: dict = field(default_factory=dict)       # first epoch of a gated stage: epoch at which it is asked next
+
+    def is_due(self,
+               stage:Stage,
+               epoch:int      # that is about to begin
+              ) -> bool:
+        "Whether the gate of a stage is to be asked"
+        return stage.gated and stage.first not in self.opened and epoch >= self.due.get(stage.first, stage.first)
+
+    def ask(self,
+            stage:Stage,     # whose gate is due
+            epoch:int,       # that is about to begin
+            value:float,     # the newest monitored value; NaN before any
+            best:float,      # the best one of the run; NaN before any
+            mode:str,        # 'max' or 'min'
+            wait:int         # epochs until it is asked again
+           ) -> bool:        # whether it opens
+        "Open the gate of a stage, or keep it closed for some epochs"
+        if self.is_reached(value, mode):
+            self.opened[stage.first] = epoch
+            self.milestone = best if math.isfinite(best) else None
+            return True
+        self.due[stage.first] = epoch + wait
+        return False
+
+    def is_reached(self, value:float, mode:str) -> bool:
+        "Whether a value at least equals the milestone"
+        if self.milestone is None:
+            return True
+        return value >= self.milestone if mode == 'max' else value <= self.milestone
+
+    def holds(self,
+              stage:Stage,
+              epoch:int      # in or after the stage
+             ) -> bool:
+        "Whether the loss weights of a stage hold in an epoch"
+        return not stage.gated or self.opened.get(stage.first, math.inf) <= epoch
+
+# %% ../nbs/04d_schedule.ipynb #cunfreeze
+def count_frozen_layers(settings:Unfreezing,
+                        layers:int,     # how many there are
+                        epoch:int       # 1-based
+                       ) -> int:        # that do not train in this epoch, from the input up
+    "How many layers are still frozen"
+    at_first = round(settings.share * layers)
+    left = max(settings.groups - (epoch - 1) // settings.every, 0)
+    return round(at_first * left / settings.groups)
+
+def frozen_parameters(settings:Unfreezing,
+                      layers:dict[str, int],   # parameter name: its layer, counted from the input
+                      epoch:int                # 1-based
+                     ) -> set[str]:            # names
+    "The parameters of the layers that are still frozen"
+    numbers = sorted(set(layers.values()))
+    frozen = set(numbers[:count_frozen_layers(settings, len(numbers), epoch)])
+    return {name for name, layer in layers.items() if layer in frozen}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from helpers.loop import At, EachStep, Points, Scripted, equal, net, quick, run, stop, weights
 from rtsseg.config import ConfigError, EarlyStopping, LearningRate, LoopConfig
@@ -160,6 +161,79 @@ def test_a_model_without_layers_is_refused():
         run(lr=quick['lr'] | dict(layer_decay=.5))
     with pytest.raises(ConfigError, match='Linear'):
         timm_layers(nn.Linear(1, 1))
+
+# ---------------------------------------------------------------- gradual unfreezing, gates and samplers
+GRADUAL = dict(task=Deep(), epochs=6, unfreeze=dict(share=.7, groups=2, every=2))
+
+def test_layers_begin_to_train_one_after_the_other():
+    "Two of three layers are frozen at first; after two epochs the upper one of them trains, after four the lower one"
+    start = weights(chain()[0]), weights(chain()[1])
+    moved = EachStep(lambda run: [not torch.equal(weights(run.model[i]), before) for i, before in enumerate(start)])
+    run(model=chain(), observers=[moved], **GRADUAL)
+    assert moved.seen == [[False, False]]*12 + [[False, True]]*12 + [[True, True]]*12
+
+def test_frozen_layers_keep_their_statistics():
+    "Batch statistics of a frozen layer stay as they are, and those of a layer that trains move"
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    r = run(model=model, task=Deep(), epochs=1, unfreeze=dict(share=.7))
+    assert r.model[1].num_batches_tracked == 0 and r.model[2].num_batches_tracked == 6
+
+@pytest.mark.parametrize('at', [11, 12, 25])
+def test_a_run_that_unfreezes_resumes(at, tmp_path):
+    run(tmp_path, model=chain(), observers=[At(at, stop)], **GRADUAL)
+    equal(run(model=chain(), **GRADUAL), run(tmp_path, model=chain(), **GRADUAL))
+
+GATED = dict(rates=dict(encoder=.01, decoder=.1), gated=True)
+GATES = [dict(first=1, last=2, rates=GATED['rates'], loss_weights=dict(square=.1)),
+         dict(first=3, last=4, **GATED, loss_weights=dict(square=.2)),
+         dict(first=5, last=9, **GATED, loss_weights=dict(square=.3))]
+# the second gate, due after epoch 4, wants the best value of the time of the first, .5
+SCORES = [.5, .4, .6, .45, .45, .5, .3, .3, .3]
+SQUARE = [.1, .1, .2, .2, .2, .2, .3, .3, .3]
+
+def gated_run(folder=None, scores=SCORES, observers=(), model=None):
+    "A run whose gates are asked every two epochs"
+    return run(folder, task=Scripted(scores), model=model, epochs=9, stages=GATES, gate_epochs=2, observers=observers)
+
+def test_weights_of_a_gated_stage_wait_for_the_milestone():
+    "The first gate opens, the second stays closed at epoch 5, and opens at epoch 7; then its weights persist"
+    seen = EachStep(lambda run: run.loss_weights(run.epoch)['square'])
+    gated_run(observers=[seen])
+    assert seen.seen[::6] == SQUARE
+
+def test_weights_that_hold_are_those_that_train():
+    "A gate that never opens trains to the bits of a run without its stage"
+    never = gated_run(scores=[.9, .4, .5, .5, .5, .5, .5, .5, .5])
+    stages = [GATES[0], GATES[1] | dict(last=9)]
+    without = run(task=Scripted([0.]*9), epochs=9, stages=stages)
+    assert torch.equal(weights(never.model), weights(without.model))
+
+@pytest.mark.parametrize('at', [12, 13, 24, 25, 36, 37, 40])
+def test_a_run_with_gates_resumes(at, tmp_path):
+    "Stopped before, at and after a gate: the same bits"
+    done = (at - 1)//6
+    gated_run(tmp_path, SCORES[:done + 1], [At(at, stop)])
+    equal(gated_run(), gated_run(tmp_path, SCORES[done:]))
+
+class TwoWays(BatchSampler):
+    "Draws all samples, or the first half of them"
+    def choose(self, name):
+        self.half = name == 'half'
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter(batches[:len(batches)//2] if self.half else batches)
+
+    def __len__(self):
+        return super().__len__()//(2 if self.half else 1)
+
+def test_a_stage_names_its_sampler():
+    stages = [dict(first=1, last=2, rates=GATED['rates'], sampler='half'), dict(first=3, last=4, rates=GATED['rates'])]
+    batches = TwoWays(SequentialSampler(range(48)), 8, False)
+    r = run(epochs=4, stages=stages, batch=1, loader=dict(batch_sampler=batches, shuffle=None))
+    assert [row['step'] for row in r.history] == [3, 6, 12, 18]
+    with pytest.raises(ConfigError, match="sampler 'half': this system draws samples in one way"):
+        run(epochs=4, stages=stages)
 
 # ---------------------------------------------------------------- the plateau
 RATES = dict(encoder=.01, decoder=.1)
