@@ -117,7 +117,7 @@ def edge_target(target:np.ndarray,    # (H, W): a class, or 255 = ignore
                 width:float,          # of the band on each side of a boundary, pixels
                 kind:str='edge'       # edge: 1 in the band; distance: from 1 at the boundary down to 0 at its end
                ) -> np.ndarray:       # float32 (H, W): 0 to 1, 255 where ignored
-    "Where classes meet; ignored pixels are no boundary"
+    "Where classes meet; where a class ends at ignored pixels there is none"
     valid = target != IGNORE
     nearest = np.full(target.shape, np.inf, np.float32)
     for c in np.unique(target[valid]):

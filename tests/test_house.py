@@ -140,9 +140,9 @@ WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
             'pretrained windows prepare stage card',
-    'feed': 'sampler augment tiles',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals',
-    'learn': 'losses models weights infer checkpoint workers processes schedule loop budget',
+    'feed': 'sampler augment tiles mixing',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics',
+    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget',
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report reporting',

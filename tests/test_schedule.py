@@ -162,7 +162,7 @@ def test_a_model_without_layers_is_refused():
     with pytest.raises(ConfigError, match='Linear'):
         timm_layers(nn.Linear(1, 1))
 
-# ---------------------------------------------------------------- gradual unfreezing, gates and samplers
+# ---------------------------------------------------------------- layers, gates and samplers
 GRADUAL = dict(task=Deep(), epochs=6, unfreeze=dict(share=.7, groups=2, every=2))
 
 def test_layers_begin_to_train_one_after_the_other():
