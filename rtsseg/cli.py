@@ -467,7 +467,7 @@ def rtsseg_model(inspect:str='',    # model directory: what it is
 
 @command(resumes=True)
 def rtsseg_map(model:str='',             # model directory, as runs/…/model
-               scenes:str='',            # a table with a column scene, a folder of GeoTIFFs, a GeoTIFF, or STAC items
+               scenes:str='',            # a table with a column scene, a folder, a GeoTIFF, a VRT, or STAC items
                out:str='',               # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
                workers:int=1,            # processes of this machine, or actors of Ray
                engine:str='local',       # local or ray
