@@ -467,7 +467,7 @@ def rtsseg_model(inspect:str='',    # model directory: what it is
 
 @command(resumes=True)
 def rtsseg_map(model:str='',             # model directory, as runs/…/model
-               scenes:str='',            # a table with a column scene, a folder of GeoTIFFs, a GeoTIFF, or STAC items
+               scenes:str='',            # a table with a column scene, a folder, a GeoTIFF, a VRT, or STAC items
                out:str='',               # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
                workers:int=1,            # processes of this machine, or actors of Ray
                engine:str='local',       # local or ray
@@ -556,13 +556,17 @@ def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
                 out:str='',            # the mask, a .tif: 1, 0, and 255 without data
                 threshold:float=0,     # probability from which a pixel counts; 0: the calibration's
                 ratio:str='1:200',     # at which the threshold of the calibration is taken
-                force:bool=False       # replace a file of this name
+                force:bool=False,      # replace a file of this name
+                points:str='pixels',   # pixels, or objects: thresholds and floors of objects
+                regions:str='',        # a layer of regions, which take thresholds of their own
+                region_column:str='region'    # its column that names the region
                ) -> None:
-    "The mask of a map as a Cloud Optimized GeoTIFF"
+    "The mask of a map as a Cloud Optimized GeoTIFF; with regions or points of objects that of its polygons"
     import json
     require(map=map, out=out)
     from rtsseg.mosaic import write_mask
-    print(json.dumps(write_mask(map, out, threshold or None, ratio, force), indent=1))
+    made = write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)
+    print(json.dumps(made, indent=1))
 
 @command()
 def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on one grid, or mosaics

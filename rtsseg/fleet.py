@@ -531,7 +531,7 @@ def finish_job(store:Store, job:FleetJob) -> dict:    # maps or archives that we
     return done
 
 def map_scenes(model:str|Path,      # a model directory
-               scenes:str|Path,     # a table with a column scene, a folder of GeoTIFFs, a GeoTIFF, or STAC items
+               scenes:str|Path,     # a table with a column scene, a folder, a GeoTIFF, a VRT, or STAC items
                out:str|Path,        # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
                workers:int=1,       # processes of this machine
                share:str='',        # as 2/8: only every eighth shard, beginning with the second

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,31 +38,32 @@ def _read_csv(path):
             raise DataError(f'a comma was expected between cells, not {other[0]!r}')
     return rows[1:].reset_index(drop=True).set_axis(names, axis=1)
 
-def _without_geometry(frame):
-    "The columns of a GeoDataFrame, with the boxes of its geometry where it lacks a footprint"
+def _without_geometry(frame, boxes):
+    "The columns of a GeoDataFrame, with the boxes of its geometry where they are wanted and it lacks a footprint"
     table = pd.DataFrame(frame.drop(columns=frame.geometry.name))
-    if frame.crs is not None and not {*BOX, 'crs'} <= set(table):
+    if boxes and frame.crs is not None and not {*BOX, 'crs'} <= set(table):
         bounds = dict(zip(BOX, frame.geometry.bounds.to_numpy().T))
         table = table.assign(**bounds, crs=crs_name(frame.crs))
     return table
 
-def _read_geopackage(path):
+def _read_geopackage(path, boxes):
     # slow to import, and needed for geographic formats only
     import geopandas as gpd
     with open(path, 'rb') as file:
         if file.read(16) != b'SQLite format 3\0':
             raise DataError('not a GeoPackage')
-    return _without_geometry(gpd.read_file(path, engine='pyogrio'))
+    return _without_geometry(gpd.read_file(path, engine='pyogrio'), boxes)
 
-def _read_parquet(path):
+def _read_parquet(path, boxes):
     import pyarrow.parquet as pq
     if b'geo' not in (pq.read_schema(path).metadata or {}):
         return pd.read_parquet(path)
     import geopandas as gpd
-    return _without_geometry(gpd.read_parquet(path))
+    return _without_geometry(gpd.read_parquet(path), boxes)
 
 # %% ../nbs/01d_manifest.ipynb #214416d9
-def read_table_file(path:str|Path   # CSV, Parquet, GeoParquet or GeoPackage
+def read_table_file(path:str|Path,     # CSV, Parquet, GeoParquet or GeoPackage
+                    boxes:bool=True    # whether a geometry becomes columns: its boxes and its CRS
                    ) -> pd.DataFrame:
     "A table as it is in its file. Raises `DataError`"
     path = Path(path)
@@ -69,7 +71,8 @@ def read_table_file(path:str|Path   # CSV, Parquet, GeoParquet or GeoPackage
         raise DataError(f'{path}: no such file')
     if path.stat().st_size == 0:
         raise DataError(f'{path}: empty file')
-    readers = dict(zip(FORMATS, (_read_csv, _read_parquet, _read_parquet, _read_geopackage)))
+    parquet, geopackage = partial(_read_parquet, boxes=boxes), partial(_read_geopackage, boxes=boxes)
+    readers = dict(zip(FORMATS, (_read_csv, parquet, parquet, geopackage)))
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise DataError(f'{path}: a table is {", ".join(FORMATS)}, not {suffix!r}')

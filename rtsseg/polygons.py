@@ -8,17 +8,17 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'probability_runs', 'OpenObjects', 'number_by_first', 'pixels_within', 'widened', 'pixels_near', 'Places',
            'places_of', 'geodesic_measures', 'ground_sides', 'rectangle_sides', 'ProbabilityMap',
            'read_probability_map', 'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics',
-           'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'mosaic_objects', 'find_objects',
-           'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
+           'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects',
+           'find_objects', 'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
            'simplify_outlines', 'describe_objects', 'arts_columns', 'joined', 'rule_columns', 'qgis_style',
            'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'covered_ground', 'file_problems',
-           'search_problems', 'written_files', 'plan_search', 'polygon_counts', 'map_polygons']
+           'search_problems', 'written_files', 'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -767,24 +767,30 @@ class Search:
         return runs | dict(object=number_by_first(label)[1])
 
 # %% ../nbs/08a_polygons.ipynb #32e3d1ff
-def mosaic_objects(mosaic:Mosaic,          # maps that are read together
-                   cuts:Sequence[int],     # values: the lowest threshold, and higher ones
-                   search:Search,          # rules of all regions, and parts
-                   rows:int=0              # rows of a strip; 0: as many as memory should hold
-                  ) -> list[pd.DataFrame]:
-    "The objects of a mosaic, tables of `object_table`; the rows of a strip change their order only"
-    objects, layers, tables = OpenObjects(mosaic.width), Layers(mosaic.nodata), []
+def settled_runs(mosaic:Mosaic,               # maps that are read together
+                 cuts:Sequence[int],          # values: the lowest threshold, and higher ones
+                 search:Search,               # rules of all regions, and parts
+                 rows:int=0,                  # rows of a strip; 0: as many as memory should hold
+                 layers:Layers|None=None      # gets what lies around the objects
+                ) -> Iterator[dict[str, np.ndarray]]:    # with `object`; may be empty
+    "The runs of whole objects, after each strip those that no further row can change"
+    objects = OpenObjects(mosaic.width)
     rows = rows or mosaic.strip_height()
     for top in progress(range(0, mosaic.height, rows), 'strips of the map'):
         bottom = min(top + rows, mosaic.height)
         values, origin, beyond = mosaic.read(top, bottom)
         objects.add(search.runs(mosaic, values, cuts, top, origin), bottom)
-        layers.add(values, beyond, top)
-        closed = search.settle(objects.take_closed(bottom if bottom == mosaic.height else bottom - NEAR), mosaic.width)
-        if len(closed['y']):
-            tables.append(object_table(closed, layers, mosaic))
-        layers.drop(objects.top - NEAR)
-    return tables
+        if layers:
+            layers.add(values, beyond, top)
+        yield search.settle(objects.take_closed(bottom if bottom == mosaic.height else bottom - NEAR), mosaic.width)
+        if layers:
+            layers.drop(objects.top - NEAR)
+
+def mosaic_objects(mosaic:Mosaic, cuts:Sequence[int], search:Search, rows:int=0) -> list[pd.DataFrame]:
+    "The objects of a mosaic, tables of `object_table`; the rows of a strip change their order only"
+    layers = Layers(mosaic.nodata)
+    return [object_table(runs, layers, mosaic) for runs in settled_runs(mosaic, cuts, search, rows, layers)
+            if len(runs['y'])]
 
 # %% ../nbs/08a_polygons.ipynb #6ac3c7b4
 def find_objects(maps:Sequence[ProbabilityMap],   # on one grid
@@ -1164,6 +1170,12 @@ def plan_search(maps:Sequence[ProbabilityMap], parts:Sequence[Path], threshold:f
                            'their objects take that of all regions')
     return Search(rules[0], layer, others, rules[1:])
 
+def described_rules(search:Search) -> list[dict]:
+    "Region, threshold, floor in pixels, and where the threshold is from, of each rule"
+    names = search.layer.names if search.layer else ['']
+    return [dict(region=name, threshold=rule.threshold, floor=rule.floor, threshold_from=rule.source)
+            for name, rule in zip(names, search.rules, strict=True)]
+
 def polygon_counts(polygons:gpd.GeoDataFrame, search:Search) -> dict:
     "Number, area and CRS of polygons, and, with regions, the rule of each and how many polygons took it"
     has_crs = polygons.crs is not None
@@ -1171,9 +1183,8 @@ def polygon_counts(polygons:gpd.GeoDataFrame, search:Search) -> dict:
                  crs=crs_name(polygons.crs) if has_crs else None)
     if search.layer:
         counts = polygons.region.value_counts()
-        found['regions'] = [dict(region=name, threshold=rule.threshold, floor=rule.floor, threshold_from=rule.source,
-                                 polygons=int(counts.get(name, 0)))
-                            for name, rule in zip(search.layer.names, search.rules, strict=True)]
+        found['regions'] = [rule | dict(polygons=int(counts.get(rule['region'], 0)))
+                            for rule in described_rules(search)]
     return found
 
 def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on one grid, mosaics of them, or one

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyproj
 import pytest
+import rasterio
 import shapely
 import torch
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine, from_origin
 
 import rtsseg.fleet
-from helpers.maps import noise, untrained_model
+from helpers.maps import noise, read_map, untrained_model
 from rtsseg.claims import Store
 from rtsseg.config import ConfigError, ToySource, load
 from rtsseg.console import DataError
@@ -32,6 +33,7 @@ from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, w
 from rtsseg.infer import save_model
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
+from rtsseg.mosaic import write_mosaic
 from rtsseg.polygons import map_polygons
 from rtsseg.prediction import predict
 from rtsseg.raster import write_raster
@@ -39,6 +41,7 @@ from rtsseg.runs import RunError
 from rtsseg.scenelist import SCENE_COLUMNS
 from rtsseg.stats import Stats
 from rtsseg.toy import CRS, METRES, scene
+from rtsseg.vrt import Vrt, VrtBand, VrtSource, vrt_xml
 
 CORNER = -3_000_000, 900_000
 MAP = Path(sys.executable).parent/'rtsseg-map'
@@ -127,6 +130,36 @@ def test_a_worker_that_is_asked_to_stop_gives_its_claim_back(fleet, tmp_path):
     # so nobody has to wait for it
     map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20, expiry=600.)
     check_maps(fleet, job)
+
+def write_mosaic_of_scenes(fleet, folder):
+    "The left and the right part of a scene, each a file, and the VRT that shows both"
+    with rasterio.open(fleet/'scenes/1.tif') as ds:
+        planes, place, crs = ds.read(), ds.transform, ds.crs
+    sources = []
+    for number, (left, right) in enumerate([(0, 90), (90, planes.shape[2])]):
+        file = folder/f'part{number}.tif'
+        write_raster(file, planes[..., left:right], place @ Affine.translation(left, 0), crs, nodata=0)
+        sources.append((file, (0, 0, right - left, planes.shape[1]), (left, 0)))
+    bands = [VrtBand('Byte', '', '0', '', '1', '0',
+                     [VrtSource(file, band, part, corner, '0', False) for file, part, corner in sources])
+             for band in (1, 2, 3)]
+    vrt = Vrt(planes.shape[2], planes.shape[1], crs.to_wkt(), place, bands, {})
+    (folder/'1.vrt').write_bytes(vrt_xml(vrt, folder))
+
+def test_a_mosaic_is_a_scene(fleet, tmp_path):
+    "Named alone or in a list: the map is that of one file; one that lost a part, and a mosaic of maps, are refused"
+    write_mosaic_of_scenes(fleet, tmp_path)
+    map_scenes(fleet/'model', tmp_path/'1.vrt', tmp_path/'job', device='cpu')
+    np.testing.assert_array_equal(read_map(tmp_path/'job/maps/1.tif'), read_map(fleet/'1.tif'))
+    write_mosaic([fleet/'1.tif'], tmp_path/'maps.vrt', 'last')
+    (tmp_path/'lost.vrt').write_text((tmp_path/'1.vrt').read_text().replace('part1.tif', 'part2.tif'))
+    (tmp_path/'list.csv').write_text('scene\nlost.vrt\n1.vrt\nmaps.vrt\n')
+    with pytest.raises(RunError, match='2 of 3 scenes failed'):
+        map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'many', device='cpu')
+    assert (tmp_path/'many/maps/1.tif').read_bytes() == (tmp_path/'job/maps/1.tif').read_bytes()
+    retry = pd.read_csv(tmp_path/'many/retry.csv').set_index('name').error
+    assert 'part2.tif' in retry.lost and 'no such file' in retry.lost
+    assert 'an image has 3 bands, this one has 1' in retry.maps
 
 def map_content(job, name):
     "The bytes of a map of a job, as a file or as a member of an archive"

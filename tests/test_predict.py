@@ -1,6 +1,7 @@
 "Scenes become maps: seams, edges, grids, what is refused, what it costs"
 import hashlib
 import json
+import re
 import threading
 import time
 import tracemalloc
@@ -613,7 +614,34 @@ def test_a_scene_that_could_be_either_is_asked_for(tmp_path):
     np.testing.assert_array_equal(read_map(tmp_path/'map.tif')[inner], read_map(tmp_path/'other.tif')[inner])
     # the same file in another form is another map
     with pytest.raises(DataError, match=r'other settings \(source\)'):
+        predict(model, unscaled, tmp_path/'other.tif', form='manifest')
+    with pytest.raises(DataError, match='the model was trained on values of 0 to 3000'):
         predict(model, scaled, tmp_path/'map.tif', form='source')
+
+def test_values_on_another_scale_are_not_clipped_in_silence(tmp_path, caplog):
+    "Percent, or numbers to 10,000, for reflectances: both figures are named"
+    *_, model = imported_model(tmp_path, seven_bands, ['ndvi'], **SCALED)
+    loaded = load_model(model)
+    for scale in (60, 6000, 6e-4):
+        seven_bands(tmp_path/'other', 0, scale)
+        with pytest.raises(DataError, match=r'other.tif has values of .* trained on values of 0 to 0.6 with a mean of '
+                                            r'0.\d+: bring the scene to that scale'):
+            Scene(tmp_path/'other.tif', '', '', loaded)
+    # what is clipped of a scene of training, and of one that is twice as bright
+    caplog.clear()
+    for scale in (.6, 1.2):
+        seven_bands(tmp_path/'other', 0, scale)
+        Scene(tmp_path/'other.tif', '', '', loaded)
+    shares = [float(share) for share in re.findall(r'(\d+)% of its values are clipped', caplog.text)]
+    # values are uniform between -.05 and 1.1 times the scale
+    assert shares == pytest.approx([100 * .15 / 1.15, 100 * .65 / 1.15], abs=2)
+    assert 'ndvi has a median' not in caplog.text
+    with rasterio.open(tmp_path/'other.tif', 'r+') as ds:
+        planes = ds.read()
+        planes[5][planes[5] != -9999] *= 1e4
+        ds.write(planes)
+    Scene(tmp_path/'other.tif', '', '', loaded)
+    assert 'other.tif: ndvi has a median' in caplog.text
 
 def test_pictures_that_an_import_refuses(tmp_path):
     "Predict refuses them too: turned by EXIF, or with a palette"

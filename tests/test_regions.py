@@ -1,5 +1,6 @@
 "Thresholds by region, parts and overlaps of maps: objects are those of the plain computation on whole arrays"
 import json
+from unittest import mock
 
 import geopandas as gpd
 import numpy as np
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine
 from scipy import ndimage
 
-from helpers.maps import CRS, GRID, write_probability
+import rtsseg.polygons
+from helpers.maps import CRS, GRID, read_map, write_probability
 from rtsseg.config import ConfigError
 from rtsseg.console import DataError
 from rtsseg.mapfile import NODATA, STEPS, lowest_value
-from rtsseg.polygons import Search, find_objects, map_polygons, read_maps, rule_columns
+from rtsseg.mosaic import ObjectPixels, write_mask
+from rtsseg.polygons import Search, find_objects, map_polygons, read_maps, read_probability_map, rule_columns
 from rtsseg.regions import RegionLayer, Rule, read_region_layer
 
 EIGHT = np.ones((3, 3))
@@ -178,6 +181,24 @@ def test_each_polygon_says_where_its_threshold_is_from(tmp_path, points):
                                                             for name in LAYER.names]
     assert 'area_m2_threshold' in found
     assert json.dumps(made)
+    write_mask(path, tmp_path/'mask.tif', regions=layer, region_column='name', points=points)
+    whole = np.any([mask for _, mask, _ in expected], 0)
+    np.testing.assert_array_equal(read_map(tmp_path/'mask.tif'), np.where(values == NODATA, 255, whole))
+
+@given(maps_of_values, st.integers(1, 60))
+@settings(max_examples=20)
+def test_a_mask_does_not_depend_on_strips(folder, values, rows):
+    "Nor do objects that end in an order of their own"
+    rules = [Rule(.5), Rule(.6), Rule(.7, 4)]
+    path = write_probability(folder/'strips.tif', values)
+    one, search = read_probability_map(path), Search(rules, LAYER)
+    with mock.patch.object(rtsseg.polygons, 'STRIP', rows * values.shape[1]):
+        pixels = ObjectPixels(one, search)
+    expected = np.zeros(values.shape, bool)
+    for _, mask, _ in plain_objects(values, rules, LAYER.codes_of(GRID, values.shape)):
+        expected |= mask
+    found = [pixels.of_rows(top, values[top:top + 7]) for top in range(0, len(values), 7)]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
 
 def test_parts_stand_in_the_files(tmp_path):
     "Each part is held against the threshold of its own calibration"
