@@ -145,8 +145,8 @@ WINGS = {
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget',
     'seam': 'system',
     'task': 'segment track launch check log noise resume observe ensemble training evaluation plan',
-    'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report class_report '
-             'reporting',
+    'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
+             'class_report reporting',
     'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview claims '
             'scenelist fleet joins relearn mosaic rayengine cost tour',
     'search': 'variants ablation tuning',
