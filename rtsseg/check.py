@@ -49,6 +49,7 @@ from .runs import config_hash, git_state, uncommitted
 from .segment import SegmentTask
 from .stats import Moments, Stats, merge_moments, moments
 from .tiles import loaders
+from .track import server_address
 
 # %% ../nbs/04i_check.ipynb #b18c20da
 @dataclass
@@ -256,8 +257,10 @@ def check_tracker(tracker:TrackerConfig) -> Finding:
     "Whether the tracker answers"
     if tracker.kind == 'none':
         return Finding('note', '', 'none is kept')
+    if tracker.kind == 'wandb' and os.environ.get('WANDB_MODE') == 'offline':
+        return Finding('note', '', 'an offline folder in the run folder', 'wandb sync uploads it')
     try:
-        address = urlsplit(tracker.uri or '')
+        address = urlsplit(server_address(tracker) or '')
         if address.scheme in ('http', 'https'):
             port = address.port or (443 if address.scheme == 'https' else 80)
             socket.create_connection((address.hostname, port), timeout=3).close()

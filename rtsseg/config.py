@@ -896,10 +896,11 @@ class Card(Strict):
 # %% ../nbs/00b_config.ipynb #3b4ddba2
 class TrackerConfig(Strict):
     "A mirror of the run, never needed to resume"
-    kind: Literal['mlflow', 'none'] = 'mlflow'
+    kind: Literal['mlflow', 'wandb', 'none'] = 'mlflow'
     uri: str | None = Field(
-        None, description='MLflow server or database; null: an SQLite file in the runs folder')
-    experiment: str = Field('rtsseg', description='experiment of the tracker')
+        None, description='server, or database of MLflow; null: an SQLite file in the runs folder (mlflow), or what '
+                          'WANDB_BASE_URL says (wandb)')
+    experiment: str = Field('rtsseg', description='experiment of MLflow, project of wandb')
 
     @field_serializer('uri', when_used='json')
     def _without_password(self, uri):

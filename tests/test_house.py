@@ -144,7 +144,7 @@ WINGS = {
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget',
     'seam': 'system',
-    'task': 'segment track launch check log noise resume observe ensemble training evaluation plan',
+    'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report reporting',
     'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview claims '

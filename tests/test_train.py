@@ -215,8 +215,9 @@ def test_the_configs_own_file_has_to_be_committed(tmp_path):
     path.write_text('epochs: 4')
     assert (seen().level, seen().value) == ('note', 'my.yaml is changed since its commit')
 
-@pytest.mark.parametrize('tracker', ['none', 'mlflow'])
-def test_a_tracker_that_is_not_a_server_is_an_open_box(tracker):
+@pytest.mark.parametrize('tracker', ['none', 'mlflow', 'wandb'])
+def test_a_tracker_that_is_not_a_server_is_an_open_box(tracker, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
     assert check_tracker(TrackerConfig(kind=tracker)).level == 'note'
 
 @pytest.mark.parametrize('mark', ['/.dockerenv', '/run/.containerenv', ''])

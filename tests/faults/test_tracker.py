@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from mlflow import MlflowClient
 
-import rtsseg.track
+import rtsseg.mirrors
 from helpers import runs as small_run
 from helpers.loop import At, equal, net, run, stop
 from helpers.mlflow_server import Server, failing_port, listening_port, refusing_port, swallowing_port
@@ -122,7 +122,7 @@ def test_39_a_tracker_that_does_not_work(undisturbed, tmp_path, monkeypatch, cap
     """Training ends in the same weights, with one message on what is wrong. It never waits for a connection, and at
     the end for three seconds at most. Later each point is delivered once"""
     # the tracker gives up early
-    monkeypatch.setitem(rtsseg.track.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')
+    monkeypatch.setitem(rtsseg.mirrors.QUICK, 'MLFLOW_HTTP_REQUEST_TIMEOUT', '1')
     with BROKEN[how]() as port, recorded_waits(monkeypatch) as (connecting, joins):
         world = TrackedRun(tmp_path, f'http://127.0.0.1:{port}')
         tracker = world.tracker()
