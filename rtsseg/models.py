@@ -6,7 +6,8 @@
 __all__ = ['read_tensors', 'mismatch', 'check_timm_checkpoint', 'missing_channels', 'widen', 'LateFusion', 'encoders',
            'has_layers', 'repeated_blocks', 'fixed_statistics', 'forward_twice', 'checkpoint_blocks', 'make_model',
            'state_to_load', 'first_channels', 'widen_model', 'extra_encoder_name', 'fuse', 'load_into', 'drop_channels',
-           'add_dropout', 'build', 'parts', 'timm_layers', 'input_channels', 'check_size']
+           'add_dropout', 'build', 'parts', 'timm_layers', 'input_channels', 'check_size', 'running_order',
+           'encoder_layers']
 
 # %% ../nbs/04_models.ipynb #imodels
 import warnings
@@ -204,8 +205,9 @@ def checkpoint_blocks(encoder:nn.Module,   # changed in place
 def make_model(cfg:Model,             # names the architecture; its options are passed on
                encoder:str,           # name of the encoder
                channels:int,          # of the input
-               timm_state:dict[str, torch.Tensor]|None=None   # tensors with timm's keys, for a `tu-` encoder
-              ) -> nn.Module:         # one logit a pixel
+               timm_state:dict[str, torch.Tensor]|None=None,  # tensors with timm's keys, for a `tu-` encoder
+               classes:int=1          # logits a pixel
+              ) -> nn.Module:
     "A model of smp, with random weights unless `timm_state` is given. Raises `ConfigError` if smp or timm refuses it"
     options = dict(encoder_weights=None) | cfg.options
     if cfg.architecture == 'dpt':
@@ -215,7 +217,8 @@ def make_model(cfg:Model,             # names the architecture; its options are 
         options['encoder_weights'] = True
         options['pretrained_cfg_overlay'] = dict(state_dict=timm_state)
     try:
-        return ARCHITECTURES[cfg.architecture](encoder_name=encoder, in_channels=channels, classes=1, **options)
+        return ARCHITECTURES[cfg.architecture](encoder_name=encoder, in_channels=channels, classes=classes,
+                                               **options)
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as e:
         raise ConfigError(f'model: {cfg.architecture} with {encoder}: {e}') from e
 
@@ -241,13 +244,14 @@ def first_channels(cfg:Model) -> int:
     return 3 if cfg.fusion == 'late' else cfg.in_channels
 
 def widen_model(cfg:Model,        # with its number of channels
-                rgb:nn.Module     # from `make_model`, of three channels
+                rgb:nn.Module,    # from `make_model`, of three channels
+                classes:int=1     # logits a pixel
                ) -> nn.Module:    # `rgb` itself where three are asked for
     "The RGB model with the asked-for channels, whose new filters are zero"
     channels = first_channels(cfg)
     if channels == 3:
         return rgb
-    model = make_model(cfg, cfg.encoder, channels)
+    model = make_model(cfg, cfg.encoder, channels, classes=classes)
     model.load_state_dict(widen(rgb.state_dict(), model.state_dict(), channels))
     return model
 
@@ -303,20 +307,21 @@ def add_dropout(model:nn.Module,    # changed in place
         model.segmentation_head.register_forward_pre_hook(partial(drop_channels, p))
 
 # %% ../nbs/04_models.ipynb #493e69a1
-def build(cfg:Model          # architecture, encoder, weights, number of channels, fusion
-         ) -> nn.Module:     # float32 (B, C, H, W) → logits (B, 1, H, W)
+def build(cfg:Model,         # architecture, encoder, weights, number of channels, fusion
+          classes:int=1      # logits a pixel: 1 for one class against the rest
+         ) -> nn.Module:     # float32 (B, C, H, W) → logits (B, classes, H, W)
     """The model of guide 3, with random weights where `cfg.weights` is None.
 
     Raises `ConfigError` unless all of the asked-for weights are loaded.
     """
     check_names(cfg)
     if cfg.weights is None:
-        model = fuse(cfg, make_model(cfg, cfg.encoder, first_channels(cfg)))
+        model = fuse(cfg, make_model(cfg, cfg.encoder, first_channels(cfg), classes=classes))
     else:
         tensors = read_tensors(find_weights(cfg))
-        rgb = make_model(cfg, cfg.encoder, 3)
+        rgb = make_model(cfg, cfg.encoder, 3, classes=classes)
         state = state_to_load(cfg, tensors)
-        model = fuse(cfg, widen_model(cfg, rgb))
+        model = fuse(cfg, widen_model(cfg, rgb, classes))
         load_into(cfg, model, state)
     add_dropout(model, cfg.dropout)
     if cfg.gradient_checkpointing:
@@ -362,6 +367,36 @@ def check_size(model:nn.Module,          # from `build`
             out = torch.func.functional_call(model, tensors, batch)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ConfigError(f'data.tile_size: the model takes no tiles of {height} × {width}: {e}') from None
-    if out.shape != (2, 1, height, width):
+    if out.shape[2:] != (height, width):
         raise ConfigError(f'data.tile_size: tiles of {height} × {width} come back as {tuple(out.shape[2:])}: '
                           'see model.options')
+
+# %% ../nbs/04_models.ipynb #cdepth
+def running_order(model:nn.Module,    # from `build`
+                  side:int            # of a tile that it takes, pixels
+                 ) -> list[str]:      # names of the modules of the encoder, as they begin
+    "The order in which the modules of an encoder run"
+    began, hooks = [], []
+    for name, module in model.encoder.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: began.append(name)))
+    try:
+        check_size(model, side)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return began
+
+def encoder_layers(model:nn.Module,     # from `build`
+                   side:int             # of a tile that it takes, pixels
+                  ) -> dict[str, int]:  # name of a parameter of the encoder: its layer, 0 nearest to the input
+    "The layers of an encoder: its blocks in the order in which they run. Raises `ConfigError` where it has no blocks"
+    blocks = {id(block) for block in repeated_blocks(model.encoder)}
+    if not blocks:
+        raise ConfigError(f'lr.layer_decay: {type(model.encoder).__name__} has no blocks that could be its layers')
+    modules, layer_of, block = dict(model.encoder.named_modules()), {}, 0
+    for name in running_order(model, side):
+        block += id(modules[name]) in blocks
+        for parameter in modules[name].parameters(recurse=False):
+            layer_of.setdefault(id(parameter), block)
+    # what no module of its own holds, as position embeddings, comes first
+    return {f'encoder.{name}': layer_of.get(id(parameter), 0) for name, parameter in model.encoder.named_parameters()}
