@@ -42,6 +42,7 @@ from .prediction import FinishedRows, is_finished, map_lock, refuse_to_replace, 
 from .raster import Grid, open_raster
 from .regions import overall_rule
 from .runs import RunError, require_finished, run_config
+from .styles import ramp_style, write_style
 
 # %% ../nbs/08j_joins.ipynb #cjoins08
 def pixel_area(one:ProbabilityMap) -> float:
@@ -288,6 +289,7 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
         else:
             make_joined(out, Join(finest, rule, large), finished, height, signals)
         shutil.rmtree(folder)
+    write_style(out, ramp_style(1))
     return json.loads(note_path(out).read_text())
 
 # %% ../nbs/08j_joins.ipynb #cjoins24
