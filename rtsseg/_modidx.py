@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'rtsseg.calibration.cross_validate': ('calibrate.html#cross_validate', 'rtsseg/calibration.py'),
                                     'rtsseg.calibration.deal_blocks': ('calibrate.html#deal_blocks', 'rtsseg/calibration.py'),
                                     'rtsseg.calibration.ece': ('calibrate.html#ece', 'rtsseg/calibration.py'),
+                                    'rtsseg.calibration.evaluated_views': ('calibrate.html#evaluated_views', 'rtsseg/calibration.py'),
                                     'rtsseg.calibration.fill': ('calibrate.html#fill', 'rtsseg/calibration.py'),
                                     'rtsseg.calibration.fit_lines': ('calibrate.html#fit_lines', 'rtsseg/calibration.py'),
                                     'rtsseg.calibration.fit_prior': ('calibrate.html#fit_prior', 'rtsseg/calibration.py'),
