@@ -1829,6 +1829,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.raster.has_unwritten_blocks': ('raster.html#has_unwritten_blocks', 'rtsseg/raster.py'),
                                'rtsseg.raster.open_dataset': ('raster.html#open_dataset', 'rtsseg/raster.py'),
                                'rtsseg.raster.open_raster': ('raster.html#open_raster', 'rtsseg/raster.py'),
+                               'rtsseg.raster.read_errors': ('raster.html#read_errors', 'rtsseg/raster.py'),
                                'rtsseg.raster.resolve_inside': ('raster.html#resolve_inside', 'rtsseg/raster.py'),
                                'rtsseg.raster.unreadable': ('raster.html#unreadable', 'rtsseg/raster.py'),
                                'rtsseg.raster.unwritten_pixels': ('raster.html#unwritten_pixels', 'rtsseg/raster.py'),
