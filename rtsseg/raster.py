@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
-from rasterio.enums import MaskFlags
 from rasterio._err import CPLE_BaseError
+from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.transform import Affine
