@@ -30,7 +30,7 @@ from rasterio.windows import Window
 from .bootstrap import Estimate, bootstrap_groups
 from .calibration import Calibration, fill, validation_evidence
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
-from .console import DataError, first_lines, logger, nearest, progress
+from .console import DataError, first_lines, logger, nearest, progress, read_each
 from .evidence import Evidence
 from .files import digest, write_atomic
 from .launch import StopSignals
@@ -70,12 +70,8 @@ def why_apart(one:ProbabilityMap, first:ProbabilityMap) -> str:    # '' where th
 
 def maps_to_join(paths:Sequence[Path]) -> list[ProbabilityMap]:
     "Maps of one scene. Raises one `DataError` with all that is wrong"
-    found, problems = [], []
-    for path in paths:
-        try:
-            found.append(read_probability_map(path))
-        except DataError as error:
-            problems.append(str(error))
+    found, failed = read_each(read_probability_map, paths)
+    problems = [str(error) for _, error in failed]
     problems += filter(None, [why_apart(one, found[0]) for one in found[1:]])
     if problems:
         raise DataError('\n'.join(first_lines(problems)))

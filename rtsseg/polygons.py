@@ -37,7 +37,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from .config import ConfigError, parse_judged_ratio, ratio_text
-from .console import DataError, first_lines, logger, nearest, progress
+from .console import DataError, first_lines, logger, nearest, progress, read_each
 from .files import write_atomic
 from .ground import GEOD, crs_name, ground_size, transformer
 from .mapfile import lowest_value, not_a_map, open_map, scene_label
@@ -513,12 +513,8 @@ def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of the
               overlap:str='last'           # a key of `OVERLAPS`
              ) -> list[ProbabilityMap]:
     "Maps that can be joined, the one that counts last; raises one `DataError` with all that is wrong"
-    found, problems = [], []
-    for path in map(Path, paths):
-        try:
-            found += [read_probability_map(member) for member in mosaic_members(path)]
-        except DataError as error:
-            problems.append(str(error))
+    read, failed = read_each(lambda path: [*map(read_probability_map, mosaic_members(path))], map(Path, paths))
+    found, problems = [one for members in read for one in members], [str(error) for _, error in failed]
     names = [one.path for one in found]
     problems += [f'{path.name} is named twice' for path in dict.fromkeys(names) if names.count(path) > 1]
     try:
