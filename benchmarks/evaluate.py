@@ -39,7 +39,7 @@ def main(side=256, rounds=2):
         loader = eval_loader(part, stats, cfg)
         batches = [batch['image'] for batch in loader]
         ask = Pass('train', 'none', Path(folder), make_accelerator(cfg))
-        packed = Predictor(Path(folder), cfg, model, stats, {})
+        packed = Predictor(Path(folder), cfg, model, stats, {}, conversion=None)
         reasons = []
 
         def ours():

@@ -40,6 +40,7 @@ from .raster import GDAL_OPTIONS, Grid, open_raster
 from .runs import require_folder, run_config
 from .scenestats import stored_ratio
 from .scores import clipped_scores
+from .styles import ramp_style, write_style
 from .vrt import raster_digest
 
 # %% ../nbs/08b_areas.ipynb #careas1
@@ -428,6 +429,9 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
         expected_km2=total.value, low=total.low, high=total.high, why=total.why, valid_km2=found.valid / 1e6,
         # what codes of 0 may stand for
         rounded_km2=found.zero / 1e6 / STEPS / 2)
-    write_areas(out, cells, (found.planes / 1e6).astype('float32'), made)
+    planes = (found.planes / 1e6).astype('float32')
+    write_areas(out, cells, planes, made)
+    # a map without a valid pixel has no largest cell
+    write_style(out, ramp_style(float(np.nanmax(planes[0], initial=0)) or 1., 'km²'))
     write_atomic(note_path(out), json.dumps(made, indent=1) + '\n')
     return made

@@ -11,14 +11,15 @@ __all__ = ['MAX_EXCESS', 'MAX_FACTOR', 'METHODS', 'StoredRatio', 'AGAIN', 'POINT
            'cross_validate', 'held_out_gain', 'choose_method', 'gain_text', 'Region', 'Scores', 'Quality', 'HeldOut',
            'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio', 'RegionCalibrator', 'MethodChoice',
            'choose_fit', 'calibrate_evidence', 'show_reliability', 'show_pr', 'show_curves', 'fill', 'CalibrationText',
-           'show_calibration', 'readable_events', 'views_gain', 'recommend', 'calibrate', 'training_ratio',
-           'calibrate_pixels', 'card_text', 'validation_evidence', 'show_views']
+           'show_calibration', 'readable_events', 'evaluated_views', 'views_gain', 'recommend', 'calibrate',
+           'training_ratio', 'calibrate_pixels', 'card_text', 'validation_evidence', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
 import os
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from rtsseg.config import (
     RtsConfig,
     Strict,
     find_system,
+    parse_views,
     ratio_text,
 )
 from .console import DataError, logger, visible
@@ -990,6 +992,18 @@ def readable_events(log:Path) -> Iterator[dict]:
         except FileError:
             pass
 
+def evaluated_views(folder:str|Path    # a run folder
+                   ) -> list[str]:     # one view first, those of a smaller scale and of merging by the maximum last
+    "The settings of views with validation evidence"
+    found = []
+    for path in (Path(folder)/'evidence').glob('val*.parquet'):
+        text = path.stem.removeprefix('val').removeprefix('-') or 'none'
+        # other files of the folder are nobody's evidence
+        with suppress(ValueError):
+            views = parse_views(text)
+            found.append((views.merging != 'mean', -views.scale, SYMMETRIES.index(views.symmetries), text))
+    return [text for *_, text in sorted(found)]
+
 def views_gain(folder:str|Path      # a run folder with validation evidence of several views
               ) -> pd.DataFrame:    # a row per setting
     """What test-time augmentation gains on validation, and what it costs (guide 10.4, 11).
@@ -999,7 +1013,7 @@ def views_gain(folder:str|Path      # a run folder with validation evidence of s
     """
     folder = require_finished(folder)
     cfg = run_config(folder)
-    seen = {v: run_evidence(folder, 'val', v) for v in SYMMETRIES if evidence_path(folder, 'val', v).exists()}
+    seen = {views: run_evidence(folder, 'val', views) for views in evaluated_views(folder)}
     monitored = cfg.metrics.monitored_ratio
     ratios = list(dict.fromkeys([monitored, *cfg.metrics.ratios]))
     seconds = _seconds_per_tile(folder)
@@ -1036,7 +1050,8 @@ def recommend(gains:pd.DataFrame     # of `views_gain`
         return f'whether test-time augmentation is worth it is not known: {unknown.iloc[0]}'
     if not len(good):
         return 'test-time augmentation is not recommended: no gain beyond the noise'
-    best = good.iloc[0]
+    # where the time is not known, the order is that of `evaluated_views`
+    best = good.sort_values('seconds per tile', kind='stable').iloc[0]
     cost = best['seconds per tile'] / gains['seconds per tile'].get('none', np.nan)
     price = '' if np.isnan(cost) else f', for {cost:.1f} times the time'
     return (f'test-time augmentation: {best.name} is recommended, {best.gain:+.4f} PR-AUC where noise is '

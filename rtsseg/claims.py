@@ -7,7 +7,6 @@ __all__ = ['Store', 'Claims']
 
 # %% ../nbs/08h_claims.ipynb #iclaims
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .files import sync_folder, write_atomic
+from .files import atomic_file, write_atomic
 
 # %% ../nbs/08h_claims.ipynb #cstore
 class Store:
@@ -56,7 +55,6 @@ class Store:
              ) -> None:
         "Write a file as a whole, or replace it"
         if self.is_local:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path(name), data)
         else:
             self.fs.pipe_file(self.path(name), data)
@@ -69,18 +67,8 @@ class Store:
         if not self.is_local:
             self.fs.put_file(str(file), self.path(name))
             return
-        path = Path(self.path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            with open(file, 'rb') as source, open(temporary, 'wb') as target:
-                shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with open(file, 'rb') as source, atomic_file(Path(self.path(name))) as target:
+            shutil.copyfileobj(source, target)
 
     def read(self, name:str) -> bytes:
         "The content of a file; raises `FileNotFoundError`"

@@ -18,7 +18,7 @@ from typing import Any
 
 from .card import card_section, stated_sections, with_section
 from .config import MOST_MEMBERS, ConfigError, Member, RtsConfig, to_yaml
-from .console import RtssegError
+from .console import read_each
 from .files import inside, read_json, read_seal, typed, write_atomic
 from rtsseg.infer import (
     CARD_HEAD,
@@ -114,12 +114,8 @@ def membership_problems(candidates:list[Candidate]) -> list[str]:
 def read_candidates(models:Iterable[str|Path]    # run folders or model directories
                    ) -> list[Candidate]:         # in the order of an ensemble
     "Load models that may be averaged; raises one `ConfigError` with all that stands against it"
-    candidates, problems = [], []
-    for path in models:
-        try:
-            candidates.append(read_candidate(path))
-        except RtssegError as e:
-            problems.append(f'{path}: {e}')
+    candidates, failed = read_each(read_candidate, models)
+    problems = [f'{path}: {error}' for path, error in failed]
     n = len(candidates) + len(problems)
     if not 2 <= n <= MOST_MEMBERS:
         problems.append(f'models: an ensemble has 2 to {MOST_MEMBERS} members, and {n} were named')

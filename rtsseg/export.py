@@ -104,7 +104,9 @@ class WholeModel(nn.Module):
             seen = turned(x.flip(-1) if flip else x, turns)
             back = turned(self.network(seen), -turns)
             logits.append(back.flip(-1) if flip else back)
-        return torch.sigmoid(self.slope * mean_log_odds(logits) + self.intercept)
+        # one view passes unchanged
+        logit = logits[0] if len(logits) == 1 else mean_log_odds(logits)
+        return torch.sigmoid(self.slope * logit + self.intercept)
 
 # %% ../nbs/08e_export.ipynb #ex000016
 def random_tile(stats:Stats,                    # what normalises it

@@ -54,6 +54,7 @@ from rtsseg.prediction import (
 )
 from .runs import RunError, Stopped
 from .scenelist import SCENE_COLUMNS, local_file, read_scenes
+from .styles import ramp_style, write_style
 from .weights import ModelError
 
 # %% ../nbs/08i_fleet.ipynb #cshards
@@ -335,8 +336,9 @@ class SceneWork:
             out = Path(folder)/f'{self.name(k)}.tif'
             write_map(out, opened.scene.grid, finished)
             write_note(out, opened)
+            write_style(out, ramp_style(1))
             # the note comes last: it says that the map is there
-            for file in (out, note_path(out)):
+            for file in (out, out.with_suffix('.qml'), note_path(out)):
                 self.store.put(f'maps/{file.name}', file)
 
     def finish(self) -> dict:    # maps that were made, and scenes that failed

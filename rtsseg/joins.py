@@ -30,7 +30,7 @@ from rasterio.windows import Window
 from .bootstrap import Estimate, bootstrap_groups
 from .calibration import Calibration, fill, validation_evidence
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
-from .console import DataError, first_lines, logger, nearest, progress
+from .console import DataError, first_lines, logger, nearest, progress, read_each
 from .evidence import Evidence
 from .files import digest, write_atomic
 from .launch import StopSignals
@@ -42,6 +42,7 @@ from .prediction import FinishedRows, is_finished, map_lock, refuse_to_replace, 
 from .raster import Grid, open_raster
 from .regions import overall_rule
 from .runs import RunError, require_finished, run_config
+from .styles import ramp_style, write_style
 
 # %% ../nbs/08j_joins.ipynb #cjoins08
 def pixel_area(one:ProbabilityMap) -> float:
@@ -69,12 +70,8 @@ def why_apart(one:ProbabilityMap, first:ProbabilityMap) -> str:    # '' where th
 
 def maps_to_join(paths:Sequence[Path]) -> list[ProbabilityMap]:
     "Maps of one scene. Raises one `DataError` with all that is wrong"
-    found, problems = [], []
-    for path in paths:
-        try:
-            found.append(read_probability_map(path))
-        except DataError as error:
-            problems.append(str(error))
+    found, failed = read_each(read_probability_map, paths)
+    problems = [str(error) for _, error in failed]
     problems += filter(None, [why_apart(one, found[0]) for one in found[1:]])
     if problems:
         raise DataError('\n'.join(first_lines(problems)))
@@ -288,6 +285,7 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
         else:
             make_joined(out, Join(finest, rule, large), finished, height, signals)
         shutil.rmtree(folder)
+    write_style(out, ramp_style(1))
     return json.loads(note_path(out).read_text())
 
 # %% ../nbs/08j_joins.ipynb #cjoins24

@@ -121,6 +121,9 @@ def open_map(path:str|Path,    # a map, or a mosaic of maps
             ) -> Iterator[OpenMap]:
     "Open a map; raises `DataError` for a file that is none, also while it is read"
     path = Path(path)
+    if path.suffix.lower() == '.zip':
+        raise DataError(f'{path.name} is an archive, as rtsseg-map --tiles makes them: unpack it (unzip {path.name} '
+                        '-d maps), and name its maps, or one mosaic of them (rtsseg-mosaic)')
     with open_named(path, rows=rows) as dataset:
         problems = []
         if dataset.count != 1:

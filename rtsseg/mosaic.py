@@ -42,6 +42,7 @@ from rtsseg.polygons import (
 from .raster import GDAL_OPTIONS
 from .regions import overall_rule, read_region_layer
 from .runs import RunError
+from .styles import mask_style, ramp_style, write_style
 from .vrt import Vrt, VrtBand, VrtSource, open_named, raster_digest, vrt_xml
 
 # %% ../nbs/08k_mosaic.ipynb #mosaic-settings
@@ -108,6 +109,7 @@ def write_mosaic(maps:Sequence[str|Path],    # on one grid, of one model and cal
     members = read_maps(paths, overlap)
     vrt = mosaic_vrt(members)
     write_atomic(out, vrt_xml(vrt, Path(os.path.abspath(out)).parent))
+    write_style(out, ramp_style(1))
     logger.info(f'{out.name}: {len(members)} maps, {vrt.width} × {vrt.height} pixels')
     return dict(maps=len(members), height=vrt.height, width=vrt.width, crs=vrt.crs or None)
 
@@ -229,5 +231,6 @@ def write_mask(map:str|Path,                 # of rtsseg-predict, or a mosaic
             made['threshold'] = threshold or overall_rule(map.name, one.settings, ratio, 'pixels').threshold
             pixels = ReachedPixels(made['threshold'])
         counts = _write_optimized(out, one, made, pixels)
+    write_style(out, mask_style())
     logger.info(f"{out.name}: {counts['predicted']} pixels of {counts['predicted'] + counts['other']}")
     return made | counts

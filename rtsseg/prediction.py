@@ -61,6 +61,7 @@ from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
 from .scenestats import evidence_findings, input_summary, scene_statistics
 from .stats import Stats
+from .styles import ramp_style, write_style
 from .vrt import is_vrt, open_named, raster_digest
 from .weights import ModelError
 
@@ -1008,4 +1009,5 @@ def predict(model_dir:str|Path,      # a model directory
         else:
             make_map(out, job, finished, signals)
         shutil.rmtree(folder)
+    write_style(out, ramp_style(1))
     return json.loads(note_path(out).read_text())

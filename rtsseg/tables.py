@@ -27,10 +27,10 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
-from .calibration import Region, recommend, views_gain
+from .calibration import Region, evaluated_views, recommend, views_gain
 from .columns import parse_uids
-from .config import SYMMETRIES, Metrics, ratio_text
-from .evidence import Evidence, evidence_path
+from .config import Metrics, ratio_text
+from .evidence import Evidence
 from .intervals import Difference, bootstrap, compare, subsample
 from rtsseg.metrics import (
     ap_bounds,
@@ -748,8 +748,7 @@ VIEWS_NOTE = 'gain: of {monitor} over one view; noise: two standard deviations o
 
 def views_tables(run:PixelRun) -> list[Table]:
     "What test-time augmentation gains on validation, and what it costs; [] where validation was evaluated one way only"
-    evaluated = [views for views in SYMMETRIES if evidence_path(run.folder, 'val', views).exists()]
-    if len(evaluated) < 2:
+    if len(evaluated_views(run.folder)) < 2:
         return []
     gains = views_gain(run.folder)
     scores = [column for column in gains if column.startswith('PR-AUC')]

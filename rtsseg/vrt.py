@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from rasterio.transform import Affine
 
 from .console import DataError, first_lines
 from .files import digest
-from .raster import has_unwritten_blocks, open_dataset, open_raster, unreadable
+from .raster import has_unwritten_blocks, open_dataset, open_raster, read_errors, unreadable
 
 # %% ../nbs/01a_vrt.ipynb #vrt-parts
 class VrtSource(NamedTuple):
@@ -296,13 +296,16 @@ def open_named(path:str|Path,          # a file that the user named
         with open_raster(path, pictures, rows=rows) as ds:
             yield ds
         return
-    try:
-        with open_dataset(path, vrt_xml(read_vrt(path)), 'VRT', {}, rows) as ds:
+    vrt = read_vrt(path)
+    with ExitStack() as stack:
+        try:
+            ds = stack.enter_context(open_dataset(path, vrt_xml(vrt), 'VRT', {}, rows))
+        except DataError:
+            raise
+        except Exception as error:
+            raise unreadable(path, error) from None
+        with read_errors(path):
             yield ds
-    except DataError:
-        raise
-    except Exception as error:
-        raise unreadable(path, error) from None
 
 def raster_digest(path:str|Path    # a file that the user named
                  ) -> str:         # SHA-256

@@ -45,6 +45,18 @@ def tiny_world(tmp_path_factory):
     from rtsseg.toy import tiny_toy
     return Path(tiny_toy(tmp_path_factory.mktemp('toy')))
 
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    "The model directory of an untrained network"
+    from helpers.maps import untrained_model
+    return untrained_model(tmp_path_factory.mktemp('model'))
+
+@pytest.fixture(scope='module')
+def loaded(model):
+    "That model, loaded"
+    from rtsseg.infer import load_model
+    return load_model(model)
+
 @pytest.fixture
 def default_signals():
     "SIGINT and SIGHUP mean what they mean in a terminal, also where nohup or a background job ignores them"

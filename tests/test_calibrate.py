@@ -769,6 +769,22 @@ def test_views_of_few_blocks_cannot_be_told_apart(folder):
     )
 
 
+def test_scales_and_maxima_that_were_evaluated_are_listed(folder):
+    for views, other in {'none@0.5': 'full', 'minimal-max': 'none', 'none@0.25': 'none'}.items():
+        evidence = Evidence.read(evidence_path(folder, 'val', other))
+        evidence.views = views
+        evidence.write(evidence_path(folder, 'val', views))
+    (folder / 'evidence' / 'val-notes.parquet').touch()
+    line = dict(event='evaluate', split='val', views='none@0.5', tiles=440, seconds=11.0, device='cpu')
+    with open(folder / 'log.jsonl', 'a') as f:
+        f.write(json.dumps(line) + '\n')
+    gains = views_gain(folder)
+    assert list(gains.index) == ['none', 'minimal', 'standard', 'full', 'none@0.5', 'none@0.25', 'minimal-max']
+    assert gains.gain['none@0.5'] == gains.gain['full'] and gains.gain['minimal-max'] == 0
+    # the cheapest, wherever it stands
+    assert 'none@0.5 is recommended' in recommend(gains) and '0.2 times the time' in recommend(gains)
+
+
 def test_a_log_that_was_cut_off(folder):
     before = views_gain(folder)
     with open(folder / 'log.jsonl', 'a') as f:

@@ -26,12 +26,14 @@ from rasterio.transform import Affine, from_origin
 
 import rtsseg.fleet
 from helpers.maps import noise, read_map, untrained_model
+from rtsseg.areas import expected_area
 from rtsseg.claims import Store
 from rtsseg.config import ConfigError, ToySource, load
 from rtsseg.console import DataError
 from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, work_of
 from rtsseg.infer import save_model
 from rtsseg.launch import StopSignals
+from rtsseg.mapcheck import map_check
 from rtsseg.models import build
 from rtsseg.mosaic import write_mosaic
 from rtsseg.polygons import map_polygons
@@ -360,6 +362,21 @@ def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_p
         patch.setattr(rtsseg.fleet.SceneWork, 'make_shard', None)
         map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
     check_maps(fleet, job)
+
+def test_an_archive_of_maps_is_unpacked_as_the_error_says(fleet, tmp_path):
+    write_mosaic_of_scenes(fleet, tmp_path)
+    (tmp_path/'list.csv').write_text('scene\npart0.tif\npart1.tif\n')
+    map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', device='cpu', tiles=True)
+    archive, maps = tmp_path/'job/maps/t000000.zip', tmp_path/'maps'
+    for command in (partial(map_polygons, out=tmp_path/'zip.gpkg'), partial(expected_area, out=tmp_path/'zip.tif'),
+                    lambda path: map_check([path])):
+        with pytest.raises(DataError, match=r't000000.zip is an archive.*\(unzip t000000.zip -d maps\).*rtsseg-mosaic'):
+            command(archive)
+    with ZipFile(archive) as members:
+        members.extractall(maps)
+    write_mosaic(sorted(maps.glob('*.tif')), tmp_path/'maps.vrt', 'last')
+    found = map_polygons(tmp_path/'maps.vrt', tmp_path/'found.gpkg', .5)
+    assert found['polygons'] == map_polygons(sorted(maps.glob('*.tif')), tmp_path/'named.gpkg', .5)['polygons']
 
 TILES = 'import json, sys; from rtsseg.fleet import map_scenes; map_scenes(**json.loads(sys.argv[1]))'
 

@@ -38,14 +38,6 @@ from rtsseg.prediction import BlendedRows, Scene, predict, window_starts
 from rtsseg.runs import Stopped, config_hash
 from rtsseg.toy import scored_tiles
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    return untrained_model(tmp_path_factory.mktemp('model'))
-
-@pytest.fixture(scope='module')
-def loaded(model):
-    return load_model(model)
-
 # ---------------------------------------------------------------- views
 scales = st.integers(5, 100).map(lambda percent: percent / 100)
 

@@ -30,6 +30,7 @@ from rtsseg.polygons import (
     simplify_outlines,
 )
 from rtsseg.prediction import predict
+from rtsseg.styles import ramp_style, write_style
 
 CUTS = [.5, .6, .8]
 LOW = lowest_value(CUTS[0])
@@ -217,6 +218,12 @@ def test_files_that_exist_are_kept(tmp_path):
         map_polygons(path, tmp_path/'out.gpkg')
     assert (tmp_path/'out.qml').read_text() == 'mine'
     assert map_polygons(path, tmp_path/'out.gpkg', force=True)['polygons'] > 0
+    # a map keeps the style that QGIS finds for both
+    write_style(path, ramp_style(1))
+    before = (tmp_path/'map.qml').read_text()
+    for force in (False, True):
+        assert map_polygons(path, tmp_path/'map.gpkg', force=force)['files'] == ['map.gpkg', 'map.parquet']
+    assert (tmp_path/'map.qml').read_text() == before
 
 @pytest.mark.parametrize('damage, words', [
     (lambda layer: layer.set_crs(None, allow_override=True), 'names no CRS'),

@@ -37,14 +37,6 @@ from rtsseg.tiles import TileDataset
 from rtsseg.toy import BANDS, scored_tiles
 from rtsseg.weights import ModelError
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    return untrained_model(tmp_path_factory.mktemp('model'))
-
-@pytest.fixture(scope='module')
-def loaded(model):
-    return load_model(model)
-
 def use_network(patch, loaded, network):
     "Let `predict` load another network than the model's"
     stub = replace(loaded, model=network.eval())
