@@ -43,8 +43,8 @@ def check_scales(pair:tuple[float, float]) -> tuple[float, float]:
 class ClassData(Strict):
     "Images with a class for each pixel"
     source: Annotated[Path, Undeciding()] = Field(
-        Path('data/loveda'), description='folder of <split>/<group>/images_png and masks_png, as LoveDA has them, or a '
-                                         'table with image, mask, split and, if wanted, group')
+        Path('data/loveda'), description='folder of <split>/<scene>/images_png and masks_png, as LoveDA has them, or a '
+                                         'table with image, mask, split and, if wanted, scene and group')
     names: list[str] = Field(
         ['background', 'building', 'road', 'water', 'barren', 'forest', 'agriculture'], min_length=2, max_length=250,
         description='names of the classes 0, 1, …')
@@ -60,14 +60,14 @@ class ClassData(Strict):
 
 # %% ../nbs/02d_class_tiles.ipynb #ctllistcode
 IMAGE_FOLDER, MASK_FOLDER = 'images_png', 'masks_png'
-SAMPLE_COLUMNS = ['sample', 'image', 'mask', 'split', 'group']
+SAMPLE_COLUMNS = ['sample', 'image', 'mask', 'split', 'scene', 'group']
 
 def list_loveda(root:Path    # {Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}
                ) -> pd.DataFrame:
     "The images of LoveDA's folders; raises `DataError` where an image of train or val has no mask"
     rows, problems = [], []
     for path in sorted(root.glob(f'*/*/{IMAGE_FOLDER}/*.png')):
-        folder, group = path.parts[-4], path.parts[-3]
+        folder, scene = path.parts[-4], path.parts[-3]
         split = SPLIT_FOLDERS.get(folder.lower())
         if split is None:
             problems.append(f'{folder}: not the name of a split{nearest(folder, SPLIT_FOLDERS)}')
@@ -75,21 +75,21 @@ def list_loveda(root:Path    # {Train,Val,Test}/{Urban,Rural}/{images_png,masks_
         mask = path.parent.with_name(MASK_FOLDER)/path.name
         if split != 'test' and not mask.is_file():
             problems.append(f'{path.relative_to(root)}: no mask {mask.relative_to(root)}')
-        has_mask = mask.is_file()
-        rows.append(dict(sample=f'{split}/{group}/{path.stem}', image=path.relative_to(root).as_posix(), split=split,
-                         mask=mask.relative_to(root).as_posix() if has_mask else '', group=group))
+        has_mask, sample = mask.is_file(), f'{split}/{scene}/{path.stem}'
+        rows.append(dict(sample=sample, image=path.relative_to(root).as_posix(), split=split, scene=scene,
+                         mask=mask.relative_to(root).as_posix() if has_mask else '', group=sample))
     raise_problems(root.name, list(dict.fromkeys(problems)))
     return pd.DataFrame(rows, columns=SAMPLE_COLUMNS)
 
-def list_table(path:Path    # a table: image, mask, split, and perhaps sample and group
+def list_table(path:Path    # a table: image, mask, split, and perhaps sample, scene and group
               ) -> pd.DataFrame:
     "The images of a table; raises `DataError`"
     table = read_table_file(path).fillna('').astype(str)
     missing = [name for name in ('image', 'mask', 'split') if name not in table]
     raise_problems(path.name, [f'no column {name!r}{nearest(name, table.columns)}' for name in missing])
-    for name in ('sample', 'group'):
+    for name, usual in dict(sample=table.image, scene='', group=table.image).items():
         if name not in table:
-            table[name] = table.image
+            table[name] = usual
     root = path.parent
     strange = sorted(set(table.split) - {'train', 'val', 'test'})
     problems = [f'split {name!r}: train, val or test was expected{nearest(name, SPLIT_FOLDERS)}' for name in strange]
@@ -304,7 +304,7 @@ class ClassTiles(Dataset):
     def __getitem__(self,
                     key:int|tuple    # a row, or (seed, epoch, row, occurrence, side)
                    ) -> dict[str, Any]:
-        "A sample: image float32 (3, H, W), target float32 (H, W) with 255 = ignore, and the row, sample and group"
+        "A sample: image float32 (3, H, W), target float32 (H, W) with 255 = ignore, and row, sample, scene and group"
         row = key[2] if isinstance(key, tuple) else int(key)
         pair = read_pair(self.samples, row, self.data.values)
         image, mask = pair.image.astype(np.float32) / 255, pair.mask
@@ -316,4 +316,4 @@ class ClassTiles(Dataset):
         planes = ((image - self.mean) / self.std).transpose(2, 0, 1)
         entry = self.samples.table.loc[row]
         return dict(image=torch.from_numpy(np.ascontiguousarray(planes)), row=row, sample=entry['sample'],
-                    target=torch.from_numpy(mask.astype(np.float32)), group=entry.group)
+                    target=torch.from_numpy(mask.astype(np.float32)), scene=entry.scene, group=entry.group)

@@ -1070,6 +1070,7 @@ class RtsConfig(RunConfig):
 BUILT_IN_SYSTEMS = {
     'rts': 'rtsseg.systems.rts:RTS',
     'classify': 'rtsseg.systems.classify:Classify',
+    'landcover': 'rtsseg.systems.landcover:Landcover',
 }
 
 def system_names() -> list[str]:

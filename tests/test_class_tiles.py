@@ -43,7 +43,7 @@ def write_set(root, n=6, side=40, masks=None):
         cv2.imwrite(str(root/f'{k}.png'), image)
         cv2.imwrite(str(root/f'{k}_mask.png'), mask if masks is None else masks(mask))
         split = 'val' if k >= n - 2 else 'train'
-        rows.append(dict(image=f'{k}.png', mask=f'{k}_mask.png', split=split, group=f'city{k % 2}'))
+        rows.append(dict(image=f'{k}.png', mask=f'{k}_mask.png', split=split, scene=f'city{k % 2}'))
     pd.DataFrame(rows).to_csv(root/'list.csv', index=False)
     return root/'list.csv'
 
@@ -57,7 +57,7 @@ def test_real_tiles_of_loveda(tmp_path):
         for kind in ('images_png', 'masks_png'):
             shutil.copytree(next(LOVEDA.rglob(kind)), tmp_path/split/folder/kind)
     samples = ClassSamples.read(tmp_path)
-    assert len(samples) == 6 and set(samples.table.group) == {'Urban', 'Rural'}
+    assert len(samples) == 6 and set(samples.table.scene) == {'Urban', 'Rural'}
     for row in range(len(samples)):
         pair = read_pair(samples, row, ClassData().values)
         raw = cv2.imread(str(samples.root/samples.table['mask'][row]), cv2.IMREAD_UNCHANGED)
@@ -161,7 +161,8 @@ def test_workers_change_nothing(mixing, tmp_path):
     seen = []
     for workers in (0, 2):
         batches = ClassBatches(8, 2, 42, data.sides, image_weights(counts, .5))
-        loader = DataLoader(tiles, batch_sampler=batches, num_workers=workers, collate_fn=MixingCollate(mixing))
+        collate = MixingCollate(mixing, group='scene')
+        loader = DataLoader(tiles, batch_sampler=batches, num_workers=workers, collate_fn=collate)
         seen.append([batch for epoch in (1, 2) for batch in (batches.set_epoch(epoch), *loader)[1:]])
     assert len(seen[0]) == 8 and {batch['image'].shape[-1] for batch in seen[0]} == {16, 32}
     for one, other in zip(*seen, strict=True):

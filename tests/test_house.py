@@ -139,10 +139,11 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
-            'pretrained windows prepare stage card',
+            'pretrained windows prepare stage card class_world',
     'feed': 'sampler augment tiles mixing class_tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics',
-    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget',
+    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
+             'sliding',
     'seam': 'system',
     'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '

@@ -1,0 +1,95 @@
+"The land-cover system from its config alone: it learns, resumes to the same bytes, is evaluated, reported and compared"
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.shell import Program, held, running, shell
+from helpers.waiting import wait_for
+from rtsseg.ablation import ablate
+from rtsseg.class_world import make_class_world
+from rtsseg.config import ConfigError, find_system, load, to_yaml
+from rtsseg.evaluation import evaluate
+from rtsseg.runs import read_log, run_folder
+from rtsseg.training import train
+
+ROOT = Path(__file__).resolve().parent.parent
+LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'), unfreeze=dict(share=.5, groups=2, every=1),
+              loss=dict(parts=['cross_entropy', 'dice', 'lovasz'], hardest=.4, label_smoothing=.1))
+
+@pytest.fixture(scope='module')
+def land(tmp_path_factory):
+    return make_class_world(tmp_path_factory.mktemp('land')/'land', side=96, images=12)
+
+def config(land, runs, **more):
+    "configs/landcover/toy.yaml on a smaller land"
+    small = dict(runs=runs, epochs=3, tracker=dict(kind='none'), windows=dict(side=64, stride=48),
+                 data=dict(source=land, sides=[64], made=None))
+    return load(ROOT/'configs'/'landcover'/'toy.yaml', **small | more)
+
+@pytest.fixture(scope='module')
+def lively(land, tmp_path_factory):
+    "A run with everything that draws at random or changes with time"
+    return train(config(land, tmp_path_factory.mktemp('runs'), **LIVELY))
+
+def test_it_learns(land, tmp_path):
+    rows = read_log(train(config(land, tmp_path, epochs=6)))
+    assert len(rows) == 6 and rows[-1]['train/loss/cross_entropy'] < .8*rows[0]['train/loss/cross_entropy']
+    # more than the largest class everywhere would give
+    assert rows[-1]['val/miou'] > 1/7
+
+def test_killed_and_started_again_it_ends_in_the_same_bytes(land, lively, tmp_path):
+    "kill -9 after the first epoch: crops, mixing, unfreezing and weights are those of the undisturbed run"
+    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), **LIVELY)
+    (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
+    folder = run_folder(cfg, find_system('landcover').feed(cfg).hash)
+    with running(Program('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline', env=held(folder, 1))) as process:
+        wait_for(lambda: 'epoch   1/3' in process.printed() or process.poll() is not None)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert train(cfg) == folder
+    weights = [(f/'model'/'model.safetensors').read_bytes() for f in (folder, lively)]
+    assert weights[0] == weights[1]
+
+def test_evaluation_finds_the_numbers_of_training_again(lively):
+    "Check 6 of guide 002: the same windows in both"
+    cfg, system = load(lively/'config.yaml'), find_system('landcover')
+    found = system.metrics(system.read_table(evaluate(lively, 'val')), cfg)
+    best = json.loads((lively/'model'/'metrics.json').read_text())
+    assert found == pytest.approx({name: best['metrics'][name] for name in found}, abs=1e-9, nan_ok=True)
+
+def test_commands_serve_it(land, tmp_path):
+    "Trained, evaluated and reported from a file; the page shows the classes"
+    (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
+    for command in ('train', 'evaluate', 'report'):
+        done = shell(f'rtsseg-{command}', '--config', tmp_path/'cfg.yaml')
+        assert done.returncode == 0, done.stdout + done.stderr
+    page, = tmp_path.glob('runs/landcover_toy/*/seed42/report.html')
+    text = page.read_text()
+    assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou'))
+
+def test_a_land_is_made_where_the_config_says_so(tmp_path):
+    data = dict(source=tmp_path/'new', sides=[64], made=dict(side=64, images=8))
+    cfg = config(tmp_path/'new', tmp_path/'runs', data=data)
+    assert find_system('landcover').feed(cfg, prepare=True).size('train') == 8
+
+def test_a_grid_compares_losses(land, tmp_path):
+    (tmp_path/'grid.yaml').write_text('loss.parts: [[cross_entropy], [cross_entropy, lovasz]]')
+    found = ablate(config(land, tmp_path/'runs', epochs=1), tmp_path/'grid.yaml', [42, 43])
+    assert found.monitor == 'miou' and np.isfinite(found.values).all() and not found.failed
+
+def test_baseline_is_that_of_the_guide():
+    "Guide 002, 1.2, number for number"
+    cfg = load(ROOT/'configs'/'landcover'/'baseline.yaml')
+    assert (cfg.model.architecture, cfg.model.encoder, cfg.model.weights) == ('segformer', 'mit_b2', 'imagenet')
+    assert (cfg.data.sides, cfg.epochs, cfg.loss_weights) == ([512], 50, dict(cross_entropy=.7, dice=.3))
+    assert (cfg.lr.base_lr, cfg.lr.backbone_lr_multiplier, cfg.optimizer.weight_decay) == (6e-5, .65, .01)
+    assert (cfg.optimizer.clip_norm, cfg.ema.decay, cfg.batch_size) == (1., .999, 8)
+    assert 2 <= cfg.accumulate <= 4 and 10 <= cfg.early_stopping.patience <= 15
+    assert (cfg.windows.side, cfg.windows.stride) == (1024, 768)
+
+def test_a_monitor_that_no_metric_has_is_refused(land, tmp_path):
+    with pytest.raises(ConfigError, match="validation gives no 'iou_river'"):
+        train(config(land, tmp_path, epochs=1, metrics=dict(monitor='iou_river')))
