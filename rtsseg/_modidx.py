@@ -1935,6 +1935,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.rayengine.ray_cluster': ('ray.html#ray_cluster', 'rtsseg/rayengine.py'),
                                   'rtsseg.rayengine.run_actors': ('ray.html#run_actors', 'rtsseg/rayengine.py')},
             'rtsseg.regions': { 'rtsseg.regions.RegionLayer': ('regions.html#regionlayer', 'rtsseg/regions.py'),
+                                'rtsseg.regions.RegionLayer.codes_at': ('regions.html#regionlayer.codes_at', 'rtsseg/regions.py'),
                                 'rtsseg.regions.RegionLayer.codes_of': ('regions.html#regionlayer.codes_of', 'rtsseg/regions.py'),
                                 'rtsseg.regions.Rule': ('regions.html#rule', 'rtsseg/regions.py'),
                                 'rtsseg.regions._rule': ('regions.html#_rule', 'rtsseg/regions.py'),

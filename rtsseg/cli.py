@@ -657,7 +657,8 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
                          half_width:float=0,         # wanted of the intervals of precision and recall; n counts no more
                          side:int=32,                # of a cell, pixels of the map
                          threshold:float=.5,         # probability from which the map finds something
-                         regions:str='',             # polygons with a column region; '' for none
+                         regions:str='',             # a layer of regions, which become strata; '' for none
+                         region_column:str='region', # its column that names the region
                          allocation:str='neyman',    # of the cells to strata: neyman or proportional
                          raters:list[str]=(),        # names of the people who rate; none: one rater
                          twice:float=.1,             # share of the cells that two raters get
@@ -666,8 +667,9 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
     "A stratified sample of a map, below the threshold too, and the pages on which people rate it"
     require(map=map, out=out)
     from rtsseg.review import review_sample
-    review_sample(map, out, scene, n, side, threshold, regions=regions, allocation=allocation,
-                  raters=as_list(raters) or ['rater'], twice=twice, seed=seed, half_width=half_width)
+    review_sample(map, out, scene, n, side, threshold, regions=regions, region_column=region_column,
+                  allocation=allocation, raters=as_list(raters) or ['rater'], twice=twice, seed=seed,
+                  half_width=half_width)
     print(f'{out}: open its pages in a browser, rate, and give the downloaded files to rtsseg-review-read')
 
 @command()

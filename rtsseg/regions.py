@@ -63,6 +63,16 @@ class RegionLayer(NamedTuple):
         # a later shape is drawn over an earlier one
         return rasterize(here[::-1], shape, transform=transform, dtype='uint16')
 
+    def codes_at(self,
+                 x:np.ndarray,    # in the CRS of the map
+                 y:np.ndarray
+                ) -> np.ndarray:  # int: places of names
+        "The region that each point lies in; the first polygon of the layer wins"
+        point, polygon = shapely.STRtree(self.polygons).query(shapely.points(x, y), predicate='intersects')
+        first = np.full(len(x), len(self.polygons))
+        np.minimum.at(first, point, polygon)
+        return np.append(self.numbers, 0)[first]
+
 # longest edge that is brought to another CRS by its ends: degrees, or units of the CRS
 EDGE_DEGREES, EDGE_UNITS = .1, 1e4
 

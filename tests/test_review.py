@@ -23,8 +23,10 @@ from helpers.maps import CRS, GRID
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
 from rtsseg.estimates import allocate
+from rtsseg.ground import transformer
 from rtsseg.prediction import STEPS
 from rtsseg.raster import write_raster
+from rtsseg.regions import read_region_layer
 from rtsseg.review import (
     REVIEW_SCRIPT,
     Rated,
@@ -34,6 +36,7 @@ from rtsseg.review import (
     map_cells,
     name_strata,
     read_ratings,
+    region_of,
     review_page,
     review_read,
     review_rows,
@@ -165,6 +168,23 @@ def test_regions_are_strata(world, tmp_path):
     assert set(units.stratum.str.split(', ').str[-1]) == {'west', 'outside'}
     assert (units.stratum.str.endswith('west') == (units.column + SIDE / 2 < width / 2)).all()
     assert not (tmp_path/'review/pages').exists()
+
+def test_long_edges_of_regions_are_parallels(tmp_path):
+    "On a polar grid the corners of a box of longitudes and latitudes are not its border"
+    path = write_map(tmp_path/'map.tif', np.zeros((20, 20)), crs='EPSG:3413',
+                     transform=from_origin(-2_000_000, 2_000_000, 200_000, 200_000))
+    boxes = [shapely.box(-180, 80, 180, 90), shapely.box(-180, 70, 180, 80)]
+    gpd.GeoDataFrame(dict(NAME=['pole', 'ring']), geometry=boxes, crs='EPSG:4326').to_file(tmp_path/'layer.gpkg')
+    cells = map_cells(path, 1, .5)
+    latitude = transformer('EPSG:3413').transform(cells.x, cells.y)[1]
+    found = region_of(cells, read_region_layer(tmp_path/'layer.gpkg', 'NAME', 'EPSG:3413'))
+    assert found.tolist() == np.select([latitude > 80, latitude > 70], ['pole', 'ring'], 'outside').tolist()
+    review_sample(path, tmp_path/'review', n=60, side=1, least=2, regions=tmp_path/'layer.gpkg', region_column='NAME')
+    strata = pd.read_csv(tmp_path/'review/strata.csv')
+    assert strata.N.sum() == 400
+    assert {name.split(', ')[-1] for name in strata.stratum} == {'pole', 'ring', 'outside'}
+    with pytest.raises(DataError, match="no column 'region'"):
+        review_sample(path, tmp_path/'other', n=60, side=1, least=2, regions=tmp_path/'layer.gpkg')
 
 # ---------------------------------------------------------------- the draw
 
