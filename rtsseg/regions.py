@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EDGE_DEGREES', 'EDGE_UNITS', 'POINTS', 'read_layer', 'RegionLayer', 'read_region_layer', 'Rule', 'overall_rule',
-           'region_rules', 'missed_regions']
+           'region_rules', 'map_rules', 'missed_regions']
 
 # %% ../nbs/07b_regions.ipynb #regions-imports
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ import shapely
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 
+from .config import ConfigError, parse_judged_ratio, ratio_text
 from .console import DataError, nearest, raise_problems
+from .mapfile import read_map_settings
 
 # %% ../nbs/07b_regions.ipynb #regions-read
 def read_layer(path:Path,         # any file of polygons that GDAL or GeoParquet reads
@@ -144,6 +146,22 @@ def region_rules(name:str, settings:dict, ratio:str, points:str,
                         f'{", ".join(stored)}: name a layer, or a column, with the names of the calibration')
     own = [stored.get(region, {}).get(POINTS[points], {}).get(ratio) for region in regions]
     return [overall if point is None else _rule(point, 'region') for point in own]
+
+def map_rules(path:Path,               # a map
+              threshold:float|None,    # what the user named; None: what the calibration of its model found
+              ratio:str,               # at which the calibration is read: '1:200' or 'native'
+              layer:RegionLayer|None   # whose regions take their own; None: one rule
+             ) -> list[Rule]:          # in the order of `RegionLayer.names`
+    "From which probability pixels of a map count, in each region; raises `ConfigError` and `DataError`"
+    names = layer.names if layer else ['']
+    if threshold is not None:
+        return [Rule(threshold)] * len(names)
+    try:
+        ratio = ratio_text(parse_judged_ratio(ratio))
+    except ValueError as error:
+        raise ConfigError(f'ratio: {error}') from None
+    stored = path.name, read_map_settings(path), ratio, 'pixels'
+    return region_rules(*stored, names) if layer else [overall_rule(*stored)]
 
 def missed_regions(settings:dict, ratio:str, points:str, regions:Sequence[str]) -> list[str]:
     "Regions in which no threshold reaches the target precision on validation: they take that of all regions"

@@ -161,7 +161,6 @@ class TileSource(NamedTuple):
     scene: DatasetReader
     extra: DatasetReader|None
     map: OpenMap
-    threshold: float
     # in the CRS of the scene; empty without outlines
     outlines: gpd.GeoDataFrame
 
@@ -186,7 +185,10 @@ def mask_of(source:TileSource, window:pd.Series, cells:pd.DataFrame, accept:bool
     if len(source.outlines):
         outlined = rasterize(source.outlines.geometry, shape, transform=grid, dtype='uint8') == 1
     if accept:
-        predicted = source.map.probability(part) >= source.threshold
+        probability = source.map.probability(part)
+        for _, cell in cells[cells.kind == CONFIRMED].iterrows():
+            at = pixels_of(cell, window)
+            predicted[at] = probability[at] >= cell.threshold
     return rated_mask(window, cells, outlined, predicted)
 
 def cut_tile(source:TileSource,
@@ -276,7 +278,8 @@ def choose_windows(cells:pd.DataFrame,       # of `rated_cells`
     wanted = (cells.kind == HARD_NEGATIVE) | (cells.kind == POSITIVE) | (accept & (cells.kind == CONFIRMED))
     cells = cells[wanted].sort_values(['kind', 'row', 'column'])
     windows = centred_windows(cells, cfg.data.tile_size, source.scene.shape)
-    windows = windows.join(pixel_boxes(windows, source.scene.transform)).assign(tile_id=cells.unit, crs=cells.crs)
+    windows = windows.join(pixel_boxes(windows, source.scene.transform))
+    windows = windows.join(cells[['crs', 'threshold']]).assign(tile_id=cells.unit)
     windows['region'] = nearest_regions(windows, manifest.table[manifest.table.crs != 'none'])
     why, windows['block'] = held_out(windows, manifest.table, cfg.data.block_size)
     why = np.where((cells.kind == POSITIVE) & ~cells.outlined, NO_OUTLINE, why)
@@ -312,7 +315,7 @@ def _check_places(manifest, scene, side):
         raise DataError(f'{Path(scene.name).name} has {scene.width} × {scene.height} pixels, a tile {side} × {side}')
 
 def _provenance_of(rated, when):
-    names = 'map', 'map_sha256', 'scene', 'scene_sha256', 'model', 'threshold'
+    names = 'map', 'map_sha256', 'scene', 'scene_sha256', 'model'
     return {name: rated.settings[name] for name in names} | dict(sample=rated.settings['units_sha256'], rated=when)
 
 def review_tiles(folder:str|Path,               # of `review_sample`
@@ -366,7 +369,7 @@ def _opened(rated, map, scene, extra, outlines):
         drawn = gpd.GeoDataFrame(geometry=[], crs=image.crs)
         if outlines:
             drawn = read_layer(Path(outlines)).to_crs(image.crs)
-        yield TileSource(image, bands, stack.enter_context(open_map(map, 1)), rated.settings['threshold'], drawn)
+        yield TileSource(image, bands, stack.enter_context(open_map(map, 1)), drawn)
 
 def _cut_all(source, windows, cells, accept, out, sample):
     "The rows of all tiles that were cut"
@@ -375,7 +378,8 @@ def _cut_all(source, windows, cells, accept, out, sample):
         window['tile_id'] = f'rated_{sample}_{window.row}_{window.column}'
         row = cut_tile(source, window, cells, accept, out)
         if row:
-            rows.append(dict(tile_id=window.tile_id, region=window.region, block=window.block, extra='') | row)
+            said = window[['tile_id', 'region', 'block', 'threshold']].to_dict()
+            rows.append(said | dict(extra='') | row)
     return pd.DataFrame(rows)
 
 def _say(out, rows, left_out, seen):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'CHIP', 'REVIEW_SCRIPT', 'REVIEW_STYLE', 'UNITS', 'STRATA', 'SAMPLE', 'ALLOCATIONS', 'QUESTION',
-           'map_cells', 'cut_names', 'region_of', 'name_strata', 'describe_strata', 'draw_units', 'assign_raters',
-           'read_chips', 'jpeg_uri', 'outline_path', 'unit_outlines', 'review_page', 'scene_factor', 'review_sample',
-           'Rating', 'RaterFile', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table',
-           'review_read', 'review_rows']
+           'map_cells', 'cut_names', 'name_strata', 'describe_strata', 'draw_units', 'assign_raters', 'read_chips',
+           'jpeg_uri', 'outline_path', 'unit_outlines', 'review_page', 'scene_factor', 'review_sample', 'Rating',
+           'RaterFile', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table', 'review_read',
+           'review_rows']
 
 # %% ../nbs/08d_review.ipynb #rev-imports
 import base64
@@ -45,7 +45,7 @@ from .manifest import read_table_file
 from .mapfile import open_map, read_map_settings
 from .page import STYLE, Table, Text, escape, safe_json
 from .raster import Grid, check_same_grid
-from .regions import RegionLayer, read_region_layer
+from .regions import RegionLayer, map_rules, read_region_layer
 from .shapes import label_objects
 from .vrt import open_named, raster_digest
 
@@ -70,28 +70,43 @@ def _object_sizes(index, shape, side):
         np.maximum.at(sizes, (np.repeat(runs['y'] // side, n), column), np.repeat(objects['area'][runs['object']], n))
     return sizes
 
-def map_cells(path:str|Path,      # a map of probabilities
-              side:int,           # of a cell, pixels
-              threshold:float     # of a predicted pixel
-             ) -> pd.DataFrame:   # a row a cell with data
+# the region of ground that the layer does not name
+OUTSIDE = 'outside'
+
+def _strip_places(transform, window, side, thresholds, layer):
+    "Pixels, centre, threshold and region of the cells of a strip"
+    top, left = window.row_off, np.arange(0, window.width, side)
+    cells = pd.DataFrame(dict(row=top, column=left, height=window.height, width=np.minimum(side, window.width - left)))
+    centre = (cells.row + cells.height / 2).to_numpy(), (cells.column + cells.width / 2).to_numpy()
+    cells['x'], cells['y'] = xy(transform, *centre, offset='ul')
+    code = layer.codes_at(cells.x, cells.y) if layer else np.zeros(len(cells), int)
+    cells['threshold'] = np.array(thresholds, float)[code]
+    if layer:
+        cells['region'] = np.array([OUTSIDE, *layer.names[1:]], object)[code]
+    return cells
+
+def map_cells(path:str|Path,                 # a map of probabilities
+              side:int,                      # of a cell, pixels
+              thresholds:Sequence[float],    # of a predicted pixel, in the order of `layer.names`; one without a layer
+              layer:RegionLayer|None=None    # in the CRS of the map
+             ) -> pd.DataFrame:              # a row a cell with data
     """All units of a map
 
-    Columns: row, column (first pixels), height, width, pixels (valid), highest and mean (probability), object
-    (pixels of the largest predicted object in it), x, y (centre), pixel_area (m²; 1 without a CRS)."""
+    Columns: row, column (first pixels), height, width, x, y (centre), threshold (that of the region of the centre),
+    region (with a layer), pixels (valid), highest and mean (probability), object (pixels of the largest predicted
+    object in it), pixel_area (m²; 1 without a CRS)."""
     with open_map(path, side) as one:
         ds, strips, found = one.dataset, [], []
         for window in one.strips(side):
             probability = one.probability(window)
             valid, probability = ~np.isnan(probability), np.nan_to_num(probability)
-            top, left = window.row_off, np.arange(0, ds.width, side)
-            place = dict(row=top, column=left, height=window.height, width=np.minimum(side, ds.width - left))
-            strips.append(pd.DataFrame(place | _strip_cells(probability, valid, side)))
-            found.append(np.flatnonzero(valid & (probability >= threshold)) + top * ds.width)
+            places = _strip_places(ds.transform, window, side, thresholds, layer)
+            strips.append(places.assign(**_strip_cells(probability, valid, side)))
+            lowest = np.repeat(places.threshold.to_numpy(), places.width)
+            found.append(np.flatnonzero(valid & (probability >= lowest)) + window.row_off * ds.width)
         cells = pd.concat(strips, ignore_index=True)
         cells['object'] = _object_sizes(np.concatenate(found), ds.shape, side).ravel()
         cells = cells[cells.pixels > 0].reset_index(drop=True)
-        centre = (cells.row + cells.height / 2).to_numpy(), (cells.column + cells.width / 2).to_numpy()
-        cells['x'], cells['y'] = xy(ds.transform, *centre, offset='ul')
         cells['pixel_area'] = 1.
         if ds.crs:
             steps = np.hypot(ds.transform.a, ds.transform.d), np.hypot(ds.transform.b, ds.transform.e)
@@ -107,38 +122,28 @@ def cut_names(cuts:Sequence[float]    # ascending
     inner = [f'{low:g} to {high:g}' for low, high in zip(cuts, cuts[1:])]
     return [f'below {cuts[0]:g}', *inner, f'from {cuts[-1]:g}']
 
-# the region of ground that the layer does not name
-OUTSIDE = 'outside'
-
-def region_of(cells:pd.DataFrame,    # of `map_cells`
-              layer:RegionLayer      # in the CRS of the map
-             ) -> np.ndarray:        # of each cell
-    "The region that holds a cell's centre, or `OUTSIDE`"
-    names = np.array([OUTSIDE, *layer.names[1:]], object)
-    return names[layer.codes_at(cells.x, cells.y)]
-
 def name_strata(cells:pd.DataFrame,      # of `map_cells`, with `region` or without
-                threshold:float,         # one of the cuts
-                cuts:Sequence[float],    # ascending, of the highest probability
+                cuts:Sequence[float],    # of the highest probability, beside the threshold of each cell
                 sizes:Sequence[int]      # ascending, pixels of an object
                ) -> np.ndarray:          # a name for each cell
     "The stratum of each cell"
-    band = np.array(cut_names(cuts), object)[np.searchsorted(cuts, cells.highest, 'right')]
+    band = np.empty(len(cells), object)
+    for threshold in cells.threshold.unique():
+        own, borders = cells.threshold == threshold, sorted({*cuts, threshold})
+        band[own] = np.array(cut_names(borders), object)[np.searchsorted(borders, cells.highest[own], 'right')]
     if sizes:
         size = np.array(cut_names(sizes), object)[np.searchsorted(sizes, cells.object, 'right')]
-        band = np.where(cells.highest >= threshold, band + ', object ' + size + ' px', band)
+        band = np.where(cells.highest >= cells.threshold, band + ', object ' + size + ' px', band)
     return band if 'region' not in cells else band + ', ' + cells.region
 
-def describe_strata(cells:pd.DataFrame,    # of `map_cells`, with `stratum`
-                    threshold:float        # of a predicted cell
-                   ) -> pd.DataFrame:      # a row a stratum
+def describe_strata(cells:pd.DataFrame    # of `map_cells`, with `stratum`
+                   ) -> pd.DataFrame:     # a row a stratum
     "Units, whether they are predicted, expected share, area and expected area of the class (m² or pixels)"
     area = cells.height * cells.width * cells.pixel_area
     expected = cells['mean'] * cells.pixels * cells.pixel_area
-    groups = cells.assign(area=area, expected=expected).groupby('stratum')
-    table = groups.agg(N=('row', 'size'), lowest=('highest', 'min'), share=('highest', 'mean'), area=('area', 'sum'),
-                       expected=('expected', 'sum'))
-    return table.assign(predicted=table.lowest >= threshold).drop(columns='lowest')
+    cells = cells.assign(area=area, expected=expected, predicted=cells.highest >= cells.threshold)
+    return cells.groupby('stratum').agg(N=('row', 'size'), share=('highest', 'mean'), area=('area', 'sum'),
+                                        expected=('expected', 'sum'), predicted=('predicted', 'all'))
 
 # %% ../nbs/08d_review.ipynb #rev-draw
 def draw_units(cells:pd.DataFrame,       # of `map_cells`, with `stratum`
@@ -233,14 +238,13 @@ def outline_path(mask:np.ndarray    # bool (H, W)
 
 def unit_outlines(path:str|Path,         # the map
                   units:pd.DataFrame,    # of `draw_units`
-                  side:int,              # of a cell
-                  threshold:float        # of a predicted pixel
+                  side:int               # of a cell
                  ) -> list[str]:         # SVG paths
     "Outlines of what the map predicts in the pictures of the units"
     with open_map(path, 3 * side) as one:
         def read(window):
             return np.nan_to_num(one.probability(window))
-        return [outline_path(_padded(read, _picture_window(unit, side), one.grid.shape) >= threshold)
+        return [outline_path(_padded(read, _picture_window(unit, side), one.grid.shape) >= unit.threshold)
                 for unit in units.itertuples()]
 
 # %% ../nbs/08d_review.ipynb #rev-page
@@ -418,8 +422,9 @@ def _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocatio
         problems.append(f'least: {least} units leave a stratum without a variance, or without a chance to be drawn')
     if side < 1:
         problems.append(f'side: {side} pixels are too few for a cell')
-    if not all(0 < cut < 1 for cut in cuts):
-        problems.append(f'cuts, threshold: {", ".join(map(str, cuts))} must lie between 0 and 1')
+    given = [*cuts, *([] if threshold is None else [threshold])]
+    if not all(0 < cut < 1 for cut in given):
+        problems.append(f'cuts, threshold: {", ".join(map(str, given))} must lie between 0 and 1')
     if not all(size > 0 for size in sizes):
         problems.append(f'sizes: {", ".join(map(str, sizes))} must be above 0')
     if allocation not in ALLOCATIONS:
@@ -448,24 +453,25 @@ def scene_factor(map_path:str|Path,    # a map
     check_same_grid(coarse, grid, 'the map')
     return factor
 
-def _choose_units(map_path, side, threshold, cuts, sizes, regions, region_column, n, half_width, allocation, least,
-                  seed):
-    "The drawn units, the strata, the CRS of the map, the area of the largest cell and expected half-widths"
+def _read_layer(map_path, regions, region_column):
+    "The CRS of a map, '' for none, and the regions on it; None without any"
     with open_map(map_path, 1) as one:
         crs = crs_name(one.grid.crs) if one.grid.crs else ''
-    cells = map_cells(map_path, side, threshold)
-    if cells.empty:
-        raise DataError(f'{Path(map_path).name} holds no data')
     if regions and not crs:
-        raise DataError(f'regions: {Path(map_path).name} names no CRS, so regions cannot be laid over it')
-    if regions:
-        cells['region'] = region_of(cells, read_region_layer(regions, region_column, crs))
-    cells['stratum'] = name_strata(cells, threshold, cuts, sizes)
-    strata = describe_strata(cells, threshold)
+        raise DataError(f'regions: {map_path.name} names no CRS, so regions cannot be laid over it')
+    return crs, read_region_layer(regions, region_column, crs) if regions else None
+
+def _choose_units(map_path, side, rules, layer, cuts, sizes, n, half_width, allocation, least, seed):
+    "The drawn units, the strata, the area of the largest cell and expected half-widths"
+    cells = map_cells(map_path, side, [rule.threshold for rule in rules], layer)
+    if cells.empty:
+        raise DataError(f'{map_path.name} holds no data')
+    cells['stratum'] = name_strata(cells, cuts, sizes)
+    strata = describe_strata(cells)
     counts, expected = _choose_counts(strata, n, half_width, allocation, least)
     strata['n'] = pd.Series(counts)
     largest = (cells.height * cells.width * cells.pixel_area).max()
-    return draw_units(cells, counts, seed), strata, crs, dict(largest=float(largest), expected_half_widths=expected)
+    return draw_units(cells, counts, seed), strata, dict(largest=float(largest), expected_half_widths=expected)
 
 def _choose_counts(strata, n, half_width, allocation, least):
     "Units of each stratum, and what precision and recall may be expected to get from them"
@@ -484,10 +490,10 @@ def _choose_counts(strata, n, half_width, allocation, least):
     # JSON has no NaN
     return counts, {name: half if np.isfinite(half) else None for name, half in expected.items()}
 
-def _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed):
+def _write_pages(folder, map_path, scene, factor, units, raters, side, question, sample, seed):
     "A page for each rater"
     chips = [jpeg_uri(chip) for chip in read_chips(scene, units, side, factor)]
-    paths = unit_outlines(map_path, units, side, threshold)
+    paths = unit_outlines(map_path, units, side)
     shown = []
     for unit, src, path in zip(units.itertuples(), chips, paths):
         _, _, height, width = _picture_window(unit, side)
@@ -503,7 +509,7 @@ def _write_tables(folder, units, strata):
     area = units.height * units.width * units.pixel_area
     units = units.assign(area=area, expected=units['mean'] * units.pixels * units.pixel_area)
     names = ['unit', 'row', 'column', 'height', 'width', 'x', 'y', 'stratum', 'n', 'N', 'probability', 'pixels', 'area',
-             'object', 'highest', 'mean', 'expected', 'raters']
+             'object', 'threshold', 'highest', 'mean', 'expected', 'raters']
     write_atomic(folder/STRATA, strata.to_csv())
     return digest(write_atomic(folder/UNITS, units[names].to_csv(index=False)))
 
@@ -520,42 +526,50 @@ def _provenance(map_path, scene, crs):
         unit='m²' if crs else 'pixels',
     )
 
+def _named_thresholds(rules, layer):
+    "{region: threshold}; without regions {all: threshold}"
+    names = [OUTSIDE, *layer.names[1:]] if layer else ['all']
+    return {name: rule.threshold for name, rule in zip(names, rules, strict=True)}
+
 def review_sample(map_path:str|Path,                 # a map of probabilities, as `rtsseg predict` writes it
                   out:str|Path,                      # a new folder for the sample
                   scene:str|Path='',                 # the image that the map was made from; '' writes no pages
                   n:int=500,                         # units to draw
                   half_width:float=0.,               # wanted of the intervals of precision and recall, instead of n
                   side:int=32,                       # of a unit, pixels of the map
-                  threshold:float=.5,                # probability from which the map finds the class
+                  threshold:float|None=None,         # from which the map finds the class; None: the calibration's
                   cuts:list[float]=(.05, .2, .8),    # further borders of the bands of highest probability
                   sizes:list[int]=(100,),            # borders between sizes of objects, pixels of the map
-                  regions:str|Path='',               # a layer of regions, which become strata; '' for none
+                  regions:str|Path='',               # a layer of regions: strata, and own thresholds; '' for none
                   region_column:str='region',        # its column that names the region
                   allocation:str='neyman',           # of the units to strata: neyman or proportional
                   least:int=20,                      # units of each stratum, where it has so many
                   raters:list[str]=('rater',),       # names of the people who rate
                   twice:float=.1,                    # share of the units that two raters get, for their agreement
                   question:str=QUESTION,             # what raters are asked of a cell
-                  seed:int=0                         # fixes the draw, who gets what, and the order
+                  seed:int=0,                        # fixes the draw, who gets what, and the order
+                  ratio:str='1:200'                  # at which the threshold of the calibration is taken
                  ) -> dict:                          # how it was drawn, as in sample.json
     """Draw a stratified random sample of a map's cells, and write the pages on which people rate them. Raises
     `ConfigError` and `DataError`; writes sample.json last"""
     map_path, folder = Path(map_path), Path(out)
-    cuts = sorted({*map(float, cuts), float(threshold)})
+    cuts = sorted(map(float, cuts))
     sizes = sorted(map(int, sizes))
     _check_sample(folder, n, half_width, side, threshold, cuts, sizes, allocation, least, raters, twice)
     factor = scene_factor(map_path, scene) if scene else 1
-    units, strata, crs, known = _choose_units(map_path, side, threshold, cuts, sizes, regions, region_column, n,
-                                              half_width, allocation, least, seed)
+    crs, layer = _read_layer(map_path, regions, region_column)
+    rules = map_rules(map_path, threshold, ratio, layer)
+    units, strata, known = _choose_units(map_path, side, rules, layer, cuts, sizes, n, half_width, allocation, least,
+                                         seed)
     units['raters'] = assign_raters(len(units), raters, twice, seed)
     sample = _write_tables(folder, units, strata)
     if scene:
-        _write_pages(folder, map_path, scene, factor, units, raters, side, threshold, question, sample, seed)
+        _write_pages(folder, map_path, scene, factor, units, raters, side, question, sample, seed)
     else:
         logger.info('no scene was named: no pages are written')
     settings = _provenance(map_path, scene, crs) | known | dict(
-        factor=factor, n=len(units), side=side, threshold=threshold, cuts=cuts, sizes=sizes, allocation=allocation,
-        least=least, raters=list(raters), twice=twice, question=question, seed=seed,
+        factor=factor, n=len(units), side=side, thresholds=_named_thresholds(rules, layer), cuts=cuts, sizes=sizes,
+        allocation=allocation, least=least, raters=list(raters), twice=twice, question=question, seed=seed,
         units_sha256=sample, strata_sha256=digest(folder/STRATA))
     write_atomic(folder/SAMPLE, json.dumps(settings, indent=1, ensure_ascii=False) + '\n')
     return settings
@@ -788,7 +802,7 @@ def review_rows(folder:str|Path,               # of `review_sample`
     table = pd.DataFrame(dict(tile_id=tile_ids, scene=settings['scene']) | pixels | dict(
         kind=rows.kind, share=rows.share, crs=settings['crs'], x=rows.x, y=rows.y,
         scene_sha256=settings['scene_sha256'], map_sha256=settings['map_sha256'], model=settings['model'],
-        threshold=settings['threshold'], highest=rows.highest, raters=rows.raters, date=dates))
+        threshold=rows.threshold, highest=rows.highest, raters=rows.raters, date=dates))
     table = table.sort_values(['kind', 'row', 'column']).reset_index(drop=True)
     write_atomic(out, table.to_csv(index=False))
     return table

@@ -48,7 +48,7 @@ class Reviewed:
         self.valid = image.any(2)
         self.scene = write_scene(home/'scene.tif', image.transpose(2, 0, 1), transform=self.grid)
         self.map = write_map(home/'map.tif', self.probability, self.valid, transform=self.grid)
-        self.settings = review_sample(self.map, home/'review', n=300, side=16, least=20, raters=['ana'])
+        self.settings = review_sample(self.map, home/'review', n=300, side=16, threshold=.5, least=20, raters=['ana'])
         self.units = pd.read_csv(home/'review/units.csv')
         self.ratings = self.rate('ana.json')
         found = shapes(self.truth.astype('uint8'), transform=self.grid)

@@ -36,7 +36,6 @@ from rtsseg.review import (
     map_cells,
     name_strata,
     read_ratings,
-    region_of,
     review_page,
     review_read,
     review_rows,
@@ -47,13 +46,16 @@ from rtsseg.toy import scene
 
 SIDE = 16
 
-def write_map(path, probability, valid=None, crs=CRS, transform=GRID):
-    "A map as `rtsseg predict` writes it; the path"
+CALIBRATION = dict(thresholds={'1:200': .5})
+
+def write_map(path, probability, valid=None, crs=CRS, transform=GRID, calibration=None):
+    "A map as `rtsseg predict` writes it; `calibration` replaces parts of its tag; the path"
     valid = np.ones(probability.shape, bool) if valid is None else valid
     stored = np.where(valid, np.rint(STEPS * probability), 65535).astype('uint16')
     write_raster(path, stored[None], nodata=65535, crs=crs, transform=transform)
     with rasterio.open(path, 'r+') as ds:
         ds.scales = (1 / STEPS,)
+        ds.update_tags(RTSSEG=json.dumps(dict(calibration=CALIBRATION | (calibration or {}))))
     return path
 
 class World:
@@ -131,7 +133,7 @@ def test_cells_are_those_of_plain_arithmetic(tmp_path_factory, height, width, si
                                  shown[at].sum() / valid[at].sum(), sizes[objects[at]].max()])
     if not expected:
         return
-    cells = map_cells(path, side, .5)
+    cells = map_cells(path, side, [.5])
     found = cells[['row', 'column', 'height', 'width', 'pixels', 'highest', 'mean', 'object']].to_numpy()
     np.testing.assert_allclose(found, np.array(expected), atol=1e-9)
 
@@ -139,11 +141,11 @@ def test_area_is_measured_on_the_ground(tmp_path):
     "EPSG:3857 is stretched by 1/cos(latitude) along both axes, but for the flattening of the earth"
     x, y = -15_000_000, 12_500_000
     path = write_map(tmp_path/'map.tif', np.zeros((8, 8)), crs='EPSG:3857', transform=from_origin(x, y, 10, 10))
-    cells = map_cells(path, 4, .5)
+    cells = map_cells(path, 4, [.5])
     latitude = 2 * np.arctan(np.exp(y / 6378137)) - np.pi / 2
     assert cells.pixel_area.to_numpy() == pytest.approx(100 * np.cos(latitude)**2, rel=.01)
     bare = write_map(tmp_path/'bare.tif', np.zeros((8, 8)), crs=None)
-    assert (map_cells(bare, 4, .5).pixel_area == 1).all()
+    assert (map_cells(bare, 4, [.5]).pixel_area == 1).all()
 
 def test_what_is_no_map_is_refused(tmp_path):
     image = np.full((1, 8, 8), 9, 'uint8')
@@ -151,7 +153,7 @@ def test_what_is_no_map_is_refused(tmp_path):
                           (0, 'image.tif holds values outside of 0 to 1')):
         write_raster(tmp_path/'image.tif', image, transform=GRID, crs=CRS, nodata=nodata)
         with pytest.raises(DataError, match=words):
-            review_sample(tmp_path/'image.tif', tmp_path/'out')
+            review_sample(tmp_path/'image.tif', tmp_path/'out', threshold=.5)
     write_map(tmp_path/'empty.tif', np.zeros((8, 8)), np.zeros((8, 8), bool))
     with pytest.raises(DataError, match='empty.tif holds no data'):
         review_sample(tmp_path/'empty.tif', tmp_path/'out')
@@ -163,7 +165,8 @@ def test_regions_are_strata(world, tmp_path):
     west = shapely.box(*(GRID @ (0, height)), *(GRID @ (width / 2, 0)))
     layer = gpd.GeoDataFrame(dict(region=['west']), geometry=[west], crs=CRS)
     layer.to_crs('EPSG:4326').to_file(tmp_path/'regions.gpkg')
-    review_sample(world.map, tmp_path/'review', n=200, side=SIDE, least=4, regions=tmp_path/'regions.gpkg')
+    review_sample(world.map, tmp_path/'review', n=200, side=SIDE, threshold=.5, least=4,
+                  regions=tmp_path/'regions.gpkg')
     units = units_of(tmp_path/'review')
     assert set(units.stratum.str.split(', ').str[-1]) == {'west', 'outside'}
     assert (units.stratum.str.endswith('west') == (units.column + SIDE / 2 < width / 2)).all()
@@ -175,16 +178,43 @@ def test_long_edges_of_regions_are_parallels(tmp_path):
                      transform=from_origin(-2_000_000, 2_000_000, 200_000, 200_000))
     boxes = [shapely.box(-180, 80, 180, 90), shapely.box(-180, 70, 180, 80)]
     gpd.GeoDataFrame(dict(NAME=['pole', 'ring']), geometry=boxes, crs='EPSG:4326').to_file(tmp_path/'layer.gpkg')
-    cells = map_cells(path, 1, .5)
+    layer = read_region_layer(tmp_path/'layer.gpkg', 'NAME', 'EPSG:3413')
+    cells = map_cells(path, 1, [.5] * 3, layer)
     latitude = transformer('EPSG:3413').transform(cells.x, cells.y)[1]
-    found = region_of(cells, read_region_layer(tmp_path/'layer.gpkg', 'NAME', 'EPSG:3413'))
-    assert found.tolist() == np.select([latitude > 80, latitude > 70], ['pole', 'ring'], 'outside').tolist()
-    review_sample(path, tmp_path/'review', n=60, side=1, least=2, regions=tmp_path/'layer.gpkg', region_column='NAME')
+    assert cells.region.tolist() == np.select([latitude > 80, latitude > 70], ['pole', 'ring'], 'outside').tolist()
+    review_sample(path, tmp_path/'review', n=60, side=1, threshold=.5, least=2, regions=tmp_path/'layer.gpkg',
+                  region_column='NAME')
     strata = pd.read_csv(tmp_path/'review/strata.csv')
     assert strata.N.sum() == 400
     assert {name.split(', ')[-1] for name in strata.stratum} == {'pole', 'ring', 'outside'}
     with pytest.raises(DataError, match="no column 'region'"):
-        review_sample(path, tmp_path/'other', n=60, side=1, least=2, regions=tmp_path/'layer.gpkg')
+        review_sample(path, tmp_path/'other', n=60, side=1, threshold=.5, least=2, regions=tmp_path/'layer.gpkg')
+
+def test_predicted_cells_are_those_that_polygons_meet(tmp_path):
+    "By the calibration of the map; with a layer of regions by that of each region. A named threshold is for all"
+    probability = np.zeros((64, 96))
+    for column in range(0, 96, 16):
+        probability[::16, column] = .25 + .1 * (column // 16 % 3)
+    stored = {name: dict(thresholds={'1:200': value}) for name, value in dict(west=.3, east=.4).items()}
+    path = write_map(tmp_path/'map.tif', probability, calibration=dict(thresholds={'1:200': .34, '1:20': .2},
+                                                                       regions=stored))
+    corners = [GRID @ (column, row) for column, row in ((0, 64), (48, 0), (48, 64), (96, 0))]
+    boxes = [shapely.box(*corners[0], *corners[1]), shapely.box(*corners[2], *corners[3])]
+    gpd.GeoDataFrame(dict(name=['west', 'east']), geometry=boxes, crs=CRS).to_file(tmp_path/'regions.gpkg')
+    regions = dict(regions=tmp_path/'regions.gpkg', region_column='name')
+    cases = [(dict(), [.34] * 6), (regions, [.3] * 3 + [.4] * 3), (dict(ratio='1:20'), [.2] * 6),
+             (regions | dict(threshold=.42), [.42] * 6)]
+    for number, (arguments, limits) in enumerate(cases):
+        made = review_sample(path, tmp_path/f'{number}', n=24, side=16, sizes=[], least=2, **arguments)
+        units = units_of(tmp_path/f'{number}').sort_values(['row', 'column'])
+        strata = pd.read_csv(tmp_path/f'{number}/strata.csv', index_col='stratum')
+        assert units.threshold.tolist() == limits * 4
+        assert set(made['thresholds'].values()) >= set(limits)
+        expected = probability[::16, ::16].ravel() >= np.array(limits * 4)
+        assert units.stratum.map(strata.predicted).tolist() == expected.tolist()
+    raw = write_map(tmp_path/'raw.tif', probability, calibration=dict(thresholds={}))
+    with pytest.raises(DataError, match='name one with --threshold'):
+        review_sample(raw, tmp_path/'raw')
 
 # ---------------------------------------------------------------- the draw
 
@@ -233,8 +263,8 @@ def test_each_valid_pixel_can_be_drawn(tmp_path_factory, height, width, side, n,
         return
     strata = pd.read_csv(folder/'out/strata.csv', index_col='stratum')
     assert (strata.n >= np.minimum(least, strata.N)).all()
-    cells = map_cells(path, side, .5)
-    chance = pd.Series(name_strata(cells, .5, made['cuts'], made['sizes'])).map(strata.n / strata.N)
+    cells = map_cells(path, side, [.5])
+    chance = pd.Series(name_strata(cells, made['cuts'], made['sizes'])).map(strata.n / strata.N)
     covered = np.zeros((height, width))
     for cell, p in zip(cells.itertuples(), chance):
         covered[cell.row:cell.row + cell.height, cell.column:cell.column + cell.width] += p
@@ -492,12 +522,12 @@ def test_rows_for_the_next_training(world, sample):
 
 def test_intervals_of_many_reviews_cover_the_truth(world):
     "Samples of one map, rated by one who knows the truth; as often as 92% would in all but one of 1000 runs"
-    cells = map_cells(world.map, SIDE, .5)
-    cells['stratum'] = name_strata(cells, .5, [.02, .1, .5, .8], [])
+    cells = map_cells(world.map, SIDE, [.5])
+    cells['stratum'] = name_strata(cells, [.02, .1, .8], [])
     cells['share'] = [world.share(cell) for cell in cells.itertuples()]
     cells['area'] = cells.height * cells.width * cells.pixel_area
     cells['expected'] = cells['mean'] * cells.pixels * cells.pixel_area
-    strata = describe_strata(cells, .5)
+    strata = describe_strata(cells)
     spread = np.sqrt(strata.share.clip(.02, .98) * (1 - strata.share.clip(.02, .98)))
     counts = allocate(250, strata.N.to_dict(), spread.to_dict(), 20)
     is_class, is_found = cells.share > 0, cells.highest >= .5
