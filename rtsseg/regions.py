@@ -7,6 +7,7 @@ __all__ = ['EDGE_DEGREES', 'EDGE_UNITS', 'POINTS', 'read_layer', 'RegionLayer', 
            'region_rules', 'map_rules', 'missed_regions']
 
 # %% ../nbs/07b_regions.ipynb #regions-imports
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import shapely
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 
-from .config import ConfigError, parse_judged_ratio, ratio_text
+from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, nearest, raise_problems
 from .mapfile import read_map_settings
 
@@ -102,15 +103,19 @@ def read_region_layer(path:str|Path,    # a layer of polygons
 POINTS = dict(pixels='thresholds', objects='objects')
 
 class Rule(NamedTuple):
-    "From which probability a pixel counts, and from how many pixels an object"
+    "From which probability a pixel counts, and from how many pixels of the map an object"
     threshold: float
     floor: int = 0
     # region or overall; '' where the user named the threshold
     source: str = ''
 
-def _rule(point, source):
+def _rule(point, source, settings):
     "A rule of the tag of a map: a threshold, or a threshold and a floor"
-    return Rule(point['threshold'], point['min_area'], source) if isinstance(point, dict) else Rule(point, 0, source)
+    if not isinstance(point, dict):
+        return Rule(point, 0, source)
+    # floors are pixels of the tiles, also where the map was made at a coarser scale
+    floor = point['min_area'] * parse_views(settings.get('views', 'none')).scale**2
+    return Rule(point['threshold'], math.ceil(round(floor, 6)), source)
 
 def overall_rule(name:str,         # of the map, for messages
                  settings:dict,    # of its tag
@@ -130,7 +135,7 @@ def overall_rule(name:str,         # of the map, for messages
         raise DataError(f'{name} has no threshold at {ratio}, only at {", ".join(found)}: take one, or {given}')
     if found[ratio] is None:
         raise DataError(f'{name}: no threshold reaches the target precision at {ratio} on validation: {given}')
-    return _rule(found[ratio], 'overall')
+    return _rule(found[ratio], 'overall', settings)
 
 def region_rules(name:str, settings:dict, ratio:str, points:str,
                  regions:Sequence[str]    # names of `RegionLayer`
@@ -145,7 +150,7 @@ def region_rules(name:str, settings:dict, ratio:str, points:str,
         raise DataError(f'the layer has the regions {", ".join(regions[1:])}, and the calibration of {name} '
                         f'{", ".join(stored)}: name a layer, or a column, with the names of the calibration')
     own = [stored.get(region, {}).get(POINTS[points], {}).get(ratio) for region in regions]
-    return [overall if point is None else _rule(point, 'region') for point in own]
+    return [overall if point is None else _rule(point, 'region', settings) for point in own]
 
 def map_rules(path:Path,               # a map
               threshold:float|None,    # what the user named; None: what the calibration of its model found
