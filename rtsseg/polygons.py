@@ -11,7 +11,7 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects',
            'find_objects', 'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
            'simplify_outlines', 'describe_objects', 'arts_columns', 'joined', 'rule_columns', 'qgis_style',
-           'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'covered_ground', 'file_problems',
+           'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps', 'file_problems',
            'search_problems', 'written_files', 'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
@@ -31,6 +31,7 @@ import pandas as pd
 import shapely
 import shapely.affinity
 from rasterio.enums import Resampling
+from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -1051,31 +1052,29 @@ def size_classes(area:np.ndarray    # m²
 def compare_known(polygons:gpd.GeoDataFrame,   # with a CRS
                   known:gpd.GeoDataFrame,      # polygons in any CRS
                   region:str='',               # column of `known` that names the region; '' for none
-                  seen:Any=None                # what the maps cover, in the CRS of `polygons`; None: everything
-                 ) -> pd.DataFrame:            # region, size, known, found, missed, new, recall
+                  seen:np.ndarray|None=None    # bool: known objects that a map has data on; None: all
+                 ) -> pd.DataFrame:            # region, size, known, found, missed, new, unseen, recall
     """Known objects that polygons meet (found) or not (missed), and polygons that meet no known object (new)
 
     Size classes are geodesic areas: of the known object, or of the new polygon. A new polygon counts in the region of
-    the known object nearest to it. Known objects that do not meet `seen` do not count."""
+    the known object nearest to it. What no map has data on is neither found nor missed, but unseen: it does not count
+    as known."""
     known = known.to_crs(polygons.crs)
-    if seen is not None:
-        known = known[known.intersects(seen)]
     outlines, crs = known.geometry.to_numpy(), crs_name(polygons.crs)
     tree = shapely.STRtree(outlines)
     new, found = np.ones(len(polygons), bool), np.zeros(len(known), bool)
     i, j = tree.query(polygons.geometry.to_numpy(), predicate='intersects')
     new[i], found[j] = False, True
+    unseen = np.zeros(len(known), bool) if seen is None else ~seen & ~found
     regions = known[region].fillna('').astype(str).to_numpy() if region else np.full(len(known), '')
     strangers = polygons.geometry.to_numpy()[new]
     near = regions[tree.nearest(strangers)] if len(known) else np.full(len(strangers), '')
     area = geodesic_measures(to_lonlat(outlines, crs))[0], geodesic_measures(to_lonlat(strangers, crs))[0]
-    rows = pd.DataFrame(dict(
-        region=np.concatenate([regions, near]),
-        size=size_classes(np.concatenate(area)),
-        found=np.append(found, np.zeros(len(near), bool)),
-        missed=np.append(~found, np.zeros(len(near), bool)),
-        new=np.append(np.zeros(len(found), bool), np.ones(len(near), bool)),
-    ))
+    rows = pd.concat([
+        pd.DataFrame(dict(region=regions, size=size_classes(area[0]), found=found, missed=~found & ~unseen, new=False,
+                          unseen=unseen)),
+        pd.DataFrame(dict(region=near, size=size_classes(area[1]), found=False, missed=False, new=True, unseen=False)),
+    ])
     return _counts(rows, bool(region))
 
 def _counts(rows, by_region):
@@ -1085,7 +1084,7 @@ def _counts(rows, by_region):
         parts += list(rows.groupby('region'))
     tables = []
     for name, part in parts:
-        sums = part.groupby('size', observed=False)[['found', 'missed', 'new']].sum()
+        sums = part.groupby('size', observed=False)[['found', 'missed', 'new', 'unseen']].sum()
         sums.index = sums.index.astype(str)
         sums.loc['all'] = sums.sum()
         tables.append(sums.rename_axis('size').reset_index().assign(region=name))
@@ -1093,16 +1092,40 @@ def _counts(rows, by_region):
     table['known'] = table.found + table.missed
     # a class without a known object has no recall
     table['recall'] = table.found / table.known.where(table.known > 0)
-    return table[['region', 'size', 'known', 'found', 'missed', 'new', 'recall']]
+    return table[['region', 'size', 'known', 'found', 'missed', 'new', 'unseen', 'recall']]
 
 # %% ../nbs/08a_polygons.ipynb #481f79d4
-def covered_ground(maps:Sequence[ProbabilityMap]    # on one grid
-                  ) -> shapely.Geometry:
-    "What the maps cover, in their CRS"
-    boxes = [shapely.box(0, 0, *one.grid.shape[::-1]) for one in maps]
-    places = [shapely.affinity.affine_transform(box, one.grid.transform.to_shapely())
-              for box, one in zip(boxes, maps, strict=True)]
-    return shapely.union_all(places)
+def _meets_data(opened, one, outline):
+    "Whether a polygon touches a pixel of an open map with data"
+    (height, width), _, transform = one.grid
+    corners = shapely.get_coordinates(shapely.envelope(outline))
+    column, row = np.array(~transform @ tuple(corners.T))
+    left, top = (max(int(np.floor(low)), 0) for low in (column.min(), row.min()))
+    right, bottom = min(int(column.max()) + 1, width), min(int(row.max()) + 1, height)
+    rows = max(STRIP // max(right - left, 1), 1)
+    for first in range(top, bottom, rows):
+        window = Window(left, first, right - left, min(rows, bottom - first))
+        place = transform @ Affine.translation(left, first)
+        inside = geometry_mask([outline], (window.height, window.width), place, all_touched=True, invert=True)
+        if (inside & (opened.codes(window) != one.nodata)).any():
+            return True
+    return False
+
+def objects_on_maps(outlines:np.ndarray,               # polygons in the CRS of the maps
+                    maps:Sequence[ProbabilityMap]      # on one grid
+                   ) -> tuple[np.ndarray, np.ndarray]: # bool, of each polygon
+    "Which polygons lie on a map, and which of them touch a pixel with data"
+    tree = shapely.STRtree(outlines)
+    on_map, seen = np.zeros((2, len(outlines)), bool)
+    for one in progress(maps, 'maps under known objects'):
+        box = shapely.affinity.affine_transform(shapely.box(0, 0, *one.grid.shape[::-1]),
+                                                one.grid.transform.to_shapely())
+        here = np.sort(tree.query(box, predicate='intersects'))
+        on_map[here] = True
+        with open_map(one.path, 1) as opened:
+            for i in here[~seen[here]]:
+                seen[i] = _meets_data(opened, one, outlines[i])
+    return on_map, seen
 
 # %% ../nbs/08a_polygons.ipynb #3fb59a98
 def file_problems(maps:Sequence[Path], out:Path, ratio:str, cuts:Sequence[float], min_area:float, simplify:float,
@@ -1226,7 +1249,9 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
     result = dict(threshold=thresholds[0], cuts=cuts) | polygon_counts(polygons, search)
     result['files'] = [path.name for path in written_files(out, known)]
     if known:
-        table = compare_known(polygons, objects_known, region, covered_ground(members))
+        objects_known = objects_known.to_crs(polygons.crs)
+        on_map, seen = objects_on_maps(objects_known.geometry.to_numpy(), members)
+        table = compare_known(polygons, objects_known[on_map], region, seen[on_map])
         write_atomic(written_files(out, known)[-1], table.to_csv(index=False))
         result['known'] = table.to_dict('records')
     write_polygons(polygons, out, cuts[0])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine
 from scipy import ndimage
 
-from helpers.maps import GRID, untrained_model, write_probability, write_scene
+from helpers.maps import CRS, GRID, untrained_model, write_probability, write_scene
 from helpers.maps import noise as noise_image
 from rtsseg.config import ConfigError
 from rtsseg.console import DataError
@@ -239,6 +239,25 @@ def test_a_map_knows_all_of_its_own_polygons(tmp_path):
     half = known.iloc[::2]
     table = compare_known(half, known).set_index('size')
     assert table.loc['all', ['found', 'missed']].tolist() == [len(half), count - len(half)]
+
+def test_known_objects_without_data_are_unseen(tmp_path):
+    "In a gap, beside the map, at the edge of a gap, smaller than a pixel, and all over"
+    values = np.full((40, 60), 100, 'uint16')
+    values[:, 20:40] = NODATA
+    values[10:20, 45:55] = STEPS
+    boxes = dict(gap=(22, 5, 38, 30), beside=(70, 5, 80, 20), edge=(19.5, 5, 30, 10), speck=(5.2, 5.2, 5.4, 5.4),
+                 lost=(30.2, 5.2, 30.4, 5.4), found=(46, 12, 50, 15), over=(-9, 25, 90, 70))
+    pixels = [shapely.box(*corners) for corners in boxes.values()]
+    outlines = [shapely.affinity.affine_transform(box, GRID.to_shapely()) for box in pixels]
+    gpd.GeoDataFrame(geometry=outlines, crs=CRS).to_file(tmp_path/'known.gpkg')
+    whole = write_probability(tmp_path/'whole.tif', values)
+    parts = [write_probability(tmp_path/f'{left}.tif', values[:, left:left + 30],
+                               transform=GRID @ Affine.translation(left, 0)) for left in (0, 30)]
+    for maps in ([whole], parts):
+        made = map_polygons(maps, tmp_path/'out.gpkg', .5, known=tmp_path/'known.gpkg', force=True)
+        row = made['known'][-1]
+        # beside the map there is nothing to see or to miss
+        assert [row[name] for name in ('known', 'found', 'missed', 'new', 'unseen')] == [4, 1, 3, 0, 2]
 
 def test_memory_does_not_grow_with_the_height(tmp_path):
     "A map four times as high, with objects in its first rows only"
