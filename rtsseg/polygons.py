@@ -18,6 +18,7 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
 import io
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -520,8 +521,8 @@ def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of the
             found += [read_probability_map(member) for member in mosaic_members(path)]
         except DataError as error:
             problems.append(str(error))
-    names = [one.path for one in found]
-    problems += [f'{path.name} is named twice' for path in dict.fromkeys(names) if names.count(path) > 1]
+    named = Counter(one.path for one in found)
+    problems += [f'{path.name} is named twice' for path, count in named.items() if count > 1]
     try:
         found = in_order(found, overlap)
     except DataError as error:
@@ -575,7 +576,7 @@ class Mosaic:
             (one,) = self.maps.values()
             return _read_rows(one, top, bottom), None, None
         values = np.full(shape, self.nodata, 'uint16')
-        origin = np.zeros(shape, 'uint16')
+        origin = np.zeros(shape, 'int32')
         beyond = np.ones(shape, bool)
         for number, one in self.maps.items():
             shift = one.top - self.top
@@ -604,11 +605,13 @@ def find_mosaics(maps:Sequence[ProbabilityMap],    # on one grid
         return [Mosaic(maps, [number]) for number in range(len(maps))]
     left, top = (np.array([getattr(one, name) for one in maps]) for name in ('left', 'top'))
     height, width = np.array([one.grid.shape for one in maps]).T
-    meets = np.ones((len(maps), len(maps)), bool)
-    for start, size in ((left, width), (top, height)):
-        meets &= start[:, None] <= (start + size)[None] + NEAR
-    count, group = connected_components(csr_array(meets & meets.T), directed=False)
-    return [Mosaic(maps, np.flatnonzero(group == number), overlap == 'highest') for number in range(count)]
+    reach = NEAR / 2
+    boxes = shapely.box(left - reach, top - reach, left + width + reach, top + height + reach)
+    one, other = shapely.STRtree(boxes).query(boxes, predicate='intersects')
+    meets = csr_array((np.ones(len(one), bool), (one, other)), (len(maps), len(maps)))
+    count, group = connected_components(meets, directed=False)
+    members = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
+    return [Mosaic(maps, numbers, overlap == 'highest') for numbers in members]
 
 # %% ../nbs/08a_polygons.ipynb #0dfc7249
 class Layers:
@@ -723,7 +726,7 @@ class Search:
         levels = self.levels()
         level = np.searchsorted(levels, values, 'right') - 1
         labels = (level * len(self.rules) + here).astype(np.int32)
-        return labels if origin is None else labels + origin.astype(np.int32) * (len(levels) * len(self.rules))
+        return labels if origin is None else labels + origin * (len(levels) * len(self.rules))
 
     def runs(self,
              mosaic:Mosaic,

@@ -1,6 +1,7 @@
 "Maps become polygons: strips and borders leave no trace, areas are those on the ground, what is refused"
 import json
 import tracemalloc
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -22,7 +23,10 @@ from rtsseg.ground import GEOD
 from rtsseg.mapfile import NODATA, STEPS, lowest_value
 from rtsseg.polygons import (
     NEAR,
+    Mosaic,
+    ProbabilityMap,
     compare_known,
+    find_mosaics,
     find_objects,
     geodesic_measures,
     map_polygons,
@@ -30,6 +34,7 @@ from rtsseg.polygons import (
     simplify_outlines,
 )
 from rtsseg.prediction import predict
+from rtsseg.raster import Grid
 
 CUTS = [.5, .6, .8]
 LOW = lowest_value(CUTS[0])
@@ -258,6 +263,48 @@ def test_known_objects_without_data_are_unseen(tmp_path):
         row = made['known'][-1]
         # beside the map there is nothing to see or to miss
         assert [row[name] for name in ('known', 'found', 'missed', 'new', 'unseen')] == [4, 1, 3, 0, 2]
+
+def placed_maps(corners, sizes):
+    "Maps without files, at these left and upper corners, of these heights and widths"
+    return [ProbabilityMap(Path(f'{i}.tif'), Grid(size, None, GRID), 1 / STEPS, NODATA, {}, '', *corner)
+            for i, (corner, size) in enumerate(zip(corners, sizes, strict=True))]
+
+sides = st.tuples(st.integers(1, 30), st.integers(1, 30))
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200), sides), min_size=1, max_size=40))
+def test_maps_that_reach_each_other_are_read_together(places):
+    "The groups of a plain search over all pairs: at most `NEAR` columns, and rows, lie between two maps"
+    maps = placed_maps([place[:2] for place in places], [place[2] for place in places])
+    def gap(a, b):
+        return max(b.left - a.left - a.grid.shape[1], b.top - a.top - a.grid.shape[0])
+    group = list(range(len(maps)))
+    for i, a in enumerate(maps):
+        for j, b in enumerate(maps[:i]):
+            if max(gap(a, b), gap(b, a)) <= NEAR:
+                group = [group[j] if number == group[i] else number for number in group]
+    expected = {frozenset(i for i, number in enumerate(group) if number == own) for own in group}
+    assert {frozenset(mosaic.maps) for mosaic in find_mosaics(maps)} == expected
+
+def test_as_many_maps_as_the_arctic_has():
+    "70,000 maps in a grid are one mosaic;of maps that lie apart each is its own"
+    rows, columns = np.divmod(np.arange(70_000), 280)
+    for step, count in ((20, 1), (30, 70_000)):
+        maps = placed_maps(zip((step * columns).tolist(), (step * rows).tolist()), [(20, 20)] * 70_000)
+        tracemalloc.start()
+        assert len(find_mosaics(maps)) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # a byte for each pair would be 4.9 GB
+        assert peak < 500e6
+
+def test_the_number_of_a_map_may_be_large(tmp_path):
+    "Two maps beside each other that are the last of 70,000"
+    pair = read_maps([write_probability(tmp_path/'left.tif', np.full((4, 5), 7, 'uint16')),
+                      write_probability(tmp_path/'right.tif', np.full((4, 5), 8, 'uint16'),
+                                        transform=GRID @ Affine.translation(5, 0))])
+    mosaic = Mosaic(placed_maps([(0, 0)] * 69_998, [(1, 1)] * 69_998) + pair, [69_998, 69_999])
+    values, origin, _ = mosaic.read(0, 4)
+    assert (origin == np.where(values == 7, 69_998, 69_999)).all()
 
 def test_memory_does_not_grow_with_the_height(tmp_path):
     "A map four times as high, with objects in its first rows only"
