@@ -286,7 +286,7 @@ def test_maps_that_reach_each_other_are_read_together(places):
     assert {frozenset(mosaic.maps) for mosaic in find_mosaics(maps)} == expected
 
 def test_as_many_maps_as_the_arctic_has():
-    "70,000 maps in a grid are one mosaic;of maps that lie apart each is its own"
+    "70,000 maps in a grid are one mosaic; of maps that lie apart each is its own"
     rows, columns = np.divmod(np.arange(70_000), 280)
     for step, count in ((20, 1), (30, 70_000)):
         maps = placed_maps(zip((step * columns).tolist(), (step * rows).tolist()), [(20, 20)] * 70_000)
