@@ -218,7 +218,13 @@ def prediction_powered_mean(values:Sequence,                 # of the rated unit
                             level:float=.95                  # of the interval
                            ) -> DesignEstimate:
     """The mean over all units: mean prediction plus mean error in the sample (Angelopoulos et al. 2023, mean
-    estimation; Cochran 1977, section 7.3 with b = 1)"""
+    estimation; Cochran 1977, section 7.3 with b = 1)
+
+    The value is unbiased, but the interval can hold the truth less often than its level: 58% to 90% of the time was
+    seen for 95% where a few units of a stratum have far higher predictions than the rest, which samples seldom show,
+    and 90% on maps of the toy world. Strata of like predictions, as bands of the highest probability, keep such tails
+    apart, and leave less to gain: where predictions say little within a stratum, it is as wide as `stratified_mean`.
+    Sign with the interval of `stratified_mean`."""
     values, predictions = np.asarray(values, float), np.asarray(predictions, float)
     plain, error = (strata_moments(each, stratum, sizes) for each in (values, values - predictions))
     centre = error.mean + np.array([mean_predictions[name] for name in sizes])

@@ -755,6 +755,9 @@ def review_table(rated:Rated,                              # a sample with answe
     for name, (low, high) in bounds.items():
         if low is not None and high is not None:
             notes.append(f'{name}: {low:.3g} if all unsure units are decided against the map, {high:.3g} in its favour')
+    if estimates['area_with_probabilities'].value is not None:
+        notes.append('with probabilities the interval is narrower, and can hold the truth in less than 95% of reviews: '
+                     'sign with the one above it')
     shown = int(rated.units.outline.sum())
     notes.append(f'the outline of the prediction was shown for {shown} of {len(rated.units)} units')
     return Table(['estimate', 'value', '95% interval', 'units'], rows, notes)
