@@ -2104,7 +2104,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.review.read_ratings': ('review.html#read_ratings', 'rtsseg/review.py'),
                                'rtsseg.review.review_page': ('review.html#review_page', 'rtsseg/review.py'),
                                'rtsseg.review.review_read': ('review.html#review_read', 'rtsseg/review.py'),
-                               'rtsseg.review.review_rows': ('review.html#review_rows', 'rtsseg/review.py'),
                                'rtsseg.review.review_sample': ('review.html#review_sample', 'rtsseg/review.py'),
                                'rtsseg.review.review_table': ('review.html#review_table', 'rtsseg/review.py'),
                                'rtsseg.review.scene_factor': ('review.html#scene_factor', 'rtsseg/review.py'),

@@ -677,15 +677,12 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
 
 @command()
 def rtsseg_review_read(sample:str='',           # folder of rtsseg-review-sample
-                       ratings:list[str]=(),    # the file of each rater
-                       rows:str=''              # a .csv of false alarms and new finds, for the next manifest
+                       ratings:list[str]=()     # the file of each rater
                       ) -> None:
     "Precision, recall and area of a map from its ratings, with intervals; writes them into the sample's folder"
     require(sample=sample, ratings=ratings)
-    from rtsseg.review import review_read, review_rows
+    from rtsseg.review import review_read
     print(visible(review_read(sample, as_list(ratings))))
-    if rows:
-        review_rows(sample, as_list(ratings), rows)
 
 @command()
 def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sample

@@ -6,8 +6,7 @@
 __all__ = ['OUTSIDE', 'CHIP', 'REVIEW_SCRIPT', 'REVIEW_STYLE', 'UNITS', 'STRATA', 'SAMPLE', 'ALLOCATIONS', 'QUESTION',
            'map_cells', 'cut_names', 'name_strata', 'describe_strata', 'draw_units', 'assign_raters', 'read_chips',
            'jpeg_uri', 'outline_path', 'unit_outlines', 'review_page', 'scene_factor', 'review_sample', 'Rating',
-           'RaterFile', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table', 'review_read',
-           'review_rows']
+           'RaterFile', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table', 'review_read']
 
 # %% ../nbs/08d_review.ipynb #rev-imports
 import base64
@@ -780,32 +779,4 @@ def review_read(folder:str|Path,               # of `review_sample`
     write_atomic(folder/'estimates.json', json.dumps(content, indent=1, ensure_ascii=False) + '\n')
     heading = Text(f'Review of {rated.settings["map"]}', 'head').markdown(None)
     write_atomic(folder/'estimates.md', f'{heading}\n\n{table.markdown(None)}\n')
-    return table
-
-# %% ../nbs/08d_review.ipynb #rev-rows
-def review_rows(folder:str|Path,               # of `review_sample`
-                ratings:list[str|Path],        # a file for each rater
-                out:str|Path                   # the table, a .csv
-               ) -> pd.DataFrame:              # what was written
-    """False alarms and new finds of a review, as rows for the next manifest
-
-    Columns: tile_id, scene, row, column, height, width (pixels of the scene), kind (positive or hard_negative), share
-    (of the window that the class covers; empty without one), crs, x, y (centre), and the provenance: scene_sha256,
-    map_sha256, model, threshold, highest, raters, date. Raises `DataError`."""
-    rated = read_ratings(folder, ratings)
-    settings, units = rated.settings, rated.units
-    predicted = units.stratum.map(rated.strata.predicted).astype(bool)
-    kind = np.select([predicted & (units.verdict == 'no'), ~predicted & (units.verdict == 'yes')],
-                     ['hard_negative', 'positive'], '')
-    rows = units.assign(kind=kind)[kind != '']
-    pixels = {name: (rows[name] * settings['factor']).astype(int) for name in ('row', 'column', 'height', 'width')}
-    dates = [max(rated.made[rater] for rater in names.split()) for names in rows.raters]
-    name = Path(settings['scene'] or settings['map']).stem
-    tile_ids = [f'{name}_{row}_{column}' for row, column in zip(pixels['row'], pixels['column'])]
-    table = pd.DataFrame(dict(tile_id=tile_ids, scene=settings['scene']) | pixels | dict(
-        kind=rows.kind, share=rows.share, crs=settings['crs'], x=rows.x, y=rows.y,
-        scene_sha256=settings['scene_sha256'], map_sha256=settings['map_sha256'], model=settings['model'],
-        threshold=rows.threshold, highest=rows.highest, raters=rows.raters, date=dates))
-    table = table.sort_values(['kind', 'row', 'column']).reset_index(drop=True)
-    write_atomic(out, table.to_csv(index=False))
     return table

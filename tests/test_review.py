@@ -38,7 +38,6 @@ from rtsseg.review import (
     read_ratings,
     review_page,
     review_read,
-    review_rows,
     review_sample,
     scene_factor,
 )
@@ -504,19 +503,6 @@ def test_a_changed_table_is_refused(world, sample, name):
     path.write_text(path.read_text().replace('0.', '1.', 1))
     with pytest.raises(DataError, match=f'{name} is not the table that was drawn'):
         review_read(sample, files)
-
-def test_rows_for_the_next_training(world, sample):
-    "Against the truth: no slump in a hard negative, a slump in a positive"
-    rows = review_rows(sample, all_ratings(world, sample), sample/'rows.csv')
-    assert set(rows.kind) == {'hard_negative', 'positive'}
-    settings = json.loads((sample/'sample.json').read_text())
-    for row in rows.itertuples():
-        at = slice(row.row, row.row + row.height), slice(row.column, row.column + row.width)
-        assert world.truth[at].any() == (row.kind == 'positive')
-        assert (row.highest >= .5) == (row.kind == 'hard_negative')
-    assert set(rows.map_sha256) == {settings['map_sha256']}
-    assert set(rows.date) == {'2026-02-03T04:05:06Z'}
-    assert rows.tile_id.is_unique
 
 # ---------------------------------------------------------------- whether intervals hold
 
