@@ -668,7 +668,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.estimates.expected_half_widths': ('estimates.html#expected_half_widths', 'rtsseg/estimates.py'),
                                   'rtsseg.estimates.prediction_powered_mean': ( 'estimates.html#prediction_powered_mean',
                                                                                 'rtsseg/estimates.py'),
-                                  'rtsseg.estimates.sample_size': ('estimates.html#sample_size', 'rtsseg/estimates.py'),
                                   'rtsseg.estimates.strata_moments': ('estimates.html#strata_moments', 'rtsseg/estimates.py'),
                                   'rtsseg.estimates.strata_shares': ('estimates.html#strata_shares', 'rtsseg/estimates.py'),
                                   'rtsseg.estimates.stratified_mean': ('estimates.html#stratified_mean', 'rtsseg/estimates.py'),

@@ -12,10 +12,10 @@ from rtsseg.estimates import (
     allocate,
     cohen_kappa,
     prediction_powered_mean,
-    sample_size,
     stratified_mean,
     stratified_ratio,
     stratified_recall,
+    units_needed,
     wilson,
 )
 
@@ -47,12 +47,15 @@ def test_recall_of_olofsson():
     assert 1.96 * recall.se == pytest.approx(.21, abs=.005)
 
 def test_sample_size_of_olofsson():
+    "A standard error of 0.01 takes 641 units (eq. 13)"
     shares = dict(deforestation=.7, gain=.6, forest=.9, other=.95)
-    assert sample_size(OLOFSSON_SIZES, shares, .01 * norm.ppf(.975)) == 641
+    spreads = {name: np.sqrt(share * (1 - share)) for name, share in shares.items()}
+    everywhere = dict.fromkeys(shares, True)
+    # whole units of each stratum
+    assert abs(units_needed(OLOFSSON_SIZES, shares, everywhere, spreads, .01 * norm.ppf(.975)) - 641) <= 1
 
-def test_a_small_population_needs_fewer_units():
-    "Never more than there are: with V = 0 the formula gives (Σ W S)² / (Σ W S² / N), which is N for one stratum"
-    assert sample_size(dict(a=300), dict(a=.5), 1e-9) == 300
+def test_an_interval_without_width_takes_all_units():
+    assert units_needed(dict(a=300), dict(a=.5), dict(a=True), dict(a=.5), 0) == 300
 
 # ---------------------------------------------------------------- all samples of a small population
 
