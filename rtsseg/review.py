@@ -197,11 +197,15 @@ def _picture_window(unit, side):
 def read_chips(path:str|Path,          # the scene
                units:pd.DataFrame,     # of `draw_units`
                side:int,               # of a cell, pixels of the map
-               factor:int              # pixels of the scene along a pixel of the map
+               factor:int,             # pixels of the scene along a pixel of the map
+               bands:Sequence[int]=()  # of the scene: R, G and B; none: the first three, or the first as grey
               ) -> list[np.ndarray]:   # (H, W, 3) uint8
-    "Pictures of the units from the first three bands of a scene (one band: grey)"
+    "Pictures of the units; raises `DataError` for bands that are not there"
     with open_named(path, pictures=True, rows=3 * side * factor) as ds:
-        bands = [1, 2, 3] if ds.count >= 3 else [1, 1, 1]
+        if max(bands, default=1) > ds.count:
+            raise DataError(f'{Path(path).name}: the model of the map reads band {max(bands)}, the image has '
+                            f'{ds.count}')
+        bands = list(bands) or ([1, 2, 3] if ds.count >= 3 else [1, 1, 1])
         def read(window):
             return ds.read(bands, window=window).transpose(1, 2, 0)
         chips = []
@@ -491,7 +495,9 @@ def _choose_counts(strata, n, half_width, allocation, least):
 
 def _write_pages(folder, map_path, scene, factor, units, raters, side, question, sample, seed):
     "A page for each rater"
-    chips = [jpeg_uri(chip) for chip in read_chips(scene, units, side, factor)]
+    # of a file of the source of training, which numbers its bands
+    source = read_map_settings(map_path).get('source') or {}
+    chips = [jpeg_uri(chip) for chip in read_chips(scene, units, side, factor, source.get('bands', ()))]
     paths = unit_outlines(map_path, units, side)
     shown = []
     for unit, src, path in zip(units.itertuples(), chips, paths):

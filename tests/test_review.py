@@ -315,6 +315,30 @@ def test_a_finer_scene_is_shown_at_its_place(tmp_path):
         is_middle = (units.loc[shown['id'], ['row', 'column']] == 16).all()
         assert inside.mean() > 200 if is_middle else inside.mean() < 50
 
+def test_pictures_show_the_bands_that_the_model_reads(tmp_path):
+    "R, G and B are bands 4, 2 and 1 of the source that the model was trained from"
+    image = np.stack([np.full((32, 32), value, 'uint8') for value in (30, 90, 250, 200)])
+    write_raster(tmp_path/'scene.tif', image, crs=CRS, transform=GRID)
+    for bands, colour in (([4, 2, 1], (200, 90, 30)), (None, (30, 90, 250))):
+        path = write_map(tmp_path/'map.tif', np.zeros((32, 32)))
+        with rasterio.open(path, 'r+') as ds:
+            source = dict(bands=bands) if bands else None
+            ds.update_tags(RTSSEG=json.dumps(dict(calibration=CALIBRATION, source=source)))
+        out = tmp_path/f'{colour[0]}'
+        review_sample(path, out, tmp_path/'scene.tif', n=4, side=16, least=2)
+        page = (out/'pages/rater.html').read_text()
+        shown = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])['units'][0]
+        data = np.frombuffer(base64.b64decode(shown['src'].split(',')[1]), np.uint8)
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+        inside = picture[len(picture) // 2, picture.shape[1] // 2].astype(int)
+        # as JPEG keeps colours
+        assert np.abs(inside - colour).max() < 6
+    write_raster(tmp_path/'scene.tif', image[:3], crs=CRS, transform=GRID)
+    with rasterio.open(path, 'r+') as ds:
+        ds.update_tags(RTSSEG=json.dumps(dict(calibration=CALIBRATION, source=dict(bands=[4, 2, 1]))))
+    with pytest.raises(DataError, match='reads band 4, the image has 3'):
+        review_sample(path, tmp_path/'few', tmp_path/'scene.tif', n=4, side=16, least=2)
+
 def test_another_scene_is_refused(world, tmp_path):
     write_raster(tmp_path/'other.tif', np.ones((3, *world.truth.shape), 'uint8'), crs=CRS,
                  transform=GRID @ Affine.translation(50, 0))
