@@ -1705,6 +1705,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'rtsseg.polygons.read_probability_map': ('polygons.html#read_probability_map', 'rtsseg/polygons.py'),
                                  'rtsseg.polygons.rectangle_sides': ('polygons.html#rectangle_sides', 'rtsseg/polygons.py'),
                                  'rtsseg.polygons.rule_columns': ('polygons.html#rule_columns', 'rtsseg/polygons.py'),
+                                 'rtsseg.polygons.scene_texts': ('polygons.html#scene_texts', 'rtsseg/polygons.py'),
                                  'rtsseg.polygons.search_problems': ('polygons.html#search_problems', 'rtsseg/polygons.py'),
                                  'rtsseg.polygons.settled_runs': ('polygons.html#settled_runs', 'rtsseg/polygons.py'),
                                  'rtsseg.polygons.simplify_objects': ('polygons.html#simplify_objects', 'rtsseg/polygons.py'),

@@ -10,9 +10,10 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'read_probability_map', 'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics',
            'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects',
            'find_objects', 'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
-           'simplify_outlines', 'describe_objects', 'arts_columns', 'joined', 'rule_columns', 'qgis_style',
-           'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps', 'file_problems',
-           'search_problems', 'written_files', 'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
+           'simplify_outlines', 'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns',
+           'qgis_style', 'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps',
+           'file_problems', 'search_problems', 'written_files', 'plan_search', 'described_rules', 'polygon_counts',
+           'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
@@ -937,6 +938,13 @@ def describe_objects(objects:pd.DataFrame,              # of `find_objects`, wit
                          index=range(len(kept)))
     return gpd.GeoDataFrame(frame, geometry=simple.polygons, crs=crs_name(first.grid.crs) if has_crs else None)
 
+def scene_texts(maps:Iterable[ProbabilityMap]    # that an object lies in
+               ) -> tuple[str, str]:
+    "Names and dates of their scenes, each scene once, in the order of dates; commas separate both alike"
+    scenes = sorted({(one.date, one.settings.get('scene_name', '')) for one in maps})
+    dates, names = zip(*scenes, strict=True)
+    return tuple(','.join(texts) if any(texts) else '' for texts in (names, dates))
+
 def arts_columns(objects:pd.DataFrame,              # of a map with a CRS
                  found:Outlines,                    # where they lie
                  maps:Sequence[ProbabilityMap]      # that they were found in
@@ -947,8 +955,8 @@ def arts_columns(objects:pd.DataFrame,              # of a map with a CRS
     longitude, latitude = transformer(crs).transform(x, y)
     pixel = [np.hypot(*column) for column in grid.transform.column_vectors[:2]]
     sides = ground_size(crs, x, y, *(np.full(len(x), side) for side in pixel))
-    scenes = [joined(maps[i].settings.get('scene_name', '') for i in numbers) for numbers in objects.maps]
-    dates = [joined(sorted(maps[i].date for i in numbers)) for numbers in objects.maps]
+    seen = [scene_texts(maps[i] for i in numbers) for numbers in objects.maps]
+    scenes, dates = [names for names, _ in seen], [when for _, when in seen]
     models = [maps[numbers[0]].settings['model'] for numbers in objects.maps]
     corners = grid.transform @ (objects.left.to_numpy(), objects.top.to_numpy())
     places = zip(models, scenes, objects.total, *corners)

@@ -1,6 +1,7 @@
 "Maps become polygons: strips and borders leave no trace, areas are those on the ground, what is refused"
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -31,6 +32,7 @@ from rtsseg.polygons import (
     geodesic_measures,
     map_polygons,
     read_maps,
+    scene_texts,
     simplify_outlines,
 )
 from rtsseg.prediction import predict
@@ -132,7 +134,8 @@ def test_the_last_map_with_data_counts(tmp_path):
         map_polygons(order, tmp_path/'out.gpkg', force=True)
         (row,) = gpd.read_file(tmp_path/'out.gpkg').itertuples()
         assert row.mean_probability == pytest.approx(mean, abs=1e-4)
-        assert row.BaseMapID == ('one,two' if mean == .75 else 'one')
+        # names and dates pair, the earlier scene first
+        assert row.BaseMapID == ('two,one' if mean == .75 else 'one')
         assert row.BaseMapDate == ('2025-07-01,2026-07-01' if mean == .75 else '2026-07-01')
 
 def test_maps_far_apart_are_read_by_themselves(tmp_path):
@@ -263,6 +266,17 @@ def test_known_objects_without_data_are_unseen(tmp_path):
         row = made['known'][-1]
         # beside the map there is nothing to see or to miss
         assert [row[name] for name in ('known', 'found', 'missed', 'new', 'unseen')] == [4, 1, 3, 0, 2]
+
+def test_scenes_and_dates_pair():
+    "Also where one date, or one name, is that of several scenes"
+    def scenes(*pairs):
+        maps = placed_maps([(0, 0)] * len(pairs), [(1, 1)] * len(pairs))
+        return scene_texts([replace(one, date=date, settings=dict(scene_name=name))
+                            for one, (name, date) in zip(maps, pairs, strict=True)])
+    assert scenes(('a', '2026-07-01'), ('b', '2025-07-01'), ('a', '2026-07-01')) == ('b,a', '2025-07-01,2026-07-01')
+    assert scenes(('b', '2025-07-01'), ('a', '2025-07-01')) == ('a,b', '2025-07-01,2025-07-01')
+    assert scenes(('a', '2026-07-01'), ('', '2025-07-01')) == (',a', '2025-07-01,2026-07-01')
+    assert scenes(('a', ''), ('b', '')) == ('a,b', '')
 
 def placed_maps(corners, sizes):
     "Maps without files, at these left and upper corners, of these heights and widths"
