@@ -1067,9 +1067,9 @@ def compare_known(polygons:gpd.GeoDataFrame,   # with a CRS
                  ) -> pd.DataFrame:            # region, size, known, found, missed, new, unseen, recall
     """Known objects that polygons meet (found) or not (missed), and polygons that meet no known object (new)
 
-    Size classes are geodesic areas: of the known object, or of the new polygon. A new polygon counts in the region of
-    the known object nearest to it. What no map has data on is neither found nor missed, but unseen: it does not count
-    as known."""
+    Size classes are geodesic areas: of the known object, or of the new polygon. A new polygon counts in its own
+    `region`, and without such a column in that of the known object nearest to it. What no map has data on is neither
+    found nor missed, but unseen: it does not count as known."""
     known = known.to_crs(polygons.crs)
     outlines, crs = known.geometry.to_numpy(), crs_name(polygons.crs)
     tree = shapely.STRtree(outlines)
@@ -1080,6 +1080,8 @@ def compare_known(polygons:gpd.GeoDataFrame,   # with a CRS
     regions = known[region].fillna('').astype(str).to_numpy() if region else np.full(len(known), '')
     strangers = polygons.geometry.to_numpy()[new]
     near = regions[tree.nearest(strangers)] if len(known) else np.full(len(strangers), '')
+    if 'region' in polygons:
+        near = polygons.region.to_numpy()[new]
     area = geodesic_measures(to_lonlat(outlines, crs))[0], geodesic_measures(to_lonlat(strangers, crs))[0]
     rows = pd.concat([
         pd.DataFrame(dict(region=regions, size=size_classes(area[0]), found=found, missed=~found & ~unseen, new=False,
