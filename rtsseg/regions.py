@@ -134,6 +134,9 @@ def overall_rule(name:str,         # of the map, for messages
     if not calibration:
         raise DataError(f'{name} holds raw scores without a threshold, since its model is not calibrated: {given}')
     found = calibration.get(POINTS[points]) or {}
+    if not found and 'joined' in settings:
+        raise DataError(f'{name} is joined of several maps, and only thresholds of pixels hold for all of them: '
+                        'take --points pixels')
     if not found:
         raise DataError(f'{name} has no operating points of {points}: calibrate with objects in the evidence '
                         f'(rtsseg-evaluate, rtsseg-calibrate) and make the map again, or {given}')
@@ -149,6 +152,9 @@ def region_rules(name:str, settings:dict, ratio:str, points:str,
     "The rule of each region: its own, or the one of all regions where it has none; raises `DataError`"
     overall = overall_rule(name, settings, ratio, points)
     stored = settings['calibration'].get('regions')
+    if not stored and 'joined' in settings:
+        raise DataError(f'{name} is joined of several maps, and no threshold of a region holds for all of them: '
+                        'leave --regions out')
     if not stored:
         raise DataError(f'{name} says nothing of regions: calibrate the run (rtsseg-calibrate) and make the map again '
                         '(rtsseg-predict)')
