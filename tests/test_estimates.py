@@ -172,8 +172,8 @@ def covers(estimate, truth):
     "Where nothing is left to chance an interval ends at the truth but for the last digits"
     return estimate.low - 1e-12 <= truth <= estimate.high + 1e-12
 
-# chance moves a share of reviews by 0.6% (one standard deviation), and intervals for rare classes come close to 95%,
-# not to it exactly (Brown, Cai and DasGupta 2001)
+# chance moves a share of reviews by 0.6% (one standard deviation)
+# intervals for rare classes come close to 95%, not to it (Brown, Cai and DasGupta 2001)
 REVIEWS, LEAST, MOST = 1500, .915, .99
 
 @pytest.mark.parametrize('rate', [.0005, .003, .02])
@@ -214,7 +214,7 @@ def test_intervals_of_covered_shares_cover_the_truth(rate):
         widths += [each.high - each.low for each in both]
     plain, powered = counts / REVIEWS
     assert LEAST <= plain <= MOST
-    # wider than need be, since it allows for what no sample showed, and still narrower than the plain one
+    # it allows for what no sample showed, and is narrower than the plain one all the same
     assert powered >= LEAST
     assert widths[1] < widths[0]
 

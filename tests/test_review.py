@@ -555,7 +555,7 @@ def test_intervals_of_many_reviews_cover_the_truth(world):
             covered[name] += found[name].low <= value <= found[name].high
             widths[name] += found[name].high - found[name].low
     shares = {name: count / reviews for name, count in covered.items()}
-    # the map's probabilities make an area narrower, at the price that `prediction_powered_mean` names
+    # narrower by the map's probabilities, at the price that `prediction_powered_mean` names
     powered = shares.pop('area_with_probabilities')
     assert min(shares.values()) >= .92, shares
     assert max(shares.values()) <= .995, shares
