@@ -614,13 +614,14 @@ def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict
                      baseline:str='',        # JSON of rtsseg-map-baseline; '': drift is not checked
                      model:str='',           # the model directory of all maps; '': batch jitter is not checked
                      figure:str='',          # a .png of the figure; '' writes none
-                     threshold:float=.5      # pixels of this probability or more are predicted
+                     threshold:float=0,      # from which pixels are predicted; 0: that of the calibration
+                     ratio:str='1:200'       # at which it is taken
                     ) -> None:
     "Check maps for seams, holes, overlaps and drift; exits with 2 where a map is wrong"
     from rtsseg.console import DataError
     from rtsseg.findings import has_errors
     from rtsseg.mapcheck import map_check
-    found = map_check(as_list(maps), as_list(scenes), baseline, model, figure, threshold)
+    found = map_check(as_list(maps), as_list(scenes), baseline, model, figure, threshold or None, ratio)
     if has_errors(found.findings):
         raise DataError(found.verdict)
 
@@ -628,12 +629,13 @@ def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict
 def rtsseg_map_baseline(scenes:list[str]=(),    # scenes that were mapped and looked at
                         maps:list[str]=(),      # their maps, in the same order; none: the input alone
                         out:str='',             # the JSON file
-                        threshold:float=.5      # pixels of this probability or more are predicted
+                        threshold:float=0,      # from which pixels are predicted; 0: that of the calibration
+                        ratio:str='1:200'       # at which it is taken
                        ) -> None:
     "Statistics of scenes and maps that are as they should be, for rtsseg-map-check"
     require(scenes=scenes, out=out)
     from rtsseg.mapcheck import scene_baseline
-    scene_baseline(as_list(scenes), as_list(maps), out, threshold)
+    scene_baseline(as_list(scenes), as_list(maps), out, threshold or None, ratio)
 
 @command()
 def rtsseg_preview(map:str='',          # a map of rtsseg-predict
@@ -656,8 +658,10 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
                          n:int=500,                  # cells to draw
                          half_width:float=0,         # wanted of the intervals of precision and recall; n counts no more
                          side:int=32,                # of a cell, pixels of the map
-                         threshold:float=.5,         # probability from which the map finds something
-                         regions:str='',             # polygons with a column region; '' for none
+                         threshold:float=0,          # from which the map finds something; 0: the calibration's
+                         ratio:str='1:200',          # at which that is taken
+                         regions:str='',             # a layer of regions: strata, and own thresholds; '' for none
+                         region_column:str='region', # its column that names the region
                          allocation:str='neyman',    # of the cells to strata: neyman or proportional
                          raters:list[str]=(),        # names of the people who rate; none: one rater
                          twice:float=.1,             # share of the cells that two raters get
@@ -666,21 +670,19 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
     "A stratified sample of a map, below the threshold too, and the pages on which people rate it"
     require(map=map, out=out)
     from rtsseg.review import review_sample
-    review_sample(map, out, scene, n, side, threshold, regions=regions, allocation=allocation,
-                  raters=as_list(raters) or ['rater'], twice=twice, seed=seed, half_width=half_width)
+    review_sample(map, out, scene, n, side=side, threshold=threshold or None, ratio=ratio, regions=regions,
+                  region_column=region_column, allocation=allocation, raters=as_list(raters) or ['rater'], twice=twice,
+                  seed=seed, half_width=half_width)
     print(f'{out}: open its pages in a browser, rate, and give the downloaded files to rtsseg-review-read')
 
 @command()
 def rtsseg_review_read(sample:str='',           # folder of rtsseg-review-sample
-                       ratings:list[str]=(),    # the file of each rater
-                       rows:str=''              # a .csv of false alarms and new finds, for the next manifest
+                       ratings:list[str]=()     # the file of each rater
                       ) -> None:
     "Precision, recall and area of a map from its ratings, with intervals; writes them into the sample's folder"
     require(sample=sample, ratings=ratings)
-    from rtsseg.review import review_read, review_rows
+    from rtsseg.review import review_read
     print(visible(review_read(sample, as_list(ratings))))
-    if rows:
-        review_rows(sample, as_list(ratings), rows)
 
 @command()
 def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sample

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DesignEstimate', 'wilson', 'Strata', 'strata_moments', 'effective_size', 'strata_shares', 'stratified_mean',
-           'stratified_ratio', 'stratified_recall', 'prediction_powered_mean', 'sample_size', 'allocate',
-           'expected_half_widths', 'units_needed', 'cohen_kappa']
+           'stratified_ratio', 'stratified_recall', 'prediction_powered_mean', 'allocate', 'expected_half_widths',
+           'units_needed', 'cohen_kappa']
 
 # %% ../nbs/08c_estimates.ipynb #est-imports
 from collections.abc import Mapping, Sequence
@@ -218,7 +218,13 @@ def prediction_powered_mean(values:Sequence,                 # of the rated unit
                             level:float=.95                  # of the interval
                            ) -> DesignEstimate:
     """The mean over all units: mean prediction plus mean error in the sample (Angelopoulos et al. 2023, mean
-    estimation; Cochran 1977, section 7.3 with b = 1)"""
+    estimation; Cochran 1977, section 7.3 with b = 1)
+
+    The value is unbiased, but the interval can hold the truth less often than its level: 58% to 90% of the time was
+    seen for 95% where a few units of a stratum have far higher predictions than the rest, which samples seldom show,
+    and 90% on maps of the toy world. Strata of like predictions, as bands of the highest probability, keep such tails
+    apart, and leave less to gain: where predictions say little within a stratum, it is as wide as `stratified_mean`.
+    Sign with the interval of `stratified_mean`."""
     values, predictions = np.asarray(values, float), np.asarray(predictions, float)
     plain, error = (strata_moments(each, stratum, sizes) for each in (values, values - predictions))
     centre = error.mean + np.array([mean_predictions[name] for name in sizes])
@@ -227,20 +233,6 @@ def prediction_powered_mean(values:Sequence,                 # of the rated unit
     least = quantile * np.sqrt((1 - error.n / error.N) * error.variance / error.n)
     distances = (np.sqrt(np.minimum(gain, 1)) * each for each in _wilson_distances(plain, level))
     return _recover(error, centre, *(np.maximum(each, least) for each in distances))
-
-# %% ../nbs/08c_estimates.ipynb #est-size
-def sample_size(sizes:Mapping[str, int],       # units in each stratum
-                shares:Mapping[str, float],    # expected share of the class in each
-                half_width:float,              # of the wanted interval of the share over all strata
-                level:float=.95                # of that interval
-               ) -> int:
-    "Units of a sample with the optimal allocation (Cochran 1977, eq. 5.25; Olofsson et al. 2014, eq. 13)"
-    population = np.array([sizes[name] for name in sizes], float)
-    share = np.array([shares[name] for name in sizes], float)
-    weight, variance = population / population.sum(), share * (1 - share)
-    wanted = (half_width / norm.ppf((1 + level) / 2))**2
-    n = (weight * np.sqrt(variance)).sum()**2 / (wanted + (weight * variance).sum() / population.sum())
-    return int(np.ceil(n))
 
 # %% ../nbs/08c_estimates.ipynb #est-alloc
 def allocate(n:int,                          # units of the sample

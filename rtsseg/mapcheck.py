@@ -7,9 +7,9 @@ __all__ = ['SEAM', 'FLAT', 'MAX_HOLES', 'MAX_EMPTY', 'COARSE', 'DISAGREE', 'MEAN
            'FACTOR', 'TIMES_NOISE', 'JITTER', 'WINDOWS_AGAIN', 'flat_odds', 'LineSteps', 'edge_lines', 'seam_ratios',
            'seam_finding', 'MapSums', 'value_findings', 'coverage_finding', 'Overlap', 'common_window', 'compare_maps',
            'overlap_findings', 'Shift', 'shift_of', 'shift_finding', 'channel_finding', 'factor_finding',
-           'prediction_findings', 'drift_findings', 'scene_baseline', 'read_baseline', 'why_not_again', 'job_of_map',
-           'probabilities_of', 'window_jitter', 'batch_jitter', 'jitter_findings', 'draw_jitter', 'CheckedMap',
-           'check_one', 'check_batches_of', 'check_figure', 'MapCheck', 'map_check']
+           'prediction_findings', 'drift_findings', 'scene_summary', 'scene_baseline', 'read_baseline', 'why_not_again',
+           'job_of_map', 'probabilities_of', 'window_jitter', 'batch_jitter', 'jitter_findings', 'draw_jitter',
+           'CheckedMap', 'check_one', 'check_batches_of', 'check_figure', 'MapCheck', 'map_check']
 
 # %% ../nbs/08f_mapcheck.ipynb #imchk
 import json
@@ -37,6 +37,7 @@ from .infer import load_model
 from .mapfile import STEPS, open_map
 from .prediction import MapJob, Scene, load_calibration, map_settings, window_logits, window_starts
 from .raster import Grid, check_same_grid
+from .regions import map_rules
 from .scenestats import QUANTILES, channel_names, input_summary, read_channels, scene_statistics
 from .vrt import open_named, raster_digest
 
@@ -354,10 +355,22 @@ def drift_findings(summary:dict,    # of `input_summary`
         found.append(Finding('note', 'baseline', 'one scene', 'its blocks alone give the noise: add other scenes'))
     return found
 
+def scene_summary(scene:str|Path,
+                  path:str|Path,           # its map; '' for none
+                  threshold:float|None,    # from which pixels are predicted; None: that of the map's calibration
+                  ratio:str                # at which it is taken
+                 ) -> dict:                # of `input_summary`
+    "The statistics of a scene and its map; raises `ConfigError` and `DataError`"
+    if not path:
+        return input_summary(scene_statistics(scene))
+    (rule,) = map_rules(Path(path), threshold, ratio, None)
+    return input_summary(scene_statistics(scene, path, rule.threshold))
+
 def scene_baseline(scenes:list[str|Path],       # GeoTIFFs that were mapped and looked at
                    maps:list[str|Path]=(),      # their maps, in the same order; none: the input alone
                    out:str|Path='',             # the JSON file; '' writes none
-                   threshold:float=.5           # pixels of this probability or more are predicted
+                   threshold:float|None=None,   # from which pixels are predicted; None: that of each map's calibration
+                   ratio:str='1:200'            # at which it is taken
                   ) -> dict:                    # {'format': 1, 'scenes': {file name: summary}}
     "The statistics of earlier scenes, for `map_check`; raises `DataError` and `ConfigError`"
     scenes, maps = [Path(scene) for scene in scenes], list(maps) or [''] * len(scenes)
@@ -368,7 +381,7 @@ def scene_baseline(scenes:list[str|Path],       # GeoTIFFs that were mapped and 
         raise ConfigError('baseline: two scenes have the same file name, which is how a baseline names them')
     found = {}
     for scene, path in zip(scenes, maps, strict=True):
-        found[scene.name] = input_summary(scene_statistics(scene, path, threshold))
+        found[scene.name] = scene_summary(scene, path, threshold, ratio)
         if not found[scene.name]['valid']:
             raise DataError(f'baseline: {scene.name} has no valid pixel')
     if len({tuple(summary['channels']) for summary in found.values()}) > 1:
@@ -581,7 +594,8 @@ def map_check(maps:list[str|Path],            # maps of rtsseg-predict
               baseline:str|Path='',           # JSON of `scene_baseline`; '': drift is not checked
               model:str|Path='',              # the model directory of all maps; '': batch jitter is not checked
               figure:str|Path='',             # a .png of the figure; '' writes none
-              threshold:float=.5              # pixels of this probability or more are predicted
+              threshold:float|None=None,      # from which pixels are predicted; None: that of each map's calibration
+              ratio:str='1:200'               # at which it is taken
              ) -> MapCheck:
     """Check finished maps: seams, coverage, data, overlaps, batch jitter, and drift against earlier scenes
 
@@ -600,7 +614,7 @@ def map_check(maps:list[str|Path],            # maps of rtsseg-predict
         checked.append(one)
         own = list(one.findings)
         if scene:
-            summaries[path.name] = input_summary(scene_statistics(scene, path, threshold))
+            summaries[path.name] = scene_summary(scene, path, threshold, ratio)
         if known:
             own += drift_findings(summaries[path.name], known)
         prefix = f'{path.name}: ' if len(maps) > 1 else ''

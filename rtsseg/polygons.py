@@ -10,14 +10,15 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics', 'Layers', 'object_table',
            'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects', 'find_objects', 'choose_rules',
            'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects', 'simplify_outlines',
-           'describe_objects', 'arts_columns', 'joined', 'rule_columns', 'layer_bytes', 'write_polygons',
-           'size_classes', 'compare_known', 'covered_ground', 'file_problems', 'search_problems', 'written_files',
+           'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns', 'layer_bytes', 'write_polygons',
+           'size_classes', 'compare_known', 'objects_on_maps', 'file_problems', 'search_problems', 'written_files',
            'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import pandas as pd
 import shapely
 import shapely.affinity
 from rasterio.enums import Resampling
+from rasterio.features import geometry_mask
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -515,8 +517,8 @@ def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of the
     "Maps that can be joined, the one that counts last; raises one `DataError` with all that is wrong"
     read, failed = read_each(lambda path: [*map(read_probability_map, mosaic_members(path))], map(Path, paths))
     found, problems = [one for members in read for one in members], [str(error) for _, error in failed]
-    names = [one.path for one in found]
-    problems += [f'{path.name} is named twice' for path in dict.fromkeys(names) if names.count(path) > 1]
+    named = Counter(one.path for one in found)
+    problems += [f'{path.name} is named twice' for path, count in named.items() if count > 1]
     try:
         found = in_order(found, overlap)
     except DataError as error:
@@ -570,7 +572,7 @@ class Mosaic:
             (one,) = self.maps.values()
             return _read_rows(one, top, bottom), None, None
         values = np.full(shape, self.nodata, 'uint16')
-        origin = np.zeros(shape, 'uint16')
+        origin = np.zeros(shape, 'int32')
         beyond = np.ones(shape, bool)
         for number, one in self.maps.items():
             shift = one.top - self.top
@@ -599,11 +601,13 @@ def find_mosaics(maps:Sequence[ProbabilityMap],    # on one grid
         return [Mosaic(maps, [number]) for number in range(len(maps))]
     left, top = (np.array([getattr(one, name) for one in maps]) for name in ('left', 'top'))
     height, width = np.array([one.grid.shape for one in maps]).T
-    meets = np.ones((len(maps), len(maps)), bool)
-    for start, size in ((left, width), (top, height)):
-        meets &= start[:, None] <= (start + size)[None] + NEAR
-    count, group = connected_components(csr_array(meets & meets.T), directed=False)
-    return [Mosaic(maps, np.flatnonzero(group == number), overlap == 'highest') for number in range(count)]
+    reach = NEAR / 2
+    boxes = shapely.box(left - reach, top - reach, left + width + reach, top + height + reach)
+    one, other = shapely.STRtree(boxes).query(boxes, predicate='intersects')
+    meets = csr_array((np.ones(len(one), bool), (one, other)), (len(maps), len(maps)))
+    count, group = connected_components(meets, directed=False)
+    members = np.split(np.argsort(group, kind='stable'), np.cumsum(np.bincount(group))[:-1])
+    return [Mosaic(maps, numbers, overlap == 'highest') for numbers in members]
 
 # %% ../nbs/08a_polygons.ipynb #0dfc7249
 class Layers:
@@ -718,7 +722,7 @@ class Search:
         levels = self.levels()
         level = np.searchsorted(levels, values, 'right') - 1
         labels = (level * len(self.rules) + here).astype(np.int32)
-        return labels if origin is None else labels + origin.astype(np.int32) * (len(levels) * len(self.rules))
+        return labels if origin is None else labels + origin * (len(levels) * len(self.rules))
 
     def runs(self,
              mosaic:Mosaic,
@@ -929,6 +933,13 @@ def describe_objects(objects:pd.DataFrame,              # of `find_objects`, wit
                          index=range(len(kept)))
     return gpd.GeoDataFrame(frame, geometry=simple.polygons, crs=crs_name(first.grid.crs) if has_crs else None)
 
+def scene_texts(maps:Iterable[ProbabilityMap]    # that an object lies in
+               ) -> tuple[str, str]:
+    "Names and dates of their scenes, each scene once, in the order of dates; commas separate both alike"
+    scenes = sorted({(one.date, one.settings.get('scene_name', '')) for one in maps})
+    dates, names = zip(*scenes, strict=True)
+    return tuple(','.join(texts) if any(texts) else '' for texts in (names, dates))
+
 def arts_columns(objects:pd.DataFrame,              # of a map with a CRS
                  found:Outlines,                    # where they lie
                  maps:Sequence[ProbabilityMap]      # that they were found in
@@ -939,8 +950,8 @@ def arts_columns(objects:pd.DataFrame,              # of a map with a CRS
     longitude, latitude = transformer(crs).transform(x, y)
     pixel = [np.hypot(*column) for column in grid.transform.column_vectors[:2]]
     sides = ground_size(crs, x, y, *(np.full(len(x), side) for side in pixel))
-    scenes = [joined(maps[i].settings.get('scene_name', '') for i in numbers) for numbers in objects.maps]
-    dates = [joined(sorted(maps[i].date for i in numbers)) for numbers in objects.maps]
+    seen = [scene_texts(maps[i] for i in numbers) for numbers in objects.maps]
+    scenes, dates = [names for names, _ in seen], [when for _, when in seen]
     models = [maps[numbers[0]].settings['model'] for numbers in objects.maps]
     corners = grid.transform @ (objects.left.to_numpy(), objects.top.to_numpy())
     places = zip(models, scenes, objects.total, *corners)
@@ -1021,31 +1032,31 @@ def size_classes(area:np.ndarray    # m²
 def compare_known(polygons:gpd.GeoDataFrame,   # with a CRS
                   known:gpd.GeoDataFrame,      # polygons in any CRS
                   region:str='',               # column of `known` that names the region; '' for none
-                  seen:Any=None                # what the maps cover, in the CRS of `polygons`; None: everything
-                 ) -> pd.DataFrame:            # region, size, known, found, missed, new, recall
+                  seen:np.ndarray|None=None    # bool: known objects that a map has data on; None: all
+                 ) -> pd.DataFrame:            # region, size, known, found, missed, new, unseen, recall
     """Known objects that polygons meet (found) or not (missed), and polygons that meet no known object (new)
 
-    Size classes are geodesic areas: of the known object, or of the new polygon. A new polygon counts in the region of
-    the known object nearest to it. Known objects that do not meet `seen` do not count."""
+    Size classes are geodesic areas: of the known object, or of the new polygon. A new polygon counts in its own
+    `region`, and without such a column in that of the known object nearest to it. What no map has data on is neither
+    found nor missed, but unseen: it does not count as known."""
     known = known.to_crs(polygons.crs)
-    if seen is not None:
-        known = known[known.intersects(seen)]
     outlines, crs = known.geometry.to_numpy(), crs_name(polygons.crs)
     tree = shapely.STRtree(outlines)
     new, found = np.ones(len(polygons), bool), np.zeros(len(known), bool)
     i, j = tree.query(polygons.geometry.to_numpy(), predicate='intersects')
     new[i], found[j] = False, True
+    unseen = np.zeros(len(known), bool) if seen is None else ~seen & ~found
     regions = known[region].fillna('').astype(str).to_numpy() if region else np.full(len(known), '')
     strangers = polygons.geometry.to_numpy()[new]
     near = regions[tree.nearest(strangers)] if len(known) else np.full(len(strangers), '')
+    if 'region' in polygons:
+        near = polygons.region.to_numpy()[new]
     area = geodesic_measures(to_lonlat(outlines, crs))[0], geodesic_measures(to_lonlat(strangers, crs))[0]
-    rows = pd.DataFrame(dict(
-        region=np.concatenate([regions, near]),
-        size=size_classes(np.concatenate(area)),
-        found=np.append(found, np.zeros(len(near), bool)),
-        missed=np.append(~found, np.zeros(len(near), bool)),
-        new=np.append(np.zeros(len(found), bool), np.ones(len(near), bool)),
-    ))
+    rows = pd.concat([
+        pd.DataFrame(dict(region=regions, size=size_classes(area[0]), found=found, missed=~found & ~unseen, new=False,
+                          unseen=unseen)),
+        pd.DataFrame(dict(region=near, size=size_classes(area[1]), found=False, missed=False, new=True, unseen=False)),
+    ])
     return _counts(rows, bool(region))
 
 def _counts(rows, by_region):
@@ -1055,7 +1066,7 @@ def _counts(rows, by_region):
         parts += list(rows.groupby('region'))
     tables = []
     for name, part in parts:
-        sums = part.groupby('size', observed=False)[['found', 'missed', 'new']].sum()
+        sums = part.groupby('size', observed=False)[['found', 'missed', 'new', 'unseen']].sum()
         sums.index = sums.index.astype(str)
         sums.loc['all'] = sums.sum()
         tables.append(sums.rename_axis('size').reset_index().assign(region=name))
@@ -1063,16 +1074,40 @@ def _counts(rows, by_region):
     table['known'] = table.found + table.missed
     # a class without a known object has no recall
     table['recall'] = table.found / table.known.where(table.known > 0)
-    return table[['region', 'size', 'known', 'found', 'missed', 'new', 'recall']]
+    return table[['region', 'size', 'known', 'found', 'missed', 'new', 'unseen', 'recall']]
 
 # %% ../nbs/08a_polygons.ipynb #481f79d4
-def covered_ground(maps:Sequence[ProbabilityMap]    # on one grid
-                  ) -> shapely.Geometry:
-    "What the maps cover, in their CRS"
-    boxes = [shapely.box(0, 0, *one.grid.shape[::-1]) for one in maps]
-    places = [shapely.affinity.affine_transform(box, one.grid.transform.to_shapely())
-              for box, one in zip(boxes, maps, strict=True)]
-    return shapely.union_all(places)
+def _meets_data(opened, one, outline):
+    "Whether a polygon touches a pixel of an open map with data"
+    (height, width), _, transform = one.grid
+    corners = shapely.get_coordinates(shapely.envelope(outline))
+    column, row = np.array(~transform @ tuple(corners.T))
+    left, top = (max(int(np.floor(low)), 0) for low in (column.min(), row.min()))
+    right, bottom = min(int(column.max()) + 1, width), min(int(row.max()) + 1, height)
+    rows = max(STRIP // max(right - left, 1), 1)
+    for first in range(top, bottom, rows):
+        window = Window(left, first, right - left, min(rows, bottom - first))
+        place = transform @ Affine.translation(left, first)
+        inside = geometry_mask([outline], (window.height, window.width), place, all_touched=True, invert=True)
+        if (inside & (opened.codes(window) != one.nodata)).any():
+            return True
+    return False
+
+def objects_on_maps(outlines:np.ndarray,               # polygons in the CRS of the maps
+                    maps:Sequence[ProbabilityMap]      # on one grid
+                   ) -> tuple[np.ndarray, np.ndarray]: # bool, of each polygon
+    "Which polygons lie on a map, and which of them touch a pixel with data"
+    tree = shapely.STRtree(outlines)
+    on_map, seen = np.zeros((2, len(outlines)), bool)
+    for one in progress(maps, 'maps under known objects'):
+        box = shapely.affinity.affine_transform(shapely.box(0, 0, *one.grid.shape[::-1]),
+                                                one.grid.transform.to_shapely())
+        here = np.sort(tree.query(box, predicate='intersects'))
+        on_map[here] = True
+        with open_map(one.path, 1) as opened:
+            for i in here[~seen[here]]:
+                seen[i] = _meets_data(opened, one, outlines[i])
+    return on_map, seen
 
 # %% ../nbs/08a_polygons.ipynb #3fb59a98
 def file_problems(maps:Sequence[Path], out:Path, ratio:str, cuts:Sequence[float], min_area:float, simplify:float,
@@ -1198,7 +1233,9 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
     result = dict(threshold=thresholds[0], cuts=cuts) | polygon_counts(polygons, search)
     result['files'] = [path.name for path in written_files(out, known)]
     if known:
-        table = compare_known(polygons, objects_known, region, covered_ground(members))
+        objects_known = objects_known.to_crs(polygons.crs)
+        on_map, seen = objects_on_maps(objects_known.geometry.to_numpy(), members)
+        table = compare_known(polygons, objects_known[on_map], region, seen[on_map])
         write_atomic(written_files(out, known)[-1], table.to_csv(index=False))
         result['known'] = table.to_dict('records')
     write_polygons(polygons, out, cuts[0])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOUR_MAP', 'PROBABILITY_NAMES', 'TOLERANCE', 'GRID_PLACES', 'PREVIEW_SCRIPT', 'PREVIEW_STYLE', 'Overview',
-           'read_overview', 'png_address', 'Shapes', 'read_polygons', 'probability_column', 'cell_text', 'outline',
-           'place_polygons', 'read_shapes', 'round_length', 'scale_bar', 'lonlat_grid', 'legend_html', 'svg_html',
-           'shapes_html', 'facts_html', 'page_data', 'preview_page', 'preview']
+           'read_overview', 'png_address', 'Shapes', 'probability_column', 'cell_text', 'outline', 'place_polygons',
+           'read_shapes', 'round_length', 'scale_bar', 'lonlat_grid', 'legend_html', 'svg_html', 'shapes_html',
+           'facts_html', 'page_data', 'preview_page', 'preview']
 
 # %% ../nbs/08g_preview.ipynb #iprev
 import base64
@@ -29,6 +29,7 @@ from .files import write_atomic
 from .ground import crs_name, ground_size, transformer
 from .mapfile import open_map, read_map_settings
 from .page import escape, safe_json
+from .regions import read_features
 
 
 # %% ../nbs/08g_preview.ipynb #cprev1
@@ -81,19 +82,6 @@ class Shapes(NamedTuple):
     column: str                # its name
     left_out: dict[str, int]   # {why: how many}
 
-def read_polygons(path:Path) -> Any:    # a GeoDataFrame
-    "A GeoPackage, GeoParquet or another file that GDAL reads; raises `DataError`"
-    import geopandas as gpd
-    if not path.is_file():
-        raise DataError(f'{path.name}: no such file')
-    try:
-        if path.suffix in ('.parquet', '.geoparquet'):
-            return gpd.read_parquet(path)
-        return gpd.read_file(path, engine='pyogrio')
-    except Exception as error:
-        reason = ' '.join(str(error).split())
-        raise DataError(f'{path.name} is not a table of polygons: {reason}') from None
-
 def probability_column(table:pd.DataFrame,    # attributes
                        asked:str              # what the user named; '' for nothing
                       ) -> str:               # '' where there is none
@@ -144,7 +132,7 @@ def read_shapes(path:Path,             # of polygons
                 most:int               # polygons to keep
                ) -> Shapes:
     "The largest polygons that lie on a map"
-    frame = read_polygons(path)
+    frame = read_features(path)
     shapes = place_polygons(frame, overview, path.name)
     table = pd.DataFrame(frame.drop(columns=frame.geometry.name))
     column = probability_column(table, column)

@@ -30,15 +30,16 @@ from scipy.spatial import cKDTree
 from .columns import complete_table
 from .config import ConfigError, RunConfig, yaml_text
 from .console import DataError, logger, progress
-from .files import digest, write_atomic
+from .files import write_atomic
 from .ground import BOX, crs_name, footprints, grid_blocks, lonlat_centres, overlaps
 from .manifest import Manifest, write_manifest
 from .mapfile import OpenMap, open_map
 from .prepare import find_manifest
-from .raster import Grid, check_same_grid, open_raster, unwritten_pixels, valid_pixels, write_raster
+from .raster import Grid, check_same_grid, unwritten_pixels, valid_pixels, write_raster
 from .regions import read_layer
 from .review import Rated, read_ratings
 from .runs import note_review, require_folder, run_config
+from .vrt import open_named, raster_digest
 
 # %% ../nbs/08n_relearn.ipynb #ccells
 HARD_NEGATIVE, POSITIVE, CONFIRMED = 'hard_negative', 'positive', 'confirmed'
@@ -161,7 +162,6 @@ class TileSource(NamedTuple):
     scene: DatasetReader
     extra: DatasetReader|None
     map: OpenMap
-    threshold: float
     # in the CRS of the scene; empty without outlines
     outlines: gpd.GeoDataFrame
 
@@ -186,7 +186,10 @@ def mask_of(source:TileSource, window:pd.Series, cells:pd.DataFrame, accept:bool
     if len(source.outlines):
         outlined = rasterize(source.outlines.geometry, shape, transform=grid, dtype='uint8') == 1
     if accept:
-        predicted = source.map.probability(part) >= source.threshold
+        probability = source.map.probability(part)
+        for _, cell in cells[cells.kind == CONFIRMED].iterrows():
+            at = pixels_of(cell, window)
+            predicted[at] = probability[at] >= cell.threshold
     return rated_mask(window, cells, outlined, predicted)
 
 def cut_tile(source:TileSource,
@@ -276,7 +279,8 @@ def choose_windows(cells:pd.DataFrame,       # of `rated_cells`
     wanted = (cells.kind == HARD_NEGATIVE) | (cells.kind == POSITIVE) | (accept & (cells.kind == CONFIRMED))
     cells = cells[wanted].sort_values(['kind', 'row', 'column'])
     windows = centred_windows(cells, cfg.data.tile_size, source.scene.shape)
-    windows = windows.join(pixel_boxes(windows, source.scene.transform)).assign(tile_id=cells.unit, crs=cells.crs)
+    windows = windows.join(pixel_boxes(windows, source.scene.transform))
+    windows = windows.join(cells[['crs', 'threshold']]).assign(tile_id=cells.unit)
     windows['region'] = nearest_regions(windows, manifest.table[manifest.table.crs != 'none'])
     why, windows['block'] = held_out(windows, manifest.table, cfg.data.block_size)
     why = np.where((cells.kind == POSITIVE) & ~cells.outlined, NO_OUTLINE, why)
@@ -287,7 +291,7 @@ def _check_review_tiles(rated, cfg, out, map_path, scene, extra):
     "Raise one error with what is wrong with the files that tiles are made of"
     settings, problems = rated.settings, []
     for what, path in (('map', map_path), ('scene', scene)):
-        if settings[f'{what}_sha256'] not in ('', digest(path)):
+        if settings[f'{what}_sha256'] not in ('', raster_digest(path)):
             problems.append(f'{what}: {Path(path).name} is not the {what} that the sample was drawn from')
     if settings['factor'] != 1:
         problems.append('scene: it is finer than its map: tiles are cut from a scene in the form of the manifest')
@@ -300,19 +304,19 @@ def _check_review_tiles(rated, cfg, out, map_path, scene, extra):
     if problems:
         raise ConfigError('\n'.join(problems))
 
-def _check_places(manifest, scene, side):
+def _check_places(manifest, scene, name, side):
     "Raise `DataError` where ground cannot be compared, or no tile can be cut"
     nowhere = manifest.table[manifest.table.split.isin(HELD_OUT) & (manifest.table.crs == 'none')]
     if len(nowhere):
         raise DataError(f'{manifest.path.name}: {len(nowhere)} tiles of val and test have no place on the map, so '
                         'nobody knows whether rated ground is theirs')
     if not scene.crs:
-        raise DataError(f'{Path(scene.name).name} names no CRS: the ground of its cells cannot be told')
+        raise DataError(f'{name} names no CRS: the ground of its cells cannot be told')
     if min(scene.shape) < side:
-        raise DataError(f'{Path(scene.name).name} has {scene.width} × {scene.height} pixels, a tile {side} × {side}')
+        raise DataError(f'{name} has {scene.width} × {scene.height} pixels, a tile {side} × {side}')
 
 def _provenance_of(rated, when):
-    names = 'map', 'map_sha256', 'scene', 'scene_sha256', 'model', 'threshold'
+    names = 'map', 'map_sha256', 'scene', 'scene_sha256', 'model'
     return {name: rated.settings[name] for name in names} | dict(sample=rated.settings['units_sha256'], rated=when)
 
 def review_tiles(folder:str|Path,               # of `review_sample`
@@ -334,8 +338,9 @@ def review_tiles(folder:str|Path,               # of `review_sample`
     _check_review_tiles(rated, cfg, out, map, scene, extra)
     found = find_manifest(cfg)
     manifest = found.whole or found
-    with _opened(rated, map, scene, extra, outlines) as source:
-        _check_places(manifest, source.scene, cfg.data.tile_size)
+    side = cfg.data.tile_size
+    with _opened(map, scene, extra, outlines, side) as source:
+        _check_places(manifest, source.scene, Path(scene).name, side)
         cells = rated_cells(rated, source.scene.transform, crs_name(source.scene.crs), source.outlines)
         windows, left_out = choose_windows(cells, manifest, cfg, source, accept)
         for name in (*(f'{what}s' for what in FILES[:2]), *(['extra'] if extra else [])):
@@ -355,18 +360,18 @@ def review_tiles(folder:str|Path,               # of `review_sample`
 
 # %% ../nbs/08n_relearn.ipynb #crelearn2
 @contextmanager
-def _opened(rated, map, scene, extra, outlines):
-    "The files of a review as a `TileSource`"
+def _opened(map, scene, extra, outlines, rows):
+    "The files of a review, of which so many rows are read at a time, as a `TileSource`"
     with ExitStack() as stack:
-        image = stack.enter_context(open_raster(scene))
+        image = stack.enter_context(open_named(scene, rows=rows))
         grid = Grid(image.shape, image.crs, image.transform)
-        bands = stack.enter_context(open_raster(extra)) if extra else None
+        bands = stack.enter_context(open_named(extra, rows=rows)) if extra else None
         if bands:
             check_same_grid(grid, bands, Path(extra).name)
         drawn = gpd.GeoDataFrame(geometry=[], crs=image.crs)
         if outlines:
             drawn = read_layer(Path(outlines)).to_crs(image.crs)
-        yield TileSource(image, bands, stack.enter_context(open_map(map, 1)), rated.settings['threshold'], drawn)
+        yield TileSource(image, bands, stack.enter_context(open_map(map, rows)), drawn)
 
 def _cut_all(source, windows, cells, accept, out, sample):
     "The rows of all tiles that were cut"
@@ -375,7 +380,8 @@ def _cut_all(source, windows, cells, accept, out, sample):
         window['tile_id'] = f'rated_{sample}_{window.row}_{window.column}'
         row = cut_tile(source, window, cells, accept, out)
         if row:
-            rows.append(dict(tile_id=window.tile_id, region=window.region, block=window.block, extra='') | row)
+            said = window[['tile_id', 'region', 'block', 'threshold']].to_dict()
+            rows.append(said | dict(extra='') | row)
     return pd.DataFrame(rows)
 
 def _say(out, rows, left_out, seen):

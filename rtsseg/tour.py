@@ -157,8 +157,9 @@ def map_region(run:str|Path,        # a run folder, evaluated on the split and c
     map_file, objects = out/'map.tif', out/'objects.gpkg'
     predict(folder/'model', scene.image, map_file, scene.extra or '', device=device,
             form='manifest')
-    checked = map_check([map_file], [scene.image])
-    found = map_polygons(map_file, objects, map_threshold(map_file), known=scene.known, force=True)
+    threshold = map_threshold(map_file)
+    checked = map_check([map_file], [scene.image], threshold=threshold)
+    found = map_polygons(map_file, objects, threshold, known=scene.known, force=True)
     area = expected_area(map_file, out/'areas.tif', folder, cell=100 * scene.pixel, ratio='native')
     preview(map_file, out/'preview.html', objects)
     everything = found['known'][-1]

@@ -3,9 +3,11 @@ import json
 import signal
 from dataclasses import replace
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from scipy.special import expit
 import rtsseg.joins
 import rtsseg.prediction
 from helpers.maps import (
+    CRS,
     GRID,
     map_bytes,
     noise,
@@ -277,6 +280,14 @@ def test_a_joined_map_says_what_it_is(tmp_path):
     found = map_polygons(tmp_path/'joined.tif', tmp_path/'joined.gpkg')
     assert (found['threshold'], found['polygons']) == (.75, 2)
     assert json.loads((tmp_path/'joined.tif.json').read_text()) == made
+    # another calibration of the model would not help
+    with pytest.raises(DataError, match='joined of several maps.*take --points pixels'):
+        map_polygons(tmp_path/'joined.tif', tmp_path/'other.gpkg', points='objects')
+    height, width = values.shape
+    ground = shapely.box(*(GRID @ (0, height)), *(GRID @ (width, 0)))
+    gpd.GeoDataFrame(dict(region=['west']), geometry=[ground], crs=CRS).to_file(tmp_path/'layer.gpkg')
+    with pytest.raises(DataError, match='joined of several maps.*leave --regions out'):
+        map_polygons(tmp_path/'joined.tif', tmp_path/'other.gpkg', regions=tmp_path/'layer.gpkg')
     # the same again makes nothing
     stamp = (tmp_path/'joined.tif').stat().st_mtime_ns
     assert join_maps(maps, tmp_path/'joined.tif') == made

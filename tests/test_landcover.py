@@ -16,7 +16,8 @@ from rtsseg.runs import read_log, run_folder
 from rtsseg.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
-LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'), unfreeze=dict(share=.5, groups=2, every=1),
+LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'),
+              unfreeze=dict(share=.5, groups=2, every=1),
               loss=dict(parts=['cross_entropy', 'dice', 'lovasz'], hardest=.4, label_smoothing=.1))
 
 @pytest.fixture(scope='module')

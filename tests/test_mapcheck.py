@@ -1,5 +1,6 @@
 "Maps are checked: seams of real windows, holes, overlaps on other grids, and drift that is and that is not"
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from scipy.special import expit
 
 import rtsseg.mapcheck
 import rtsseg.prediction
-from helpers.maps import GRID, noise, read_map, untrained_model, write_map, write_scene
+from helpers import maps
+from helpers.maps import GRID, noise, read_map, untrained_model, write_scene
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
 from rtsseg.files import FileError
@@ -21,6 +23,9 @@ from rtsseg.mapcheck import compare_maps, map_check, scene_baseline
 from rtsseg.prediction import STEPS, predict
 from rtsseg.scenestats import ObjectCount, SceneTally, input_summary, scene_statistics
 from rtsseg.toy import scene
+
+# maps of a calibrated model
+write_map = partial(maps.write_map, calibration=dict(thresholds={'1:20': .3, '1:200': .5}))
 
 def levels(found, start=''):
     "{what: level} of the findings whose name begins so"
@@ -100,8 +105,8 @@ def test_real_windows_leave_no_seams_and_flat_weights_do(tmp_path, capsys, monke
     predict(folder, tmp_path/'scene.tif', tmp_path/'faded.tif')
     monkeypatch.setattr(rtsseg.prediction, 'window_weight', lambda tile: np.ones((tile, tile)))
     predict(folder, tmp_path/'scene.tif', tmp_path/'flat.tif')
-    faded = map_check([tmp_path/'faded.tif'], [tmp_path/'scene.tif'])
-    flat = map_check([tmp_path/'flat.tif'], [tmp_path/'scene.tif'])
+    faded = map_check([tmp_path/'faded.tif'], [tmp_path/'scene.tif'], threshold=.5)
+    flat = map_check([tmp_path/'flat.tif'], [tmp_path/'scene.tif'], threshold=.5)
     assert set(levels(faded, 'seams').values()) == {'ok'}
     assert set(levels(flat, 'seams').values()) == {'warning'}
     assert 'falls to zero' in capsys.readouterr().out
@@ -208,7 +213,7 @@ def mapped(tmp_path_factory):
     return folder
 
 def jitter_of(folder, **arguments):
-    found = map_check([folder/'map.tif'], [folder/'scene.tif'], model=folder/'model', **arguments)
+    found = map_check([folder/'map.tif'], [folder/'scene.tif'], model=folder/'model', threshold=.5, **arguments)
     return levels(found, 'batch'), found
 
 def test_batches_do_not_decide_what_a_map_holds(mapped, tmp_path):
@@ -246,6 +251,23 @@ def test_a_map_of_another_program_cannot_be_predicted_again(mapped, tmp_path):
     path = write_map(tmp_path/'map.tif', smooth((200, 330)))
     found = map_check([path], [mapped/'scene.tif'], model=mapped/'model')
     assert levels(found, 'batch') == {'batch jitter': 'note'}
+
+def test_the_threshold_is_that_of_the_calibration(mapped, tmp_path):
+    "As polygons and masks take it; a map of raw scores has none"
+    probability = smooth((200, 330))
+    path, scene = write_map(tmp_path/'map.tif', probability), mapped/'scene.tif'
+    for arguments, threshold in ((dict(), .5), (dict(ratio='1:20'), .3), (dict(threshold=.2), .2)):
+        checked = map_check([path], [scene], **arguments).summaries['map.tif']
+        known = scene_baseline([scene], [path], **arguments)['scenes']['scene.tif']
+        for found in (checked, known):
+            assert found['threshold'] == threshold
+            assert found['predicted']['share'] == pytest.approx((probability >= threshold).mean(), abs=1e-3)
+    raw = mapped/'map.tif'
+    for refused in (partial(map_check, [raw], [scene]), partial(scene_baseline, [scene], [raw])):
+        with pytest.raises(DataError, match='name one with --threshold'):
+            refused()
+    with pytest.raises(ConfigError, match='ratio'):
+        map_check([path], [scene], ratio='often')
 
 # ---------------------------------------------------------------- drift
 
@@ -339,8 +361,9 @@ def test_what_does_not_fit_a_baseline(toy, tmp_path):
     path = tmp_path/'baseline.json'
     baseline = scene_baseline(images, maps, path)
     assert json.loads(path.read_text()) == baseline
-    with pytest.raises(DataError, match='threshold is 0.5, and 0.3'):
-        map_check(maps[:1], images[:1], path, threshold=.3)
+    for arguments in (dict(threshold=.3), dict(ratio='1:20')):
+        with pytest.raises(DataError, match='threshold is 0.5, and 0.3'):
+            map_check(maps[:1], images[:1], path, **arguments)
     other = {'format': 1, 'scenes': {'x.tif': baseline['scenes']['s0.tif'] | dict(channels={'NIR': {}})}}
     path.write_text(json.dumps(other))
     with pytest.raises(DataError, match='x.tif has the channels NIR'):

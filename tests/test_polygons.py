@@ -1,6 +1,8 @@
 "Maps become polygons: strips and borders leave no trace, areas are those on the ground, what is refused"
 import json
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine
 from scipy import ndimage
 
-from helpers.maps import GRID, untrained_model, write_probability, write_scene
+from helpers.maps import CRS, GRID, untrained_model, write_probability, write_scene
 from helpers.maps import noise as noise_image
 from rtsseg.config import ConfigError
 from rtsseg.console import DataError
@@ -22,14 +24,19 @@ from rtsseg.ground import GEOD
 from rtsseg.mapfile import NODATA, STEPS, lowest_value
 from rtsseg.polygons import (
     NEAR,
+    Mosaic,
+    ProbabilityMap,
     compare_known,
+    find_mosaics,
     find_objects,
     geodesic_measures,
     map_polygons,
     read_maps,
+    scene_texts,
     simplify_outlines,
 )
 from rtsseg.prediction import predict
+from rtsseg.raster import Grid
 from rtsseg.styles import ramp_style, write_style
 
 CUTS = [.5, .6, .8]
@@ -128,7 +135,8 @@ def test_the_last_map_with_data_counts(tmp_path):
         map_polygons(order, tmp_path/'out.gpkg', force=True)
         (row,) = gpd.read_file(tmp_path/'out.gpkg').itertuples()
         assert row.mean_probability == pytest.approx(mean, abs=1e-4)
-        assert row.BaseMapID == ('one,two' if mean == .75 else 'one')
+        # names and dates pair, the earlier scene first
+        assert row.BaseMapID == ('two,one' if mean == .75 else 'one')
         assert row.BaseMapDate == ('2025-07-01,2026-07-01' if mean == .75 else '2026-07-01')
 
 def test_maps_far_apart_are_read_by_themselves(tmp_path):
@@ -246,6 +254,78 @@ def test_a_map_knows_all_of_its_own_polygons(tmp_path):
     half = known.iloc[::2]
     table = compare_known(half, known).set_index('size')
     assert table.loc['all', ['found', 'missed']].tolist() == [len(half), count - len(half)]
+
+def test_known_objects_without_data_are_unseen(tmp_path):
+    "In a gap, beside the map, at the edge of a gap, smaller than a pixel, and all over"
+    values = np.full((40, 60), 100, 'uint16')
+    values[:, 20:40] = NODATA
+    values[10:20, 45:55] = STEPS
+    boxes = dict(gap=(22, 5, 38, 30), beside=(70, 5, 80, 20), edge=(19.5, 5, 30, 10), speck=(5.2, 5.2, 5.4, 5.4),
+                 lost=(30.2, 5.2, 30.4, 5.4), found=(46, 12, 50, 15), over=(-9, 25, 90, 70))
+    pixels = [shapely.box(*corners) for corners in boxes.values()]
+    outlines = [shapely.affinity.affine_transform(box, GRID.to_shapely()) for box in pixels]
+    gpd.GeoDataFrame(geometry=outlines, crs=CRS).to_file(tmp_path/'known.gpkg')
+    whole = write_probability(tmp_path/'whole.tif', values)
+    parts = [write_probability(tmp_path/f'{left}.tif', values[:, left:left + 30],
+                               transform=GRID @ Affine.translation(left, 0)) for left in (0, 30)]
+    for maps in ([whole], parts):
+        made = map_polygons(maps, tmp_path/'out.gpkg', .5, known=tmp_path/'known.gpkg', force=True)
+        row = made['known'][-1]
+        # beside the map there is nothing to see or to miss
+        assert [row[name] for name in ('known', 'found', 'missed', 'new', 'unseen')] == [4, 1, 3, 0, 2]
+
+def test_scenes_and_dates_pair():
+    "Also where one date, or one name, is that of several scenes"
+    def scenes(*pairs):
+        maps = placed_maps([(0, 0)] * len(pairs), [(1, 1)] * len(pairs))
+        return scene_texts([replace(one, date=date, settings=dict(scene_name=name))
+                            for one, (name, date) in zip(maps, pairs, strict=True)])
+    assert scenes(('a', '2026-07-01'), ('b', '2025-07-01'), ('a', '2026-07-01')) == ('b,a', '2025-07-01,2026-07-01')
+    assert scenes(('b', '2025-07-01'), ('a', '2025-07-01')) == ('a,b', '2025-07-01,2025-07-01')
+    assert scenes(('a', '2026-07-01'), ('', '2025-07-01')) == (',a', '2025-07-01,2026-07-01')
+    assert scenes(('a', ''), ('b', '')) == ('a,b', '')
+
+def placed_maps(corners, sizes):
+    "Maps without files, at these left and upper corners, of these heights and widths"
+    return [ProbabilityMap(Path(f'{i}.tif'), Grid(size, None, GRID), 1 / STEPS, NODATA, {}, '', *corner)
+            for i, (corner, size) in enumerate(zip(corners, sizes, strict=True))]
+
+sides = st.tuples(st.integers(1, 30), st.integers(1, 30))
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200), sides), min_size=1, max_size=40))
+def test_maps_that_reach_each_other_are_read_together(places):
+    "The groups of a plain search over all pairs: at most `NEAR` columns, and rows, lie between two maps"
+    maps = placed_maps([place[:2] for place in places], [place[2] for place in places])
+    def gap(a, b):
+        return max(b.left - a.left - a.grid.shape[1], b.top - a.top - a.grid.shape[0])
+    group = list(range(len(maps)))
+    for i, a in enumerate(maps):
+        for j, b in enumerate(maps[:i]):
+            if max(gap(a, b), gap(b, a)) <= NEAR:
+                group = [group[j] if number == group[i] else number for number in group]
+    expected = {frozenset(i for i, number in enumerate(group) if number == own) for own in group}
+    assert {frozenset(mosaic.maps) for mosaic in find_mosaics(maps)} == expected
+
+def test_as_many_maps_as_the_arctic_has():
+    "70,000 maps in a grid are one mosaic; of maps that lie apart each is its own"
+    rows, columns = np.divmod(np.arange(70_000), 280)
+    for step, count in ((20, 1), (30, 70_000)):
+        maps = placed_maps(zip((step * columns).tolist(), (step * rows).tolist()), [(20, 20)] * 70_000)
+        tracemalloc.start()
+        assert len(find_mosaics(maps)) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # a byte for each pair would be 4.9 GB
+        assert peak < 500e6
+
+def test_the_number_of_a_map_may_be_large(tmp_path):
+    "Two maps beside each other that are the last of 70,000"
+    pair = read_maps([write_probability(tmp_path/'left.tif', np.full((4, 5), 7, 'uint16')),
+                      write_probability(tmp_path/'right.tif', np.full((4, 5), 8, 'uint16'),
+                                        transform=GRID @ Affine.translation(5, 0))])
+    mosaic = Mosaic(placed_maps([(0, 0)] * 69_998, [(1, 1)] * 69_998) + pair, [69_998, 69_999])
+    values, origin, _ = mosaic.read(0, 4)
+    assert (origin == np.where(values == 7, 69_998, 69_999)).all()
 
 def test_memory_does_not_grow_with_the_height(tmp_path):
     "A map four times as high, with objects in its first rows only"

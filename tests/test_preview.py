@@ -235,7 +235,7 @@ def test_what_cannot_be_shown_is_refused(map_file, tmp_path):
     (tmp_path/'broken.gpkg').write_bytes(b'nothing')
     for arguments, words in (
         (dict(polygons=tmp_path/'none.gpkg'), 'no such file'),
-        (dict(polygons=tmp_path/'broken.gpkg'), 'not a table of polygons'),
+        (dict(polygons=tmp_path/'broken.gpkg'), 'cannot be read as a layer of polygons'),
     ):
         with pytest.raises(DataError, match=words):
             preview(map_file, tmp_path/'page.html', **arguments)

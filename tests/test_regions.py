@@ -84,6 +84,19 @@ def test_thresholds_by_region_are_those_of_whole_arrays(folder, values, rules, r
     assert shapely.is_valid(found.outline.to_numpy()).all()
     assert shapely.area(found.outline.to_numpy()).tolist() == found.pixels.tolist()
 
+@pytest.mark.parametrize('views, smallest', [('none', 80), ('none@0.5', 20), ('full@0.5-max', 20), ('none@0.1', 1)])
+def test_floors_are_ground_of_the_tiles(tmp_path, views, smallest):
+    "The floor of 80 pixels of a tile covers 80 · scale² pixels of a map at a scale; polygons and mask agree"
+    values = np.zeros((40, 100), 'uint16')
+    for column, pixels in ((0, smallest - 1), (50, smallest)):
+        rows, columns = np.divmod(np.arange(pixels), 20)
+        values[2 + rows, 2 + column + columns] = STEPS
+    stored = dict(objects={'1:200': dict(threshold=.5, min_area=80)})
+    path = write_probability(tmp_path/'map.tif', values, dict(views=views, calibration=stored))
+    found = map_polygons(path, tmp_path/'objects.gpkg', points='objects')
+    mask = write_mask(path, tmp_path/'mask.tif', points='objects')
+    assert (found['polygons'], mask['predicted']) == (1, smallest)
+
 @given(maps_of_values, st.sampled_from([.5, .8]))
 @settings(max_examples=20)
 def test_equal_rules_are_one_threshold(folder, values, threshold):

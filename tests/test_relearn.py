@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from rasterio.features import shapes
 from rasterio.transform import Affine
+from rasterio.windows import Window
 from scipy.ndimage import gaussian_filter
 from shapely.geometry import box, shape
 
@@ -18,10 +19,12 @@ from rtsseg.filecheck import check_files
 from rtsseg.findings import error_lines
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.prepare import prepare
+from rtsseg.raster import write_raster
 from rtsseg.relearn import review_tiles
 from rtsseg.review import review_sample
 from rtsseg.runs import read_reviews, run_folder
 from rtsseg.toy import CRS, LANDSCAPES, METRES, scene, scene_corner, tiny_toy
+from rtsseg.vrt import Vrt, VrtBand, VrtSource, vrt_xml
 
 TOY = dict(regions=1, scene_size=384, tile_size=64, block_size=192, prevalence=.03)
 
@@ -48,7 +51,7 @@ class Reviewed:
         self.valid = image.any(2)
         self.scene = write_scene(home/'scene.tif', image.transpose(2, 0, 1), transform=self.grid)
         self.map = write_map(home/'map.tif', self.probability, self.valid, transform=self.grid)
-        self.settings = review_sample(self.map, home/'review', n=300, side=16, least=20, raters=['ana'])
+        self.settings = review_sample(self.map, home/'review', n=300, side=16, threshold=.5, least=20, raters=['ana'])
         self.units = pd.read_csv(home/'review/units.csv')
         self.ratings = self.rate('ana.json')
         found = shapes(self.truth.astype('uint8'), transform=self.grid)
@@ -169,6 +172,45 @@ def test_confirmed_cells_take_the_outline_of_the_map(reviewed, tmp_path):
             inside = inside[at]
             if reviewed.truth[at][inside].any() and (mask == 1)[inside].any():
                 assert not (mask == 0)[inside].any()
+
+def in_halves(path):
+    "A mosaic of the left and the right half of a raster"
+    with rasterio.open(path) as ds:
+        half, kinds = ds.width // 2, dict(uint8='Byte', uint16='UInt16')
+        places = ((0, half), (half, ds.width - half))
+        parts = [path.with_name(f'{path.stem}_{left}.tif') for left, _ in places]
+        for part, (left, width) in zip(parts, places):
+            window = Window(left, 0, width, ds.height)
+            write_raster(part, ds.read(window=window), ds.window_transform(window), ds.crs, nodata=ds.nodata)
+        bands = []
+        for band in ds.indexes:
+            sources = [VrtSource(part, band, (0, 0, width, ds.height), (left, 0), f'{ds.nodata:g}', False)
+                       for part, (left, width) in zip(parts, places)]
+            bands.append(VrtBand(kinds[ds.dtypes[0]], '', f'{ds.nodata:g}', ds.colorinterp[band - 1].name.capitalize(),
+                                 repr(ds.scales[0]), '0', sources))
+        tags = {key: text for key, text in ds.tags().items() if key == 'RTSSEG'}
+        vrt = Vrt(ds.width, ds.height, ds.crs.to_wkt(), ds.transform, bands, tags)
+    path.with_suffix('.vrt').write_bytes(vrt_xml(vrt))
+    return path.with_suffix('.vrt')
+
+def test_tiles_of_a_mosaic_are_those_of_the_whole_scene(reviewed, outlined, tmp_path):
+    "Map and scene in halves, drawn from and cut by the mosaics that name them"
+    mosaics = dict(map=in_halves(reviewed.map), scene=in_halves(reviewed.scene))
+    made = review_sample(mosaics['map'], tmp_path/'review', mosaics['scene'], n=300, side=16, threshold=.5, least=20,
+                         raters=['ana'])
+    # the same draw, so that the same ratings hold
+    assert made['units_sha256'] == reviewed.settings['units_sha256']
+    found = review_tiles(tmp_path/'review', [reviewed.ratings], run=reviewed.run, out=tmp_path/'next',
+                         outlines=reviewed.outlines, **mosaics)
+    folder, whole = outlined
+    assert found == whole
+    roots = read_root(tmp_path/'next'), read_root(folder)
+    for one, other in zip(new_tiles(tmp_path/'next').itertuples(), new_tiles(folder).itertuples(), strict=True):
+        for name in ('image', 'mask'):
+            assert (read(roots[0]/getattr(one, name)) == read(roots[1]/getattr(other, name))).all()
+    with pytest.raises(ConfigError, match='is not the scene that the sample was drawn from'):
+        review_tiles(tmp_path/'review', [reviewed.ratings], run=reviewed.run, out=tmp_path/'other',
+                     **mosaics | dict(scene=reviewed.scene))
 
 def test_ratings_and_outlines_that_disagree_are_ignored(reviewed, tmp_path):
     "Somebody drew outlines where the rater saw nothing: their pixels teach nothing"
