@@ -329,6 +329,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.claims.Claims.take': ('claims.html#claims.take', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store': ('claims.html#store', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.__init__': ('claims.html#store.__init__', 'rtsseg/claims.py'),
+                               'rtsseg.claims.Store._link': ('claims.html#store._link', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.age': ('claims.html#store.age', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.create': ('claims.html#store.create', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.exists': ('claims.html#store.exists', 'rtsseg/claims.py'),
