@@ -1723,6 +1723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.prediction.BlendedRows.add': ('predict.html#blendedrows.add', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.merged': ('predict.html#blendedrows.merged', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.move_to': ('predict.html#blendedrows.move_to', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.DeviceError': ('predict.html#deviceerror', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.FinishedRows': ('predict.html#finishedrows', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.FinishedRows.__init__': ( 'predict.html#finishedrows.__init__',
                                                                                 'rtsseg/prediction.py'),

@@ -33,7 +33,7 @@ from rasterio.transform import array_bounds
 
 from .claims import Claims, Store
 from .config import ConfigError, parse_views
-from .console import DataError, first_lines, nearest
+from .console import DataError, first_lines, logger, nearest
 from .ground import BOX, crs_name
 from .importers import read_registry
 from .infer import load_model
@@ -153,7 +153,7 @@ def begin_job(store:Store, options:MapOptions, scenes:pd.DataFrame) -> FleetJob:
     return FleetJob(options, scenes)
 
 # %% ../nbs/08i_fleet.ipynb #cmapper
-# what is wrong with one scene, and costs only that scene
+# what is wrong with one scene, and costs only that scene; a full GPU stops its worker
 SCENE_ERRORS = DataError, ConfigError, ModelError
 
 class Mapper:
@@ -454,7 +454,8 @@ class Worker:
         self.claims = Claims(store, name, expiry)
 
     def run(self) -> None:
-        "Work until nothing is left; raises `Stopped` where a signal asked for it, and `RunError` on a full disk"
+        """Work until nothing is left; raises `Stopped` where a signal asked for it, and `RunError` on a full disk or a
+        full GPU"""
         try:
             while True:
                 ready, later = self.work.parts(self.share)
@@ -486,13 +487,15 @@ class Worker:
 
 # %% ../nbs/08i_fleet.ipynb #cfleet
 def work_on(root:str, options:MapOptions, rows:pd.DataFrame, expiry:float, share:tuple[int, int]) -> None:
-    "A worker in a process of its own; exits with 3 where it was stopped"
+    "A worker in a process of its own; exits with 3 where it was stopped, or where it could not end its work"
     store = Store(root)
     with StopSignals() as signals:
         mapper = Mapper(options)
         try:
             Worker(store, mapper, begin_job(store, options, rows), expiry, signals, share).run()
-        except Stopped:
+        except RunError as error:
+            if not isinstance(error, Stopped):
+                logger.error(str(error))
             raise SystemExit(3) from None
 
 def run_workers(count:int, *arguments:Any) -> None:

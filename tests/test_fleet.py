@@ -10,6 +10,7 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import geopandas as gpd
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine, from_origin
 
 import rtsseg.fleet
+import rtsseg.prediction
 from helpers.maps import noise, read_map, untrained_model
 from rtsseg.claims import Store
 from rtsseg.config import ConfigError, ToySource, load
@@ -35,7 +37,7 @@ from rtsseg.launch import StopSignals
 from rtsseg.models import build
 from rtsseg.mosaic import write_mosaic
 from rtsseg.polygons import map_polygons
-from rtsseg.prediction import predict
+from rtsseg.prediction import DeviceError, predict
 from rtsseg.raster import write_raster
 from rtsseg.runs import RunError
 from rtsseg.scenelist import SCENE_COLUMNS
@@ -344,6 +346,19 @@ def test_form_and_registry_are_those_of_predict(fleet, tmp_path):
         map_scenes(fleet/'model', fleet/'scenes', tmp_path/'none', **settings)
     with pytest.raises(RunError, match='form: model keeps no source.json'):
         map_scenes(fleet/'model', fleet/'scenes', tmp_path/'source', device='cpu', form='source')
+
+def test_a_full_gpu_stops_its_worker_and_no_scene_fails_for_it(fleet, tmp_path):
+    "What was claimed is free at once, and the same command ends the job"
+    job = tmp_path/'job'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtsseg.prediction, 'mean_logits', Mock(side_effect=torch.OutOfMemoryError('CUDA out of memory.')))
+        with pytest.raises(DeviceError, match='do not fit into the GPU: take a smaller --batch') as caught:
+            map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
+    assert caught.value.code == 3
+    assert not (job/'failed').exists()
+    assert not any((job/'claims').iterdir())
+    map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
+    check_maps(fleet, job)
 
 @pytest.mark.slow
 def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_path):
