@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -213,6 +214,11 @@ class Scene:
         if dtype != self.stats.dtype:
             raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
         self._check_values()
+
+    @cached_property
+    def digests(self) -> dict[str, str|None]:
+        "What the pixels of `image` and `extra` come from: SHA-256; None where there is no file"
+        return {what: raster_digest(self.files[what]) if self.files[what] else None for what in ('image', 'extra')}
 
     @property
     def grid(self) -> Grid:
@@ -749,8 +755,8 @@ def map_settings(job:MapJob) -> dict:
         model=model.sha256,
         calibration=calibration_settings(job.calibration),
         views=job.views,
-        scene=raster_digest(scene.files['image']),
-        extra=digest(scene.files['extra']) if scene.files['extra'] else None,
+        scene=scene.digests['image'],
+        extra=scene.digests['extra'],
         crs=scene.given_crs,
         tile=scene.tile,
         batch=job.batch,

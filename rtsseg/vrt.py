@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_VRT', 'DATASET_PARTS', 'BAND_PARTS', 'SOURCE_PARTS', 'PLACE_NAMES', 'GDAL_TYPES', 'VrtSource', 'VrtBand', 'Vrt',
-           'vrt_xml', 'parse_vrt', 'check_vrt', 'read_vrt', 'is_vrt', 'open_named', 'raster_digest']
+           'vrt_xml', 'parse_vrt', 'check_vrt', 'read_vrt', 'is_vrt', 'open_named', 'raster_stamp', 'raster_digest']
 
 # %% ../nbs/01a_vrt.ipynb #vrt-imports
 import hashlib
@@ -304,13 +304,28 @@ def open_named(path:str|Path,          # a file that the user named
     except Exception as error:
         raise unreadable(path, error) from None
 
+def _files_of(path):
+    "The files that a mosaic shows, each once"
+    return [*dict.fromkeys(source.path for band in read_vrt(path).bands for source in band.sources)]
+
+def raster_stamp(path:str|Path        # a file that the user named
+                ) -> list[list[int]]: # size, and time of the last change in ns, of each file
+    "What stays the same, without reading, as long as nothing changes a file or those of a mosaic; raises `DataError`"
+    stamps = []
+    for file in [Path(path), *(_files_of(path) if is_vrt(path) else [])]:
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise DataError(f'{file.name}: {error.strerror}') from None
+        stamps.append([found.st_size, found.st_mtime_ns])
+    return stamps
+
 def raster_digest(path:str|Path    # a file that the user named
                  ) -> str:         # SHA-256
     "What the pixels of a raster come from: its bytes, and those of the files of a mosaic"
     if not is_vrt(path):
         return digest(path)
-    vrt = read_vrt(path)
-    files = dict.fromkeys(source.path for band in vrt.bands for source in band.sources)
+    vrt, files = read_vrt(path), _files_of(path)
     # the names of the files do not matter
     numbers = {source: Path(str(number)) for number, source in enumerate(files)}
     bands = [band._replace(sources=[source._replace(path=numbers[source.path]) for source in band.sources])

@@ -43,7 +43,7 @@ from rtsseg.runs import RunError
 from rtsseg.scenelist import SCENE_COLUMNS
 from rtsseg.stats import Stats
 from rtsseg.toy import CRS, METRES, scene
-from rtsseg.vrt import Vrt, VrtBand, VrtSource, vrt_xml
+from rtsseg.vrt import Vrt, VrtBand, VrtSource, raster_digest, vrt_xml
 
 CORNER = -3_000_000, 900_000
 MAP = Path(sys.executable).parent/'rtsseg-map'
@@ -287,23 +287,55 @@ def test_shares_hold_each_shard_once(sizes, count, windows):
         assert work.parts((0, 1)) == ([f'm{k:06}' for k in range(len(sizes))], False)
 
 @pytest.fixture
+def read_files(monkeypatch):
+    "Names of the files that are read as a whole for their digests"
+    names = []
+
+    def counted(path):
+        names.append(Path(path).name)
+        return raster_digest(path)
+
+    for module in (rtsseg.fleet, rtsseg.prediction):
+        monkeypatch.setattr(module, 'raster_digest', counted, raising=False)
+    return names
+
+def test_a_scene_is_read_as_a_whole_once(fleet, tmp_path, read_files):
+    "Not for each of its shards; and once more where its time differs, as that of a copy does"
+    scenes = shutil.copytree(fleet/'scenes', tmp_path/'scenes')
+    for share in ('1/2', '2/2'):
+        map_scenes(fleet/'model', scenes, tmp_path/'job', share=share, device='cpu', windows=20)
+    assert len([*(tmp_path/'job/shards').iterdir()]) > 6
+    assert sorted(read_files) == ['0.tif', '1.tif']
+    os.utime(scenes/'1.tif', ns=(0, 0))
+    map_scenes(fleet/'model', scenes, tmp_path/'job', device='cpu', windows=20)
+    assert sorted(read_files) == ['0.tif', '1.tif', '1.tif']
+    check_maps(fleet, tmp_path/'job')
+
+@pytest.fixture
 def server(fleet):
-    "The scenes over HTTP, on this machine; the address"
+    "The scenes over HTTP, on this machine; the address, and the paths that were asked for"
+    asked = []
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *words):
             pass
 
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
     served = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=fleet/'scenes'))
     threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{served.server_port}'
+    yield f'http://127.0.0.1:{served.server_port}', asked
     served.shutdown()
     served.server_close()
 
 def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, server):
     "STAC items with references over HTTP: the same bytes; one that is not there costs only itself"
+    address, asked = server
     items = []
     for k in range(3):
-        assets = dict(visual=dict(href=f'{server}/{k}.tif'), thumbnail=dict(href='small.png'))
+        assets = dict(visual=dict(href=f'{address}/{k}.tif'), thumbnail=dict(href='small.png'))
         properties = dict(datetime='2023-08-01T12:00:00Z')
         items.append(dict(type='Feature', id=str(k), geometry=None, properties=properties, assets=assets))
     (tmp_path/'items.json').write_text(json.dumps(dict(type='FeatureCollection', features=items)))
@@ -312,8 +344,10 @@ def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, serv
     with pytest.raises(DataError, match='only with --remote'):
         map_scenes(*arguments, **named)
     assert not (tmp_path/'job').exists()
-    with pytest.raises(RunError, match=f'1 of 3 scenes failed.*\n2: {server}/2.tif cannot be fetched'):
+    with pytest.raises(RunError, match=f'1 of 3 scenes failed.*\n2: {address}/2.tif cannot be fetched'):
         map_scenes(*arguments, **named, remote=True)
+    # one worker plans a scene, runs its shards and joins its map with one copy
+    assert asked == [f'/{k}.tif' for k in range(3)]
     for k in range(2):
         assert (tmp_path/f'job/maps/{k}.tif').read_bytes() == (fleet/f'{k}.tif').read_bytes()
         note = json.loads((tmp_path/f'job/maps/{k}.tif.json').read_text())
