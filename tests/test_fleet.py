@@ -1,5 +1,6 @@
 "Maps of many scenes: the bytes do not depend on who made which part, or on who died"
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ from rtsseg.claims import Store
 from rtsseg.config import ConfigError, ToySource, load
 from rtsseg.console import DataError
 from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, work_of
-from rtsseg.infer import save_model
+from rtsseg.infer import load_model, save_model
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
 from rtsseg.mosaic import write_mosaic
@@ -393,6 +394,45 @@ def test_a_full_gpu_stops_its_worker_and_no_scene_fails_for_it(fleet, tmp_path):
     assert not any((job/'claims').iterdir())
     map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
     check_maps(fleet, job)
+
+class SeenGpu:
+    "A process that only notes which GPU it would see"
+    exitcode = 0
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def start(self):
+        self.seen.append(os.environ.get('CUDA_VISIBLE_DEVICES'))
+
+    def join(self):
+        pass
+
+@pytest.mark.parametrize('visible, device, workers, expected', [
+    (None, 'auto', 3, ['0', '1', '0']),
+    ('GPU-a,GPU-b', 'cuda', 2, ['GPU-a', 'GPU-b']),
+    ('5', 'cpu', 2, ['5', '5']),
+])
+def test_each_worker_sees_one_gpu(fleet, tmp_path, monkeypatch, visible, device, workers, expected):
+    "Of two that are not there; and the process that starts the workers holds none"
+    seen, loaded = [], []
+
+    def load_here(folder, device):
+        loaded.append(device)
+        return load_model(folder, 'cpu')
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(multiprocessing.get_context('spawn'), 'Process', lambda **_: SeenGpu(seen))
+    monkeypatch.setattr(rtsseg.fleet, 'load_model', load_here)
+    monkeypatch.setattr(rtsseg.fleet, 'finish_job', lambda *_: dict(maps=[], failed=[]))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    map_scenes(fleet/'model', fleet/'scenes', tmp_path/'job', workers=workers, device=device)
+    assert seen == expected
+    assert loaded == ['cpu']
+    assert os.environ.get('CUDA_VISIBLE_DEVICES') == visible
 
 @pytest.mark.slow
 def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_path):
