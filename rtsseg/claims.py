@@ -185,14 +185,14 @@ class Claims:
     def kept(self,
              name:str    # of `take`
             ) -> Iterator[None]:
-        "Renew a claim as long as the block runs, then give it back"
+        "Renew a claim as long as the block runs, then give it back; a renewal that fails is tried again"
         done = threading.Event()
 
         def renew():
             while not done.wait(self.expiry / 4):
                 try:
                     self._write(name)
-                # each kind of storage has errors of its own; without this thread the worker would look dead
+                # each kind of storage has errors of its own
                 except Exception as e:
                     logger.warning(f'claim {name} was not renewed, which is tried again: {type(e).__name__}: {e}')
 

@@ -181,7 +181,7 @@ class Mapper:
         files = {}
         for column in ('scene', 'extra'):
             folder = self.copies.enter_context(tempfile.TemporaryDirectory())
-            files[column] = local_file(row[column], Path(folder))
+            files[column] = local_file(row[column], Path(folder), row['name'])
         bands = self.options.bands if row['extra'] else ''
         opened = Scene(Path(files['scene']), files['extra'], row['crs'], self.model, bands, self.options.form,
                        self.options.resample, self.scale)
@@ -621,7 +621,7 @@ def map_scenes(model:str|Path,      # a model directory
                registry:str|Path='',    # YAML file of the bands in `extra`, name: number; '': by their description
                tiles:bool=False,    # the list is of tiles: maps of a shard are one archive
                remote:bool=False,   # files that the list names by URL are fetched
-               asset:list[str]=(),  # of STAC items: image=visual, and extra=elevation
+               asset:list[str]=(),  # of STAC items: image=visual, extra=elevation; or R=B04, G=B03, B=B02
                run:Callable=run_workers    # what runs several workers, with the arguments of `run_workers`
               ) -> dict:            # maps or archives that were made, and scenes that failed
     """Maps of many scenes. The same command resumes, and on further machines it helps.

@@ -217,7 +217,7 @@ class Scene:
 
     @cached_property
     def digests(self) -> dict[str, str|None]:
-        "What the pixels of `image` and `extra` come from: SHA-256; None where there is no file"
+        "What the pixels of `image` and `extra` come from: SHA-256, or None without a file"
         return {what: raster_digest(self.files[what]) if self.files[what] else None for what in ('image', 'extra')}
 
     @property

@@ -354,6 +354,32 @@ def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, serv
         note = json.loads((tmp_path/f'job/maps/{k}.tif.json').read_text())
         assert (note['scene_name'], note['scene_date']) == (f'{k}.tif', '2023-08-01')
 
+def write_bands(fleet, folder):
+    "A scene as files of one band each; the item that names them, and another one with a band that lies elsewhere"
+    with rasterio.open(fleet/'scenes/1.tif') as ds:
+        planes, place, crs = ds.read(), ds.transform, ds.crs
+    for name, plane in zip(('B04', 'B03', 'B02'), planes, strict=True):
+        write_raster(folder/f'{name}.tif', plane[None], place, crs, nodata=0)
+    write_raster(folder/'shifted.tif', planes[:1], place @ Affine.translation(9, 0), crs, nodata=0)
+    items = []
+    for name, blue in dict(good='B02', bad='shifted').items():
+        assets = {band: dict(href=f'{file}.tif') for band, file in dict(B04='B04', B03='B03', B02=blue).items()}
+        items.append(dict(type='Feature', id=name, geometry=None, properties={}, assets=assets))
+    return dict(type='FeatureCollection', features=items)
+
+def test_bands_that_are_files(fleet, tmp_path):
+    "The map is that of one file with three bands; others cost only their scene, which can be tried again"
+    (tmp_path/'items.json').write_text(json.dumps(write_bands(fleet, tmp_path)))
+    named = dict(device='cpu', windows=20)
+    with pytest.raises(RunError, match='1 of 2 scenes failed.*\nbad: shifted.tif is shifted against its image'):
+        map_scenes(fleet/'model', tmp_path/'items.json', tmp_path/'job', asset=['R=B04', 'G=B03', 'B=B02'], **named)
+    np.testing.assert_array_equal(read_map(tmp_path/'job/maps/good.tif'), read_map(fleet/'1.tif'))
+    assert json.loads((tmp_path/'job/maps/good.tif.json').read_text())['scene_name'] == 'good.vrt'
+    shutil.copy(tmp_path/'B02.tif', tmp_path/'shifted.tif')
+    map_scenes(fleet/'model', tmp_path/'job/retry.csv', tmp_path/'second', **named)
+    # the same bytes, wherever the files lie
+    assert (tmp_path/'second/maps/bad.tif').read_bytes() == (tmp_path/'job/maps/good.tif').read_bytes()
+
 def test_a_kind_of_storage_without_its_package(fleet, tmp_path, monkeypatch):
     "Said before a job begins"
     (tmp_path/'list.csv').write_text('scene\ngs://bucket/a.tif\n')
