@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.claims.Store.__init__': ('claims.html#store.__init__', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store._link': ('claims.html#store._link', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.age': ('claims.html#store.age', 'rtsseg/claims.py'),
+                               'rtsseg.claims.Store.check_exclusive': ('claims.html#store.check_exclusive', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.create': ('claims.html#store.create', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.exists': ('claims.html#store.exists', 'rtsseg/claims.py'),
                                'rtsseg.claims.Store.names': ('claims.html#store.names', 'rtsseg/claims.py'),

@@ -19,7 +19,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .console import logger
+from .console import DataError, logger
 from .files import sync_folder, write_atomic
 
 # %% ../nbs/08h_claims.ipynb #cstore
@@ -73,6 +73,16 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+    def check_exclusive(self) -> None:
+        "Raise `DataError` where the store replaces a file that must not exist yet"
+        name = f'clocks/{uuid.uuid4().hex}'
+        self.create(name, b'')
+        is_replaced = self.create(name, b'')
+        self.remove(name)
+        if is_replaced:
+            raise DataError(f'{self.root}: this store replaces files where it should refuse to, so that claims mean '
+                            'nothing in it: use a newer version of its package for fsspec, another store, or a folder')
 
     def write(self,
               name:str,

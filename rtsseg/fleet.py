@@ -141,7 +141,10 @@ def list_digest(scenes:pd.DataFrame    # of `read_scenes`
     return found.hexdigest()
 
 def begin_job(store:Store, options:MapOptions, scenes:pd.DataFrame) -> FleetJob:
-    "The job in a store, written by the first worker that comes; raises `DataError` where another job is there"
+    """The job in a store, written by the first worker that comes.
+
+    Raises `DataError` where another job is there, or where claims do not work."""
+    store.check_exclusive()
     wanted = dict(options=asdict(options), scenes=len(scenes), digest=list_digest(scenes))
     store.create('job.json', json.dumps(wanted).encode())
     # another worker may have been faster

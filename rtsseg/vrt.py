@@ -315,7 +315,7 @@ def raster_stamp(path:str|Path        # a file that the user named
     "What stays the same, without reading, as long as nothing changes a file or those of a mosaic; raises `DataError`"
     files, stamps = [Path(path)], []
     if is_vrt(path):
-        # its text is short, and each worker may write it anew
+        # its text is short, and each worker may write it again
         files, stamps = _files_of(path), [[os.path.getsize(path), digest(path)]]
     for file in files:
         try:
