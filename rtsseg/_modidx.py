@@ -881,6 +881,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.fleet.TileWork.result': ('fleet.html#tilework.result', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker': ('fleet.html#worker', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.__init__': ('fleet.html#worker.__init__', 'rtsseg/fleet.py'),
+                              'rtsseg.fleet.Worker._do': ('fleet.html#worker._do', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.do_one': ('fleet.html#worker.do_one', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.Worker.run': ('fleet.html#worker.run', 'rtsseg/fleet.py'),
                               'rtsseg.fleet.add_member': ('fleet.html#add_member', 'rtsseg/fleet.py'),

@@ -512,6 +512,14 @@ class Worker:
         finally:
             self.mapper.close()
 
+    def _do(self, part):
+        "Do a part; of a slow worker others may have done it, ended the job and removed its shards"
+        try:
+            self.work.do(part)
+        except FileNotFoundError:
+            if not self.store.exists(self.work.result(part)):
+                raise
+
     def do_one(self,
                ready:list[str]    # parts, first those that are wanted first
               ) -> bool:
@@ -523,7 +531,7 @@ class Worker:
                 with self.claims.kept(name):
                     # another may have done it since `ready` was listed
                     if not self.store.exists(self.work.result(part)):
-                        self.work.do(part)
+                        self._do(part)
                 return True
         return False
 

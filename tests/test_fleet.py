@@ -254,6 +254,28 @@ def test_a_finished_part_is_not_done_twice(fleet, tmp_path, tiles):
     assert store.read(worker.work.result(part)) == b'done'
     assert store.names('claims') == []
 
+@pytest.mark.parametrize('is_done', [False, True])
+def test_a_slow_worker_whose_shards_were_removed(tmp_path, monkeypatch, is_done):
+    "Others took its part over and ended the job: nothing is wrong; a file that is missing otherwise is an error"
+    store = Store(tmp_path/'job')
+    listed = pd.DataFrame(dict.fromkeys(SCENE_COLUMNS, ['x']))
+    with StopSignals() as signals:
+        worker = Worker(store, None, FleetJob(MapOptions('model'), listed), 60, signals)
+        part = 'm000000'
+
+        def overtaken(part):
+            if is_done:
+                store.write(worker.work.result(part), b'done')
+            store.read('shards/s000000-0000')
+
+        monkeypatch.setattr(worker.work, 'do', overtaken)
+        if is_done:
+            assert worker.do_one([part])
+        else:
+            with pytest.raises(FileNotFoundError):
+                worker.do_one([part])
+    assert store.names('claims') == []
+
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12)
 
 @settings(max_examples=30, deadline=None)
