@@ -2,9 +2,12 @@
 
     python benchmarks/fleet.py [side] [tiles]
 
-The second part maps a list of small tiles, and tells what a tile costs beside its forward pass."""
+The workers are processes of this machine, and then actors of Ray, which starts the killed one again; its start counts.
+The other part maps a list of small tiles, and tells what a tile costs beside its forward pass."""
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from rtsseg.fleet import MapOptions, Mapper, begin_job, work_of
 from rtsseg.infer import save_model
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
-from rtsseg.prediction import predict, window_logits
+from rtsseg.prediction import predict, window_logits, window_starts
 from rtsseg.raster import write_raster
 from rtsseg.scenelist import read_scenes
 from rtsseg.stats import Stats
@@ -31,7 +34,15 @@ from rtsseg.toy import CRS, METRES, scene
 
 TILE = 512
 EXPIRY = 10
-WORK = 'import json, sys; from rtsseg.fleet import map_scenes; map_scenes(**json.loads(sys.argv[1]))'
+WORK = """
+import json, sys
+from rtsseg.fleet import map_scenes
+from rtsseg.rayengine import find_engine
+map_scenes(**json.loads(sys.argv[1]), run=find_engine(sys.argv[2]))
+"""
+# Ray gives its workers the lowest priority but one
+ENVIRONMENT = dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', RAY_worker_niceness='0')
+WORKERS = dict(local='workers', ray='actors of Ray')
 
 def write_model(folder):
     "A small network of random weights"
@@ -47,35 +58,47 @@ def toy_image(side):
     times = -(-side // len(part))
     return np.tile(part.transpose(2, 0, 1), (1, times, times))[:, :side, :side]
 
-def start(options):
-    return subprocess.Popen([sys.executable, '-c', WORK, json.dumps(options)], stderr=subprocess.DEVNULL,
-                            env=os.environ | dict(OMP_NUM_THREADS='1'))
+def start(options, engine):
+    return subprocess.Popen([sys.executable, '-c', WORK, json.dumps(options), engine], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
 
-def claims_of(job, process):
-    return [file.name for file in (job/'claims').glob('*') if f'-{process.pid}-' in file.read_text()]
+def at_work(job):
+    "Processes that work on shards, once a shard is finished"
+    found = []
+    if any((job/'shards').glob('s*')):
+        for claim in (job/'claims').glob('s*'):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found.append(int(json.loads(claim.read_text())['worker'].split('-')[-2]))
+    return found
 
-def with_a_killed_worker(options):
-    "Seconds of a job of two workers, the first of which is killed while it works on its second shard or a later one"
-    job, begin = Path(options['out']), time.perf_counter()
-    killed, other = start(options), start(options)
-    while not [*(job/'shards').glob('s*')] or not any(name[0] == 's' for name in claims_of(job, killed)):
-        assert killed.poll() is None, 'it ended before it was killed'
+def with_a_killed_worker(job, processes):
+    "Seconds of a job, one of whose workers is killed while it works on a shard; the first one is finished by then"
+    begin = time.perf_counter()
+    while not (workers := at_work(job)):
+        assert all(process.poll() is None for process in processes), 'it ended before a worker could be killed'
         time.sleep(.01)
-    killed.kill()
-    killed.wait()
-    assert other.wait() == 0
+    os.kill(workers[0], signal.SIGKILL)
+    codes = {process.pid: process.wait() for process in processes}
+    # an actor of Ray is another process than those that were started here
+    assert codes.pop(workers[0], -signal.SIGKILL) == -signal.SIGKILL
+    assert not any(codes.values()), codes
     return time.perf_counter() - begin
 
 def large_scene(home, side):
     write_raster(home/'scene.tif', toy_image(side), from_origin(-3_000_000, 900_000, METRES, METRES), CRS, nodata=0,
                  inner=512)
     alone = timed(predict, home/'model', home/'scene.tif', home/'map.tif', '', '', '', 'cpu')
-    options = dict(model=f'{home}/model', scenes=f'{home}/scene.tif', out=f'{home}/job', device='cpu', windows=100,
-                   expiry=EXPIRY)
-    seconds = with_a_killed_worker(options)
-    assert (home/'job/maps/scene.tif').read_bytes() == (home/'map.tif').read_bytes()
-    emit_value(f'a scene of {side}² by two workers, one killed: the bytes of predict', short(seconds), short(alone),
-               's', expiry=EXPIRY)
+    # about ten shards: one that is finished, one that is begun and lost, and others
+    windows = max(len(window_starts(side, TILE))**2 // 10, 1)
+    # both have two workers: as processes that know nothing of each other, and as actors of one
+    for engine, count, workers in (('local', 2, 1), ('ray', 1, 2)):
+        job = home/engine
+        options = dict(model=f'{home}/model', scenes=f'{home}/scene.tif', out=f'{job}', device='cpu', windows=windows,
+                       expiry=EXPIRY, workers=workers)
+        seconds = with_a_killed_worker(job, [start(options, engine) for _ in range(count)])
+        assert (job/'maps/scene.tif').read_bytes() == (home/'map.tif').read_bytes()
+        emit_value(f'a scene of {side}² by two {WORKERS[engine]}, one killed: the bytes of predict', short(seconds),
+                   short(alone), 's', expiry=EXPIRY)
 
 def small_tiles(home, count):
     (home/'tiles').mkdir()

@@ -482,7 +482,7 @@ def rtsseg_map(model:str='',             # model directory, as runs/…/model
                registry:str='',          # YAML file of the bands in the column extra, name: number
                tiles:bool=False,         # the list is of tiles: maps of a shard are one archive
                remote:bool=False,        # files that the list names by URL are fetched
-               asset:list[str]=()        # of STAC items: image=visual, and extra=elevation
+               asset:list[str]=()        # of STAC items: image=visual, extra=elevation; or R=B04, G=B03, B=B02
               ) -> None:
     "Maps of many scenes; resumes, and the same command on further machines helps"
     require(model=model, scenes=scenes, out=out)

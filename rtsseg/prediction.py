@@ -7,11 +7,12 @@ __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED',
            'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'window_starts', 'window_weight', 'fitting_forms',
            'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene', 'ground_side',
            'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
-           'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch',
-           'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock',
-           'map_settings', 'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings',
-           'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration',
-           'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
+           'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
+           'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
+           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
+           'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff', 'check_written', 'write_map',
+           'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map',
+           'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -213,6 +215,11 @@ class Scene:
         if dtype != self.stats.dtype:
             raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
         self._check_values()
+
+    @cached_property
+    def digests(self) -> dict[str, str|None]:
+        "What the pixels of `image` and `extra` come from: SHA-256, or None without a file"
+        return {what: raster_digest(self.files[what]) if self.files[what] else None for what in ('image', 'extra')}
 
     @property
     def grid(self) -> Grid:
@@ -431,11 +438,14 @@ def check_extra(file:str,                 # file name of the raster
 # %% ../nbs/08_predict.ipynb #0334e96a
 HALF_PRECISION = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
+class DeviceError(RunError):
+    "A GPU that cannot do what was asked; nothing is wrong with the scene or the model"
+
 def window_logits(model:Predictor,     # on its device
                   x:torch.Tensor,      # windows, float32 (batch, C, tile, tile)
                   symmetries:str       # a key of `VIEWS`
                  ) -> torch.Tensor:    # (batch, tile, tile), on the device of the model
-    "Logits of windows; raises `ModelError` where the batch does not fit into the GPU"
+    "Logits of windows; raises `DeviceError` where the batch does not fit into the GPU"
     device = next(model.model.parameters()).device
     half = HALF_PRECISION.get(model.cfg.precision)
     reproducible = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
@@ -444,7 +454,8 @@ def window_logits(model:Predictor,     # on its device
         with torch.inference_mode(), reproducible, autocast:
             return mean_logits(model.model, x.to(device, non_blocking=True), symmetries)
     except torch.OutOfMemoryError:
-        raise ModelError(f'{len(x)} windows at once do not fit into the GPU: take a smaller --batch') from None
+        raise DeviceError(f'{len(x)} windows at once do not fit into the GPU: take a smaller --batch, or wait until '
+                          'other programs leave more of its memory') from None
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
 # rows of a window that stay in the cache of a processor from one step to the next
@@ -745,8 +756,8 @@ def map_settings(job:MapJob) -> dict:
         model=model.sha256,
         calibration=calibration_settings(job.calibration),
         views=job.views,
-        scene=raster_digest(scene.files['image']),
-        extra=digest(scene.files['extra']) if scene.files['extra'] else None,
+        scene=scene.digests['image'],
+        extra=scene.digests['extra'],
         crs=scene.given_crs,
         tile=scene.tile,
         batch=job.batch,
@@ -986,7 +997,7 @@ def predict(model_dir:str|Path,      # a model directory
            ) -> dict:                # what the map was made with, and counts of pixels and windows
     """Make a map of calibrated probabilities (guide 4, 11.2, 12.1), or finish one that was interrupted. Raises
     `ConfigError`, `DataError`, `ModelError` or `FileError` before anything is replaced, `Stopped` where a signal
-    asked to stop, and `RunError` on a full disk"""
+    asked to stop, and `RunError` on a full disk or a full GPU"""
     scene, out = Path(scene), Path(out)
     check_arguments(scene, extra, out, views, device, batch, registry, form)
     if device == 'auto':

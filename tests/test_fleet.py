@@ -1,5 +1,6 @@
 "Maps of many scenes: the bytes do not depend on who made which part, or on who died"
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import geopandas as gpd
@@ -25,25 +27,26 @@ from hypothesis import strategies as st
 from rasterio.transform import Affine, from_origin
 
 import rtsseg.fleet
+import rtsseg.prediction
 from helpers.maps import noise, read_map, untrained_model
 from rtsseg.areas import expected_area
 from rtsseg.claims import Store
 from rtsseg.config import ConfigError, ToySource, load
 from rtsseg.console import DataError
 from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, work_of
-from rtsseg.infer import save_model
+from rtsseg.infer import load_model, save_model
 from rtsseg.launch import StopSignals
 from rtsseg.mapcheck import map_check
 from rtsseg.models import build
 from rtsseg.mosaic import write_mosaic
 from rtsseg.polygons import map_polygons
-from rtsseg.prediction import predict
+from rtsseg.prediction import DeviceError, predict
 from rtsseg.raster import write_raster
 from rtsseg.runs import RunError
 from rtsseg.scenelist import SCENE_COLUMNS
 from rtsseg.stats import Stats
 from rtsseg.toy import CRS, METRES, scene
-from rtsseg.vrt import Vrt, VrtBand, VrtSource, vrt_xml
+from rtsseg.vrt import Vrt, VrtBand, VrtSource, raster_digest, vrt_xml
 
 CORNER = -3_000_000, 900_000
 MAP = Path(sys.executable).parent/'rtsseg-map'
@@ -253,6 +256,28 @@ def test_a_finished_part_is_not_done_twice(fleet, tmp_path, tiles):
     assert store.read(worker.work.result(part)) == b'done'
     assert store.names('claims') == []
 
+@pytest.mark.parametrize('is_done', [False, True])
+def test_a_slow_worker_whose_shards_were_removed(tmp_path, monkeypatch, is_done):
+    "Others took its part over and ended the job: nothing is wrong; a file that is missing otherwise is an error"
+    store = Store(tmp_path/'job')
+    listed = pd.DataFrame(dict.fromkeys(SCENE_COLUMNS, ['x']))
+    with StopSignals() as signals:
+        worker = Worker(store, None, FleetJob(MapOptions('model'), listed), 60, signals)
+        part = 'm000000'
+
+        def overtaken(part):
+            if is_done:
+                store.write(worker.work.result(part), b'done')
+            store.read('shards/s000000-0000')
+
+        monkeypatch.setattr(worker.work, 'do', overtaken)
+        if is_done:
+            assert worker.do_one([part])
+        else:
+            with pytest.raises(FileNotFoundError):
+                worker.do_one([part])
+    assert store.names('claims') == []
+
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12)
 
 @settings(max_examples=30, deadline=None)
@@ -287,23 +312,55 @@ def test_shares_hold_each_shard_once(sizes, count, windows):
         assert work.parts((0, 1)) == ([f'm{k:06}' for k in range(len(sizes))], False)
 
 @pytest.fixture
+def read_files(monkeypatch):
+    "Names of the files that are read as a whole for their digests"
+    names = []
+
+    def counted(path):
+        names.append(Path(path).name)
+        return raster_digest(path)
+
+    for module in (rtsseg.fleet, rtsseg.prediction):
+        monkeypatch.setattr(module, 'raster_digest', counted, raising=False)
+    return names
+
+def test_a_scene_is_read_as_a_whole_once(fleet, tmp_path, read_files):
+    "Not for each of its shards; and once more where its time differs, as that of a copy does"
+    scenes = shutil.copytree(fleet/'scenes', tmp_path/'scenes')
+    for share in ('1/2', '2/2'):
+        map_scenes(fleet/'model', scenes, tmp_path/'job', share=share, device='cpu', windows=20)
+    assert len([*(tmp_path/'job/shards').iterdir()]) > 6
+    assert sorted(read_files) == ['0.tif', '1.tif']
+    os.utime(scenes/'1.tif', ns=(0, 0))
+    map_scenes(fleet/'model', scenes, tmp_path/'job', device='cpu', windows=20)
+    assert sorted(read_files) == ['0.tif', '1.tif', '1.tif']
+    check_maps(fleet, tmp_path/'job')
+
+@pytest.fixture
 def server(fleet):
-    "The scenes over HTTP, on this machine; the address"
+    "The scenes over HTTP, on this machine; the address, and the paths that were asked for"
+    asked = []
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *words):
             pass
 
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
     served = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=fleet/'scenes'))
     threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{served.server_port}'
+    yield f'http://127.0.0.1:{served.server_port}', asked
     served.shutdown()
     served.server_close()
 
 def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, server):
     "STAC items with references over HTTP: the same bytes; one that is not there costs only itself"
+    address, asked = server
     items = []
     for k in range(3):
-        assets = dict(visual=dict(href=f'{server}/{k}.tif'), thumbnail=dict(href='small.png'))
+        assets = dict(visual=dict(href=f'{address}/{k}.tif'), thumbnail=dict(href='small.png'))
         properties = dict(datetime='2023-08-01T12:00:00Z')
         items.append(dict(type='Feature', id=str(k), geometry=None, properties=properties, assets=assets))
     (tmp_path/'items.json').write_text(json.dumps(dict(type='FeatureCollection', features=items)))
@@ -312,12 +369,40 @@ def test_files_elsewhere_are_fetched_where_they_are_wanted(fleet, tmp_path, serv
     with pytest.raises(DataError, match='only with --remote'):
         map_scenes(*arguments, **named)
     assert not (tmp_path/'job').exists()
-    with pytest.raises(RunError, match=f'1 of 3 scenes failed.*\n2: {server}/2.tif cannot be fetched'):
+    with pytest.raises(RunError, match=f'1 of 3 scenes failed.*\n2: {address}/2.tif cannot be fetched'):
         map_scenes(*arguments, **named, remote=True)
+    # one worker plans a scene, runs its shards and joins its map with one copy
+    assert asked == [f'/{k}.tif' for k in range(3)]
     for k in range(2):
         assert (tmp_path/f'job/maps/{k}.tif').read_bytes() == (fleet/f'{k}.tif').read_bytes()
         note = json.loads((tmp_path/f'job/maps/{k}.tif.json').read_text())
         assert (note['scene_name'], note['scene_date']) == (f'{k}.tif', '2023-08-01')
+
+def write_bands(fleet, folder):
+    "A scene as files of one band each; the item that names them, and another one with a band that lies elsewhere"
+    with rasterio.open(fleet/'scenes/1.tif') as ds:
+        planes, place, crs = ds.read(), ds.transform, ds.crs
+    for name, plane in zip(('B04', 'B03', 'B02'), planes, strict=True):
+        write_raster(folder/f'{name}.tif', plane[None], place, crs, nodata=0)
+    write_raster(folder/'shifted.tif', planes[:1], place @ Affine.translation(9, 0), crs, nodata=0)
+    items = []
+    for name, blue in dict(good='B02', bad='shifted').items():
+        assets = {band: dict(href=f'{file}.tif') for band, file in dict(B04='B04', B03='B03', B02=blue).items()}
+        items.append(dict(type='Feature', id=name, geometry=None, properties={}, assets=assets))
+    return dict(type='FeatureCollection', features=items)
+
+def test_bands_that_are_files(fleet, tmp_path):
+    "The map is that of one file with three bands; others cost only their scene, which can be tried again"
+    (tmp_path/'items.json').write_text(json.dumps(write_bands(fleet, tmp_path)))
+    named = dict(device='cpu', windows=20)
+    with pytest.raises(RunError, match='1 of 2 scenes failed.*\nbad: shifted.tif is shifted against its image'):
+        map_scenes(fleet/'model', tmp_path/'items.json', tmp_path/'job', asset=['R=B04', 'G=B03', 'B=B02'], **named)
+    np.testing.assert_array_equal(read_map(tmp_path/'job/maps/good.tif'), read_map(fleet/'1.tif'))
+    assert json.loads((tmp_path/'job/maps/good.tif.json').read_text())['scene_name'] == 'good.vrt'
+    shutil.copy(tmp_path/'B02.tif', tmp_path/'shifted.tif')
+    map_scenes(fleet/'model', tmp_path/'job/retry.csv', tmp_path/'second', **named)
+    # the same bytes, wherever the files lie
+    assert (tmp_path/'second/maps/bad.tif').read_bytes() == (tmp_path/'job/maps/good.tif').read_bytes()
 
 def test_a_kind_of_storage_without_its_package(fleet, tmp_path, monkeypatch):
     "Said before a job begins"
@@ -346,6 +431,58 @@ def test_form_and_registry_are_those_of_predict(fleet, tmp_path):
         map_scenes(fleet/'model', fleet/'scenes', tmp_path/'none', **settings)
     with pytest.raises(RunError, match='form: model keeps no source.json'):
         map_scenes(fleet/'model', fleet/'scenes', tmp_path/'source', device='cpu', form='source')
+
+def test_a_full_gpu_stops_its_worker_and_no_scene_fails_for_it(fleet, tmp_path):
+    "What was claimed is free at once, and the same command ends the job"
+    job = tmp_path/'job'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtsseg.prediction, 'mean_logits', Mock(side_effect=torch.OutOfMemoryError('CUDA out of memory.')))
+        with pytest.raises(DeviceError, match='do not fit into the GPU: take a smaller --batch') as caught:
+            map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
+    assert caught.value.code == 3
+    assert not (job/'failed').exists()
+    assert not any((job/'claims').iterdir())
+    map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
+    check_maps(fleet, job)
+
+class SeenGpu:
+    "A process that only notes which GPU it would see"
+    exitcode = 0
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def start(self):
+        self.seen.append(os.environ.get('CUDA_VISIBLE_DEVICES'))
+
+    def join(self):
+        pass
+
+@pytest.mark.parametrize('visible, device, workers, expected', [
+    (None, 'auto', 3, ['0', '1', '0']),
+    ('GPU-a,GPU-b', 'cuda', 2, ['GPU-a', 'GPU-b']),
+    ('5', 'cpu', 2, ['5', '5']),
+])
+def test_each_worker_sees_one_gpu(fleet, tmp_path, monkeypatch, visible, device, workers, expected):
+    "Of two that are not there; and the process that starts the workers holds none"
+    seen, loaded = [], []
+
+    def load_here(folder, device):
+        loaded.append(device)
+        return load_model(folder, 'cpu')
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(multiprocessing.get_context('spawn'), 'Process', lambda **_: SeenGpu(seen))
+    monkeypatch.setattr(rtsseg.fleet, 'load_model', load_here)
+    monkeypatch.setattr(rtsseg.fleet, 'finish_job', lambda *_: dict(maps=[], failed=[]))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    map_scenes(fleet/'model', fleet/'scenes', tmp_path/'job', workers=workers, device=device)
+    assert seen == expected
+    assert loaded == ['cpu']
+    assert os.environ.get('CUDA_VISIBLE_DEVICES') == visible
 
 @pytest.mark.slow
 def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_path):
