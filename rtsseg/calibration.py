@@ -58,6 +58,7 @@ from rtsseg.operating import (
     pixel_operating_points,
     probability_text,
     score_masses,
+    usual_ratio,
 )
 from .runs import parse_event, publish_post_hoc, require_finished, run_config
 from .scores import clipped_scores
@@ -555,6 +556,12 @@ class Calibration(Strict):
             return f'calibrated by {METHODS[self.method]}: {times}'
         return (f'not calibrated: {times}; more than {MAX_EXCESS:.0%} from 1 and not by chance, or more than a factor '
                 f'of {MAX_FACTOR}, so they only rank pixels')
+
+    @property
+    def threshold(self) -> float|None:
+        "The probability from which a pixel counts where nobody names a ratio; None where the target was not reached"
+        point = self.thresholds[usual_ratio(self.ratio, self.thresholds)]
+        return point.threshold if point.reached else None
 
     def different_settings(self, cfg:Calibrate, metrics:Metrics) -> list[str]:
         "Settings that it was made with and that are others now, a text each"

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Score', 'OBJECT_IOU', 'score_masses', 'Replicates', 'find_threshold', 'OperatingPoint', 'probability_text',
            'PixelSearch', 'search_pixels', 'explain', 'replicate_rates', 'pixel_operating_points',
-           'ObjectOperatingPoint', 'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule']
+           'ObjectOperatingPoint', 'precision_falls', 'ObjectGrid', 'object_operating_points', 'selection_rule',
+           'usual_ratio']
 
 # %% ../nbs/05b_operating.ipynb #ioperati
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -462,3 +464,11 @@ def selection_rule(cfg:RtsConfig,  # metrics and calibrate
             f'precision ≥ {c.target_precision:g} up to recall {c.min_recall:g} at {ratios}, '
             f'objects from {m.min_area} or {areas} pixels, '
             f'regions from {c.min_region_positives} positive tiles, views {views}')
+
+# %% ../nbs/05b_operating.ipynb #usualrt2
+def usual_ratio(fitted:int|str|None,       # of the calibration, written as in `points`; None where it is not known
+                points:Mapping[int|str, Any]    # operating points by ratio, one at least
+               ) -> int|str:
+    "The ratio whose operating point is taken where nobody names one"
+    return fitted if fitted in points else next(iter(points))
+

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
-           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'window_starts', 'window_weight', 'fitting_forms',
-           'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene', 'ground_side',
-           'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
-           'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch',
-           'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock',
-           'map_settings', 'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings',
-           'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration',
-           'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
+           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'UNCALIBRATED', 'window_starts', 'window_weight',
+           'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene',
+           'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values',
+           'check_extra', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
+           'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
+           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
+           'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff', 'check_written', 'write_map',
+           'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map',
+           'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -55,11 +56,11 @@ from .ground import crs_name, ground_size
 from .importers import Conversion, convert, read_planes, read_registry
 from .infer import Predictor, load_model, mean_logits
 from .launch import StopSignals
-from .mapfile import NODATA, STEPS, note_path, probability_to_uint16, read_map_settings
+from .mapfile import NODATA, STEPS, note_path, open_map, probability_to_uint16, read_map_settings
 from .raster import GDAL_OPTIONS, has_unwritten_blocks, unwritten_pixels
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
-from .scenestats import evidence_findings, input_summary, scene_statistics
+from .scenestats import ROWS, OpenScene, evidence_findings, input_summary, tally_scene
 from .stats import Stats
 from .vrt import is_vrt, open_named, raster_digest
 from .weights import ModelError
@@ -274,6 +275,13 @@ class Scene:
             tile = convert(dataset, self.conversion, window=window)
         names = list(self.conversion.extra_bands)
         return tile._replace(extra=tile.extra[[names.index(name) for name in self.bands]])
+
+    def read_channels(self,
+                      window:Window    # inside the map
+                     ) -> tuple[np.ndarray, np.ndarray]:    # (channels, H, W), and where they hold data
+        "A part of the scene in the pixels of its map and the values of its files"
+        raw = self._read(window)
+        return np.concatenate([raw.rgb, raw.extra]), raw.valid
 
     def read_rows(self,
                   top:int        # first row of pixels
@@ -791,15 +799,15 @@ def write_note(out:Path, job:MapJob) -> dict:
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note
 
+# where calibration names no threshold
+UNCALIBRATED = .5
+
 def describe_scene(out:Path, job:MapJob) -> dict:
-    "Statistics of a scene and its map (guide 4); {} where the map has other pixels than the file"
-    scene = job.scene
-    if scene.conversion or scene.resampled:
-        return {}
-    threshold = .5
-    if job.calibration:
-        threshold = job.calibration.thresholds[job.calibration.ratio].threshold
-    return input_summary(scene_statistics(scene.files['image'], out, threshold))
+    "Statistics of a scene as the model sees it, and of its map (guide 4)"
+    scene, threshold = job.scene, job.calibration and job.calibration.threshold
+    opened = OpenScene(scene.stats.channels, scene.grid, scene.read_channels)
+    with open_map(out, ROWS) as predicted:
+        return input_summary(tally_scene(opened, predicted, UNCALIBRATED if threshold is None else threshold))
 
 def shift_findings(summary:dict, job:MapJob) -> list[Finding]:
     "How a map differs from validation (guide 4), where the model lies in its run folder and is calibrated"

@@ -18,6 +18,7 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine
 
 from .console import DataError, nearest, raise_problems
+from .operating import usual_ratio
 
 # %% ../nbs/07b_regions.ipynb #regions-read
 def read_layer(path:Path,         # any file of polygons that GDAL or GeoParquet reads
@@ -102,7 +103,7 @@ def _rule(point, source):
 
 def overall_rule(name:str,         # of the map, for messages
                  settings:dict,    # of its tag
-                 ratio:str,        # '1:200' or 'native'
+                 ratio:str,        # '1:200' or 'native'; '': the one of `usual_ratio`
                  points:str        # a key of `POINTS`
                 ) -> Rule:
     "What the calibration of a map's model found for all regions together; raises `DataError`"
@@ -114,6 +115,7 @@ def overall_rule(name:str,         # of the map, for messages
     if not found:
         raise DataError(f'{name} has no operating points of {points}: calibrate with objects in the evidence '
                         f'(rtsseg-evaluate, rtsseg-calibrate) and make the map again, or {given}')
+    ratio = ratio or usual_ratio(calibration.get('ratio'), found)
     if ratio not in found:
         raise DataError(f'{name} has no threshold at {ratio}, only at {", ".join(found)}: take one, or {given}')
     if found[ratio] is None:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'QUANTILES', 'SAMPLE', 'ROWS', 'SCORE_EDGES', 'SHARE_FACTOR', 'SCORE_DISTANCE', 'BlockSums', 'ObjectCount',
-           'score_histogram', 'SceneTally', 'channel_names', 'read_channels', 'scene_statistics', 'input_summary',
-           'stored_ratio', 'evidence_findings']
+           'score_histogram', 'SceneTally', 'channel_names', 'read_channels', 'OpenScene', 'tally_scene',
+           'scene_statistics', 'input_summary', 'stored_ratio', 'evidence_findings']
 
 # %% ../nbs/07a_scenestats.ipynb #iscstats
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rasterio.enums import ColorInterp
@@ -23,7 +25,7 @@ from scipy.special import expit, logit
 from .console import progress
 from .evidence import Evidence
 from .findings import Finding
-from .mapfile import open_map
+from .mapfile import OpenMap, open_map
 from .operating import score_masses
 from .raster import Grid, check_same_grid, unwritten_pixels, valid_pixels
 from .vrt import open_named
@@ -187,6 +189,28 @@ def read_channels(dataset:DatasetReader,    # an open scene
     valid &= ~unwritten_pixels(dataset, planes, bands, int(window.row_off))
     return planes, valid & np.isfinite(planes).all(0)
 
+class OpenScene(NamedTuple):
+    "A scene that is open, on the grid of its map"
+    names: list[str]    # of its channels
+    grid: Grid
+    # planes of whole rows (channels, rows, width), and where they hold data (rows, width)
+    read: Callable[[Window], tuple[np.ndarray, np.ndarray]]
+
+def tally_scene(scene:OpenScene,
+                predicted:OpenMap|None=None,    # the map of this scene; None: none
+                threshold:float=.5              # pixels of this probability or more are predicted
+               ) -> SceneTally:
+    "Read a scene and its map once, by rows; raises `DataError` where they do not lie on each other"
+    if predicted:
+        check_same_grid(scene.grid, predicted.grid, predicted.path.name)
+    height, width = scene.grid.shape
+    tally = SceneTally(scene.names, scene.grid.shape, threshold)
+    for top in progress(range(0, height, ROWS), f'{ROWS} rows of the scene'):
+        window = Window(0, top, width, min(ROWS, height - top))
+        planes, valid = scene.read(window)
+        tally.add(top, planes, valid, predicted.probability(window) if predicted else None)
+    return tally
+
 def scene_statistics(scene:str|Path,         # a GeoTIFF, a VRT or a picture
                      map:str|Path='',        # the map of this scene, on its grid; '' for none
                      threshold:float=.5      # pixels of this probability or more are predicted
@@ -195,18 +219,11 @@ def scene_statistics(scene:str|Path,         # a GeoTIFF, a VRT or a picture
     with ExitStack() as stack:
         image = stack.enter_context(open_named(scene, pictures=True, rows=ROWS))
         predicted = stack.enter_context(open_map(map, ROWS)) if map else None
-        if predicted:
-            # a scene without a CRS is mapped in the one that was named for it
-            grid = Grid(image.shape, image.crs or predicted.grid.crs, image.transform)
-            check_same_grid(grid, predicted.grid, predicted.path.name)
+        # a scene without a CRS is mapped in the one that was named for it
+        crs = image.crs or (predicted and predicted.grid.crs)
         names = channel_names(image)
-        tally = SceneTally(names, image.shape, threshold)
-        bands = list(range(1, len(names) + 1))
-        for top in progress(range(0, image.height, ROWS), f'{ROWS} rows of {Path(scene).name}'):
-            window = Window(0, top, image.width, min(ROWS, image.height - top))
-            planes, valid = read_channels(image, bands, window)
-            tally.add(top, planes, valid, predicted.probability(window) if predicted else None)
-    return tally
+        read = partial(read_channels, image, list(range(1, len(names) + 1)))
+        return tally_scene(OpenScene(names, Grid(image.shape, crs, image.transform), read), predicted, threshold)
 
 # %% ../nbs/07a_scenestats.ipynb #cscst7
 def _number(x):
