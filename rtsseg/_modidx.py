@@ -1916,6 +1916,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.rawtile._read_part': ('rawtile.html#_read_part', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile._whole_window': ('rawtile.html#_whole_window', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile._written_pixels': ('rawtile.html#_written_pixels', 'rtsseg/rawtile.py'),
+                                'rtsseg.rawtile.colour_bands': ('rawtile.html#colour_bands', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile.cut_square': ('rawtile.html#cut_square', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile.example_tiles': ('rawtile.html#example_tiles', 'rtsseg/rawtile.py'),
                                 'rtsseg.rawtile.ignore_seen': ('rawtile.html#ignore_seen', 'rtsseg/rawtile.py'),

@@ -502,6 +502,22 @@ def test_extra_bands_are_found_by_name(with_extra, tmp_path):
     assert (found == read_map(tmp_path/'b.tif')).all()
     assert ((found == NODATA) == np.isnan(planes[0])).all()
 
+@pytest.mark.parametrize('views', ['none', 'none@0.5'])
+def test_bands_of_a_scene_are_found_by_name(model, tmp_path, views):
+    "The map of blue, green and red is that of red, green and blue, also where the scene is resampled"
+    image = noise(128, 96)
+    write_scene(tmp_path/'usual.tif', image)
+    write_scene(tmp_path/'turned.tif', image[::-1], names=['B', 'G', 'R'])
+    predict(model, tmp_path/'usual.tif', tmp_path/'a.tif', views=views)
+    predict(model, tmp_path/'turned.tif', tmp_path/'b.tif', views=views)
+    assert (read_map(tmp_path/'a.tif') == read_map(tmp_path/'b.tif')).all()
+
+def test_a_scene_of_other_bands_is_refused(model, tmp_path):
+    write_scene(tmp_path/'scene.tif', noise(90, 80), names=['nir', 'red', 'green'])
+    with pytest.raises(DataError, match="described as 'nir', 'red', 'green', and an image has R, G and B"):
+        predict(model, tmp_path/'scene.tif', tmp_path/'map.tif')
+    assert not (tmp_path/'map.tif').exists()
+
 def test_extra_bands_are_found_by_a_registry(with_extra, tmp_path):
     "The same map as by description; a registry that does not fit is an error"
     folder, scene, planes = with_extra
