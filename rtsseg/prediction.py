@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
-           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'UNCALIBRATED', 'window_starts', 'window_weight',
+           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FOUND', 'DESCRIBED', 'window_starts', 'window_weight',
            'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene',
            'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values',
            'check_extra', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
            'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
            'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
-           'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff', 'check_written', 'write_map',
-           'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map',
-           'predict']
+           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
+           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
+           'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -45,10 +45,9 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.special import logit
 
-from .calibration import Calibration
+from .calibration import NO_THRESHOLD, Calibration
 from .config import ConfigError, parse_views, ratio_text
 from .console import DataError, logger, nearest, progress
-from .evidence import evidence_path, run_evidence
 from .files import FileError, digest, inside, read_json, write_atomic
 from .findings import Finding
 from .folders import is_turned
@@ -60,7 +59,7 @@ from .mapfile import NODATA, STEPS, note_path, open_map, probability_to_uint16, 
 from .raster import GDAL_OPTIONS, has_unwritten_blocks, unwritten_pixels
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
-from .scenestats import ROWS, OpenScene, evidence_findings, input_summary, tally_scene
+from .scenestats import ROWS, OpenScene, input_summary, tally_scene, validation_findings
 from .stats import Stats
 from .vrt import is_vrt, open_named, raster_digest
 from .weights import ModelError
@@ -793,34 +792,45 @@ def point_settings(thresholds:dict, objects:dict    # points of `Calibration` or
               for ratio, point in objects.items()}
     return dict(thresholds=pixels, objects=floors)
 
+# what a note keeps of a finding, and what in a note does not decide whether it belongs to a map
+FOUND = 'level', 'what', 'value', 'note'
+DESCRIBED = 'input', 'findings', 'scene_name', 'scene_date'
+
 def write_note(out:Path, job:MapJob) -> dict:
-    "Write the settings of a map, its digest, and what it and its scene look like, beside it; returns all of it"
-    note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=describe_scene(out, job))
+    """Write a note beside a map: its settings, its digest, what it and its scene look like, and how that differs from
+    validation; returns all of it"""
+    summary = describe_scene(out, job)
+    findings = [{name: getattr(found, name) for name in FOUND} for found in shift_findings(summary, job.calibration)]
+    note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=summary, findings=findings)
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note
 
-# where calibration names no threshold
-UNCALIBRATED = .5
-
 def describe_scene(out:Path, job:MapJob) -> dict:
     "Statistics of a scene as the model sees it, and of its map (guide 4)"
-    scene, threshold = job.scene, job.calibration and job.calibration.threshold
+    scene, threshold = job.scene, job.calibration.counted_from if job.calibration else NO_THRESHOLD
     opened = OpenScene(scene.stats.channels, scene.grid, scene.read_channels)
     with open_map(out, ROWS) as predicted:
-        return input_summary(tally_scene(opened, predicted, UNCALIBRATED if threshold is None else threshold))
+        return input_summary(tally_scene(opened, predicted, threshold))
 
-def shift_findings(summary:dict, job:MapJob) -> list[Finding]:
-    "How a map differs from validation (guide 4), where the model lies in its run folder and is calibrated"
-    run = job.model.folder.parent
-    if not (summary and job.calibration and evidence_path(run, 'val', job.views).exists()):
+def shift_findings(summary:dict,    # of `input_summary` or `pooled_summary`
+                   calibration:Calibration|None
+                  ) -> list[Finding]:
+    "How a map differs from validation (guide 4), where the model is calibrated"
+    if calibration is None:
         return []
-    return evidence_findings(summary, run_evidence(run, 'val', job.views), calibration_settings(job.calibration))
+    return validation_findings(summary, calibration.validation, ratio_text(calibration.ratio))
+
+def warning_lines(name:str,                      # of the map
+                  findings:Iterable[Finding]
+                 ) -> list[str]:
+    "The warnings among findings, a line each"
+    return [f'{name}: {found.what}: {found.value}: {found.note}' for found in findings if found.level == 'warning']
 
 def matches_note(out:Path) -> bool:
     "Whether a map is the file that its note describes"
     try:
         note = read_json(note_path(out), out.parent)
-        decided = {name: value for name, value in note.items() if name not in ('input', 'scene_name', 'scene_date')}
+        decided = {name: value for name, value in note.items() if name not in DESCRIBED}
         return decided == read_map_settings(out) | dict(sha256=digest(out))
     except (OSError, ValueError):
         return False
@@ -905,6 +915,9 @@ def load_calibration(folder:Path,        # a model directory
     if path.exists():
         found = Calibration.load(path, views)
         logger.info(found.promise)
+        if found.validation is None:
+            logger.info('the calibration does not say what validation looks like, so maps are not held against it: '
+                        'rtsseg-calibrate makes it again')
         return found
     logger.info('the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities '
                 '(rtsseg-calibrate)')
@@ -969,9 +982,8 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
         finish_rows(job, finished, missing, signals)
         write_map(out, job.scene.grid, finished)
         note = write_note(out, job)
-        for finding in shift_findings(note['input'], job):
-            if finding.level == 'warning':
-                logger.warning(f'{out.name}: {finding.what}: {finding.value}: {finding.note}')
+        for line in warning_lines(out.name, (Finding(**found) for found in note['findings'])):
+            logger.warning(line)
     except KeyboardInterrupt:
         logger.info('finished rows are kept: the same command resumes from them')
         raise

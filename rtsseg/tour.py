@@ -21,6 +21,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from .areas import expected_area
+from .calibration import NO_THRESHOLD
 from .config import ConfigError, find_system
 from .console import DataError, logger, nearest
 from .files import write_atomic
@@ -134,7 +135,7 @@ def map_threshold(path:Path    # a map
         return overall_rule(path.name, read_map_settings(path), '', 'pixels').threshold
     except DataError:
         logger.warning('calibration found no threshold: polygons are drawn from a probability of 0.5')
-        return .5
+        return NO_THRESHOLD
 
 # %% ../nbs/08z_map.ipynb #cmap
 def map_region(run:str|Path,        # a run folder, evaluated on the split and calibrated
