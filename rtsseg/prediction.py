@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
            'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FOUND', 'DESCRIBED', 'window_starts', 'window_weight',
-           'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene',
-           'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values',
-           'check_extra', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
-           'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
-           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
-           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
-           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
-           'make_map', 'predict']
+           'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'ground_side', 'resize_factor',
+           'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra', 'window_logits',
+           'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows',
+           'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings',
+           'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings', 'warning_lines',
+           'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration',
+           'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -37,11 +36,10 @@ import numpy as np
 import rasterio.shutil
 import torch
 from filelock import FileLock, Timeout
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
-from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.special import logit
 
@@ -56,7 +54,7 @@ from .importers import Conversion, convert, read_planes, read_registry
 from .infer import Predictor, load_model, mean_logits
 from .launch import StopSignals
 from .mapfile import NODATA, STEPS, note_path, open_map, probability_to_uint16, read_map_settings
-from .raster import GDAL_OPTIONS, has_unwritten_blocks, unwritten_pixels
+from .raster import GDAL_OPTIONS, has_unwritten_blocks, resampled_raster, unwritten_pixels
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
 from .scenestats import ROWS, OpenScene, input_summary, tally_scene, validation_findings
@@ -152,16 +150,6 @@ def check_picture(path:Path     # a scene in the form of the source
                         '(in Pillow: ImageOps.exif_transpose)')
 
 # %% ../nbs/08_predict.ipynb #70dde4af
-def resampled_raster(ds:DatasetReader,
-                     grid:Grid    # over the same ground
-                    ) -> WarpedVRT:
-    "A raster on another grid: the mean over longer pixels, bilinear between shorter ones"
-    is_longer = grid.shape[0] < ds.height
-    has_mask = MaskFlags.per_dataset in ds.mask_flag_enums[0]
-    return WarpedVRT(ds, src_crs=ds.crs or grid.crs, crs=grid.crs, transform=grid.transform, height=grid.shape[0],
-                     width=grid.shape[1], resampling=Resampling.average if is_longer else Resampling.bilinear,
-                     add_alpha=has_mask)
-
 class Scene:
     "A scene in one of its forms, checked when opened; raises `DataError` and `ConfigError`"
 

@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'QUANTILES', 'SAMPLE', 'ROWS', 'SHARE_FACTOR', 'SCORE_DISTANCE', 'BlockSums', 'ObjectCount', 'SceneTally',
-           'channel_names', 'read_channels', 'OpenScene', 'tally_scene', 'scene_statistics', 'input_summary',
-           'stored_ratio', 'pooled_summary', 'validation_findings']
+           'channel_names', 'read_channels', 'OpenScene', 'scene_of_bands', 'converted_scene', 'open_scene',
+           'tally_scene', 'scene_statistics', 'input_summary', 'stored_ratio', 'pooled_summary', 'validation_findings']
 
 # %% ../nbs/07a_scenestats.ipynb #iscstats
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rasterio.enums import ColorInterp
 from rasterio.io import DatasetReader
+from rasterio.transform import Affine
 from rasterio.windows import Window
 from scipy import ndimage
 
 from .calibration import Validation
 from .console import progress
 from .findings import Finding
+from .importers import Conversion, convert
 from .mapfile import OpenMap, open_map
 from .operating import SCORE_EDGES, score_histogram
-from .raster import Grid, check_same_grid, unwritten_pixels, valid_pixels
+from .raster import Grid, check_same_grid, resampled_raster, unwritten_pixels, valid_pixels
 from .vrt import open_named
 
 # %% ../nbs/07a_scenestats.ipynb #cscst1
@@ -184,13 +186,54 @@ class OpenScene(NamedTuple):
     # planes of whole rows (channels, rows, width), and where they hold data (rows, width)
     read: Callable[[Window], tuple[np.ndarray, np.ndarray]]
 
+def scene_of_bands(image:DatasetReader,
+                   crs:Any             # of the map
+                  ) -> OpenScene:
+    "A scene whose channels are all bands of a file"
+    names = channel_names(image)
+    read = partial(read_channels, image, list(range(1, len(names) + 1)))
+    return OpenScene(names, Grid(image.shape, crs, image.transform), read)
+
+def converted_scene(image:DatasetReader,
+                    crs:Any,                  # of the map
+                    conversion:Conversion
+                   ) -> OpenScene:
+    "A scene whose channels are what a conversion makes of a file in the form of the source"
+    def read(window):
+        tile = convert(image, conversion, window=window)
+        return np.concatenate([tile.rgb, tile.extra]), tile.valid
+    shape = tuple(side // conversion.downscale for side in image.shape)
+    grid = Grid(shape, crs, image.transform @ Affine.scale(conversion.downscale))
+    return OpenScene([*'RGB', *conversion.extra_bands], grid, read)
+
+@contextmanager
+def open_scene(scene:str|Path,       # a GeoTIFF, a VRT or a picture
+               predicted:OpenMap,    # its map, whose tag says how the scene was read
+               rows:int              # rows that are read at a time
+              ) -> Iterator[OpenScene]:
+    "A scene on the grid of its map: resampled and converted as for the map; raises `DataError`"
+    settings = predicted.settings
+    with ExitStack() as stack:
+        image = stack.enter_context(open_named(scene, pictures=True, rows=rows))
+        # a scene without a CRS is mapped in the one that was named for it
+        crs = image.crs or predicted.grid.crs
+        if settings.get('resampled'):
+            transform = Affine(*settings['resampled'])
+            sides = image.height * image.transform.e / transform.e, image.width * image.transform.a / transform.a
+            grid = Grid(tuple(map(round, sides)), crs, transform)
+            image = stack.enter_context(resampled_raster(image, grid))
+        if settings.get('source'):
+            opened = converted_scene(image, crs, Conversion(**settings['source']))
+        else:
+            opened = scene_of_bands(image, crs)
+        check_same_grid(opened.grid, predicted.grid, predicted.path.name)
+        yield opened
+
 def tally_scene(scene:OpenScene,
                 predicted:OpenMap|None=None,    # the map of this scene; None: none
                 threshold:float=.5              # pixels of this probability or more are predicted
                ) -> SceneTally:
-    "Read a scene and its map once, by rows; raises `DataError` where they do not lie on each other"
-    if predicted:
-        check_same_grid(scene.grid, predicted.grid, predicted.path.name)
+    "Read a scene and its map once, by rows; raises `DataError`"
     height, width = scene.grid.shape
     tally = SceneTally(scene.names, scene.grid.shape, threshold)
     for top in progress(range(0, height, ROWS), f'{ROWS} rows of the scene'):
@@ -204,14 +247,11 @@ def scene_statistics(scene:str|Path,         # a GeoTIFF, a VRT or a picture
                      threshold:float=.5      # pixels of this probability or more are predicted
                     ) -> SceneTally:
     "Read a scene and its map once, by rows; raises `DataError`"
-    with ExitStack() as stack:
-        image = stack.enter_context(open_named(scene, pictures=True, rows=ROWS))
-        predicted = stack.enter_context(open_map(map, ROWS)) if map else None
-        # a scene without a CRS is mapped in the one that was named for it
-        crs = image.crs or (predicted and predicted.grid.crs)
-        names = channel_names(image)
-        read = partial(read_channels, image, list(range(1, len(names) + 1)))
-        return tally_scene(OpenScene(names, Grid(image.shape, crs, image.transform), read), predicted, threshold)
+    if not map:
+        with open_named(scene, pictures=True, rows=ROWS) as image:
+            return tally_scene(scene_of_bands(image, image.crs), threshold=threshold)
+    with open_map(map, ROWS) as predicted, open_scene(scene, predicted, ROWS) as opened:
+        return tally_scene(opened, predicted, threshold)
 
 # %% ../nbs/07a_scenestats.ipynb #cscst7
 def _number(x):
