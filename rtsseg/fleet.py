@@ -172,6 +172,8 @@ class Mapper:
         self.scale = parse_views(self.views).scale
         self.calibration = load_calibration(self.model.folder, self.views)
         self.copies = ExitStack()
+        # what was said of a scene and holds for others as well: a list may be of millions
+        self.said = {''}
 
     def close(self) -> None:
         "Remove the copy of the scene that was opened last"
@@ -187,6 +189,9 @@ class Mapper:
         bands = self.options.bands if row['extra'] else ''
         opened = Scene(Path(files['scene']), files['extra'], row['crs'], self.model, bands, self.options.form,
                        self.options.resample, self.scale)
+        if opened.unchecked not in self.said:
+            self.said.add(opened.unchecked)
+            logger.info(opened.unchecked)
         if row['date']:
             opened.label['scene_date'] = row['date']
         return MapJob(self.model, opened, self.calibration, self.views, self.options.batch)

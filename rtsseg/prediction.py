@@ -181,6 +181,8 @@ class Scene:
                               'name the raster that holds them, as --extra')
         # pixels of the file under each pixel of the map, along a side
         self.factor = self.conversion.downscale if self.conversion else 1
+        # why its resolution was not held against that of training; '' where it was
+        self.unchecked = ''
         # how many times as long pixels become, and the grid of those that are read
         self.longer, self.resampled = 1., None
         with self._open('image') as dataset:
@@ -211,12 +213,12 @@ class Scene:
         trained, name = self.stats.pixel_size, Path(self.files['image']).name
         if grid.crs and trained:
             return resize_factor(name, ground_side(grid) * self.factor, trained, resample)
-        unknown = f'{name} has no place on the map'
+        unknown = 'a scene without a CRS has no known resolution'
         if not trained:
             unknown = 'the model does not know the resolution of its tiles'
         if resample:
-            raise ConfigError(f'resample: {unknown}')
-        logger.info(f'{unknown}: whether they fit together was not checked')
+            raise ConfigError(f'resample: {unknown} ({name})')
+        self.unchecked = f'{unknown}: whether they fit together was not checked'
         return 1.
 
     def _check_values(self):
@@ -1003,6 +1005,8 @@ def predict(model_dir:str|Path,      # a model directory
     calibration = load_calibration(model.folder, views)
     band_numbers = read_registry(Path(registry)) if registry else ''
     opened = Scene(scene, extra, crs, model, band_numbers, form, resample, parse_views(views).scale)
+    if opened.unchecked:
+        logger.info(opened.unchecked)
     job = MapJob(model, opened, calibration, views, batch)
     settings = map_settings(job)
     folder = out.with_name(f'{out.name}.parts')

@@ -235,6 +235,16 @@ def test_maps_unlike_validation_are_reported(fleet, tmp_path, caplog, tiles):
     assert json.loads((tmp_path/'job/report.json').read_text()) == made
     assert json.loads(map_content(tmp_path/'job', '0', '.tif.json'))['findings'] == single['findings']
 
+@pytest.mark.parametrize('tiles', [False, True])
+def test_what_holds_for_all_scenes_is_said_once(fleet, tmp_path, caplog, tiles):
+    "and not again for each part of a scene, or for each tile"
+    model = untrained_model(tmp_path/'model')
+    map_scenes(model, fleet/'scenes', tmp_path/'job', device='cpu', tiles=tiles, windows=20)
+    assert caplog.text.count('the model does not know the resolution of its tiles') == 1
+    caplog.clear()
+    predict(model, fleet/'scenes/1.tif', tmp_path/'1.tif', device='cpu')
+    assert caplog.text.count('the model does not know the resolution of its tiles') == 1
+
 FAR = dict(
     pole=('EPSG:3413', (-200, 150), 3),
     date_line_mercator=('EPSG:3857', (20037508.34 - 570, 11068716), 8.77),
