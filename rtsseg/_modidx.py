@@ -1286,6 +1286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.mapfile.note_path': ('mapfile.html#note_path', 'rtsseg/mapfile.py'),
                                 'rtsseg.mapfile.open_map': ('mapfile.html#open_map', 'rtsseg/mapfile.py'),
                                 'rtsseg.mapfile.probability_to_uint16': ('mapfile.html#probability_to_uint16', 'rtsseg/mapfile.py'),
+                                'rtsseg.mapfile.reaches': ('mapfile.html#reaches', 'rtsseg/mapfile.py'),
                                 'rtsseg.mapfile.read_map_settings': ('mapfile.html#read_map_settings', 'rtsseg/mapfile.py'),
                                 'rtsseg.mapfile.scene_label': ('mapfile.html#scene_label', 'rtsseg/mapfile.py'),
                                 'rtsseg.mapfile.tag_settings': ('mapfile.html#tag_settings', 'rtsseg/mapfile.py')},

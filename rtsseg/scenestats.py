@@ -26,7 +26,7 @@ from .calibration import Validation
 from .console import progress
 from .findings import Finding
 from .importers import Conversion, convert
-from .mapfile import OpenMap, open_map
+from .mapfile import OpenMap, open_map, reaches
 from .operating import SCORE_EDGES, score_histogram
 from .raster import Grid, check_same_grid, resampled_raster, unwritten_pixels, valid_pixels
 from .vrt import open_named
@@ -154,7 +154,7 @@ class SceneTally:
         if probability is None:
             return
         known = ~np.isnan(probability)
-        above = np.nan_to_num(probability) >= self.threshold
+        above = reaches(probability, self.threshold)
         self.predictions.add(top, np.stack([np.nan_to_num(probability), above]), known)
         self.probability_samples.append(self._sampled(top, probability[None], known))
         self.objects.add(above)

@@ -319,6 +319,18 @@ def put(folder, name, image):
 def pairs(folder, names):
     return [folder/f'{name}.tif' for name in names], [folder/f'{name}_map.tif' for name in names]
 
+def test_pixels_are_counted_as_polygons_are_cut(tmp_path):
+    "A pixel of just the threshold counts, however a map has rounded it: for half of all thresholds it is rounded down"
+    write_scene(tmp_path/'scene.tif', noise(20, 20))
+    found = []
+    for k, threshold in enumerate(np.random.default_rng(0).uniform(.01, .99, 20)):
+        path = write_map(tmp_path/f'{k}.tif', np.full((20, 20), threshold))
+        summary = input_summary(scene_statistics(tmp_path/'scene.tif', path, threshold))
+        assert summary['predicted']['share'] == 1
+        assert summary['objects'] == 1
+        found.append(read_map(path)[0, 0] / STEPS < threshold)
+    assert {*found} == {True, False}
+
 @pytest.mark.parametrize('known', [['s0'], ['s0', 's1'], ['s0', 's1', 's2', 's3']], ids=len)
 def test_brightness_is_flagged_and_another_scene_is_not(toy, tmp_path, known):
     "×1.5 + 40 against one, two and four earlier scenes"
