@@ -703,10 +703,13 @@ class FinishedRows:
         return {i for i in range(self.count) if self.read(i) is None}
 
     def blocks(self) -> Iterator[tuple[dict[str, int], np.ndarray, Window]]:
-        "Counts, values and place of each row of windows, from the top; all must be finished"
+        "Counts, values and place of each row of windows, from the top; raises `OSError` for one that is not finished"
         top = 0
         for i in range(self.count):
-            counts, values = self.read(i)
+            finished = self.read(i)
+            if finished is None:
+                raise OSError(f'row {i:06} of windows is missing or was damaged since it was checked')
+            counts, values = finished
             yield counts, values, Window(0, top, self.width, len(values))
             top += len(values)
 

@@ -546,6 +546,17 @@ def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
         assert placed.crs == CRS
         assert (without.read() == placed.read()).all()
 
+def test_a_row_that_is_damaged_late_is_named(tmp_path):
+    "Between the check of the rows and their joining"
+    finished = FinishedRows(tmp_path, {}, 3, 5)
+    for i in range(3):
+        finished.write(i, {}, np.full((2, 5), i, 'uint16'))
+    assert [values[0, 0] for _, values, _ in finished.blocks()] == [0, 1, 2]
+    for damage in (lambda path: path.write_bytes(b'cut off'), lambda path: path.unlink()):
+        damage(tmp_path/'000001')
+        with pytest.raises(OSError, match='row 000001 of windows is missing or was damaged'):
+            list(finished.blocks())
+
 def test_a_map_is_made_by_one_process_at_a_time(model, tmp_path):
     good(tmp_path)
     with map_lock(tmp_path/'map.tif.parts'), pytest.raises(DataError, match='another process makes this map'):
