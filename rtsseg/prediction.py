@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
-           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FOUND', 'DESCRIBED', 'window_starts', 'window_weight',
-           'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'ground_side', 'resize_factor',
-           'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra', 'window_logits',
-           'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows',
-           'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings',
-           'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings', 'warning_lines',
-           'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration',
-           'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
+           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FINDING_FIELDS', 'DESCRIBED', 'window_starts',
+           'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'ground_side',
+           'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
+           'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch',
+           'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock',
+           'map_settings', 'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings',
+           'warning_lines', 'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments',
+           'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -786,14 +786,14 @@ def point_settings(thresholds:dict, objects:dict    # points of `Calibration` or
     return dict(thresholds=pixels, objects=floors)
 
 # what a note keeps of a finding, and what in a note does not decide whether it belongs to a map
-FOUND = 'level', 'what', 'value', 'note'
+FINDING_FIELDS = 'level', 'what', 'value', 'note'
 DESCRIBED = 'input', 'findings', 'scene_name', 'scene_date'
 
 def write_note(out:Path, job:MapJob) -> dict:
     """Write a note beside a map: its settings, its digest, what it and its scene look like, and how that differs from
     validation; returns all of it"""
     summary = describe_scene(out, job)
-    findings = [{name: getattr(found, name) for name in FOUND} for found in shift_findings(summary, job.calibration)]
+    findings = [{name: getattr(found, name) for name in FINDING_FIELDS} for found in shift_findings(summary, job.calibration)]
     note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=summary, findings=findings)
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note
