@@ -410,7 +410,7 @@ def job_of_map(path:Path, settings:dict, scene:str|Path,
     form = ''
     if loaded.conversion:
         form = 'source' if settings.get('source') else 'manifest'
-    # at another scale a scene is resampled, too: also one without a place, or for a model that knows no resolution
+    # another scale resamples as well, also where no resolution is known
     resample = 'resampled' in settings and bool(loaded.stats.pixel_size) and settings['crs'] != 'none'
     scale = parse_views(settings['views']).scale
     opened = Scene(Path(scene), '', settings['crs'], loaded, form=form, resample=resample, scale=scale)

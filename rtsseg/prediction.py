@@ -793,7 +793,8 @@ def write_note(out:Path, job:MapJob) -> dict:
     """Write a note beside a map: its settings, its digest, what it and its scene look like, and how that differs from
     validation; returns all of it"""
     summary = describe_scene(out, job)
-    findings = [{name: getattr(found, name) for name in FINDING_FIELDS} for found in shift_findings(summary, job.calibration)]
+    findings = [{name: getattr(found, name) for name in FINDING_FIELDS}
+                for found in shift_findings(summary, job.calibration)]
     note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=summary, findings=findings)
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note

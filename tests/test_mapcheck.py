@@ -249,7 +249,7 @@ def test_a_map_of_another_program_cannot_be_predicted_again(mapped, tmp_path):
     found = map_check([path], [mapped/'scene.tif'], model=mapped/'model')
     assert levels(found, 'batch') == {'batch jitter': 'note'}
 
-# ---------------------------------------------------------------- maps on another grid than the file
+# ---------------------------------------------------------------- maps on another grid
 
 def sharp_model(folder, **arguments):
     "A model that knows the resolution of its tiles: twice that of the scenes here"
