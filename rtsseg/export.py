@@ -6,10 +6,9 @@
 __all__ = ['MOST_DIFFERENCE', 'GATE_TILES', 'GATE_BATCH', 'PIXELS', 'PROBABILITY', 'ONNX_EXPORTERS', 'MLM', 'ARTIFACTS',
            'EXPORT_FORMATS', 'turned', 'WholeModel', 'random_tile', 'raw_pixels', 'library_probabilities', 'size_step',
            'ExportJob', 'check_parity', 'require_export_extra', 'traced_onnx', 'translated_onnx', 'exported_program',
-           'onnx_runner', 'operating_threshold', 'deepness_metadata', 'own_metadata', 'with_metadata',
-           'with_fixed_size', 'write_onnx', 'write_qgis', 'write_program', 'mlm_input', 'mlm_output', 'stac_item',
-           'check_export_arguments', 'write_formats', 'export_model', 'calibrations', 'inspect_model', 'show_model',
-           'verify_model']
+           'onnx_runner', 'deepness_metadata', 'own_metadata', 'with_metadata', 'with_fixed_size', 'write_onnx',
+           'write_qgis', 'write_program', 'mlm_input', 'mlm_output', 'stac_item', 'check_export_arguments',
+           'write_formats', 'export_model', 'calibrations', 'inspect_model', 'show_model', 'verify_model']
 
 # %% ../nbs/08e_export.ipynb #ex000007
 import io
@@ -252,16 +251,9 @@ def onnx_runner(path:Path    # an ONNX file
     return lambda pixels: session.run([PROBABILITY], {PIXELS: pixels})[0]
 
 # %% ../nbs/08e_export.ipynb #ex000026
-def operating_threshold(calibration:Calibration|None) -> float|None:
-    "The calibrated probability from which pixels are predicted: at the ratio of the fit, or at the first one"
-    if calibration is None or not calibration.thresholds:
-        return None
-    points = calibration.thresholds
-    return points.get(calibration.ratio, next(iter(points.values()))).threshold
-
 def deepness_metadata(job:ExportJob) -> dict[str, Any]:    # before they become JSON
     "What the QGIS plug-in Deepness reads from an ONNX file"
-    n, threshold = len(job.model.stats.channels), operating_threshold(job.calibration)
+    n, threshold = len(job.model.stats.channels), job.calibration and job.calibration.threshold
     found = dict(
         model_type='Segmentor',
         class_names=[{0: 'background', 1: 'object'}],

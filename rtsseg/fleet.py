@@ -35,6 +35,7 @@ from rasterio.transform import array_bounds
 from .claims import Claims, Store
 from .config import ConfigError, parse_views
 from .console import DataError, first_lines, logger, nearest
+from .findings import Finding
 from .ground import BOX, crs_name
 from .importers import read_registry
 from .infer import load_model
@@ -48,13 +49,16 @@ from rtsseg.prediction import (
     load_calibration,
     map_settings,
     note_path,
+    shift_findings,
     stop_if_asked,
+    warning_lines,
     window_starts,
     write_map,
     write_note,
 )
 from .runs import RunError, Stopped
 from .scenelist import SCENE_COLUMNS, is_url, local_file, read_scenes
+from .scenestats import pooled_summary
 from .styles import ramp_style, write_style
 from .vrt import raster_digest, raster_stamp
 from .weights import ModelError
@@ -174,6 +178,8 @@ class Mapper:
         self.scale = parse_views(self.views).scale
         self.calibration = load_calibration(self.model.folder, self.views)
         self.copies = ExitStack()
+        # what was said of a scene and holds for others as well: a list may be of millions
+        self.said = {''}
 
     def close(self) -> None:
         "Remove the copy of the scene that was opened last"
@@ -189,6 +195,9 @@ class Mapper:
         bands = self.options.bands if row['extra'] else ''
         opened = Scene(Path(files['scene']), files['extra'], row['crs'], self.model, bands, self.options.form,
                        self.options.resample, self.scale)
+        if opened.unchecked not in self.said:
+            self.said.add(opened.unchecked)
+            logger.info(opened.unchecked)
         if row['date']:
             opened.label['scene_date'] = row['date']
         return MapJob(self.model, opened, self.calibration, self.views, self.options.batch)
@@ -383,7 +392,15 @@ class SceneWork:
             for file in (out, out.with_suffix('.qml'), note_path(out)):
                 self.store.put(f'maps/{file.name}', file)
 
-    def finish(self) -> dict:    # maps that were made, and scenes that failed
+    def warnings(self, maps:list[str]) -> list[str]:
+        "How maps differ from validation, by their notes"
+        lines = []
+        for name in maps:
+            note = json.loads(self.store.read(f'maps/{name}.json'))
+            lines += warning_lines(name, (Finding(**found) for found in note['findings']))
+        return lines
+
+    def finish(self) -> dict:    # maps that were made, scenes that failed, and warnings
         "What came of the job; its shards are removed"
         self.read_plans()
         errors = {scene['k']: scene['error'] for plan in self.plans.values() for scene in plan if 'error' in scene}
@@ -391,7 +408,8 @@ class SceneWork:
         for name in self.store.names('shards'):
             self.store.remove(f'shards/{name}')
         maps = [name for name in self.store.names('maps') if name.endswith('.tif')]
-        return dict(maps=maps, failed=[self.job.row(k) | dict(error=errors[k]) for k in sorted(errors)])
+        failed = [self.job.row(k) | dict(error=errors[k]) for k in sorted(errors)]
+        return dict(maps=maps, failed=failed, warnings=self.warnings(maps))
 
 # %% ../nbs/08i_fleet.ipynb #ctiles
 INDEX = pa.schema([('row', pa.int64()), ('name', pa.string()), ('scene', pa.string()), ('region', pa.string()),
@@ -424,7 +442,7 @@ class TileWork:
 
     def do(self, part:str) -> None:
         "Map the tiles of a stretch; one that fails is noted and costs only itself"
-        lines = []
+        lines, seen = [], []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)/f'{part}.zip'
             with ZipFile(path, 'w') as archive:
@@ -432,15 +450,18 @@ class TileWork:
                     row = self.job.row(k)
                     line = dict(row=k, error='') | {name: row[name] for name in ('name', 'scene', 'region', 'date')}
                     try:
-                        lines.append(line | self.add_map(archive, row))
+                        found, summary = self.add_map(archive, row)
+                        lines.append(line | found)
+                        seen.append(summary)
                     except SCENE_ERRORS as e:
                         lines.append(line | dict(error=str(e)))
             self.store.put(f'maps/{part}.zip', path)
+        self.store.write(f'seen/{part}', json.dumps(pooled_summary(seen)).encode())
         index = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(lines, INDEX), index)
         self.store.write(self.result(part), index.getvalue())
 
-    def add_map(self, archive:ZipFile, row:dict) -> dict:    # what the index holds of it
+    def add_map(self, archive:ZipFile, row:dict) -> tuple[dict, dict]:    # what the index holds of it, and its summary
         "Make the map of a tile and its note, as members of an archive; raises `SCENE_ERRORS`"
         opened = self.mapper.open(row)
         scene, size = opened.scene, scene_size(opened)
@@ -453,11 +474,17 @@ class TileWork:
             for file in (out, note_path(out)):
                 add_member(archive, file)
         box = dict(zip(BOX, array_bounds(scene.height, scene.width, scene.transform), strict=True))
-        return box | dict(archive=f'maps/{Path(archive.filename).name}', member=out.name,
-                          crs=crs_name(scene.crs) if scene.crs else 'none', height=scene.height, width=scene.width,
-                          valid=note['valid'], sha256=note['sha256'])
+        found = box | dict(archive=f'maps/{Path(archive.filename).name}', member=out.name,
+                           crs=crs_name(scene.crs) if scene.crs else 'none', height=scene.height, width=scene.width,
+                           valid=note['valid'], sha256=note['sha256'])
+        return found, note['input']
 
-    def finish(self) -> dict:    # archives that were made, and tiles that failed
+    def warnings(self) -> list[str]:
+        "How all maps together differ from validation: a tile is too small to be judged by itself"
+        seen = pooled_summary(json.loads(self.store.read(f'seen/{name}')) for name in self.store.names('seen'))
+        return warning_lines('all tiles', shift_findings(seen, self.mapper.calibration))
+
+    def finish(self) -> dict:    # archives that were made, tiles that failed, and warnings
         "What came of the job; the indices of all shards become one, `index.parquet`"
         failed = []
         with tempfile.TemporaryDirectory() as folder:
@@ -469,7 +496,7 @@ class TileWork:
                     lines = table.select(['row', 'error']).to_pylist()
                     failed += [self.job.row(line['row']) | dict(error=line['error']) for line in lines if line['error']]
             self.store.put('index.parquet', path)
-        return dict(maps=self.store.names('maps'), failed=failed)
+        return dict(maps=self.store.names('maps'), failed=failed, warnings=self.warnings())
 
 # %% ../nbs/08i_fleet.ipynb #cworker
 def work_of(store:Store,
@@ -607,10 +634,14 @@ def parse_share(text:str    # as 2/8; '': everything
     return int(index) - 1, int(count)
 
 
-def finish_job(store:Store, job:FleetJob) -> dict:    # maps or archives that were made, and scenes that failed
-    "Write the report of a job, and remove what only its workers needed"
-    done = work_of(store, job).finish()
+def finish_job(store:Store, job:FleetJob, mapper:Mapper) -> dict:
+    """Write the report of a job, and remove what only its workers needed
+
+    Returns maps or archives that were made, scenes that failed, and warnings about maps, which are logged, too."""
+    done = work_of(store, job, mapper).finish()
     store.write('report.json', json.dumps(done, indent=1).encode())
+    for line in first_lines(done['warnings']):
+        logger.warning(line)
     if done['failed']:
         again = pd.DataFrame(done['failed']).reindex(columns=[*SCENE_COLUMNS, 'error'])
         store.write('retry.csv', again.to_csv(index=False).encode())
@@ -636,7 +667,7 @@ def map_scenes(model:str|Path,      # a model directory
                remote:bool=False,   # files that the list names by URL are fetched
                asset:list[str]=(),  # of STAC items: image=visual, extra=elevation; or R=B04, G=B03, B=B02
                run:Callable=run_workers    # what runs several workers, with the arguments of `run_workers`
-              ) -> dict:            # maps or archives that were made, and scenes that failed
+              ) -> dict:            # maps or archives that were made, scenes that failed, and warnings about maps
     """Maps of many scenes. The same command resumes, and on further machines it helps.
 
     Raises `ConfigError` and `DataError` before anything is made, `Stopped` where a signal asked to stop, and `RunError`
@@ -658,8 +689,8 @@ def map_scenes(model:str|Path,      # a model directory
         with StopSignals() as signals:
             Worker(store, mapper, job, expiry, signals, part).run()
     if part != (0, 1):
-        return dict(maps=[], failed=[])
-    done = finish_job(store, job)
+        return dict(maps=[], failed=[], warnings=[])
+    done = finish_job(store, job, mapper)
     if done['failed']:
         lines = first_lines([f"{row['name']}: {row['error']}" for row in done['failed']])
         head = f"{len(done['failed'])} of {len(rows)} scenes failed; {store.root}/retry.csv lists them"

@@ -36,10 +36,9 @@ from .findings import Finding, FindingTable, readiness
 from .infer import load_model
 from .mapfile import STEPS, open_map
 from .prediction import MapJob, Scene, load_calibration, map_settings, window_logits, window_starts
-from .raster import Grid, check_same_grid
 from .regions import map_rules
-from .scenestats import QUANTILES, channel_names, input_summary, read_channels, scene_statistics
-from .vrt import open_named, raster_digest
+from .scenestats import QUANTILES, input_summary, open_scene, scene_statistics
+from .vrt import raster_digest
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk1
 # steps at the edges of windows, over those elsewhere, that are a seam
@@ -424,7 +423,10 @@ def job_of_map(path:Path, settings:dict, scene:str|Path,
     form = ''
     if loaded.conversion:
         form = 'source' if settings.get('source') else 'manifest'
-    opened = Scene(Path(scene), '', settings['crs'], loaded, form=form, resample='resampled' in settings)
+    # another scale resamples as well, also where no resolution is known
+    resample = 'resampled' in settings and bool(loaded.stats.pixel_size) and settings['crs'] != 'none'
+    scale = parse_views(settings['views']).scale
+    opened = Scene(Path(scene), '', settings['crs'], loaded, form=form, resample=resample, scale=scale)
     calibration = load_calibration(loaded.folder, settings['views'])
     job = MapJob(loaded, opened, calibration, settings['views'], settings['batch'])
     now = map_settings(job)
@@ -547,12 +549,9 @@ def check_batches_of(path:Path, settings:dict, scene:str|Path,
 
 def _add_scene(sums, one, scene):
     "Add a map together with its scene"
-    with open_named(scene, pictures=True, rows=512) as image:
-        grid = one.grid._replace(crs=one.grid.crs or image.crs)
-        check_same_grid(Grid(image.shape, image.crs, image.transform), grid, one.path.name)
-        bands = list(range(1, len(channel_names(image)) + 1))
+    with open_scene(scene, one, 512) as opened:
         for window in one.strips(512):
-            _, valid = read_channels(image, bands, window)
+            _, valid = opened.read(window)
             sums.add(window.row_off, one.probability(window), valid)
 
 # %% ../nbs/08f_mapcheck.ipynb #cmchk10

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
-           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'window_starts', 'window_weight', 'fitting_forms',
-           'described_forms', 'choose_form', 'check_picture', 'resampled_raster', 'Scene', 'ground_side',
+           'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FINDING_FIELDS', 'DESCRIBED', 'window_starts',
+           'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'ground_side',
            'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
            'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
            'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
            'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
-           'describe_scene', 'shift_findings', 'matches_note', 'write_geotiff', 'check_written', 'write_map',
-           'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map',
-           'predict']
+           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
+           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
+           'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -38,18 +38,16 @@ import numpy as np
 import rasterio.shutil
 import torch
 from filelock import FileLock, Timeout
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
-from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.special import logit
 
-from .calibration import Calibration
+from .calibration import NO_THRESHOLD, Calibration
 from .config import ConfigError, parse_views, ratio_text
 from .console import DataError, logger, nearest, progress
-from .evidence import evidence_path, run_evidence
 from .files import FileError, digest, inside, read_json, write_atomic
 from .findings import Finding
 from .folders import is_turned
@@ -57,11 +55,11 @@ from .ground import crs_name, ground_size
 from .importers import Conversion, convert, read_planes, read_registry
 from .infer import Predictor, load_model, mean_logits
 from .launch import StopSignals
-from .mapfile import NODATA, STEPS, note_path, probability_to_uint16, read_map_settings
-from .raster import GDAL_OPTIONS, has_unwritten_blocks, unwritten_pixels
+from .mapfile import NODATA, STEPS, note_path, open_map, probability_to_uint16, read_map_settings
+from .raster import GDAL_OPTIONS, has_unwritten_blocks, resampled_raster, unwritten_pixels
 from .rawtile import BAND_COLUMN, Grid, RawTile, read_pixels, tile_offsets
 from .runs import RunError, Stopped
-from .scenestats import evidence_findings, input_summary, scene_statistics
+from .scenestats import ROWS, OpenScene, input_summary, tally_scene, validation_findings
 from .stats import Stats
 from .styles import ramp_style, write_style
 from .vrt import is_vrt, open_named, raster_digest
@@ -155,16 +153,6 @@ def check_picture(path:Path     # a scene in the form of the source
                         '(in Pillow: ImageOps.exif_transpose)')
 
 # %% ../nbs/08_predict.ipynb #70dde4af
-def resampled_raster(ds:DatasetReader,
-                     grid:Grid    # over the same ground
-                    ) -> WarpedVRT:
-    "A raster on another grid: the mean over longer pixels, bilinear between shorter ones"
-    is_longer = grid.shape[0] < ds.height
-    has_mask = MaskFlags.per_dataset in ds.mask_flag_enums[0]
-    return WarpedVRT(ds, src_crs=ds.crs or grid.crs, crs=grid.crs, transform=grid.transform, height=grid.shape[0],
-                     width=grid.shape[1], resampling=Resampling.average if is_longer else Resampling.bilinear,
-                     add_alpha=has_mask)
-
 class Scene:
     "A scene in one of its forms, checked when opened; raises `DataError` and `ConfigError`"
 
@@ -196,6 +184,8 @@ class Scene:
                               'name the raster that holds them, as --extra')
         # pixels of the file under each pixel of the map, along a side
         self.factor = self.conversion.downscale if self.conversion else 1
+        # why its resolution was not held against that of training; '' where it was
+        self.unchecked = ''
         # how many times as long pixels become, and the grid of those that are read
         self.longer, self.resampled = 1., None
         with self._open('image') as dataset:
@@ -231,12 +221,12 @@ class Scene:
         trained, name = self.stats.pixel_size, Path(self.files['image']).name
         if grid.crs and trained:
             return resize_factor(name, ground_side(grid) * self.factor, trained, resample)
-        unknown = f'{name} has no place on the map'
+        unknown = 'a scene without a CRS has no known resolution'
         if not trained:
             unknown = 'the model does not know the resolution of its tiles'
         if resample:
-            raise ConfigError(f'resample: {unknown}')
-        logger.info(f'{unknown}: whether they fit together was not checked')
+            raise ConfigError(f'resample: {unknown} ({name})')
+        self.unchecked = f'{unknown}: whether they fit together was not checked'
         return 1.
 
     def _check_values(self):
@@ -282,6 +272,13 @@ class Scene:
             tile = convert(dataset, self.conversion, window=window)
         names = list(self.conversion.extra_bands)
         return tile._replace(extra=tile.extra[[names.index(name) for name in self.bands]])
+
+    def read_channels(self,
+                      window:Window    # inside the map
+                     ) -> tuple[np.ndarray, np.ndarray]:    # (channels, H, W), and where they hold data
+        "A part of the scene in the pixels of its map and the values of its files"
+        raw = self._read(window)
+        return np.concatenate([raw.rgb, raw.extra]), raw.valid
 
     def read_rows(self,
                   top:int        # first row of pixels
@@ -718,10 +715,13 @@ class FinishedRows:
         return {i for i in range(self.count) if self.read(i) is None}
 
     def blocks(self) -> Iterator[tuple[dict[str, int], np.ndarray, Window]]:
-        "Counts, values and place of each row of windows, from the top; all must be finished"
+        "Counts, values and place of each row of windows, from the top; raises `OSError` for one that is not finished"
         top = 0
         for i in range(self.count):
-            counts, values = self.read(i)
+            finished = self.read(i)
+            if finished is None:
+                raise OSError(f'row {i:06} of windows is missing or was damaged since it was checked')
+            counts, values = finished
             yield counts, values, Window(0, top, self.width, len(values))
             top += len(values)
 
@@ -797,34 +797,46 @@ def point_settings(thresholds:dict, objects:dict    # points of `Calibration` or
               for ratio, point in objects.items()}
     return dict(thresholds=pixels, objects=floors)
 
+# what a note keeps of a finding, and what in a note does not decide whether it belongs to a map
+FINDING_FIELDS = 'level', 'what', 'value', 'note'
+DESCRIBED = 'input', 'findings', 'scene_name', 'scene_date'
+
 def write_note(out:Path, job:MapJob) -> dict:
-    "Write the settings of a map, its digest, and what it and its scene look like, beside it; returns all of it"
-    note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=describe_scene(out, job))
+    """Write a note beside a map: its settings, its digest, what it and its scene look like, and how that differs from
+    validation; returns all of it"""
+    summary = describe_scene(out, job)
+    findings = [{name: getattr(found, name) for name in FINDING_FIELDS}
+                for found in shift_findings(summary, job.calibration)]
+    note = read_map_settings(out) | job.scene.label | dict(sha256=digest(out), input=summary, findings=findings)
     write_atomic(note_path(out), json.dumps(note, indent=1) + '\n')
     return note
 
 def describe_scene(out:Path, job:MapJob) -> dict:
-    "Statistics of a scene and its map (guide 4); {} where the map has other pixels than the file"
-    scene = job.scene
-    if scene.conversion or scene.resampled:
-        return {}
-    threshold = .5
-    if job.calibration:
-        threshold = job.calibration.thresholds[job.calibration.ratio].threshold
-    return input_summary(scene_statistics(scene.files['image'], out, threshold))
+    "Statistics of a scene as the model sees it, and of its map (guide 4)"
+    scene, threshold = job.scene, job.calibration.counted_from if job.calibration else NO_THRESHOLD
+    opened = OpenScene(scene.stats.channels, scene.grid, scene.read_channels)
+    with open_map(out, ROWS) as predicted:
+        return input_summary(tally_scene(opened, predicted, threshold))
 
-def shift_findings(summary:dict, job:MapJob) -> list[Finding]:
-    "How a map differs from validation (guide 4), where the model lies in its run folder and is calibrated"
-    run = job.model.folder.parent
-    if not (summary and job.calibration and evidence_path(run, 'val', job.views).exists()):
+def shift_findings(summary:dict,    # of `input_summary` or `pooled_summary`
+                   calibration:Calibration|None
+                  ) -> list[Finding]:
+    "How a map differs from validation (guide 4), where the model is calibrated"
+    if calibration is None:
         return []
-    return evidence_findings(summary, run_evidence(run, 'val', job.views), calibration_settings(job.calibration))
+    return validation_findings(summary, calibration.validation, ratio_text(calibration.ratio))
+
+def warning_lines(name:str,                      # of the map
+                  findings:Iterable[Finding]
+                 ) -> list[str]:
+    "The warnings among findings, a line each"
+    return [f'{name}: {found.what}: {found.value}: {found.note}' for found in findings if found.level == 'warning']
 
 def matches_note(out:Path) -> bool:
     "Whether a map is the file that its note describes"
     try:
         note = read_json(note_path(out), out.parent)
-        decided = {name: value for name, value in note.items() if name not in ('input', 'scene_name', 'scene_date')}
+        decided = {name: value for name, value in note.items() if name not in DESCRIBED}
         return decided == read_map_settings(out) | dict(sha256=digest(out))
     except (OSError, ValueError):
         return False
@@ -909,6 +921,9 @@ def load_calibration(folder:Path,        # a model directory
     if path.exists():
         found = Calibration.load(path, views)
         logger.info(found.promise)
+        if found.validation is None:
+            logger.info('the calibration does not say what validation looks like, so maps are not held against it: '
+                        'rtsseg-calibrate makes it again')
         return found
     logger.info('the model is not calibrated: the map holds raw scores between 0 and 1, not probabilities '
                 '(rtsseg-calibrate)')
@@ -973,9 +988,8 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
         finish_rows(job, finished, missing, signals)
         write_map(out, job.scene.grid, finished)
         note = write_note(out, job)
-        for finding in shift_findings(note['input'], job):
-            if finding.level == 'warning':
-                logger.warning(f'{out.name}: {finding.what}: {finding.value}: {finding.note}')
+        for line in warning_lines(out.name, (Finding(**found) for found in note['findings'])):
+            logger.warning(line)
     except KeyboardInterrupt:
         logger.info('finished rows are kept: the same command resumes from them')
         raise
@@ -1007,6 +1021,8 @@ def predict(model_dir:str|Path,      # a model directory
     calibration = load_calibration(model.folder, views)
     band_numbers = read_registry(Path(registry)) if registry else ''
     opened = Scene(scene, extra, crs, model, band_numbers, form, resample, parse_views(views).scale)
+    if opened.unchecked:
+        logger.info(opened.unchecked)
     job = MapJob(model, opened, calibration, views, batch)
     settings = map_settings(job)
     folder = out.with_name(f'{out.name}.parts')

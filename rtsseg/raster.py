@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_VALUES', 'MAX_BLOCKS', 'TIFF_SIGNATURES', 'GDAL_OPTIONS', 'NO_GEOREFERENCE', 'READ_ERRORS',
            'FilesInside', 'resolve_inside', 'check_regular', 'open_dataset', 'unreadable', 'read_errors', 'open_raster',
-           'write_raster', 'valid_pixels', 'has_unwritten_blocks', 'unwritten_pixels', 'Grid', 'check_same_grid']
+           'write_raster', 'valid_pixels', 'has_unwritten_blocks', 'unwritten_pixels', 'Grid', 'check_same_grid',
+           'resampled_raster']
 
 # %% ../nbs/01a_raster.ipynb #iraster
 import hashlib
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import rasterio
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import MaskFlags
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.transform import Affine
+from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from .console import DataError
@@ -343,3 +345,15 @@ def check_same_grid(image:Grid|DatasetReader,   # the image's grid, or the open 
     shift = ~image.transform @ other.transform
     if not shift.almost_equals(Affine.identity(), 1e-2):
         raise DataError(f'{what} is shifted against its image by ({shift.c:.2f}, {shift.f:.2f}) pixels')
+
+# %% ../nbs/01a_raster.ipynb #eraster8
+def resampled_raster(ds:DatasetReader,
+                     grid:Grid    # over the same ground
+                    ) -> WarpedVRT:
+    "A raster on another grid: the mean over longer pixels, bilinear between shorter ones"
+    is_longer = grid.shape[0] < ds.height
+    has_mask = MaskFlags.per_dataset in ds.mask_flag_enums[0]
+    return WarpedVRT(ds, src_crs=ds.crs or grid.crs, crs=grid.crs, transform=grid.transform, height=grid.shape[0],
+                     width=grid.shape[1], resampling=Resampling.average if is_longer else Resampling.bilinear,
+                     add_alpha=has_mask)
+

@@ -21,6 +21,7 @@ from rasterio.transform import Affine
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, nearest, raise_problems
 from .mapfile import read_map_settings
+from .operating import usual_ratio
 
 # %% ../nbs/07b_regions.ipynb #regions-read
 def read_features(path:Path    # GeoParquet, or any layer that GDAL reads
@@ -125,7 +126,7 @@ def _rule(point, source, settings):
 
 def overall_rule(name:str,         # of the map, for messages
                  settings:dict,    # of its tag
-                 ratio:str,        # '1:200' or 'native'
+                 ratio:str,        # '1:200' or 'native'; '': the one of `usual_ratio`
                  points:str        # a key of `POINTS`
                 ) -> Rule:
     "What the calibration of a map's model found for all regions together; raises `DataError`"
@@ -140,6 +141,7 @@ def overall_rule(name:str,         # of the map, for messages
     if not found:
         raise DataError(f'{name} has no operating points of {points}: calibrate with objects in the evidence '
                         f'(rtsseg-evaluate, rtsseg-calibrate) and make the map again, or {given}')
+    ratio = ratio or usual_ratio(calibration.get('ratio'), found)
     if ratio not in found:
         raise DataError(f'{name} has no threshold at {ratio}, only at {", ".join(found)}: take one, or {given}')
     if found[ratio] is None:

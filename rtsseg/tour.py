@@ -21,6 +21,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from .areas import expected_area
+from .calibration import NO_THRESHOLD
 from .config import ConfigError, find_system
 from .console import DataError, logger, nearest
 from .files import write_atomic
@@ -32,6 +33,7 @@ from .prediction import predict
 from .preview import preview
 from .raster import GDAL_OPTIONS, Grid
 from .rawtile import read_row, tile_name
+from .regions import overall_rule
 from .runs import require_finished, run_config
 from .system import table_path
 
@@ -128,13 +130,12 @@ def region_tiles(manifest:Manifest,    # whole images of a split
 
 def map_threshold(path:Path    # a map
                  ) -> float:
-    "The threshold that calibration chose at its own ratio, or 0.5 where it found none, which is said"
-    calibration = read_map_settings(path)['calibration']
-    found = calibration and calibration['thresholds'].get(calibration['ratio'])
-    if not found:
+    "The threshold of calibration where no ratio is named, or 0.5 where it found none, which is said"
+    try:
+        return overall_rule(path.name, read_map_settings(path), '', 'pixels').threshold
+    except DataError:
         logger.warning('calibration found no threshold: polygons are drawn from a probability of 0.5')
-        return .5
-    return found
+        return NO_THRESHOLD
 
 # %% ../nbs/08z_map.ipynb #cmap
 def map_region(run:str|Path,        # a run folder, evaluated on the split and calibrated

@@ -20,7 +20,16 @@ from helpers.runs import MODEL
 from rtsseg.calibration import calibrate_evidence
 from rtsseg.config import Calibrate, ConfigError, Metrics, load
 from rtsseg.evidence import Meter
-from rtsseg.export import MLM, export_model, inspect_model, show_model, size_step, verify_model
+from rtsseg.export import (
+    MLM,
+    ExportJob,
+    deepness_metadata,
+    export_model,
+    inspect_model,
+    show_model,
+    size_step,
+    verify_model,
+)
 from rtsseg.files import check_seal, digest, seal_model
 from rtsseg.infer import load_model, save_model
 from rtsseg.manifest import read_manifest
@@ -138,6 +147,13 @@ def test_deepness_reads_what_is_meant(exported, model, calibration):
     pixels = tile.transpose(0, 3, 1, 2)
     whole = session(exported[0]/'model.onnx').run(None, {'pixels': pixels})[0]
     assert np.abs(run.run(None, {'pixels': given})[0] - whole).max() < 1e-4
+
+def test_a_threshold_that_misses_its_target_is_not_exported(model, calibration):
+    "Deepness then takes its own"
+    missed = calibration.thresholds[200].model_copy(update=dict(reached=False))
+    unreached = calibration.model_copy(update=dict(thresholds=calibration.thresholds | {200: missed}))
+    assert 'seg_thresh' in deepness_metadata(ExportJob(load_model(model), 'none', calibration))
+    assert 'seg_thresh' not in deepness_metadata(ExportJob(load_model(model), 'none', unreached))
 
 def test_a_file_says_what_is_in_it(model, exported, calibration):
     for name in ('model.onnx', 'qgis.onnx'):

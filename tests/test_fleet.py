@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,9 +31,11 @@ import rtsseg.fleet
 import rtsseg.prediction
 from helpers.maps import noise, read_map, untrained_model
 from rtsseg.areas import expected_area
+from rtsseg.calibration import calibrate_evidence
 from rtsseg.claims import Store
-from rtsseg.config import ConfigError, ToySource, load
+from rtsseg.config import ConfigError, Metrics, ToySource, load
 from rtsseg.console import DataError
+from rtsseg.evidence import Meter
 from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, work_of
 from rtsseg.infer import load_model, save_model
 from rtsseg.launch import StopSignals
@@ -45,7 +48,7 @@ from rtsseg.raster import write_raster
 from rtsseg.runs import RunError
 from rtsseg.scenelist import SCENE_COLUMNS
 from rtsseg.stats import Stats
-from rtsseg.toy import CRS, METRES, scene
+from rtsseg.toy import CRS, METRES, scene, scored_tiles
 from rtsseg.vrt import Vrt, VrtBand, VrtSource, raster_digest, vrt_xml
 
 CORNER = -3_000_000, 900_000
@@ -72,7 +75,7 @@ def fleet(tmp_path_factory):
 def check_maps(fleet, job):
     for k in range(2):
         assert (job/f'maps/{k}.tif').read_bytes() == (fleet/f'{k}.tif').read_bytes()
-    assert json.loads((job/'report.json').read_text()) == dict(maps=['0.tif', '1.tif'], failed=[])
+    assert json.loads((job/'report.json').read_text()) == dict(maps=['0.tif', '1.tif'], failed=[], warnings=[])
     assert not any((job/'shards').iterdir())
     assert not any((job/'claims').iterdir())
 
@@ -166,14 +169,14 @@ def test_a_mosaic_is_a_scene(fleet, tmp_path):
     assert 'part2.tif' in retry.lost and 'no such file' in retry.lost
     assert 'an image has 3 bands, this one has 1' in retry.maps
 
-def map_content(job, name):
-    "The bytes of a map of a job, as a file or as a member of an archive"
-    file = job/f'maps/{name}.tif'
+def map_content(job, name, suffix='.tif'):
+    "The bytes of a map of a job, or of its note, as a file or as a member of an archive"
+    file = job/f'maps/{name}{suffix}'
     if file.exists():
         return file.read_bytes()
     row = pd.read_parquet(job/'index.parquet').set_index('name').loc[name]
     with ZipFile(job/row.archive) as archive:
-        return archive.read(row.member)
+        return archive.read(f'{name}{suffix}')
 
 def bad_scenes(folder):
     "{name: what the report says of it}; the scenes are written, but for one"
@@ -216,6 +219,36 @@ def test_scenes_that_do_not_fit_cost_only_themselves(fleet, tmp_path, tiles):
         map_scenes(fleet/'model', job/'retry.csv', tmp_path/'second', device='cpu', resample=True, tiles=tiles)
     assert map_content(tmp_path/'second', 'missing')
     assert map_content(tmp_path/'second', 'coarse')
+
+@pytest.mark.parametrize('tiles', [False, True])
+def test_maps_unlike_validation_are_reported(fleet, tmp_path, caplog, tiles):
+    "With a model directory alone; each scene, and all tiles of a list together"
+    model = shutil.copytree(fleet/'model', tmp_path/'model')
+    logits, masks, table = scored_tiles()
+    meter = Meter(table)
+    meter.update(torch.from_numpy(logits), torch.from_numpy(masks), torch.arange(len(table)))
+    calibration = calibrate_evidence(meter.evidence(), metrics=Metrics(replicates=20))
+    calibration.save(model/'calibration.json')
+    made = map_scenes(model, fleet/'scenes', tmp_path/'job', device='cpu', tiles=tiles, windows=40)
+    single = predict(model, fleet/'scenes/0.tif', tmp_path/'0.tif', device='cpu')
+    assert {'warning'} <= {found['level'] for found in single['findings']}
+    names = ['all tiles'] if tiles else ['0.tif', '1.tif']
+    for line in made['warnings']:
+        assert re.match(f'({"|".join(names)}): (predicted share|scores), against validation: ', line)
+        assert line in caplog.text
+    assert {line.split(':')[0] for line in made['warnings']} == set(names)
+    assert json.loads((tmp_path/'job/report.json').read_text()) == made
+    assert json.loads(map_content(tmp_path/'job', '0', '.tif.json'))['findings'] == single['findings']
+
+@pytest.mark.parametrize('tiles', [False, True])
+def test_what_holds_for_all_scenes_is_said_once(fleet, tmp_path, caplog, tiles):
+    "and not again for each part of a scene, or for each tile"
+    model = untrained_model(tmp_path/'model')
+    map_scenes(model, fleet/'scenes', tmp_path/'job', device='cpu', tiles=tiles, windows=20)
+    assert caplog.text.count('the model does not know the resolution of its tiles') == 1
+    caplog.clear()
+    predict(model, fleet/'scenes/1.tif', tmp_path/'1.tif', device='cpu')
+    assert caplog.text.count('the model does not know the resolution of its tiles') == 1
 
 FAR = dict(
     pole=('EPSG:3413', (-200, 150), 3),

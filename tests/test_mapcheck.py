@@ -1,5 +1,6 @@
 "Maps are checked: seams of real windows, holes, overlaps on other grids, and drift that is and that is not"
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,12 +16,13 @@ from scipy.special import expit
 import rtsseg.mapcheck
 import rtsseg.prediction
 from helpers import maps
-from helpers.maps import GRID, noise, read_map, untrained_model, write_scene
-from rtsseg.config import ConfigError, ToySource
+from helpers.maps import CRS, GRID, noise, read_map, statistics, untrained_model, write_scene
+from rtsseg.config import ConfigError, ImagesSource, ToySource
 from rtsseg.console import DataError
 from rtsseg.files import FileError
 from rtsseg.mapcheck import compare_maps, map_check, scene_baseline
-from rtsseg.prediction import STEPS, predict
+from rtsseg.prediction import STEPS, ground_side, predict
+from rtsseg.raster import Grid
 from rtsseg.scenestats import ObjectCount, SceneTally, input_summary, scene_statistics
 from rtsseg.toy import scene
 
@@ -269,6 +271,54 @@ def test_the_threshold_is_that_of_the_calibration(mapped, tmp_path):
     with pytest.raises(ConfigError, match='ratio'):
         map_check([path], [scene], ratio='often')
 
+# ---------------------------------------------------------------- maps on another grid
+
+def sharp_model(folder, **arguments):
+    "A model that knows the resolution of its tiles: twice that of the scenes here"
+    with rasterio.open(write_scene(folder/'place.tif', noise(150, 150))) as ds:
+        side = ground_side(Grid(ds.shape, ds.crs, ds.transform))
+    return untrained_model(folder/'model', replace(statistics(), pixel_size=[2 * side, 2 * side]), **arguments)
+
+def check_all(model, scene, out, **arguments):
+    "What the check says of a map with its scene and its model"
+    made = predict(model, scene, out, batch=3, **arguments)
+    found = map_check([out], [scene], model=model, threshold=.5)
+    assert levels(found, 'batch') == {'batch place': 'ok', 'batch size': 'ok'}
+    assert levels(found)['coverage'] == 'ok'
+    assert found.summaries[out.name]['mapped'] == made['valid']
+    return made, found.summaries[out.name]
+
+@pytest.mark.parametrize('views', ['none', 'none@0.5'])
+def test_a_resampled_map_is_checked(tmp_path, views):
+    "Its statistics are those of the note: the pixels that the model saw"
+    model = sharp_model(tmp_path)
+    scene = write_scene(tmp_path/'scene.tif', noise(300, 301))
+    made, summary = check_all(model, scene, tmp_path/'map.tif', views=views, resample=True)
+    assert summary['channels'] == made['input']['channels']
+    assert made['pixels'] < 300 * 301 / 3.9
+
+def test_a_map_at_half_the_scale_is_checked(tmp_path):
+    "Also of a model that knows no resolution, and of a scene without a place"
+    model = untrained_model(tmp_path/'model')
+    scene = write_scene(tmp_path/'scene.tif', noise(300, 301))
+    check_all(model, scene, tmp_path/'map.tif', views='none@0.5')
+
+def test_a_map_with_a_named_crs_is_checked(tmp_path):
+    scene = write_scene(tmp_path/'scene.tif', noise(150, 140), crs=None)
+    for crs in (CRS, 'none'):
+        check_all(untrained_model(tmp_path/f'model {crs}'), scene, tmp_path/f'{crs[:4]}.tif', crs=crs)
+
+@pytest.mark.parametrize('downscale', [1, 2])
+def test_a_map_of_a_file_of_the_source_is_checked(tmp_path, downscale):
+    "In the bands, the scale and the pixels of the model; the nodata of the source is not declared in the file"
+    source = ImagesSource(path=tmp_path, bands=[3, 2, 1], nodata=7, downscale=downscale)
+    image = noise(150, 140)
+    image[:, :40, :50] = 7
+    scene = write_scene(tmp_path/'scene.tif', image, nodata=None)
+    model = untrained_model(tmp_path/'model', source=source)
+    made, summary = check_all(model, scene, tmp_path/'map.tif', form='source')
+    assert summary['channels'] == made['input']['channels']
+
 # ---------------------------------------------------------------- drift
 
 @pytest.fixture(scope='module')
@@ -290,6 +340,18 @@ def put(folder, name, image):
 
 def pairs(folder, names):
     return [folder/f'{name}.tif' for name in names], [folder/f'{name}_map.tif' for name in names]
+
+def test_pixels_are_counted_as_polygons_are_cut(tmp_path):
+    "A pixel of just the threshold counts, however a map has rounded it: for half of all thresholds it is rounded down"
+    write_scene(tmp_path/'scene.tif', noise(20, 20))
+    found = []
+    for k, threshold in enumerate(np.random.default_rng(0).uniform(.01, .99, 20)):
+        path = write_map(tmp_path/f'{k}.tif', np.full((20, 20), threshold))
+        summary = input_summary(scene_statistics(tmp_path/'scene.tif', path, threshold))
+        assert summary['predicted']['share'] == 1
+        assert summary['objects'] == 1
+        found.append(read_map(path)[0, 0] / STEPS < threshold)
+    assert {*found} == {True, False}
 
 @pytest.mark.parametrize('known', [['s0'], ['s0', 's1'], ['s0', 's1', 's2', 's3']], ids=len)
 def test_brightness_is_flagged_and_another_scene_is_not(toy, tmp_path, known):

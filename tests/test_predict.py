@@ -147,6 +147,45 @@ def test_scores_become_probabilities(calibration, tmp_path):
     with pytest.raises(ValueError, match="no calibration for views 'minimal'"):
         predict(folder, scene, tmp_path/'m.tif', views='minimal')
 
+def calibrated_at(ratio):
+    "A calibration whose probabilities are those at a ratio, with thresholds at the usual ratios"
+    logits, masks, table = scored_tiles()
+    meter = Meter(table)
+    meter.update(torch.from_numpy(logits), torch.from_numpy(masks), torch.arange(len(table)))
+    return calibrate_evidence(meter.evidence(), Calibrate(ratio=ratio), Metrics(replicates=20))
+
+@pytest.mark.parametrize('ratio', [50, 200])
+def test_a_note_counts_from_the_threshold_of_the_calibration(tmp_path, ratio):
+    "At its own ratio; at the first of metrics.ratios where its own is not one of them"
+    folder = untrained_model(tmp_path/'model')
+    scene = write_scene(tmp_path/'scene.tif', noise(100, 90))
+    found = calibrated_at(ratio)
+    found.save(folder/'calibration.json')
+    assert found.thresholds[200].reached
+    made = predict(folder, scene, tmp_path/'map.tif')
+    assert made['input']['threshold'] == found.thresholds[200].threshold
+
+def test_a_note_counts_from_a_half_where_calibration_found_no_threshold(tmp_path):
+    folder = untrained_model(tmp_path/'model')
+    scene = write_scene(tmp_path/'scene.tif', noise(100, 90))
+    found = calibrated_at(200)
+    found.thresholds[200] = found.thresholds[200].model_copy(update=dict(reached=False))
+    found.save(folder/'calibration.json')
+    assert predict(folder, scene, tmp_path/'map.tif')['input']['threshold'] == .5
+
+def test_a_note_describes_the_pixels_that_the_model_sees(model, tmp_path):
+    "At half the scale, the means over four pixels"
+    image = noise(128, 96)
+    scene = write_scene(tmp_path/'scene.tif', image)
+    seen = predict(model, scene, tmp_path/'map.tif', views='none@0.5')['input']
+    assert seen['pixels'] == 64 * 48
+    assert seen['valid'] == seen['mapped'] == 64 * 48
+    means = image.reshape(3, 64, 2, 48, 2).mean((2, 4))
+    for name, plane in zip('RGB', means, strict=True):
+        # the means are rounded to whole numbers
+        assert abs(seen['channels'][name]['mean'] - plane.mean()) < .5
+        assert seen['channels'][name]['std'] == pytest.approx(plane.std(), rel=.02)
+
 def test_what_does_not_add_up_is_not_called_calibrated(calibration, tmp_path, capsys):
     "The command and the note beside the map repeat what probabilities add up to on validation"
     folder = untrained_model(tmp_path/'model')
@@ -455,6 +494,22 @@ def test_extra_bands_are_found_by_name(with_extra, tmp_path):
     assert (found == read_map(tmp_path/'b.tif')).all()
     assert ((found == NODATA) == np.isnan(planes[0])).all()
 
+@pytest.mark.parametrize('views', ['none', 'none@0.5'])
+def test_bands_of_a_scene_are_found_by_name(model, tmp_path, views):
+    "The map of blue, green and red is that of red, green and blue, also where the scene is resampled"
+    image = noise(128, 96)
+    write_scene(tmp_path/'usual.tif', image)
+    write_scene(tmp_path/'turned.tif', image[::-1], names=['B', 'G', 'R'])
+    predict(model, tmp_path/'usual.tif', tmp_path/'a.tif', views=views)
+    predict(model, tmp_path/'turned.tif', tmp_path/'b.tif', views=views)
+    assert (read_map(tmp_path/'a.tif') == read_map(tmp_path/'b.tif')).all()
+
+def test_a_scene_of_other_bands_is_refused(model, tmp_path):
+    write_scene(tmp_path/'scene.tif', noise(90, 80), names=['nir', 'red', 'green'])
+    with pytest.raises(DataError, match="described as 'nir', 'red', 'green', and an image has R, G and B"):
+        predict(model, tmp_path/'scene.tif', tmp_path/'map.tif')
+    assert not (tmp_path/'map.tif').exists()
+
 def test_extra_bands_are_found_by_a_registry(with_extra, tmp_path):
     "The same map as by description; a registry that does not fit is an error"
     folder, scene, planes = with_extra
@@ -482,6 +537,17 @@ def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
         assert without.crs is None
         assert placed.crs == CRS
         assert (without.read() == placed.read()).all()
+
+def test_a_row_that_is_damaged_late_is_named(tmp_path):
+    "Between the check of the rows and their joining"
+    finished = FinishedRows(tmp_path, {}, 3, 5)
+    for i in range(3):
+        finished.write(i, {}, np.full((2, 5), i, 'uint16'))
+    assert [values[0, 0] for _, values, _ in finished.blocks()] == [0, 1, 2]
+    for damage in (lambda path: path.write_bytes(b'cut off'), lambda path: path.unlink()):
+        damage(tmp_path/'000001')
+        with pytest.raises(OSError, match='row 000001 of windows is missing or was damaged'):
+            list(finished.blocks())
 
 def test_a_map_is_made_by_one_process_at_a_time(model, tmp_path):
     good(tmp_path)
@@ -559,7 +625,9 @@ def test_a_file_of_the_source_gives_the_map_of_its_tile(tmp_path, caplog, write,
         for left in window_starts(ours.width, 64):
             assert torch.equal(window(theirs, found, left), window(ours, want, left))
     made = predict(model, file, tmp_path/'theirs.tif', crs=crs)
-    predict(model, tile, tmp_path/'ours.tif', raster, crs=crs, form=form)
+    usual = predict(model, tile, tmp_path/'ours.tif', raster, crs=crs, form=form)
+    assert made['input'] == usual['input']
+    assert list(made['input']['channels']) == ['R', 'G', 'B', *extra]
     np.testing.assert_array_equal(read_map(tmp_path/'theirs.tif'), read_map(tmp_path/'ours.tif'))
     assert made['source']['value_range'] == settings.get('value_range')
     assert 0 < made['valid'] <= made['pixels'] == ours.height * ours.width
