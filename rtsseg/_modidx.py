@@ -1675,6 +1675,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.prediction.MapRows': ('predict.html#maprows', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.Scene': ('predict.html#scene', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.Scene.__init__': ('predict.html#scene.__init__', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.Scene._bytes_normalised': ( 'predict.html#scene._bytes_normalised',
+                                                                                  'rtsseg/prediction.py'),
                                    'rtsseg.prediction.Scene._check_blocks': ('predict.html#scene._check_blocks', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.Scene._normalise': ('predict.html#scene._normalise', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.Scene._open': ('predict.html#scene._open', 'rtsseg/prediction.py'),

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
-from scipy.special import logit
+from scipy.special import expit
 
 from .calibration import Calibration
 from .config import ConfigError, parse_views, ratio_text
@@ -270,6 +271,11 @@ class Scene:
         padding = [(0, self.tile - rows), (0, max(self.tile - self.width, 0))]
         return RawTile(*(np.pad(plane, [(0, 0)] * (plane.ndim - 2) + padding) for plane in raw))
 
+    @cached_property
+    def _bytes_normalised(self):
+        "What the 256 values of a byte become in each channel, float32 (3, 256)"
+        return np.stack([self._normalise(np.arange(256), k, np.empty(256, 'float32')) for k in range(3)])
+
     def window(self,
                rows:RawTile,      # of `read_rows`
                left:int,          # first column
@@ -280,8 +286,7 @@ class Scene:
         out[3:] = rows.extra[..., columns]
         for k, plane in enumerate(out):
             if k < 3 and rows.rgb.dtype == np.uint8:
-                # a byte has 256 values
-                cv2.LUT(rows.rgb[k, :, columns], self._normalise(np.arange(256), k, np.empty(256, 'float32')), plane)
+                cv2.LUT(rows.rgb[k, :, columns], self._bytes_normalised[k], plane)
             else:
                 self._normalise(rows.rgb[k, :, columns] if k < 3 else plane, k, plane)
         valid = rows.valid[:, columns]
@@ -370,8 +375,8 @@ def window_logits(model:Predictor,     # on its device
         raise ModelError(f'{len(x)} windows at once do not fit into the GPU: take a smaller --batch') from None
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
-# rows of a window that stay in the cache of a processor from one step to the next
-CACHED_ROWS = 64
+# rows of a map that stay in the cache of a processor from one step to the next
+CACHED_ROWS = 16
 
 class BlendedRows:
     "Windows merged into as many rows of pixels as a window has: by their weighted mean, or by their maximum"
@@ -382,52 +387,50 @@ class BlendedRows:
                  device:str|torch.device='cpu',   # where windows are merged
                  merging:str='mean'               # mean or max
                 ):
-        self.merging = merging
-        self.weight = torch.from_numpy(window_weight(tile)).to(device)
-        self.total = torch.zeros(tile, max(width, tile), dtype=torch.float64, device=device)
-        # sums of the ramp over the rows of windows so far, and over all windows of a row
-        self.ramp, self.down = np.sqrt(np.diag(window_weight(tile))), np.zeros(tile)
-        self.across = np.zeros(max(width, tile))
-        for left in window_starts(width, tile):
-            self.across[left:left + tile] += self.ramp
+        self.tile, self.merging = tile, merging
+        self.weight = torch.from_numpy(window_weight(tile)).float().to(device)
+        # weighted sums of the probabilities of yes and of no; or the largest log-odds
+        planes, self.unseen = (1, -torch.inf) if merging == 'max' else (2, 0.)
+        self.planes = torch.full((planes, tile, max(width, tile)), self.unseen, device=device)
         # above the scene
         self.top = -tile
 
     def move_to(self,
                 top:int    # first row of pixels in the scene
                ) -> None:
-        "Move down to a row of windows: rows above `top` are dropped, new rows start at 0"
-        tile = len(self.total)
-        step = min(top - self.top, tile)
-        self.total[:tile - step] = self.total[step:].clone()
-        self.total[tile - step:] = 0
-        self.down = np.append(self.down[step:], np.zeros(step)) + self.ramp
+        "Move down to a row of windows: rows above `top` are dropped, new rows have seen no window"
+        step = min(top - self.top, self.tile)
+        # as many rows at once as do not overlap with those that they replace
+        for row in range(0, self.tile - step, step):
+            part = self.planes[:, row + step:row + 2 * step]
+            self.planes[:, row:row + part.shape[1]] = part
+        self.planes[:, self.tile - step:] = self.unseen
         self.top = top
 
     def add(self,
             left:int,              # first column of the window
             logits:torch.Tensor    # (tile, tile)
            ) -> None:
-        "Add the scores of a window"
-        columns = slice(left, left + len(self.weight))
-        for top in range(0, len(self.weight), CACHED_ROWS):
-            rows = slice(top, top + CACHED_ROWS)
-            total, score = self.total[rows, columns], logits[rows].double().sigmoid_()
-            if self.merging == 'max':
-                torch.maximum(total, score, out=total)
-            else:
-                total.addcmul_(self.weight[rows], score)
+        "Merge the scores of a window"
+        planes = self.planes[:, :, left:left + self.tile]
+        if self.merging == 'max':
+            torch.maximum(planes[0], logits, out=planes[0])
+            return
+        logits = logits.float()
+        planes[0].addcmul_(self.weight, logits.sigmoid())
+        planes[1].addcmul_(self.weight, logits.neg().sigmoid_())
 
     def merged(self,
                valid:np.ndarray    # bool (rows, columns): the upper left part of the rows
-              ) -> np.ndarray:     # float64, of the same shape; 0 where it is not valid
-        "The mean or the maximum over all windows so far"
+              ) -> np.ndarray:     # float32, of the same shape; 0 where it is not valid
+        "The log-odds of the mean or of the maximum over all windows so far"
         rows, columns = valid.shape
-        found = self.total[:rows, :columns].cpu().numpy()
-        if self.merging == 'mean':
-            found = found / self.across[:columns]
-            found /= self.down[:rows, None]
-        return np.where(valid, found, 0)
+        planes = self.planes[:, :rows, :columns]
+        logits = planes[0].clone() if self.merging == 'max' else (planes[0] / planes[1]).log_()
+        found = logits.cpu().numpy()
+        found[~valid] = 0
+        return found
+
 
 # %% ../nbs/08_predict.ipynb #besides2
 def ahead(items:Iterator    # without None
@@ -468,8 +471,8 @@ class MapRows:
     "Rows of pixels that are final"
     # which row of windows made them
     index: int
-    # float64 (rows, width): scores between 0 and 1
-    score: np.ndarray
+    # float32 (rows, width): log-odds
+    logits: np.ndarray
     # bool (rows, width)
     valid: np.ndarray
     # pixels, valid ones, windows that were run, and windows without data
@@ -860,15 +863,14 @@ def finish_rows(job:MapJob,
                 signals:StopSignals
                ) -> None:
     "Run the windows of wanted rows, and keep the probabilities"
+    probability = job.calibration.probability if job.calibration else expit
+
     def keep(rows):
-        values = np.empty(rows.score.shape, 'uint16')
-        # a part at a time, so that what lies between score and value takes little memory
+        values = np.empty(rows.logits.shape, 'uint16')
+        # a part at a time, so that what lies between log-odds and values stays in the cache and takes little memory
         for top in range(0, len(values), CACHED_ROWS):
             part = slice(top, top + CACHED_ROWS)
-            probability = rows.score[part]
-            if job.calibration:
-                probability = job.calibration.probability(logit(probability))
-            values[part] = probability_to_uint16(probability, rows.valid[part])
+            values[part] = probability_to_uint16(probability(rows.logits[part]), rows.valid[part])
         finished.write(rows.index, rows.counts, values)
 
     with closing(predict_rows(job, wanted, signals)) as found:
