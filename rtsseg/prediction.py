@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'window_starts',
            'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'resampled_raster',
-           'Scene', 'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_logits', 'BlendedRows',
-           'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows',
-           'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings',
+           'Scene', 'WindowRows', 'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'window_logits',
+           'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows',
+           'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings',
            'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings', 'matches_note',
            'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace',
            'is_finished', 'finish_rows', 'make_map', 'predict']
@@ -258,17 +258,19 @@ class Scene:
         return tile._replace(extra=tile.extra[[names.index(name) for name in self.bands]])
 
     def read_rows(self,
-                  top:int        # first row of pixels
-                 ) -> RawTile:   # (…, tile, width or tile, whichever is larger)
-        "The pixels of a row of windows; those beyond the scene are not valid"
-        rows = min(self.tile, self.height - top)
+                  top:int,            # first row of pixels
+                  count:int|None=None # how many; None: as many as a window has
+                 ) -> RawTile:        # (…, count, width or tile, whichever is larger)
+        "Rows of pixels; those beyond the scene are not valid"
+        count = count or self.tile
+        rows = min(count, self.height - top)
         try:
             raw = self._read(Window(0, top, self.width, rows))
         except DataError as error:
             raise DataError(f'rows {top} to {top + rows - 1}: {error}') from None
-        if rows == self.tile <= self.width:
+        if rows == count and self.tile <= self.width:
             return raw
-        padding = [(0, self.tile - rows), (0, max(self.tile - self.width, 0))]
+        padding = [(0, count - rows), (0, max(self.tile - self.width, 0))]
         return RawTile(*(np.pad(plane, [(0, 0)] * (plane.ndim - 2) + padding) for plane in raw))
 
     @cached_property
@@ -303,6 +305,30 @@ class Scene:
         out -= np.float32(self.stats.mean[k])
         out /= np.float32(self.stats.std[k])
         return out
+
+class WindowRows:
+    "The pixels of a row of windows, which move down a scene: what the row above has read is kept"
+
+    def __init__(self, scene:Scene):
+        self.scene, self.pixels = scene, None
+        # above the scene
+        self.top = -scene.tile
+
+    def move_to(self,
+                top:int        # first row of pixels
+               ) -> RawTile:   # (…, tile, width or tile, whichever is larger); changed by the next call
+        "Move down, and read what was not read before; raises `DataError`"
+        tile = self.scene.tile
+        step = min(top - self.top, tile)
+        new = self.scene.read_rows(top + tile - step, step)
+        self.top = top
+        if step == tile:
+            self.pixels = new
+            return new
+        for plane, below in zip(self.pixels, new):
+            plane[..., :-step, :] = plane[..., step:, :]
+            plane[..., -step:, :] = below
+        return self.pixels
 
 # how many times as long or short as in training: augmentation varies sizes by a fifth
 RESOLUTION_FACTOR = 1.25
@@ -512,16 +538,18 @@ def read_windows(job:MapJob,
     shape = min(job.batch, len(lefts)), len(scene.stats.channels), scene.tile, scene.tile
     on_gpu = next(job.model.model.parameters()).is_cuda
     buffers = itertools.cycle([torch.zeros(shape, pin_memory=on_gpu) for _ in range(2)])
+    moving = WindowRows(scene)
     for i in progress(needed, 'rows of windows'):
-        rows = scene.read_rows(tops[i])
-        seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
+        rows = moving.move_to(tops[i])
+        valid = rows.valid.copy()
+        seen = [left for left in lefts if valid[:, left:left + scene.tile].any()]
         counts = dict(windows=len(seen), empty=len(lefts) - len(seen))
         for first in range(0, max(len(seen), 1), shape[0]):
             x, some = next(buffers), seen[first:first + shape[0]]
             for left, out in zip(some, x.numpy()):
                 scene.window(rows, left, out)
             x[len(some):] = 0
-            yield WindowBatch(i, rows.valid, counts, some, x, first + shape[0] >= len(seen))
+            yield WindowBatch(i, valid, counts, some, x, first + shape[0] >= len(seen))
 
 def predict_rows(job:MapJob,
                  wanted:set[int],        # rows of windows
@@ -608,7 +636,7 @@ class FinishedRows:
               values:np.ndarray         # uint16 (rows, width)
              ) -> None:
         "Write a finished row of windows, with its hash"
-        data = json.dumps(counts).encode() + b'\n' + zlib.compress(values.tobytes(), 1)
+        data = json.dumps(counts).encode() + b'\n' + zlib.compress(values, 1)
         write_atomic(self.folder/f'{i:06}', self._hash(i, data) + data)
 
     def read(self,
@@ -867,7 +895,7 @@ def finish_rows(job:MapJob,
 
     def keep(rows):
         values = np.empty(rows.logits.shape, 'uint16')
-        # a part at a time, so that what lies between log-odds and values stays in the cache and takes little memory
+        # a part at a time, so that what lies between log-odds and values takes little memory
         for top in range(0, len(values), CACHED_ROWS):
             part = slice(top, top + CACHED_ROWS)
             values[part] = probability_to_uint16(probability(rows.logits[part]), rows.valid[part])
