@@ -3,11 +3,11 @@
 python benchmarks/inference.py [side] [rounds]     for MONAI, pip install --no-deps monai==1.6.1
 
 A model that costs nothing, one 1 × 1 convolution, shows what a window of 512² costs around the model: the time of all
-windows, less that of the model alone on as many. Ours normalises the pixels of a scene, blends scores in double
-precision, and overlaps windows by half, which is the only overlap that it has. MONAI's `sliding_window_inference`
-gets a normalised scene in memory, overlaps by a quarter or by half, and blends logits in single precision. Both run 4
-windows at once. Ours is also measured from the file of the scene to finished rows on the disk, which the peer has no
-part for.
+windows, less that of the model alone on as many. Ours normalises the pixels of a scene, blends probabilities, and
+overlaps windows by half, which is the only overlap that it has. MONAI's `sliding_window_inference` gets a normalised
+scene in memory, overlaps by a quarter or by half, and blends logits: it takes no sigmoid. Both blend in single
+precision, and run 4 windows at once. Ours is also measured from the file of the scene to finished rows on the disk,
+which the peer has no part for.
 Memory is the peak of one call in a process of its own, above the imports, the model and, for MONAI, the scene.
 A U-Net with EfficientNet-B0 shows the rate of `predict`, from the file of a scene to finished rows on the disk, beside
 bare forward passes over the same windows in memory. Time is that of the CPU, all threads together: on one core reading
@@ -35,6 +35,7 @@ from rtsseg.launch import StopSignals
 from rtsseg.models import build
 from rtsseg.prediction import FinishedRows, MapJob, Scene, finish_rows, predict_rows, read_windows, window_starts
 from rtsseg.raster import write_raster
+from rtsseg.rawtile import RawTile
 from rtsseg.stats import Stats
 
 TILE, BATCH = 512, 4
@@ -103,9 +104,9 @@ def seconds_of_model(model, rounds):
     return statistics.median(times[3:])/BATCH
 
 def keep_in_memory(job):
-    "Read the rows of a scene once and for all"
-    rows = {top: job.scene.read_rows(top) for top in window_starts(job.scene.height, TILE)}
-    job.scene.read_rows = rows.get
+    "Read a scene once and for all"
+    whole = job.scene.read_rows(0, job.scene.height)
+    job.scene.read_rows = lambda top, count: RawTile(*(plane[..., top:top + count, :].copy() for plane in whole))
 
 def overhead_beside(folder, side, rounds):
     "What a window costs around the model"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE',
            'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FINDING_FIELDS', 'DESCRIBED', 'window_starts',
-           'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'ground_side',
-           'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
-           'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
-           'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked', 'other_settings',
-           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
-           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
-           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
-           'make_map', 'predict']
+           'window_weight', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'WindowRows',
+           'ground_side', 'resize_factor', 'resized_grid', 'choose_crs', 'ValueScale', 'value_scale', 'check_values',
+           'check_extra', 'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows',
+           'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows', 'add_windows', 'stop_if_asked',
+           'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings',
+           'write_note', 'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff',
+           'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished',
+           'finish_rows', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -43,7 +43,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
-from scipy.special import logit
+from scipy.special import expit
 
 from .calibration import NO_THRESHOLD, Calibration
 from .config import ConfigError, parse_views, ratio_text
@@ -281,18 +281,25 @@ class Scene:
         return np.concatenate([raw.rgb, raw.extra]), raw.valid
 
     def read_rows(self,
-                  top:int        # first row of pixels
-                 ) -> RawTile:   # (…, tile, width or tile, whichever is larger)
-        "The pixels of a row of windows; those beyond the scene are not valid"
-        rows = min(self.tile, self.height - top)
+                  top:int,            # first row of pixels
+                  count:int|None=None # how many; None: as many as a window has
+                 ) -> RawTile:        # (…, count, width or tile, whichever is larger)
+        "Rows of pixels; those beyond the scene are not valid"
+        count = count or self.tile
+        rows = min(count, self.height - top)
         try:
             raw = self._read(Window(0, top, self.width, rows))
         except DataError as error:
             raise DataError(f'rows {top} to {top + rows - 1}: {error}') from None
-        if rows == self.tile <= self.width:
+        if rows == count and self.tile <= self.width:
             return raw
-        padding = [(0, self.tile - rows), (0, max(self.tile - self.width, 0))]
+        padding = [(0, count - rows), (0, max(self.tile - self.width, 0))]
         return RawTile(*(np.pad(plane, [(0, 0)] * (plane.ndim - 2) + padding) for plane in raw))
+
+    @cached_property
+    def _bytes_normalised(self):
+        "What the 256 values of a byte become in each channel, float32 (3, 256)"
+        return np.stack([self._normalise(np.arange(256), k, np.empty(256, 'float32')) for k in range(3)])
 
     def window(self,
                rows:RawTile,      # of `read_rows`
@@ -304,8 +311,7 @@ class Scene:
         out[3:] = rows.extra[..., columns]
         for k, plane in enumerate(out):
             if k < 3 and rows.rgb.dtype == np.uint8:
-                # a byte has 256 values
-                cv2.LUT(rows.rgb[k, :, columns], self._normalise(np.arange(256), k, np.empty(256, 'float32')), plane)
+                cv2.LUT(rows.rgb[k, :, columns], self._bytes_normalised[k], plane)
             else:
                 self._normalise(rows.rgb[k, :, columns] if k < 3 else plane, k, plane)
         valid = rows.valid[:, columns]
@@ -322,6 +328,30 @@ class Scene:
         out -= np.float32(self.stats.mean[k])
         out /= np.float32(self.stats.std[k])
         return out
+
+class WindowRows:
+    "The pixels of a row of windows, which move down a scene: what the row above has read is kept"
+
+    def __init__(self, scene:Scene):
+        self.scene, self.pixels = scene, None
+        # above the scene
+        self.top = -scene.tile
+
+    def move_to(self,
+                top:int        # first row of pixels
+               ) -> RawTile:   # (…, tile, width or tile, whichever is larger); changed by the next call
+        "Move down, and read what was not read before; raises `DataError`"
+        tile = self.scene.tile
+        step = min(top - self.top, tile)
+        new = self.scene.read_rows(top + tile - step, step)
+        self.top = top
+        if step == tile:
+            self.pixels = new
+            return new
+        for plane, below in zip(self.pixels, new):
+            plane[..., :-step, :] = plane[..., step:, :]
+            plane[..., -step:, :] = below
+        return self.pixels
 
 # how many times as long or short as in training: augmentation varies sizes by a fifth
 RESOLUTION_FACTOR = 1.25
@@ -455,8 +485,8 @@ def window_logits(model:Predictor,     # on its device
                           'other programs leave more of its memory') from None
 
 # %% ../nbs/08_predict.ipynb #31da8c8f
-# rows of a window that stay in the cache of a processor from one step to the next
-CACHED_ROWS = 64
+# rows of a map that stay in the cache of a processor from one step to the next
+CACHED_ROWS = 16
 
 class BlendedRows:
     "Windows merged into as many rows of pixels as a window has: by their weighted mean, or by their maximum"
@@ -467,52 +497,50 @@ class BlendedRows:
                  device:str|torch.device='cpu',   # where windows are merged
                  merging:str='mean'               # mean or max
                 ):
-        self.merging = merging
-        self.weight = torch.from_numpy(window_weight(tile)).to(device)
-        self.total = torch.zeros(tile, max(width, tile), dtype=torch.float64, device=device)
-        # sums of the ramp over the rows of windows so far, and over all windows of a row
-        self.ramp, self.down = np.sqrt(np.diag(window_weight(tile))), np.zeros(tile)
-        self.across = np.zeros(max(width, tile))
-        for left in window_starts(width, tile):
-            self.across[left:left + tile] += self.ramp
+        self.tile, self.merging = tile, merging
+        self.weight = torch.from_numpy(window_weight(tile)).float().to(device)
+        # weighted sums of the probabilities of yes and of no; or the largest log-odds
+        planes, self.unseen = (1, -torch.inf) if merging == 'max' else (2, 0.)
+        self.planes = torch.full((planes, tile, max(width, tile)), self.unseen, device=device)
         # above the scene
         self.top = -tile
 
     def move_to(self,
                 top:int    # first row of pixels in the scene
                ) -> None:
-        "Move down to a row of windows: rows above `top` are dropped, new rows start at 0"
-        tile = len(self.total)
-        step = min(top - self.top, tile)
-        self.total[:tile - step] = self.total[step:].clone()
-        self.total[tile - step:] = 0
-        self.down = np.append(self.down[step:], np.zeros(step)) + self.ramp
+        "Move down to a row of windows: rows above `top` are dropped, new rows have seen no window"
+        step = min(top - self.top, self.tile)
+        # as many rows at once as do not overlap with those that they replace
+        for row in range(0, self.tile - step, step):
+            part = self.planes[:, row + step:row + 2 * step]
+            self.planes[:, row:row + part.shape[1]] = part
+        self.planes[:, self.tile - step:] = self.unseen
         self.top = top
 
     def add(self,
             left:int,              # first column of the window
             logits:torch.Tensor    # (tile, tile)
            ) -> None:
-        "Add the scores of a window"
-        columns = slice(left, left + len(self.weight))
-        for top in range(0, len(self.weight), CACHED_ROWS):
-            rows = slice(top, top + CACHED_ROWS)
-            total, score = self.total[rows, columns], logits[rows].double().sigmoid_()
-            if self.merging == 'max':
-                torch.maximum(total, score, out=total)
-            else:
-                total.addcmul_(self.weight[rows], score)
+        "Merge the scores of a window"
+        planes = self.planes[:, :, left:left + self.tile]
+        if self.merging == 'max':
+            torch.maximum(planes[0], logits, out=planes[0])
+            return
+        logits = logits.float()
+        planes[0].addcmul_(self.weight, logits.sigmoid())
+        planes[1].addcmul_(self.weight, logits.neg().sigmoid_())
 
     def merged(self,
                valid:np.ndarray    # bool (rows, columns): the upper left part of the rows
-              ) -> np.ndarray:     # float64, of the same shape; 0 where it is not valid
-        "The mean or the maximum over all windows so far"
+              ) -> np.ndarray:     # float32, of the same shape; 0 where it is not valid
+        "The log-odds of the mean or of the maximum over all windows so far"
         rows, columns = valid.shape
-        found = self.total[:rows, :columns].cpu().numpy()
-        if self.merging == 'mean':
-            found = found / self.across[:columns]
-            found /= self.down[:rows, None]
-        return np.where(valid, found, 0)
+        planes = self.planes[:, :rows, :columns]
+        logits = planes[0].clone() if self.merging == 'max' else (planes[0] / planes[1]).log_()
+        found = logits.cpu().numpy()
+        found[~valid] = 0
+        return found
+
 
 # %% ../nbs/08_predict.ipynb #besides2
 def ahead(items:Iterator    # without None
@@ -553,8 +581,8 @@ class MapRows:
     "Rows of pixels that are final"
     # which row of windows made them
     index: int
-    # float64 (rows, width): scores between 0 and 1
-    score: np.ndarray
+    # float32 (rows, width): log-odds
+    logits: np.ndarray
     # bool (rows, width)
     valid: np.ndarray
     # pixels, valid ones, windows that were run, and windows without data
@@ -594,16 +622,18 @@ def read_windows(job:MapJob,
     shape = min(job.batch, len(lefts)), len(scene.stats.channels), scene.tile, scene.tile
     on_gpu = next(job.model.model.parameters()).is_cuda
     buffers = itertools.cycle([torch.zeros(shape, pin_memory=on_gpu) for _ in range(2)])
+    moving = WindowRows(scene)
     for i in progress(needed, 'rows of windows'):
-        rows = scene.read_rows(tops[i])
-        seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
+        rows = moving.move_to(tops[i])
+        valid = rows.valid.copy()
+        seen = [left for left in lefts if valid[:, left:left + scene.tile].any()]
         counts = dict(windows=len(seen), empty=len(lefts) - len(seen))
         for first in range(0, max(len(seen), 1), shape[0]):
             x, some = next(buffers), seen[first:first + shape[0]]
             for left, out in zip(some, x.numpy()):
                 scene.window(rows, left, out)
             x[len(some):] = 0
-            yield WindowBatch(i, rows.valid, counts, some, x, first + shape[0] >= len(seen))
+            yield WindowBatch(i, valid, counts, some, x, first + shape[0] >= len(seen))
 
 def predict_rows(job:MapJob,
                  wanted:set[int],        # rows of windows
@@ -690,7 +720,7 @@ class FinishedRows:
               values:np.ndarray         # uint16 (rows, width)
              ) -> None:
         "Write a finished row of windows, with its hash"
-        data = json.dumps(counts).encode() + b'\n' + zlib.compress(values.tobytes(), 1)
+        data = json.dumps(counts).encode() + b'\n' + zlib.compress(values, 1)
         write_atomic(self.folder/f'{i:06}', self._hash(i, data) + data)
 
     def read(self,
@@ -963,15 +993,14 @@ def finish_rows(job:MapJob,
                 signals:StopSignals
                ) -> None:
     "Run the windows of wanted rows, and keep the probabilities"
+    probability = job.calibration.probability if job.calibration else expit
+
     def keep(rows):
-        values = np.empty(rows.score.shape, 'uint16')
-        # a part at a time, so that what lies between score and value takes little memory
+        values = np.empty(rows.logits.shape, 'uint16')
+        # a part at a time, so that what lies between log-odds and values takes little memory
         for top in range(0, len(values), CACHED_ROWS):
             part = slice(top, top + CACHED_ROWS)
-            probability = rows.score[part]
-            if job.calibration:
-                probability = job.calibration.probability(logit(probability))
-            values[part] = probability_to_uint16(probability, rows.valid[part])
+            values[part] = probability_to_uint16(probability(rows.logits[part]), rows.valid[part])
         finished.write(rows.index, rows.counts, values)
 
     with closing(predict_rows(job, wanted, signals)) as found:

@@ -86,7 +86,8 @@ def tile_with_a_gap(manifest):
 @pytest.mark.parametrize('views', ['none', 'full'])
 @pytest.mark.parametrize('bands', [[], BANDS])
 def test_a_scene_of_one_tile_is_what_validation_would_see(tiny_world, tmp_path, bands, views):
-    "Read, scaled, normalised, filled and scored as the loader's tile is, to the last bit that a map holds"
+    """Read, scaled, normalised, filled and scored as the loader's tile is. Sums in single precision are off by less
+    than a hundredth of a step of the map, so a value differs where it lies that near to the middle between two"""
     manifest = read_manifest(tiny_world)
     table = manifest.table
     folder = untrained_model(tmp_path/'model', compute_stats(manifest.of('train'), bands))
@@ -103,7 +104,7 @@ def test_a_scene_of_one_tile_is_what_validation_would_see(tiny_world, tmp_path, 
         with rasterio.open(image) as dataset:
             assert (valid == (dataset.read() != 0).any(0)).all()
         assert made['valid'] == valid.sum() > 0
-        assert (found[valid] == np.rint(STEPS * want)[valid]).all()
+        assert np.abs(found - STEPS * want)[valid].max() <= .51
         assert np.ptp(found[valid]) > 5000
 
 @pytest.fixture(scope='module')
