@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_CLASS', 'IMAGE_FOLDER', 'MASK_FOLDER', 'SAMPLE_COLUMNS', 'check_scales', 'ClassData', 'list_loveda', 'list_table',
-           'ClassSamples', 'Pair', 'read_class_mask', 'read_colours', 'read_pair', 'check_pairs', 'crop_at_scale',
+           'ClassSamples', 'ClassPair', 'read_class_mask', 'read_colours', 'read_pair', 'check_pairs', 'crop_at_scale',
            'draw_start', 'cut_padded', 'image_weights', 'ClassBatches', 'ClassTiles']
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlexports
@@ -138,7 +138,7 @@ class ClassSamples:
         return len(self.table)
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlreadcode
-class Pair(NamedTuple):
+class ClassPair(NamedTuple):
     "An image and its mask"
     image: np.ndarray    # uint8 (H, W, 3): R, G, B
     mask: np.ndarray     # uint8 (H, W): classes, 255 = ignore; 255 everywhere without a mask
@@ -170,17 +170,17 @@ def read_colours(path:Path) -> np.ndarray:    # uint8 (H, W, 3)
 def read_pair(samples:ClassSamples,
               row:int,
               values:dict[int, int]    # value of the mask: class, or 255
-             ) -> Pair:
+             ) -> ClassPair:
     "Read an image and its mask; raises `DataError`, which names the file"
     entry = samples.table.loc[row]
     image = read_colours(samples.root/entry.image)
     if not entry['mask']:
-        return Pair(image, np.full(image.shape[:2], NO_CLASS, np.uint8))
+        return ClassPair(image, np.full(image.shape[:2], NO_CLASS, np.uint8))
     mask = read_class_mask(samples.root/entry['mask'], values)
     if mask.shape != image.shape[:2]:
         raise DataError(f"{entry['mask']}: {mask.shape[0]} × {mask.shape[1]} pixels, its image has "
                         f'{image.shape[0]} × {image.shape[1]}')
-    return Pair(image, mask)
+    return ClassPair(image, mask)
 
 def check_pairs(samples:ClassSamples, data:ClassData) -> np.ndarray:    # int64 (images, classes): pixels
     "Read every pair once and count its classes; raises one `DataError` with all problems"

@@ -680,7 +680,7 @@ def map_scenes(model:str|Path,      # a model directory
         raise ConfigError('registry: it numbers the bands of the column extra, which the list does not have')
     if workers > 1 or run is not run_workers:
         # what is wrong with a model is said once, and no GPU holds this one
-        Mapper(replace(options, device='cpu'))
+        mapper = Mapper(replace(options, device='cpu'))
         job = begin_job(store, options, rows)
         run(workers, str(out), options, rows, expiry, part)
     else:

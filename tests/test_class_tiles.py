@@ -142,7 +142,7 @@ def test_a_crop_at_scale_one_lies_in_the_image(height, width, side, seed):
     assert (labels == 0).sum() == min(side, height) * min(side, width)
 
 def test_classes_in_a_crop_are_those_of_the_image():
-    "Over many draws each pixel of an image that is no larger than its crops is as likely as any other"
+    "Over many draws each pixel of an image as small as its crops is as likely as any other"
     mask = np.arange(100, dtype=np.uint8).reshape(10, 10)
     image, seen = np.zeros((10, 10, 3), np.float32), np.zeros(100)
     for seed in range(4000):

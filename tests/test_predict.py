@@ -310,10 +310,12 @@ def test_the_same_model_and_scene_give_the_same_bytes(tmp_path):
     note = json.loads((tmp_path/'a'/'map.tif.json').read_text())
     assert note.pop('scene_name') == 'a_scene.tif'
     assert set(note.pop('input')['channels']) == {'R', 'G', 'B'}
+    assert note.pop('findings') == []
     assert json.loads(tags['RTSSEG']) | digest | dict(scene_date='') == note
     for trace in (str(tmp_path), 'scene.tif', '.parts'):
         assert trace.encode() not in first
-    assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['a_scene.tif', 'map.tif', 'map.tif.json', 'model']
+    names = {path.name for path in (tmp_path/'a').iterdir()}
+    assert names == {'a_scene.tif', 'map.qml', 'map.tif', 'map.tif.json', 'model'}
 
 @pytest.mark.parametrize(('bands', 'conversion'), [(3, None), (7, Conversion(bands=[7, 2, 1], downscale=2))],
                          ids=['tile', 'source'])
