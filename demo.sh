@@ -16,9 +16,9 @@ from_root() {
   sed -u 's|\.\./runs/|runs/|g'
 }
 
-# Lines that match a pattern; none is no error
+# Lines that match a pattern, each with the lines on which its sentence continues: text is wrapped at 100 columns
 show() {
-  grep --line-buffered -E "$1" || true
+  awk -v pattern="$1" 'continues || $0 ~ pattern { print; fflush(); continues = length($0) > 85; next }'
 }
 
 # stage TITLE NOTEBOOK LINES [more arguments of papermill]: LINES is a pattern of the lines to show

@@ -414,6 +414,9 @@ def expected_area(map:str|Path,           # of rtsseg-predict, calibrated and wi
     if calibration['promise'].startswith('not calibrated'):
         logger.warning(f'{map.name} is {calibration["promise"]}: areas are wrong by about the same factor')
     asked = parse_judged_ratio(ratio) if ratio else ''
+    if not asked:
+        logger.info(f'expected at a tile ratio of {calibration["ratio"]}, that of the calibration; a region with '
+                    'another one needs --ratio, as native or 1:500: the interval does not cover that')
     draws = run_draws(run, settings, replicates, asked)
     if draws.why:
         logger.warning(f'no interval: {draws.why}')

@@ -647,12 +647,17 @@ class Calibration(Strict):
         return write_sealed(path, json.dumps(content, indent=1) + '\n')
 
     @classmethod
-    def load(cls, path:str|Path, views:str='none') -> 'Calibration':
+    def load(cls,
+             path:str|Path,
+             views:str=''     # as none or full; '' takes the only ones that are calibrated, or none
+            ) -> 'Calibration':
         "Read the calibration of some views. Raises ValueError where it is missing, damaged or of another version"
         known, name = read_stored(path), Path(path).name
+        if not views:
+            views = [*known][0] if len(known) == 1 else 'none'
         if views not in known:
             stored = ', '.join(sorted(known)) or 'none at all'
-            raise ValueError(f'{name} holds no calibration for views {views!r}, only for {stored}')
+            raise ValueError(f'{name} holds no calibration for views {views!r}, only for {stored}: name those as views')
         try:
             found = cls.model_validate_json(json.dumps(known[views]), strict=True)
         except ValidationError as e:

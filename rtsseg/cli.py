@@ -444,7 +444,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
 def rtsseg_export(model:str='',                             # model directory, as runs/…/model
                   out:str='',                               # a new folder for the files
                   formats:str='onnx,qgis,torch,stac',       # files to write, with commas between them
-                  views:str='none'                          # none, minimal, standard or full, in the graph
+                  views:str=''                              # none, minimal, standard or full; '' takes the model's
                  ) -> None:
     "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, torch.export, STAC"
     require(model=model, out=out)

@@ -35,7 +35,7 @@ from scipy.special import logit
 from torch import nn
 
 from .calibration import Calibration, read_stored
-from .config import SYMMETRIES, ConfigError, RtsConfig, load
+from .config import SYMMETRIES, ConfigError, RtsConfig, load, parse_views
 from .console import logger, nearest, progress
 from .files import check_seal, digest, inside, seal_model, write_atomic
 from rtsseg.infer import (
@@ -451,7 +451,7 @@ def write_formats(job:ExportJob, folder:Path, formats:tuple[str, ...]) -> dict[s
 def export_model(model_dir:str|Path,                           # a model directory
                  out:str|Path,                                 # a new folder for the files
                  formats:tuple[str, ...]=EXPORT_FORMATS,       # some of onnx, qgis, torch, stac
-                 views:str='none'                              # none, minimal, standard or full, in the graph
+                 views:str=''                                  # of the square, in the graph; '' takes the model's
                 ) -> dict[str, float]:                         # {file: largest difference of a probability}
     """Export a model with its normalisation, views and calibration inside: raw pixels in, probabilities out
 
@@ -459,10 +459,11 @@ def export_model(model_dir:str|Path,                           # a model directo
     the model card and SHA256SUMS. Raises `ConfigError`, `ModelError` or `FileError`, and then leaves nothing behind;
     among others where a file differs from the library by more than 1e-4 on 100 tiles."""
     out, formats = Path(out), tuple(formats)
-    check_export_arguments(out, formats, views)
+    check_export_arguments(out, formats, views or 'none')
     if {'onnx', 'qgis'} & set(formats):
         require_export_extra()
     model = load_model(model_dir)
+    views = views or parse_views(model.cfg.infer.views).symmetries
     with model_errors(model.folder):
         calibration = load_calibration(model.folder, views)
     job = ExportJob(model, views, calibration)

@@ -182,6 +182,8 @@ def read_seal(folder:str|Path              # a model directory
     if not path.parent.is_dir():
         raise FileError('no such folder')
     if not os.path.lexists(path):
+        if os.path.lexists(path.parent/'model'/SEAL):
+            raise FileError('a run folder; its model directory is model/ in it')
         code = f'from rtsseg.files import seal_model; seal_model({json.dumps(os.path.relpath(folder))})'
         raise FileError(f'{SEAL} is missing: the directory is not whole; the command that made it, run again, '
                         f'mends it. If it is older than such lists, and unchanged: python -c {shlex.quote(code)}')

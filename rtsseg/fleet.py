@@ -694,5 +694,6 @@ def map_scenes(model:str|Path,      # a model directory
     if done['failed']:
         lines = first_lines([f"{row['name']}: {row['error']}" for row in done['failed']])
         head = f"{len(done['failed'])} of {len(rows)} scenes failed; {store.root}/retry.csv lists them"
-        raise RunError('\n'.join([head, *lines]))
+        then = 'what is mended goes into another folder: --scenes with this list, and another --out'
+        raise RunError('\n'.join([head, *lines, then]))
     return done

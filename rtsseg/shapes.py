@@ -177,7 +177,8 @@ def tile_objects(logits:np.ndarray,                    # float (H, W)
     order = np.lexsort((-score, objects['mask']))
     table = {name: objects[name][order] for name in ('area', 'size', 'edge')}
     table['id'] = objects['id']
-    table['score'] = np.round(score[order], 3)
+    # not rounded: raw scores of a weighted loss lie close to 1
+    table['score'] = score[order]
     table['threshold'] = np.array([np.nan, *thresholds])[objects['mask']]
     truth = {name: values[:n_true] for name, values in table.items()}
     predicted = {name: values[n_true:] for name, values in table.items()}
