@@ -39,7 +39,7 @@ import rasterio.shutil
 import torch
 from filelock import FileLock, Timeout
 from rasterio.enums import ColorInterp
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
@@ -230,19 +230,20 @@ class Scene:
         return 1.
 
     def _check_values(self):
-        "Hold some rows, spread over the scene, against the values of training"
+        "Hold some rows, spread over the scene, against the values of training; those that are damaged are met later"
         name, source = Path(self.files['image']).name, self.conversion or Conversion()
-        colours = []
+        colours, extra = [np.empty((3, 0))], [np.empty((len(self.bands), 0))]
         with self._open('image') as ds:
             for row in np.linspace(0, ds.height - 1, LOOKED_AT).astype(int).tolist():
-                rgb, _, valid = read_planes(ds, source, Window(0, row, ds.width, 1))
-                colours.append(rgb[:, valid & ~unwritten_pixels(ds, rgb, source.bands, row)])
+                with suppress(DataError, RasterioError):
+                    rgb, _, valid = read_planes(ds, source, Window(0, row, ds.width, 1))
+                    colours.append(rgb[:, valid & ~unwritten_pixels(ds, rgb, source.bands, row)])
         check_values(name, np.concatenate(colours, 1), value_scale(self.stats, self.conversion))
-        if self.bands:
-            rows = np.linspace(0, self.height - 1, LOOKED_AT).astype(int).tolist()
-            tiles = [self._read(Window(0, row, self.width, 1)) for row in rows]
-            planes = np.concatenate([tile.extra[:, tile.valid] for tile in tiles], 1)
-            check_extra(Path(self.files['extra']).name or name, planes, self.stats)
+        for row in np.linspace(0, self.height - 1, LOOKED_AT).astype(int).tolist() if self.bands else []:
+            with suppress(DataError):
+                tile = self._read(Window(0, row, self.width, 1))
+                extra.append(tile.extra[:, tile.valid])
+        check_extra(Path(self.files['extra']).name or name, np.concatenate(extra, 1), self.stats)
 
     def _check_blocks(self):
         "Raise where blocks that were never written would be resampled as 0"

@@ -533,7 +533,7 @@ def test_42_a_scene_with_a_damaged_block(model, tmp_path):
     content[at:at + 400] = bytes(400)
     path.write_bytes(content)
     out = tmp_path/'map.tif'
-    why = r'scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+'
+    why = r'rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+'
     with pytest.raises(DataError, match=why):
         predict(model, path, out)
     assert not out.exists()
