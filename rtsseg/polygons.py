@@ -10,8 +10,8 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics', 'Layers', 'object_table',
            'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects', 'find_objects', 'choose_rules',
            'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects', 'simplify_outlines',
-           'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns', 'layer_bytes', 'write_polygons',
-           'size_classes', 'compare_known', 'objects_on_maps', 'file_problems', 'search_problems', 'written_files',
+           'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns', 'written_files', 'layer_bytes',
+           'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps', 'file_problems', 'search_problems',
            'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
@@ -992,6 +992,15 @@ def rule_columns(objects:pd.DataFrame,    # of `find_objects`
     return objects.assign(**columns)
 
 # %% ../nbs/08a_polygons.ipynb #776e4341
+def written_files(out:Path,            # the GeoPackage
+                  known:str|Path=''    # '' where nothing is compared
+                 ) -> list[Path]:
+    "The files that `map_polygons` writes"
+    table = [out.with_name(f'{out.stem}_known.csv')] if known else []
+    # a map of the same name keeps its style
+    style = [out.with_suffix('.qml')] if style_owner(out) in ('', out.suffix) else []
+    return [out, out.with_suffix('.parquet'), *style, *table]
+
 def layer_bytes(polygons:gpd.GeoDataFrame,    # MultiPolygons
                 suffix:str,                   # .gpkg or .parquet
                 name:str                      # of the layer
@@ -1151,15 +1160,6 @@ def search_problems(threshold:float|None, points:str, regions:str|Path, parts:Se
     problems += [f'parts: {name} names two of them: polygons name a part by its file name'
                  for name in dict.fromkeys(names) if names.count(name) > 1]
     return problems
-
-def written_files(out:Path,            # the GeoPackage
-                  known:str|Path=''    # '' where nothing is compared
-                 ) -> list[Path]:
-    "The files that `map_polygons` writes"
-    table = [out.with_name(f'{out.stem}_known.csv')] if known else []
-    # a map of the same name keeps its style
-    style = [out.with_suffix('.qml')] if style_owner(out) in ('', out.suffix) else []
-    return [out, out.with_suffix('.parquet'), *style, *table]
 
 # %% ../nbs/08a_polygons.ipynb #efe7caa0
 def plan_search(maps:Sequence[ProbabilityMap], parts:Sequence[Path], threshold:float|None, ratio:str, points:str,
