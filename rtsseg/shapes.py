@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import expit, logit
 
 from .scores import CODES, Bins, check_tile, code_probability, decode, encode, first_code
 
@@ -177,8 +178,8 @@ def tile_objects(logits:np.ndarray,                    # float (H, W)
     order = np.lexsort((-score, objects['mask']))
     table = {name: objects[name][order] for name in ('area', 'size', 'edge')}
     table['id'] = objects['id']
-    # not rounded: raw scores of a weighted loss lie close to 1
-    table['score'] = score[order]
+    # rounded as log-odds: raw scores of a weighted loss lie close to 1
+    table['score'] = expit(np.round(logit(score[order].clip(1e-12, 1 - 1e-12)), 2))
     table['threshold'] = np.array([np.nan, *thresholds])[objects['mask']]
     truth = {name: values[:n_true] for name, values in table.items()}
     predicted = {name: values[n_true:] for name, values in table.items()}

@@ -149,8 +149,8 @@ def test_overlaps_and_scores_are_those_of_the_pixels(seed, bins, dtype):
 
 
 @pytest.mark.parametrize('right_is_higher', [False, True])
-def test_close_scores_keep_their_order(right_is_higher):
-    "Two predictions on one slump, a step of half precision apart: the more confident one is the match"
+def test_scores_are_rounded_but_their_order_is_not(right_is_higher):
+    "Two predictions on one slump, closer than the rounding: the more confident one is the match, wherever it lies"
     low, high = 2, 2 + 2**-9
     logits = np.full((3, 9), -5, np.float16)
     logits[1, 1:4], logits[1, 5:8] = (low, high) if right_is_higher else (high, low)
@@ -158,11 +158,20 @@ def test_close_scores_keep_their_order(right_is_higher):
     mask[1, 1:8] = 1
     evidence = Evidence.from_rows([make_row(0, 1) | tile_evidence(logits, mask)])
     scores = evidence.nested('predicted').score
-    assert scores.tolist() == expit(np.array([high, low])).astype(np.float32).tolist()
+    assert scores[0] == scores[1]
     assert match_objects(evidence).truth.match.tolist() == [1]
     assert evidence.nested('pairs').intersection.tolist() == [3, 3]
     only_left_is_true = tile_objects(logits, np.where(np.arange(9) < 4, mask, 0), (0.5,))
     assert only_left_is_true['pairs']['predicted'].tolist() == [1 + right_is_higher]
+
+
+def test_scores_close_to_one_stay_apart():
+    "Raw scores of a weighted loss: calibration still tells them apart"
+    logits = np.full((3, 9), -5, np.float16)
+    logits[1, 1:4], logits[1, 5:8] = 8, 11
+    evidence = Evidence.from_rows([make_row(0, 1) | tile_evidence(logits, np.zeros((3, 9), np.uint8))])
+    score = evidence.nested('predicted').score.astype(float)
+    assert np.log(score / (1 - score)).tolist() == pytest.approx([11, 8], abs=.02)
 
 
 def test_a_score_that_is_no_number_is_no_object_and_the_lowest_threshold_takes_all_others():
