@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'require', 'Argument', 'argument_kind', 'arguments_of',
-           'argument_parser', 'print_error', 'call', 'is_script', 'set_hash_seed', 'merged_signature',
-           'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe',
-           'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model',
-           'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons',
-           'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample',
-           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'CommandParser', 'with_names', 'argument_parser', 'print_error', 'call', 'fact_text', 'indented_row',
+           'show_facts', 'is_script', 'set_hash_seed', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan',
+           'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise',
+           'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report',
+           'rtsseg_predict', 'rtsseg_export', 'rtsseg_model_inspect', 'rtsseg_model_verify', 'rtsseg_map',
+           'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons', 'rtsseg_areas',
+           'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample', 'rtsseg_review_read',
+           'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -101,12 +102,39 @@ def arguments_of(function:Callable,             # a command, or a dataclass of a
             found.append(Argument(name, argument_kind(parameter.anno), parameter.default, text))
     return [argument for argument in found if argument.name not in without]
 
+class CommandParser(argparse.ArgumentParser):
+    "A parser that knows what a misspelt argument may have meant, and whose first argument needs no name"
+
+    def __init__(self, command:str, about:str, first:str):
+        super().__init__(prog=command, description=about)
+        self.first = first
+
+    def parse_args(self, line:list[str]) -> argparse.Namespace:
+        "Parse a command line; prints what is wrong and exits with 2"
+        found, unknown = self.parse_known_args(with_names(line, self.first))
+        if unknown:
+            names = [flag for flag in self._option_string_actions if flag.startswith('--')]
+            self.error(f'no such argument: {unknown[0]}{nearest(unknown[0], names)}')
+        return found
+
+def with_names(line:list[str],    # the words of a command line
+               first:str          # name of the first argument
+              ) -> list[str]:
+    "Words before the first option get its name; a hyphen in the name of an option is as good as an underscore"
+    named = []
+    for word in line:
+        name, sign, value = word.partition('=')
+        named.append(f'--{name[2:].replace("-", "_")}{sign}{value}' if word.startswith('--') else word)
+    if line and not line[0].startswith('-'):
+        return [f'--{first}', *named]
+    return named
+
 def argument_parser(command:str,                  # how the command is called
                     about:str,                    # what it does
-                    arguments:list[Argument]
-                   ) -> argparse.ArgumentParser:
+                    arguments:list[Argument]      # one at least
+                   ) -> CommandParser:
     "A parser with a line of help for each argument"
-    parser = argparse.ArgumentParser(prog=command, description=about)
+    parser = CommandParser(command, about, arguments[0].name)
     for argument in arguments:
         flag, text = f'--{argument.name}', argument.help.replace('%', '%%')
         if argument.kind is bool:
@@ -149,6 +177,32 @@ def call(work:Callable,         # a function without arguments
             raise
         print_error(f'error: {e}')
         return 2
+
+# %% ../nbs/10_cli.ipynb #cfacts
+def fact_text(value:Any) -> str:
+    "A value of a result for people"
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    if isinstance(value, (list, tuple)):
+        return ', '.join(fact_text(each) for each in value)
+    return visible(value)
+
+def indented_row(row:dict) -> str:
+    "Names and values on one line"
+    return '  ' + ', '.join(f'{name} {fact_text(value)}' for name, value in row.items())
+
+def show_facts(found:dict) -> str:
+    "A line for each value; rows of a table, and values within values, are indented under their name"
+    width = max(map(len, found), default=0)
+    lines = []
+    for name, value in found.items():
+        is_table = isinstance(value, list) and value and isinstance(value[0], dict)
+        if is_table or isinstance(value, dict):
+            parts = value if is_table else [value]
+            lines += [name, *map(indented_row, parts)]
+        else:
+            lines.append(f'{name:{width}}  {fact_text(value)}')
+    return '\n'.join(lines)
 
 # %% ../nbs/10_cli.ipynb #4724a7c3
 COMMANDS = {}
@@ -427,17 +481,17 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    force:bool=False,      # replace a map, or finished rows, that were made otherwise
                    registry:str='',       # YAML file of the bands in --extra, name: number; '': by their description
                    form:str='',           # manifest or source, where a scene could be read as either
-                   resample:bool=False    # a scene of another resolution is resampled to that of training
+                   resample:bool=False,   # a scene of another resolution is resampled to that of training
+                   date:str=''            # of the scene, YYYY-MM-DD, for overlaps; '' takes that of its tag
                   ) -> None:
     "A map of calibrated probabilities from a scene; resumes where it was cut off"
-    import json
-
     require(model=model, scene=scene, out=out)
+    from rtsseg.mapfile import note_path
     from rtsseg.prediction import predict
-    made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form, resample)
-    # the statistics of the scene are for programs
-    shown = {name: value for name, value in made.items() if name != 'input'}
-    print(json.dumps(shown, indent=1))
+    made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form, resample,
+                   date)
+    print(f"{out}: {made['valid']} of {made['pixels']} pixels have data; views {made['views']}; "
+          f'settings and statistics are in {note_path(Path(out)).name}')
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()
@@ -452,18 +506,20 @@ def rtsseg_export(model:str='',                             # model directory, a
     export_model(model, out, [name.strip() for name in formats.split(',')], views)
 
 @command()
-def rtsseg_model(inspect:str='',    # model directory: what it is
-                 verify:str=''      # model directory: whether each file is what was written
-                ) -> None:
-    "What a model directory is, or whether it is whole"
-    from rtsseg.config import ConfigError
-    if bool(inspect) == bool(verify):
-        raise ConfigError('name a model directory, as --inspect or as --verify')
-    from rtsseg.export import inspect_model, show_model, verify_model
-    if inspect:
-        print(visible(show_model(inspect_model(inspect))))
-    else:
-        print(f'{len(verify_model(verify))} files are what was written')
+def rtsseg_model_inspect(model:str=''    # model directory, as runs/…/model
+                        ) -> None:
+    "What a model directory is"
+    require(model=model)
+    from rtsseg.export import inspect_model, show_model
+    print(visible(show_model(inspect_model(model))))
+
+@command()
+def rtsseg_model_verify(model:str=''    # model directory, as runs/…/model
+                       ) -> None:
+    "Whether each file of a model directory is what was written"
+    require(model=model)
+    from rtsseg.export import verify_model
+    print(f'{len(verify_model(model))} files are what was written')
 
 @command(resumes=True)
 def rtsseg_map(model:str='',             # model directory, as runs/…/model
@@ -530,7 +586,7 @@ def rtsseg_join(maps:list[str]=(),      # maps of one scene, as of several scale
                 rule:str='max',         # max, mean or size
                 least:float=1000,       # for size: shortest object of a coarser map, metres
                 threshold:float=0,      # for size: probability of objects; 0: each map's own
-                ratio:str='1:200',      # at which a map's own threshold is taken
+                ratio:str='',           # at which a map's calibration is read; '' takes its own
                 force:bool=False        # replace a map of other settings
                ) -> None:
     "Maps of one scene as one, as of several scales (guide 8.2); each of them is kept"
@@ -546,33 +602,30 @@ def rtsseg_mosaic(maps:list[str]=(),      # maps on one grid, of one model and c
                   force:bool=False        # replace a file of this name
                  ) -> None:
     "Maps of a region as one file that names them; other commands take it as a map"
-    import json
     require(maps=maps, out=out)
     from rtsseg.mosaic import write_mosaic
-    print(json.dumps(write_mosaic(as_list(maps), out, overlap, force), indent=1))
+    print(show_facts(write_mosaic(as_list(maps), out, overlap, force)))
 
 @command()
 def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
                 out:str='',            # the mask, a .tif: 1, 0, and 255 without data
                 threshold:float=0,     # probability from which a pixel counts; 0: the calibration's
-                ratio:str='1:200',     # at which the threshold of the calibration is taken
+                ratio:str='',          # at which the calibration is read, as 1:500 or native; '' takes its own
                 force:bool=False,      # replace a file of this name
                 points:str='pixels',   # pixels, or objects: thresholds and floors of objects
                 regions:str='',        # a layer of regions, which take thresholds of their own
                 region_column:str='region'    # its column that names the region
                ) -> None:
     "The mask of a map as a Cloud Optimized GeoTIFF; with regions or points of objects that of its polygons"
-    import json
     require(map=map, out=out)
     from rtsseg.mosaic import write_mask
-    made = write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)
-    print(json.dumps(made, indent=1))
+    print(show_facts(write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)))
 
 @command()
 def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on one grid, or mosaics
                     out:str='',                   # the GeoPackage; GeoParquet and QGIS style go beside it
                     threshold:float=0,            # probability from which a pixel counts; 0: the calibration's
-                    ratio:str='1:200',            # at which the threshold of the calibration is taken
+                    ratio:str='',                 # at which the calibration is read, as 1:500; '' takes its own
                     points:str='pixels',          # pixels: thresholds alone; objects: thresholds and smallest areas
                     regions:str='',               # a layer of regions, which take thresholds of their own
                     region_column:str='region',   # its column that names the region
@@ -585,13 +638,12 @@ def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on on
                     force:bool=False              # replace files that exist
                    ) -> None:
     "Objects of maps as polygons with attributes, each once: GeoPackage, GeoParquet and a QGIS style"
-    import json
     require(maps=maps, out=out)
     from rtsseg.polygons import map_polygons
     found = map_polygons(as_list(maps), out, threshold or None, ratio, min_area, simplify, known=known, region=region,
                          force=force, points=points, regions=regions, region_column=region_column,
                          parts=as_list(parts), overlap=overlap)
-    print(json.dumps(found, indent=1))
+    print(show_facts(found))
 
 @command()
 def rtsseg_areas(map:str='',            # a map of rtsseg-predict, calibrated and with a CRS
@@ -602,26 +654,27 @@ def rtsseg_areas(map:str='',            # a map of rtsseg-predict, calibrated an
                  ratio:str=''           # tile ratio of the mapped region, as 1:500 or native; '' takes the map's
                 ) -> None:
     "Expected area of a map by cell, without a threshold, with the interval of its calibration"
-    import json
     require(map=map, out=out)
     from rtsseg.areas import expected_area
-    print(json.dumps(expected_area(map, out, run, cell, replicates, ratio), indent=1))
+    print(show_facts(expected_area(map, out, run, cell, replicates, ratio)))
 
 # %% ../nbs/10_cli.ipynb #cclichk
 @command()
 def rtsseg_map_check(maps:list[str]=(),      # maps of rtsseg-predict
                      scenes:list[str]=(),    # their scenes, in the same order; none: the maps alone
+                     extra:list[str]=(),     # EXTRA bands of the scenes, in the same order, for batch jitter
                      baseline:str='',        # JSON of rtsseg-map-baseline; '': drift is not checked
                      model:str='',           # the model directory of all maps; '': batch jitter is not checked
                      figure:str='',          # a .png of the figure; '' writes none
                      threshold:float=0,      # from which pixels are predicted; 0: that of the calibration
-                     ratio:str='1:200'       # at which it is taken
+                     ratio:str=''            # at which the calibration is read; '' takes its own
                     ) -> None:
     "Check maps for seams, holes, overlaps and drift; exits with 2 where a map is wrong"
     from rtsseg.console import DataError
     from rtsseg.findings import has_errors
     from rtsseg.mapcheck import map_check
-    found = map_check(as_list(maps), as_list(scenes), baseline, model, figure, threshold or None, ratio)
+    found = map_check(as_list(maps), as_list(scenes), baseline, model, figure, threshold or None, ratio,
+                      as_list(extra))
     if has_errors(found.findings):
         raise DataError(found.verdict)
 
@@ -630,7 +683,7 @@ def rtsseg_map_baseline(scenes:list[str]=(),    # scenes that were mapped and lo
                         maps:list[str]=(),      # their maps, in the same order; none: the input alone
                         out:str='',             # the JSON file
                         threshold:float=0,      # from which pixels are predicted; 0: that of the calibration
-                        ratio:str='1:200'       # at which it is taken
+                        ratio:str=''            # at which the calibration is read; '' takes its own
                        ) -> None:
     "Statistics of scenes and maps that are as they should be, for rtsseg-map-check"
     require(scenes=scenes, out=out)
@@ -643,12 +696,14 @@ def rtsseg_preview(map:str='',          # a map of rtsseg-predict
                    polygons:str='',     # GeoPackage or GeoParquet of polygons; '' for none
                    column:str='',       # its column of probabilities; '' finds one by name and values
                    most:int=2000,       # polygons to show: the largest
-                   side:int=1000        # longer side of the picture, pixels
+                   side:int=1000,       # longer side of the picture, pixels
+                   scene:str='',        # the scene that the map was made from, to look at; '' for none
+                   force:bool=False     # replace a page that exists
                   ) -> None:
     "One HTML file that shows a map and its polygons, and opens without a server"
     require(map=map, out=out)
     from rtsseg.preview import preview
-    preview(map, out, polygons, column, most, side)
+    preview(map, out, polygons, column, most, side, scene, force)
     print(out)
 
 @command()
@@ -659,7 +714,7 @@ def rtsseg_review_sample(map:str='',                 # a map of rtsseg-predict
                          half_width:float=0,         # wanted of the intervals of precision and recall; n counts no more
                          side:int=32,                # of a cell, pixels of the map
                          threshold:float=0,          # from which the map finds something; 0: the calibration's
-                         ratio:str='1:200',          # at which that is taken
+                         ratio:str='',               # at which the calibration is read; '' takes its own
                          regions:str='',             # a layer of regions: strata, and own thresholds; '' for none
                          region_column:str='region', # its column that names the region
                          allocation:str='neyman',    # of the cells to strata: neyman or proportional
@@ -696,10 +751,9 @@ def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sampl
                         accept:bool=False        # confirmed cells too, with the map's outline as provisional mask
                        ) -> None:
     "Tiles of the next training from the false alarms and new finds of a review"
-    import json
     require(sample=sample, ratings=ratings, run=run, map=map, scene=scene, out=out)
     from rtsseg.relearn import review_tiles
-    print(json.dumps(review_tiles(sample, as_list(ratings), run, map, scene, out, outlines, extra, accept), indent=1))
+    print(show_facts(review_tiles(sample, as_list(ratings), run, map, scene, out, outlines, extra, accept)))
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
@@ -744,6 +798,8 @@ def main(line:list[str]|None=None   # arguments; None takes those of the program
     if line is None and is_script(sys._getframe(1)):
         set_hash_seed()
     name, *rest = (sys.argv[1:] if line is None else line) or ['--help']
+    if rest and f'{name}-{rest[0]}' in COMMANDS:
+        name, *rest = f'{name}-{rest[0]}', *rest[1:]
     if name in ('--help', '-h'):
         print(usage())
         return 0

@@ -660,13 +660,13 @@ class Augment(Strict):
 
 # %% ../nbs/00b_config.ipynb #0e120b8b
 def parse_ratio(value:int|str) -> int|str:
-    "Turn '1:20' into 20; other types are left to the field's own check. Raises `ValueError`"
+    "Turn '1:20' and '20' into 20; other types are left to the field's own check. Raises `ValueError`"
     if not isinstance(value, str):
         return value
-    head, _, tail = value.partition(':')
-    if head.strip() != '1' or not re.fullmatch('[0-9]{1,9}', tail.strip()):
+    written = re.fullmatch(r'(1\s*:)?\s*([0-9]{1,9})', value.strip())
+    if not written:
         raise ValueError(f'a ratio is written 1:20 or 20, not {value!r}')
-    return int(tail)
+    return int(written[2])
 
 Ratio = Annotated[PositiveInt, BeforeValidator(parse_ratio)]
 

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import zlib
@@ -915,7 +916,7 @@ def write_map(out:Path, grid:Grid, finished:FinishedRows) -> None:
 
 # %% ../nbs/08_predict.ipynb #cd2f7075
 def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str, batch:int,
-                    registry:str|Path, form:str) -> None:
+                    registry:str|Path, form:str, date:str) -> None:
     "Raise one `ConfigError` with all arguments of `predict` that are wrong"
     problems = []
     for name, path in dict(scene=scene, extra=extra, out=out).items():
@@ -941,6 +942,8 @@ def check_arguments(scene:Path, extra:str|Path, out:Path, views:str, device:str,
         problems.append('device: cuda was asked for, and this machine has no GPU')
     if batch < 1:
         problems.append(f'batch: {batch} windows at once are too few')
+    if date and not re.fullmatch(r'\d{4}-\d{2}-\d{2}', date):
+        problems.append(f'date: {date!r} is not YYYY-MM-DD')
     if problems:
         raise ConfigError('\n'.join(problems))
 
@@ -1037,13 +1040,14 @@ def predict(model_dir:str|Path,      # a model directory
             force:bool=False,        # replace a map, or finished rows, of other settings
             registry:str|Path='',    # YAML file of the bands in `extra`, name: number; '': by their description
             form:str='',             # manifest or source, where a scene could be either; '': as it is
-            resample:bool=False      # a scene of another resolution is resampled to that of training
+            resample:bool=False,     # a scene of another resolution is resampled to that of training
+            date:str=''              # of the scene, YYYY-MM-DD; '' takes that of its tag TIFFTAG_DATETIME
            ) -> dict:                # what the map was made with, and counts of pixels and windows
     """Make a map of calibrated probabilities (guide 4, 11.2, 12.1), or finish one that was interrupted. Raises
     `ConfigError`, `DataError`, `ModelError` or `FileError` before anything is replaced, `Stopped` where a signal
     asked to stop, and `RunError` on a full disk or a full GPU"""
     scene, out = Path(scene), Path(out)
-    check_arguments(scene, extra, out, views, device, batch, registry, form)
+    check_arguments(scene, extra, out, views, device, batch, registry, form, date)
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = load_model(model_dir, device)
@@ -1053,6 +1057,8 @@ def predict(model_dir:str|Path,      # a model directory
     opened = Scene(scene, extra, crs, model, band_numbers, form, resample, parse_views(views).scale)
     if opened.unchecked:
         logger.info(opened.unchecked)
+    if date:
+        opened.label['scene_date'] = date
     job = MapJob(model, opened, calibration, views, batch)
     settings = map_settings(job)
     folder = out.with_name(f'{out.name}.parts')

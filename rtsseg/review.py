@@ -553,7 +553,7 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
                   twice:float=.1,                    # share of the units that two raters get, for their agreement
                   question:str=QUESTION,             # what raters are asked of a cell
                   seed:int=0,                        # fixes the draw, who gets what, and the order
-                  ratio:str='1:200'                  # at which the threshold of the calibration is taken
+                  ratio:str=''                       # at which the calibration is read; '' takes its own
                  ) -> dict:                          # how it was drawn, as in sample.json
     """Draw a stratified random sample of a map's cells, and write the pages on which people rate them. Raises
     `ConfigError` and `DataError`; writes sample.json last"""
