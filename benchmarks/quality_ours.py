@@ -21,13 +21,13 @@ from rtsseg.runs import read_log
 from rtsseg.training import prepare_run, train
 
 def predict(model, manifest, row, signals):
-    "Raw scores of a whole image, by the windows of a map"
+    "Log-odds of a whole image, by the windows of a map"
     path, extra = manifest.root/row['image'], row['extra'] and manifest.root/row['extra']
     crs = 'none' if row['crs'] == 'none' else ''
     scene = Scene(path, extra, crs, model, row.get(BAND_COLUMN, ''))
     job = MapJob(model, scene, None, model.cfg.infer.views, 8)
     wanted = set(range(len(window_starts(scene.height, scene.tile))))
-    return np.concatenate([rows.score for rows in predict_rows(job, wanted, signals)])
+    return np.concatenate([rows.logits for rows in predict_rows(job, wanted, signals)])
 
 def curve(folder, monitor):
     "[steps, value] of each validation"

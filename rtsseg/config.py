@@ -1139,6 +1139,8 @@ def read_yaml(path:str|Path    # the file
              ) -> dict:        # its mapping; {} for an empty file
     "Read one YAML 1.2 mapping; raises `ConfigError` on duplicate keys, tags, aliases and anything but a mapping"
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f'{path}: not a regular file')
     try:
         with open(path, 'rb') as f:
             text = f.read(4 * MAX_CONFIG_CHARACTERS + 1).decode('utf-8-sig')

@@ -21,6 +21,7 @@ from rasterio.transform import Affine
 
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, nearest, raise_problems
+from .files import check_parquet
 from .mapfile import read_map_settings
 from .operating import usual_ratio
 
@@ -30,8 +31,11 @@ def read_features(path:Path    # GeoParquet, or any layer that GDAL reads
     "A layer as it is; raises `DataError`"
     if not path.exists():
         raise DataError(f'{path.name}: no such file')
+    is_parquet = path.suffix in ('.parquet', '.geoparquet')
+    if is_parquet:
+        check_parquet(path)
     try:
-        return gpd.read_parquet(path) if path.suffix in ('.parquet', '.geoparquet') else gpd.read_file(path)
+        return gpd.read_parquet(path) if is_parquet else gpd.read_file(path)
     except Exception as error:
         raise DataError(f'{path.name} cannot be read as a layer of polygons: {" ".join(str(error).split())}') from None
 

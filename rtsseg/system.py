@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
 from .console import DataError, nearest, progress
-from .files import write_atomic
+from .files import check_parquet, write_atomic
 from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
 # the config of a run is read through this room, and reading a config must not import torch
@@ -104,6 +104,7 @@ class SampleTable:
         "Read what `write` wrote; raises `ValueError` for anything else"
         path = Path(path)
         try:
+            check_parquet(path)
             table = pq.read_table(path)
             meta = json.loads((table.schema.metadata or {}).get(b'rtsseg', b'{}'))
         except (pa.ArrowException, OSError, ValueError) as e:
