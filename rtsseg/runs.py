@@ -406,6 +406,9 @@ def require_finished(folder:str|Path      # a run folder
     # the list of digests comes after the model, and loading the model asks for it
     if (folder/'model'/'model.safetensors').is_file():
         return folder
+    if (folder/'model.safetensors').is_file():
+        raise DataError(f'{os.path.relpath(folder)} is a model directory, and a run folder is needed, as '
+                        'runs/…/seed42: name the folder above it, or, for an ensemble, make it without --out')
     log = folder/'log.jsonl'
     text = log.read_text(errors='replace') if log.is_file() else ''
     done = re.findall(r'"event": "epoch", "epoch": (\d+)', text) or [0]
