@@ -756,7 +756,8 @@ def review_table(rated:Rated,                              # a sample with answe
     rows.append(['share of cells with the class, by stratum'])
     units = _decided(rated)
     for stratum in strata_shares(units.truth, units.stratum, rated.strata.N.to_dict()).itertuples():
-        rows.append([stratum.Index, f'{stratum.mean:.3g}', f'{stratum.low:.3g} to {stratum.high:.3g}', str(stratum.n)])
+        interval = f'{stratum.low:.3g} to {stratum.high:.3g}' if stratum.n < stratum.N else 'all were rated'
+        rows.append([stratum.Index, f'{stratum.mean:.3g}', interval, str(stratum.n)])
     for name, (low, high) in bounds.items():
         if low is not None and high is not None:
             notes.append(f'{name}: {low:.3g} if all unsure units are decided against the map, {high:.3g} in its favour')
