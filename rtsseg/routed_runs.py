@@ -13,14 +13,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from .config import LoopConfig, PositiveInt, Stage, Strict
+from .config import PositiveInt, Stage, Strict
 from .console import logger
 from .files import write_atomic
 from .runs import append_line
