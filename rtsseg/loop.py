@@ -776,6 +776,9 @@ def check_samplers(cfg:LoopConfig, sampler:BatchSampler) -> None:
     named = [stage.sampler for stage in cfg.stages if stage.sampler]
     if named and not hasattr(sampler, 'choose'):
         raise ConfigError(f'stages: sampler {named[0]!r}: this system draws samples in one way; leave it out')
+    for name in named:
+        # an unknown name is an error now, and not epochs later
+        sampler.choose(name)
 
 def begin(cfg:LoopConfig,        # what to do
           task:Task,             # what it means

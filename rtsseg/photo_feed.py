@@ -7,7 +7,7 @@ __all__ = ['IntPair', 'FractionPair', 'VALUES', 'NO_LABEL', 'check_quality', 'Ph
            'PhotoExposure', 'PhotoDegrade', 'PhotoCompression', 'PhotoShadow', 'RandAugment', 'PhotoAugment',
            'PhotoData', 'draw_photo_crop', 'needed_shrink', 'photo_part', 'resize_photo', 'turn_photo', 'by_table',
            'turn_hue', 'jitter_colours', 'to_grey', 'blur_photo', 'noise_photo', 'poisson_table', 'sensor_noise',
-           'compress_photo', 'cast_shadow', 'draw_photo', 'draw_jitter', 'draw_degrade', 'draw_shadows', 'light_photo',
+           'compress_photo', 'cast_shadow', 'draw_photo', 'draw_colours', 'draw_degrade', 'draw_shadows', 'light_photo',
            'shared_generators', 'timm_operations', 'PhotoDataset', 'rare_weights', 'train_photos', 'photos_in_order']
 
 # %% ../nbs/02e_photo_feed.ipynb #pfexports
@@ -306,7 +306,7 @@ def draw_photo(cfg:PhotoAugment,
                side:int                    # of the image, pixels
               ) -> dict[str, tuple]:       # {line: its numbers}, in order of application
     "Which lines of the two tiers apply to a photograph, and how strongly; crop, mirror and rotation are apart"
-    numbers = dict(jitter=lambda c: draw_jitter(c, rng),
+    numbers = dict(jitter=lambda c: draw_colours(c, rng),
                    exposure=lambda c: (1 + rng.uniform(-c.contrast, c.contrast),
                                        255 * rng.uniform(-c.brightness, c.brightness)),
                    degrade=lambda c: draw_degrade(c, rng),
@@ -320,7 +320,7 @@ def draw_photo(cfg:PhotoAugment,
             drawn[name] = draw_numbers(settings)
     return drawn
 
-def draw_jitter(cfg:PhotoJitter, rng:np.random.Generator) -> tuple:
+def draw_colours(cfg:PhotoJitter, rng:np.random.Generator) -> tuple:
     "Three factors, a turn of hues, and the order of the four"
     limits = np.array([cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue])
     factors = np.array([1, 1, 1, 0]) + rng.uniform(-limits, limits)

@@ -30,7 +30,7 @@ from rtsseg.config import (
     Undeciding,
     load,
 )
-from ..console import progress, raise_problems
+from ..console import progress
 from ..files import check_seal, write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
@@ -65,8 +65,9 @@ from rtsseg.routed_runs import (
     guessing_loss,
     stage_numbers,
 )
-from ..stats import MAX_UNREADABLE
+from ..stats import skip_unreadable
 from ..system import Feed, SampleMeter, SampleTable, System
+from ..tiles import UnreadableTiles
 from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
 
 # %% ../../nbs/systems/plants.ipynb #pltconfig
@@ -133,20 +134,25 @@ class PlantsFeed(Feed):
         return self.photos.of('train').counts
 
     def check(self) -> None:
-        "Read every photograph once; raises one `DataError` with all problems"
+        "Read every photograph once; raises one `DataError` where more than 0.1% cannot be decoded"
         dataset, problems = PhotoDataset(self.photos, self.cfg.data, PhotoAugment(enabled=False)), []
         for row in progress(range(len(dataset)), 'reading photographs'):
             if dataset.read(row) is None:
                 problems.append(dataset.problem(row))
-        if len(problems) > MAX_UNREADABLE * len(dataset):
-            raise_problems(self.source, problems)
+        skip_unreadable(self.source, problems, len(dataset))
 
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         "Augmented training batches, and the validation split in order"
         cfg = self.cfg
         train = train_photos(self.photos.of('train'), cfg.data, cfg.augment, cfg.mixing, cfg.loader, cfg.batch_size,
                              cfg.seed)
-        return train, self.in_order('val')
+        self.built = train, self.in_order('val')
+        return self.built
+
+    def observers(self) -> list:
+        "Who counts photographs that cannot be decoded, and stops a run in which they are too many"
+        train, val = self.built
+        return [UnreadableTiles(train.dataset.dataset, val.dataset)]
 
     def in_order(self, split:str) -> DataLoader:
         "Every photograph of a split once, in order, as it is"
