@@ -60,7 +60,7 @@ from rtsseg.routed_runs import (
     HeadWatch,
     StageWeights,
     WatchHeads,
-    disease_label,
+    disease_labels,
     first_divergence,
     guessing_loss,
     stage_numbers,
@@ -139,14 +139,18 @@ class PlantsFeed(Feed):
         for row in progress(range(len(dataset)), 'reading photographs'):
             if dataset.read(row) is None:
                 problems.append(dataset.problem(row))
-        skip_unreadable(self.source, problems, len(dataset))
+        skip_unreadable(self.source, problems, len(dataset), dataset.noun)
 
-    def loaders(self) -> tuple[DataLoader, DataLoader]:
-        "Augmented training batches, and the validation split in order"
+    @cached_property
+    def built(self) -> tuple[DataLoader, DataLoader]:
+        "The loaders of training and validation, made once"
         cfg = self.cfg
         train = train_photos(self.photos.of('train'), cfg.data, cfg.augment, cfg.mixing, cfg.loader, cfg.batch_size,
                              cfg.seed)
-        self.built = train, self.in_order('val')
+        return train, self.in_order('val')
+
+    def loaders(self) -> tuple[DataLoader, DataLoader]:
+        "Augmented training batches, and the validation split in order"
         return self.built
 
     def observers(self) -> list:
@@ -178,7 +182,7 @@ class PlantsTask(Task):
                 ):
         self.cfg, self.monitor, self.taxonomy, self.images = cfg, cfg.metrics.monitor, taxonomy, images
         self.offsets = torch.from_numpy(taxonomy.offsets)
-        self.labels = [disease_label(species, disease) for species, disease in taxonomy.classes]
+        self.labels = disease_labels(taxonomy.classes)
         # of this epoch so far: species, and how many images had no finite loss in its head
         self.not_finite = {}
 
