@@ -150,7 +150,7 @@ WINGS = {
     'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan '
             'routed_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
-             'class_report reporting',
+             'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost tour',
     'search': 'variants ablation tuning',

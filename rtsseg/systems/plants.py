@@ -356,8 +356,8 @@ class Plants(System):
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, what the guide asks for, and where the model errs"
-        from rtsseg.shared import table_sections
-        return table_sections(results)
+        from rtsseg.plant_report import plant_sections
+        return plant_sections(results)
 
     def measured_by(self, cfg:PlantsConfig) -> tuple:
         "Metrics and photographs, which comparable runs have in common"
