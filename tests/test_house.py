@@ -142,13 +142,15 @@ WINGS = {
             'pretrained windows prepare stage card class_world '
             'leaf_world photos',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics '
+               'plant_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
-             'sliding',
+             'sliding label_losses routed',
     'seam': 'system',
-    'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
+    'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan '
+            'routed_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
-             'class_report reporting',
+             'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost tour',
     'search': 'variants ablation tuning',
