@@ -176,7 +176,7 @@ def check_teacher(cfg:Distillation) -> None:
     if not path.exists():
         raise ConfigError(f'distil.teacher: no such model directory or checkpoint: {path}')
     if path.is_dir() and not (path/'config.yaml').is_file():
-        raise ConfigError(f'distil.teacher: {path} is no model directory: it has no config.yaml')
+        raise ConfigError(f'distil.teacher: {path} is not a model directory: it has no config.yaml')
     if path.is_dir() and cfg.encoder:
         raise ConfigError('distil.encoder: a model directory has its own; leave it out')
     if path.is_file() and not cfg.encoder:

@@ -14,7 +14,8 @@ from rtsseg.class_metrics import sum_counts
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import evaluate
-from rtsseg.runs import read_log, run_folder
+from rtsseg.results import read_results
+from rtsseg.runs import judge_run, read_log, run_folder
 from rtsseg.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,25 @@ def test_evaluation_finds_the_numbers_of_training_again(lively):
     found = system.metrics(system.read_table(evaluate(lively, 'val')), cfg)
     best = json.loads((lively/'model'/'metrics.json').read_text())
     assert found == pytest.approx({name: best['metrics'][name] for name in found}, abs=1e-9, nan_ok=True)
+
+def test_views_and_clean_up_are_compared(lively):
+    "Each way of looking has a table; the report says what it gains, and which one is in use"
+    clean = dict(min_area=dict(building=6), min_width=dict(road=2), otsu=['water'])
+    judge_run(lively, [f'clean_up={json.dumps(clean)}'])
+    system, names = find_system('landcover'), ('none', 'scales', 'none-clean')
+    tables = {views: system.read_table(evaluate(lively, 'val', views)) for views in names}
+    maps = [sum_counts(table.frame).confusion for table in tables.values()]
+    assert not (maps[0] == maps[1]).all() and not (maps[0] == maps[2]).all()
+    results, = read_results(lively)
+    blocks = system.sections(results)['Views and clean-up']
+    table = blocks[0].frame
+    assert list(table.index) == ['none (in use)', 'scales', 'none-clean']
+    cfg = load(lively/'config.yaml')
+    miou = [100*system.metrics(table, cfg)['miou'] for table in tables.values()]
+    assert list(table['miou, %']) == pytest.approx(miou)
+    assert table.loc['scales', 'gain, points'] == pytest.approx(miou[1] - miou[0])
+    assert 'were not compared' in system.missing_before_test(lively, 'flips')
+    assert not system.missing_before_test(lively, 'scales')
 
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"
