@@ -7,10 +7,11 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'requi
            'argument_parser', 'print_error', 'call', 'is_script', 'set_hash_seed', 'merged_signature',
            'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe',
            'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate',
-           'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model',
-           'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons',
-           'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample',
-           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_refine', 'rtsseg_export',
+           'rtsseg_model', 'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask',
+           'rtsseg_polygons', 'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview',
+           'rtsseg_review_sample', 'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate',
+           'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -438,6 +439,18 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     # the statistics of the scene are for programs
     shown = {name: value for name, value in made.items() if name != 'input'}
     print(json.dumps(shown, indent=1))
+
+# %% ../nbs/10_cli.ipynb #clirefine
+@command()
+def rtsseg_refine(run:str='',    # run folder, trained; '' finds it from the config
+                  shared:RunArguments=RunArguments()
+                 ) -> None:
+    "Tries on validation whether SAM, with and without a dense CRF, draws better outlines than the model (land cover)"
+    from rtsseg.config import find_system
+    from rtsseg.runs import require_finished, run_config
+    folder = require_finished(shared.run_folder(run))
+    cfg = run_config(folder)
+    print(visible(find_system(cfg.system).refine(folder, cfg)))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()

@@ -143,7 +143,7 @@ WINGS = {
     'feed': 'sampler augment tiles mixing class_tiles',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
-             'sliding distil',
+             'sliding distil refine',
     'seam': 'system',
     'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
