@@ -8,10 +8,10 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'requi
            'show_facts', 'is_script', 'set_hash_seed', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan',
            'rtsseg_check', 'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise',
            'rtsseg_track', 'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report',
-           'rtsseg_predict', 'rtsseg_export', 'rtsseg_model_inspect', 'rtsseg_model_verify', 'rtsseg_map',
-           'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons', 'rtsseg_areas',
-           'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample', 'rtsseg_review_read',
-           'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_predict', 'rtsseg_refine', 'rtsseg_export', 'rtsseg_model_inspect', 'rtsseg_model_verify',
+           'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons',
+           'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample',
+           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -493,17 +493,30 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
     print(f"{out}: {made['valid']} of {made['pixels']} pixels have data; views {made['views']}; "
           f'settings and statistics are in {note_path(Path(out)).name}')
 
+# %% ../nbs/10_cli.ipynb #clirefine
+@command()
+def rtsseg_refine(run:str='',    # run folder, trained; '' finds it from the config
+                  shared:RunArguments=RunArguments()
+                 ) -> None:
+    "Tries on validation whether SAM, with and without a dense CRF, draws better outlines than the model (land cover)"
+    from rtsseg.config import find_system
+    from rtsseg.runs import require_finished, run_config
+    folder = require_finished(shared.run_folder(run))
+    cfg = run_config(folder)
+    print(visible(find_system(cfg.system).refine(folder, cfg)))
+
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()
-def rtsseg_export(model:str='',                             # model directory, as runs/…/model
-                  out:str='',                               # a new folder for the files
-                  formats:str='onnx,qgis,torch,stac',       # files to write, with commas between them
-                  views:str=''                              # none, minimal, standard or full; '' takes the model's
+def rtsseg_export(model:str='',       # model directory, as runs/…/model
+                  out:str='',         # a new folder for the files
+                  formats:str='',     # onnx, qgis, torch, stac; of classes: onnx, fp16, int8, torchscript
+                  views:str='',       # none, minimal, standard or full; '' takes the model's
+                  images:str=''       # of classes: what int8 is calibrated on; '' takes the run's images
                  ) -> None:
-    "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, torch.export, STAC"
+    "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, TorchScript, STAC, 8 bits"
     require(model=model, out=out)
-    from rtsseg.export import export_model
-    export_model(model, out, [name.strip() for name in formats.split(',')], views)
+    from rtsseg.class_export import export_any
+    export_any(model, out, [name.strip() for name in formats.split(',') if name.strip()], views, images)
 
 @command()
 def rtsseg_model_inspect(model:str=''    # model directory, as runs/…/model

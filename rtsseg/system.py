@@ -241,6 +241,10 @@ class System:
         "Write what is chosen on the validation table into the model directory, and return it; raises `ConfigError`"
         raise ConfigError(f'system {self.name} has no calibration')
 
+    def refine(self, folder:Path, cfg:RunConfig) -> str:
+        "Try on validation whether outlines that a segmenter draws are better, and say so; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no refinement of outlines')
+
     def check_views(self, views:str) -> None:
         "Raise `ConfigError` for views that the system does not have"
         if views not in self.views:

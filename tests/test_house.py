@@ -139,20 +139,18 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
-            'pretrained windows prepare stage card class_world '
-            'leaf_world photos',
+            'pretrained windows prepare stage card class_world leaf_world photos',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics '
-               'plant_metrics',
-    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
-             'sliding label_losses routed',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup',
+    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
+             'label_losses routed distil refine',
     'seam': 'system',
     'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan '
             'routed_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
-            'claims scenelist fleet joins relearn mosaic rayengine cost tour',
+            'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
     'search': 'variants ablation tuning',
     'commands': 'cli',
 }
