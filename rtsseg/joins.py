@@ -274,7 +274,9 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
     height = max(STRIP_PIXELS // grid.shape[1], 1)
     folder = out.with_name(f'{out.name}.parts')
     with map_lock(folder), StopSignals() as signals:
-        finished = FinishedRows(folder, settings, math.ceil(grid.shape[0] / height), grid.shape[1])
+        strips = [Window(0, top, grid.shape[1], min(height, grid.shape[0] - top))
+                  for top in range(0, grid.shape[0], height)]
+        finished = FinishedRows(folder, settings, strips)
         if not force:
             refuse_to_replace(out, finished)
         if is_finished(out, settings):
