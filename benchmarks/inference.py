@@ -141,6 +141,10 @@ def overhead_beside(folder, side, rounds):
     compare('in memory, blended', blend, in_memory, .5)
     compare('from file to finished rows', write_rows, on_disk, .25)
 
+def map_scene(path, model):
+    "Open a scene, run its windows and write the finished rows"
+    write_rows(open_job(path, model))
+
 def show_memory(side, path):
     "Print the megabytes that one call adds"
     torch.set_num_threads(1)
@@ -148,7 +152,7 @@ def show_memory(side, path):
         importlib.import_module('monai.inferers')
         work = slide, scene_in_memory(int(path)), cheap(), .25
     else:
-        work = write_rows, open_job(Path(path), cheap())
+        work = map_scene, Path(path), cheap()
     before = peak_mb()
     work[0](*work[1:])
     print(json.dumps(peak_mb() - before))

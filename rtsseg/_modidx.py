@@ -2094,6 +2094,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.prediction.resize_factor': ('predict.html#resize_factor', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.resized_grid': ('predict.html#resized_grid', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.shift_findings': ('predict.html#shift_findings', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.spread_windows': ('predict.html#spread_windows', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.stop_if_asked': ('predict.html#stop_if_asked', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.value_scale': ('predict.html#value_scale', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.warning_lines': ('predict.html#warning_lines', 'rtsseg/prediction.py'),

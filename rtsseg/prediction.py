@@ -7,13 +7,13 @@ __all__ = ['STRIP_COLUMNS', 'FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKE
            'EXTRA_DISTANCE', 'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FINDING_FIELDS', 'DESCRIBED',
            'window_starts', 'window_weight', 'MapStrip', 'map_strips', 'map_parts', 'fitting_forms', 'described_forms',
            'choose_form', 'check_picture', 'Scene', 'WindowRows', 'ground_side', 'resize_factor', 'resized_grid',
-           'choose_crs', 'ValueScale', 'value_scale', 'check_values', 'check_extra', 'DeviceError', 'window_logits',
-           'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows',
-           'predict_rows', 'predict_strip', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows',
-           'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note', 'describe_scene',
-           'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written', 'write_map',
-           'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'make_map',
-           'predict']
+           'choose_crs', 'spread_windows', 'ValueScale', 'value_scale', 'check_values', 'check_extra', 'DeviceError',
+           'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch',
+           'read_windows', 'predict_rows', 'predict_strip', 'add_windows', 'stop_if_asked', 'other_settings',
+           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
+           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
+           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
+           'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -241,7 +241,7 @@ class Scene:
             grid = self.resampled = resized_grid(grid, self.longer)
         self.height, self.width = (side // self.factor for side in grid.shape)
         self.transform = grid.transform @ Affine.scale(self.factor)
-        dtype = str(self.read_rows(0).rgb.dtype)
+        dtype = str(self.read_rows(0, 1, 0, self.tile).rgb.dtype)
         if dtype != self.stats.dtype:
             raise DataError(f'{path.name} is {dtype}, but the model was trained on {self.stats.dtype}')
         self._check_values()
@@ -274,14 +274,17 @@ class Scene:
         name, source = Path(self.files['image']).name, self.conversion or Conversion()
         colours, extra = [np.empty((3, 0))], [np.empty((len(self.bands), 0))]
         with self._open('image') as ds:
-            for row in np.linspace(0, ds.height - 1, LOOKED_AT).astype(int).tolist():
-                with suppress(DataError, RasterioError):
-                    rgb, _, valid = read_planes(ds, source, Window(0, row, ds.width, 1))
-                    colours.append(rgb[:, valid & ~unwritten_pixels(ds, rgb, source.bands, row)])
+            windows = spread_windows(ds.height, ds.width)
+        for window in windows:
+            # opened each time, since GDAL keeps whole blocks of what is open
+            with suppress(DataError, RasterioError), self._open('image') as ds:
+                rgb, _, valid = read_planes(ds, source, window)
+                missing = unwritten_pixels(ds, rgb, source.bands, window.row_off, window.col_off)
+                colours.append(rgb[:, valid & ~missing])
         check_values(name, np.concatenate(colours, 1), value_scale(self.stats, self.conversion))
-        for row in np.linspace(0, self.height - 1, LOOKED_AT).astype(int).tolist() if self.bands else []:
+        for window in spread_windows(self.height, self.width) if self.bands else []:
             with suppress(DataError):
-                tile = self._read(Window(0, row, self.width, 1))
+                tile = self._read(window)
                 extra.append(tile.extra[:, tile.valid])
         check_extra(Path(self.files['extra']).name or name, np.concatenate(extra, 1), self.stats)
 
@@ -460,6 +463,13 @@ CLIPPED, ALL_CLIPPED = .1, .9
 DARK = 1 / 50
 # standard deviations of training between the median of an EXTRA band and its mean in training
 EXTRA_DISTANCE = 10
+
+def spread_windows(height:int, width:int    # of a raster, pixels
+                  ) -> list[Window]:
+    "`LOOKED_AT` rows, or parts of them, from the upper left to the lower right"
+    columns = min(width, STRIP_COLUMNS)
+    places = np.linspace(0, [height - 1, width - columns], LOOKED_AT).astype(int).tolist()
+    return [Window(left, row, columns, 1) for row, left in places]
 
 class ValueScale(NamedTuple):
     "The values of R, G and B that a model knows, in the units of a scene"
