@@ -134,6 +134,13 @@ class ClassSamples:
         "Those of one split, numbered from 0"
         return ClassSamples(self.root, self.table[self.table.split == split].reset_index(drop=True), self.name)
 
+    def few(self, images:int) -> 'ClassSamples':
+        "Some of each split, spread over it"
+        rows = []
+        for _, part in self.table.groupby('split'):
+            rows += part.index[np.linspace(0, len(part) - 1, min(images, len(part))).round().astype(int)].tolist()
+        return ClassSamples(self.root, self.table.loc[sorted(rows)].reset_index(drop=True), self.name)
+
     def __len__(self):
         return len(self.table)
 

@@ -145,7 +145,8 @@ WINGS = {
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
              'sliding',
     'seam': 'system',
-    'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
+    'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
+            'evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..class_checks import seven_checks
 from ..class_losses import as_classes, cross_entropy_loss, dice_loss, hardest_pixels, lovasz_loss, pixel_weights
 from ..class_metrics import count_image, counts_to_row, scores_of_counts, sum_counts
 from rtsseg.class_tiles import (
@@ -50,6 +51,7 @@ from rtsseg.config import (
 )
 from ..console import DataError
 from ..files import check_seal, read_json, typed, write_atomic
+from ..findings import FindingTable, error_lines, has_errors, readiness
 from ..loop import Task
 from ..losses import IGNORE, LossPart
 from ..mixing import KeyedSamples, Mixing, MixingCollate, exchange_box, mix_images, mixed_loss
@@ -194,6 +196,13 @@ class LandcoverFeed(Feed):
         "Whole images of a split in order, one at a time, since their sizes differ"
         return make_loader(self.tiles(split, mean, std), self.cfg.loader, batch_size=1)
 
+    def few(self, images:int) -> 'LandcoverFeed':
+        "The feed with some images of each split, normalised as all of them, and drawn alike"
+        plain = self.cfg.data.model_copy(update=dict(class_aware=0.))
+        few = LandcoverFeed(self.cfg.model_copy(update=dict(data=plain)))
+        few.samples, few.statistics = self.samples.few(images), self.statistics
+        return few
+
     def split(self, name:str, packed:'PackedLandcover') -> DataLoader:
         "Whole images of a split, normalised as the packed model wants it"
         return self.whole(name, packed.mean, packed.std)
@@ -336,6 +345,13 @@ class Landcover(System):
     def metrics(self, table:SampleTable, cfg:LandcoverConfig, weights:np.ndarray|None=None) -> dict[str, float]:
         "mIoU, accuracies, boundary IoU and the IoU of each class"
         return class_scores(table, cfg, weights)
+
+    def check(self, cfg:LandcoverConfig, batches:int=20, picture:str='') -> None:
+        "The seven health checks of guide 002, with as many images of each split for a model; raises `DataError`"
+        found = seven_checks(self, cfg, self.feed(cfg), batches)
+        print(f'{FindingTable(found)}\n\n{readiness(found)}', flush=True)
+        if has_errors(found):
+            raise DataError('\n'.join([f'{cfg.name}: health checks', *error_lines(found)]))
 
     def curves(self, cfg:LandcoverConfig) -> dict[str, list[str]]:
         "Panels of mean IoU and boundary IoU"
