@@ -141,7 +141,7 @@ def hand_finding(system:System, task:Task, cfg:RunConfig, classes:int) -> Findin
 BLENDED = 2
 # crops that are looked at, and the share of their pixels that has to agree
 MOVES, MIN_AGREEMENT = 24, .995
-COLOUR_TRANSFORMS = 'brightness', 'contrast', 'saturation', 'gaussian_noise', 'clahe'
+COLOUR_TRANSFORMS = 'brightness', 'contrast', 'saturation', 'hue', 'gaussian_noise', 'clahe'
 
 def moves_alone(augment:Augment) -> Augment:
     "Augmentation without its changes of colour; a pipeline keeps those of its own"
