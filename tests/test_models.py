@@ -748,7 +748,8 @@ def of_transformers(name, tensor):
         return {f'{block}.{number}.attention.self.{half}.{kind}': part for half, part in halves}
     for ours, theirs in (('attn.norm', 'attention.self.layer_norm'), ('norm1', 'layer_norm_1'),
                          ('norm2', 'layer_norm_2'), ('attn.q', 'attention.self.query'),
-                         ('attn.sr', 'attention.self.sr'), ('attn.proj', 'attention.output.dense'), ('mlp.fc', 'mlp.dense')):
+                         ('attn.sr', 'attention.self.sr'), ('attn.proj', 'attention.output.dense'),
+                         ('mlp.fc', 'mlp.dense')):
         rest = rest.replace(ours, theirs)
     return {f'{block}.{rest}': tensor}
 
