@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HAND_TRUE', 'HAND_PREDICTED', 'HAND_IOU', 'BLENDED', 'MOVES', 'MIN_AGREEMENT', 'COLOUR_TRANSFORMS', 'SAME_STATISTICS',
-           'FEW_CROPS', 'FEW_SIDE', 'TRIED_CROPS', 'FIT_RATE', 'FIT_STEPS', 'FITTED', 'SAME_SCORE', 'BOUNDARY_WIDTHS',
-           'FileFacts', 'survey_class_files', 'pixel_digest', 'mask_values', 'ignoring_finding', 'gradient_at',
-           'changed_counts', 'hand_mistakes', 'hand_finding', 'moves_alone', 'write_drawn_masks', 'agreement',
-           'moving_finding', 'split_of_path', 'purity_findings', 'normalisation_finding', 'small_side', 'small_batch',
-           'learn_by_heart', 'fitting_finding', 'BothWays', 'judge_both_ways', 'consistency_finding',
-           'class_scores_finding', 'data_findings', 'model_findings', 'seven_checks']
+           'FEW_CROPS', 'FEW_SIDE', 'TRIED_CROPS', 'LABEL_LOSSES', 'FIT_RATE', 'FIT_STEPS', 'FITTED', 'SAME_SCORE',
+           'BOUNDARY_WIDTHS', 'FileFacts', 'survey_class_files', 'pixel_digest', 'mask_values', 'ignoring_finding',
+           'gradient_at', 'changed_counts', 'hand_mistakes', 'hand_finding', 'moves_alone', 'write_drawn_masks',
+           'agreement', 'moving_finding', 'split_of_path', 'purity_findings', 'normalisation_finding', 'plainly_taught',
+           'small_side', 'small_batch', 'learn_by_heart', 'fitting_finding', 'BothWays', 'judge_both_ways',
+           'consistency_finding', 'class_scores_finding', 'data_findings', 'model_findings', 'seven_checks']
 
 # %% ../nbs/04s_class_checks.ipynb #kckexports
 import hashlib
@@ -225,6 +225,8 @@ def purity_findings(samples:ClassSamples, facts:FileFacts) -> list[Finding]:
 SAME_STATISTICS = 1e-3
 # crops of the small batch, their largest side, and where they are looked for
 FEW_CROPS, FEW_SIDE, TRIED_CROPS = 2, 128, 16
+# losses that compare logits with labels, without a teacher or a head of their own
+LABEL_LOSSES = {'cross_entropy', 'dice', 'lovasz'}
 # how the batch is learnt, and when it counts as learnt
 FIT_RATE, FIT_STEPS, FITTED = 1e-3, 200, .1
 
@@ -241,6 +243,12 @@ def normalisation_finding(cfg:RunConfig, statistics:tuple[list[float], list[floa
         return Finding('ok', what, shown, f'as the weights {cfg.model.weights} of {cfg.model.encoder}')
     return Finding('error', what, shown, f'the encoder was pretrained with mean {wanted[0]} and std {wanted[1]}: '
                                          'set model.normalisation to pretrained')
+
+def plainly_taught(cfg:RunConfig) -> RunConfig:
+    "A config whose losses need nothing but labels, all of which count and may be met exactly"
+    parts = [part for part in cfg.loss.parts if part in LABEL_LOSSES] or ['cross_entropy']
+    return cfg.model_copy(update=dict(loss=cfg.loss.model_copy(update=dict(
+        parts=parts, label_smoothing=0., hardest=1.))))
 
 def small_side(model:nn.Module, side:int) -> int:
     "The side of crops to learn by heart: small, where the model takes such crops"
@@ -367,8 +375,7 @@ def model_findings(system:System, cfg:RunConfig,
     mean, std = feed.statistics
     batch = small_batch(feed.tiles('train', mean, std), small_side(model, cfg.data.sides[0]), cfg.seed)
     batch = {name: value.to(accelerator.device) if hasattr(value, 'to') else value for name, value in batch.items()}
-    plain = cfg.model_copy(update=dict(loss=cfg.loss.model_copy(update=dict(label_smoothing=0., hardest=1.))))
-    fitted = learn_by_heart(model, system.task(plain, feed), batch, cfg.loss_weights)
+    fitted = learn_by_heart(model, system.task(plainly_taught(cfg), feed), batch, cfg.loss_weights)
     both = judge_both_ways(system, cfg, few, model, accelerator)
     return [normalisation_finding(cfg, feed.statistics), fitting_finding(*fitted),
             consistency_finding(both, few.size('val')),

@@ -141,9 +141,9 @@ WINGS = {
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
             'pretrained windows prepare stage card class_world',
     'feed': 'sampler augment tiles mixing class_tiles',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
-             'sliding',
+             'sliding distil',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan',

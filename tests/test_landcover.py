@@ -9,17 +9,21 @@ import pytest
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
+from rtsseg.checkpoint import load_state
 from rtsseg.class_metrics import sum_counts
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import evaluate
-from rtsseg.runs import read_log, run_folder
+from rtsseg.results import read_results
+from rtsseg.runs import judge_run, read_log, run_folder
 from rtsseg.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
 LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'),
               unfreeze=dict(share=.5, groups=2, every=1),
-              loss=dict(parts=['cross_entropy', 'dice', 'lovasz'], hardest=.4, label_smoothing=.1))
+              loss=dict(parts=PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
+              loss_weights=dict(boundary=.01))
 
 @pytest.fixture(scope='module')
 def land(tmp_path_factory):
@@ -32,9 +36,14 @@ def config(land, runs, **more):
     return load(ROOT/'configs'/'landcover'/'toy.yaml', **small | more)
 
 @pytest.fixture(scope='module')
-def lively(land, tmp_path_factory):
-    "A run with everything that draws at random or changes with time"
-    return train(config(land, tmp_path_factory.mktemp('runs'), **LIVELY))
+def teacher(land, tmp_path_factory):
+    "The model directory of a short run"
+    return train(config(land, tmp_path_factory.mktemp('teacher'), epochs=1, seed=7))/'model'
+
+@pytest.fixture(scope='module')
+def lively(land, teacher, tmp_path_factory):
+    "A run with everything that draws at random or changes with time, and with all that training alone has"
+    return train(config(land, tmp_path_factory.mktemp('runs'), distil=dict(teacher=str(teacher)), **LIVELY))
 
 def test_it_learns(land, tmp_path):
     "More than the largest class everywhere would give: its share of the pixels, over seven classes"
@@ -46,9 +55,10 @@ def test_it_learns(land, tmp_path):
     true = sum_counts(system.read_table(evaluate(folder, 'val')).frame).confusion.sum(1)
     assert rows[-1]['val/miou'] > 1.5*true.max()/true.sum()/7
 
-def test_killed_and_started_again_it_ends_in_the_same_bytes(land, lively, tmp_path):
-    "kill -9 after the first epoch: crops, mixing, unfreezing and weights are those of the undisturbed run"
-    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), **LIVELY)
+def test_killed_and_started_again_it_ends_in_the_same_bytes(land, teacher, lively, tmp_path):
+    "kill -9 after the first epoch: crops, mixing, unfreezing, helpers and weights are those of the undisturbed run"
+    distil = dict(teacher=str(teacher))
+    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=distil, **LIVELY)
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     folder = run_folder(cfg, find_system('landcover').feed(cfg).hash)
     with running(Program('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline', env=held(folder, 1))) as process:
@@ -59,12 +69,48 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(land, lively, tmp_pa
     weights = [(f/'model'/'model.safetensors').read_bytes() for f in (folder, lively)]
     assert weights[0] == weights[1]
 
+def test_helpers_train_and_are_left_behind(lively, teacher):
+    "Edge head and projection are in the training state, and neither they nor the teacher are in the model"
+    state = load_state(lively/'checkpoints'/'resume.ckpt')
+    assert set(state['modules']) == {'edge.weight', 'edge.bias', 'project.weight', 'project.bias'}
+    rows = read_log(lively)
+    assert {name.removeprefix('train/loss/') for name in rows[-1] if name.startswith('train/loss/')} == set(PARTS)
+    assert {name.removeprefix('val/loss/') for name in rows[-1] if name.startswith('val/loss/')} == set(PARTS[:3])
+    packed, other = (find_system('landcover').unpack(folder) for folder in (lively/'model', teacher))
+    assert packed.model.state_dict().keys() == other.model.state_dict().keys()
+    assert str(teacher) not in (lively/'model'/'config.yaml').read_text()
+
+def test_a_teacher_that_is_gone_is_named(land, tmp_path):
+    lost = dict(loss=dict(parts=['cross_entropy', 'teacher_features']), distil=dict(teacher=str(tmp_path/'gone')))
+    with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
+        train(config(land, tmp_path/'runs', **lost))
+    assert not (tmp_path/'runs').exists()
+
 def test_evaluation_finds_the_numbers_of_training_again(lively):
     "Check 6 of guide 002: the same windows in both"
     cfg, system = load(lively/'config.yaml'), find_system('landcover')
     found = system.metrics(system.read_table(evaluate(lively, 'val')), cfg)
     best = json.loads((lively/'model'/'metrics.json').read_text())
     assert found == pytest.approx({name: best['metrics'][name] for name in found}, abs=1e-9, nan_ok=True)
+
+def test_views_and_clean_up_are_compared(lively):
+    "Each way of looking has a table; the report says what it gains, and which one is in use"
+    clean = dict(min_area=dict(building=6), min_width=dict(road=2), otsu=['water'])
+    judge_run(lively, [f'clean_up={json.dumps(clean)}'])
+    system, names = find_system('landcover'), ('none', 'scales', 'none-clean')
+    tables = {views: system.read_table(evaluate(lively, 'val', views)) for views in names}
+    maps = [sum_counts(table.frame).confusion for table in tables.values()]
+    assert not (maps[0] == maps[1]).all() and not (maps[0] == maps[2]).all()
+    results, = read_results(lively)
+    blocks = system.sections(results)['Views and clean-up']
+    table = blocks[0].frame
+    assert list(table.index) == ['none (in use)', 'scales', 'none-clean']
+    cfg = load(lively/'config.yaml')
+    miou = [100*system.metrics(table, cfg)['miou'] for table in tables.values()]
+    assert list(table['miou, %']) == pytest.approx(miou)
+    assert table.loc['scales', 'gain, points'] == pytest.approx(miou[1] - miou[0])
+    assert 'were not compared' in system.missing_before_test(lively, 'flips')
+    assert not system.missing_before_test(lively, 'scales')
 
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"

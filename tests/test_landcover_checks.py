@@ -87,15 +87,15 @@ def facts_of(land):
 
 def test_1_a_loss_that_learns_from_ignored_pixels(land, monkeypatch):
     cfg = config(land)
-    task = LandcoverTask(cfg)
-    monkeypatch.setattr(task, 'loss', lambda out, batch: LandcoverTask(cfg).loss(
+    task = LandcoverTask(cfg, None)
+    monkeypatch.setattr(task, 'loss', lambda out, batch: LandcoverTask(cfg, None).loss(
         out, batch | dict(target=torch.where(batch['target'] == 255, 0, batch['target']))))
     finding = ignoring_finding(task, cfg.data, facts_of(land))
     assert finding.level == 'error' and 'the loss learns from ignored pixels' in finding.each[0]
 
 def test_1_a_metric_that_counts_ignored_pixels(land, monkeypatch):
     cfg = config(land)
-    task = LandcoverTask(cfg)
+    task = LandcoverTask(cfg, None)
     rows = task.rows
     monkeypatch.setattr(task, 'rows', lambda out, batch: rows(
         out, batch | dict(target=torch.where(batch['target'] == 255, 0, batch['target']))))
@@ -266,7 +266,7 @@ class AbsentAsZero(Landcover):
                          ids=['twice', 'zero'])
 def test_7_a_mean_of_another_kind(system, why, land):
     cfg = config(land)
-    finding = hand_finding(system, LandcoverTask(cfg), cfg, 7)
+    finding = hand_finding(system, LandcoverTask(cfg, None), cfg, 7)
     assert finding.level == 'error' and why in finding.note
 
 class_counts = landcover.count_image
@@ -278,7 +278,7 @@ def test_7_a_mean_that_counts_ignored_pixels(land, monkeypatch):
     "As background, as a metric without an ignore index does"
     cfg = config(land)
     monkeypatch.setattr(landcover, 'count_image', count_ignored)
-    finding = hand_finding(SYSTEM, LandcoverTask(cfg), cfg, 7)
+    finding = hand_finding(SYSTEM, LandcoverTask(cfg, None), cfg, 7)
     assert 'ignored pixels count as class 0' in finding.note
 
 

@@ -38,6 +38,11 @@ OTHER_LOSS = dict(class_weights=[1, 2, 3, 4, 5, 6, 7], label_smoothing=.1, harde
      {'mixing.mixup.alpha', 'mixing.cutmix.alpha', 'mixing.same'}),
     (dict(mixing=dict(mixup=dict(p=.1, alpha=1), cutmix=dict(alpha=2), same='group')), {'mixing.cutmix.alpha'}),
     (dict(loader=dict(cache_mb=100)), {'loader.cache_mb'}),
+    (dict(loss=dict(edge=dict(width=3))), {'loss.edge.width'}),
+    (dict(loss=dict(parts=['cross_entropy', 'edge'], smooth=9, edge=dict(loss='dice'))), set()),
+    (dict(distil=dict(temperature=2, features='attention')), {'distil.temperature', 'distil.features'}),
+    (dict(loss=dict(parts=['dice', 'teacher_features']), distil=dict(temperature=2, features='attention')),
+     {'distil.temperature'}),
     (dict(ema=dict(enabled=False, decay=.5)), {'ema.decay'}),
     (dict(), set()),
 ], ids=str)
