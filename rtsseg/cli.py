@@ -10,7 +10,8 @@ __all__ = ['RESUMES', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'requi
            'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict', 'rtsseg_export', 'rtsseg_model',
            'rtsseg_map', 'rtsseg_cost', 'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons',
            'rtsseg_areas', 'rtsseg_map_check', 'rtsseg_map_baseline', 'rtsseg_preview', 'rtsseg_review_sample',
-           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'usage', 'main']
+           'rtsseg_review_read', 'rtsseg_review_tiles', 'rtsseg_search', 'rtsseg_ablate', 'rtsseg_sequence', 'usage',
+           'main']
 
 # %% ../nbs/10_cli.ipynb #icli
 import argparse
@@ -730,6 +731,18 @@ def rtsseg_ablate(shared:RunArguments=RunArguments(),
     from rtsseg.reporting import seed_list
     found = ablate(cfg, find_config(grid)[0], seed_list(seeds) or [cfg.seed])
     print(f'\n{found}\n\n{os.path.relpath(found.folder)}')
+
+@command(resumes=True)
+def rtsseg_sequence(shared:RunArguments=RunArguments(),
+                    steps:str='landcover/sequence',    # YAML file of steps, or a name in configs/
+                    images:int=20                      # of each split that a model looks at in the checks
+                   ) -> None:
+    "Improve a config step by step, and keep what gains more than noise; started again, it resumes"
+    from rtsseg.config import find_config
+    cfg = shared.settings()
+    from rtsseg.sequence import run_sequence
+    print(os.path.relpath(run_sequence(cfg, find_config(steps)[0], images).folder))
+
 
 # %% ../nbs/10_cli.ipynb #71e9559b
 def usage() -> str:

@@ -303,6 +303,14 @@ class System:
         `table_sections` of the shared room serves tables of samples."""
         raise NotImplementedError
 
+    def experiment(self, cfg:RunConfig,
+                   views:str,                   # of its evaluation
+                   scores:dict[str, float]      # of `metrics`
+                  ) -> dict[str, Any]:
+        "Columns of a table of experiments: what a run was, in few words, and the numbers that count"
+        name = self.monitor(cfg)[0]
+        return {name: scores[name]}
+
     def comparison(self,
                    results:list[Any],    # `Results`, one for each configuration
                    split:str             # the split that may be compared: test or val

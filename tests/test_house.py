@@ -151,7 +151,7 @@ WINGS = {
              'class_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost tour',
-    'search': 'variants ablation tuning',
+    'search': 'variants ablation tuning sequence',
     'commands': 'cli',
 }
 

@@ -7,7 +7,8 @@ __all__ = ['ClassLossName', 'LandViews', 'LANDCOVER_UNREAD', 'SEGFORMER', 'LAND_
            'ClassMetrics', 'Windows', 'MadeWorld', 'LandcoverData', 'LandcoverConfig', 'BoundaryCollate',
            'labels_after_mixing', 'edge_loss', 'of_labels', 'colour_statistics', 'LandcoverFeed', 'Taught',
            'make_helpers', 'has_label', 'class_loss_parts', 'LandcoverTask', 'class_scores', 'judge_look',
-           'looks_blocks', 'LandFacts', 'PackedLandcover', 'Landcover']
+           'looks_blocks', 'described_loss', 'described_augmentation', 'described_rates', 'described_run', 'LandFacts',
+           'PackedLandcover', 'Landcover']
 
 # %% ../../nbs/systems/landcover.ipynb #lcexports
 import json
@@ -52,6 +53,7 @@ from ..cleanup import CLEAN, CleanUp, clean_map
 from rtsseg.config import (
     AUGMENT_UNREAD,
     LOOP_UNREAD,
+    TRANSFORMS,
     Augment,
     ConfigError,
     Model,
@@ -546,6 +548,44 @@ def looks_blocks(results:Any    # `Results`
             blocks.append(replace(table, title=split))
     return blocks
 
+# %% ../../nbs/systems/landcover.ipynb #lctablerowcode
+def described_loss(cfg:LandcoverConfig) -> str:    # as '0.7 cross_entropy + 0.3 dice'
+    "The parts of the loss with the weights of the last stage"
+    weights = cfg.loss_weights | (cfg.stages[-1].loss_weights if cfg.stages else {})
+    terms = [f'{weights.get(part, 1.):g} {part}' for part in cfg.loss.parts if weights.get(part, 1.)]
+    if cfg.loss.hardest < 1:
+        terms.append(f'hardest {cfg.loss.hardest:.0%}')
+    if cfg.loss.class_weights:
+        terms.append('weights of classes')
+    return ' + '.join(terms)
+
+def described_augmentation(cfg:LandcoverConfig) -> str:
+    "What is drawn in training"
+    names = [name for name in TRANSFORMS if getattr(cfg.augment, name).p] if cfg.augment.enabled else []
+    if cfg.augment.pipeline:
+        names = [cfg.augment.pipeline.name]
+    if cfg.data.scales != (1., 1.):
+        names.append(f'scales {cfg.data.scales[0]:g}–{cfg.data.scales[1]:g}')
+    names += [name for name in ('mixup', 'cutmix') if getattr(cfg.mixing, name).p]
+    return ', '.join([*names, *(['class-aware'] if cfg.data.class_aware else [])])
+
+def described_rates(cfg:LandcoverConfig) -> str:
+    "The peak rate, its schedule, and how the encoder differs"
+    if cfg.stages:
+        return f'{max(cfg.stages[0].rates.values()):g} {cfg.stages[0].schedule}, {len(cfg.stages)} stages'
+    slower = f'encoder × {cfg.lr.backbone_lr_multiplier:g}'
+    if cfg.lr.layer_decay:
+        slower = f'layers × {cfg.lr.layer_decay:g}'
+    frozen = f', {cfg.unfreeze.share:.0%} frozen' if cfg.unfreeze.share else ''
+    return f'{cfg.lr.base_lr:g} {cfg.lr.schedule}, {slower}{frozen}'
+
+def described_run(cfg:LandcoverConfig, views:str) -> dict[str, str]:
+    "Backbone, Pretrain, Loss, Aug, LR, Size, TTA and Post of a run (guide 002, 3.2)"
+    start = Path(cfg.model.weights).name if cfg.model.weights else 'random'
+    return dict(Backbone=f'{cfg.model.architecture} {cfg.model.encoder}', Pretrain=start, Loss=described_loss(cfg),
+                Aug=described_augmentation(cfg), LR=described_rates(cfg), Size='/'.join(map(str, cfg.data.sides)),
+                TTA=views.removesuffix(CLEAN), Post='clean-up' if views.endswith(CLEAN) else '')
+
 # %% ../../nbs/systems/landcover.ipynb #lcsystemcode
 # what travels with the weights: names of the classes, and how images are normalised
 LAND_FILE = 'classes.json'
@@ -628,6 +668,11 @@ class Landcover(System):
         looks = looks_blocks(results)
         looks = {'Views and clean-up': looks} if looks else {}
         return {'Headline': sections.pop('Headline'), 'Classes': classes} | looks | sections
+
+    def experiment(self, cfg:LandcoverConfig, views:str, scores:dict[str, float]) -> dict[str, Any]:
+        "The columns of guide 002, 3.2; boundary IoU at the widest boundary that is measured"
+        widest = max(cfg.metrics.boundary_widths, default=0)
+        return described_run(cfg, views) | dict(mIoU=scores['miou'], bIoU=scores.get(f'biou_{widest}', float('nan')))
 
     def default_views(self, cfg:LandcoverConfig) -> str:
         "The views of the config"
