@@ -442,15 +442,16 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()
-def rtsseg_export(model:str='',                             # model directory, as runs/…/model
-                  out:str='',                               # a new folder for the files
-                  formats:str='onnx,qgis,torch,stac',       # files to write, with commas between them
-                  views:str=''                              # none, minimal, standard or full; '' takes the model's
+def rtsseg_export(model:str='',       # model directory, as runs/…/model
+                  out:str='',         # a new folder for the files
+                  formats:str='',     # onnx, qgis, torch, stac; of classes: onnx, fp16, int8, torchscript
+                  views:str='',       # none, minimal, standard or full; '' takes the model's
+                  images:str=''       # of classes: what int8 is calibrated on; '' takes the run's images
                  ) -> None:
-    "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, torch.export, STAC"
+    "A model with normalisation and calibration inside, for other programs: ONNX, QGIS, TorchScript, STAC, 8 bits"
     require(model=model, out=out)
-    from rtsseg.export import export_model
-    export_model(model, out, [name.strip() for name in formats.split(',')], views)
+    from rtsseg.class_export import export_any
+    export_any(model, out, [name.strip() for name in formats.split(',') if name.strip()], views, images)
 
 @command()
 def rtsseg_model(inspect:str='',    # model directory: what it is

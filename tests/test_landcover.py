@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
 from rtsseg.checkpoint import load_state
+from rtsseg.class_export import write_class_onnx
 from rtsseg.class_metrics import sum_counts
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
@@ -17,6 +20,7 @@ from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
 from rtsseg.runs import judge_run, read_log, run_folder
 from rtsseg.training import train
+from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
@@ -121,6 +125,30 @@ def test_commands_serve_it(land, tmp_path):
     page, = tmp_path.glob('runs/landcover_toy/*/seed42/report.html')
     text = page.read_text()
     assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou'))
+
+def test_its_model_is_exported(lively, tmp_path):
+    "By the command of all systems: every file agrees with the library as far as its precision lets it"
+    done = shell('rtsseg-export', '--model', lively/'model', '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path/'out'/'export.json').read_text())
+    shares = {name: parity['agreement'] for name, parity in found['files'].items()}
+    assert found['of_training'] and set(shares) == {
+        'model.onnx', 'model.torchscript.pt', 'model_fp16.onnx', 'model_int8.onnx'}
+    assert shares['model.onnx'] == shares['model.torchscript.pt'] == 1 and min(shares.values()) > .7
+    assert all(parity['milliseconds'] > 0 for parity in found['files'].values())
+    refused = shell('rtsseg-export', '--model', lively/'model', '--out', tmp_path/'two', '--formats', 'qgis')
+    assert refused.returncode == 2 and "'qgis' is not one of onnx" in refused.stderr
+
+class Odd(nn.Module):
+    "A network with an operator that ONNX does not have"
+
+    def forward(self, x):
+        return torch.linalg.eigvals(x @ x.mT).real[..., None] + x
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(ModelError, match='cannot be exported to ONNX') as failed:
+        write_class_onnx(Odd(), torch.rand(1, 3, 32, 32), tmp_path/'odd.onnx')
+    assert 'linalg_eigvals' in str(failed.value)
 
 def test_a_land_is_made_where_the_config_says_so(tmp_path):
     data = dict(source=tmp_path/'new', sides=[64], made=dict(side=64, images=8))
