@@ -57,7 +57,7 @@ def survey_class_files(samples:ClassSamples) -> FileFacts:
             for value in mask_values(samples.root/entry['mask']) if entry['mask'] else []:
                 facts.values.setdefault(value, entry['mask'])
         except DataError as e:
-            facts.problems.append(str(e))
+            facts.problems.append(f'{entry["sample"]}: {e}')
     return facts
 
 def pixel_digest(path:Path) -> str:
@@ -362,6 +362,8 @@ def data_findings(feed:Any, task:Task, cfg:RunConfig) -> list[Finding]:
         feed.check()
     except DataError as e:
         found.append(Finding('error', 'every image and mask', 'problems', each=str(e).splitlines()))
+    else:
+        found += [Finding('warning', 'classes of each split', line) for line in feed.warnings()]
     return found
 
 def model_findings(system:System, cfg:RunConfig,
