@@ -30,6 +30,7 @@ from .console import DataError, nearest, progress, raise_problems
 from .files import digest
 from .importers import read_mask_values
 from .manifest import read_table_file
+from .order import KeyedBatches
 from .raster import open_raster
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlconfig
@@ -269,7 +270,7 @@ def image_weights(counts:np.ndarray,    # (images, classes): pixels
     rarity = (of_image / np.where(of_set > 0, of_set, np.inf)).sum(1)
     return (1 - share) + share * rarity / rarity.mean()
 
-class ClassBatches:
+class ClassBatches(KeyedBatches):
     "Batches of keys (seed, epoch, row, occurrence, side), without an incomplete last batch; a batch has one side"
 
     def __init__(self,
@@ -279,29 +280,12 @@ class ClassBatches:
                  sides:list[int],                # of crops, pixels
                  weights:np.ndarray|None=None    # (n,): how often each is drawn; None: each once an epoch
                 ):
-        self.n, self.batch_size, self.seed, self.sides, self.epoch = n, batch_size, seed, list(sides), 1
-        self.weights = None if weights is None else weights / weights.sum()
+        super().__init__(n, batch_size, seed, {'': weights})
+        self.sides = list(sides)
 
-    def set_epoch(self, epoch:int) -> None:
-        "Choose the epoch (1-based) that is yielded next"
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.n // self.batch_size
-
-    def __iter__(self):
-        rng = np.random.default_rng((self.seed, self.epoch))
-        rows = rng.permutation(self.n)
-        if self.weights is not None:
-            rows = rng.choice(self.n, self.n, p=self.weights)
-        seen = np.zeros(self.n, int)
-        for number in range(len(self)):
-            side = int(rng.choice(self.sides))
-            batch = []
-            for row in rows[number * self.batch_size:(number + 1) * self.batch_size].tolist():
-                batch.append((self.seed, self.epoch, row, int(seen[row]), side))
-                seen[row] += 1
-            yield batch
+    def of_batch(self, rng:np.random.Generator) -> tuple[int]:
+        "The side of the crops of a batch"
+        return (int(rng.choice(self.sides)),)
 
 # %% ../nbs/02d_class_tiles.ipynb #ctldatacode
 class ClassTiles(Dataset):

@@ -1077,6 +1077,7 @@ BUILT_IN_SYSTEMS = {
     'rts': 'rtsseg.systems.rts:RTS',
     'classify': 'rtsseg.systems.classify:Classify',
     'landcover': 'rtsseg.systems.landcover:Landcover',
+    'plants': 'rtsseg.systems.plants:Plants',
 }
 
 def system_names() -> list[str]:

@@ -187,7 +187,8 @@ def waiting_advice(share:float,      # of the epoch spent waiting
     "What to do when the device waits for data"
     workers, cores = cfg.loader.num_workers, os.cpu_count()
     if workers < cores:
-        advice = f'raise loader.num_workers (now {workers}; {cores} cores here)'
+        advice = (f'raise loader.num_workers (now {workers}; {cores} cores here) or loader.prefetch_factor '
+                  f'(now {cfg.loader.prefetch_factor})')
     else:
         advice = f'all {cores} cores make batches already: take a machine with more, or lighter augmentation'
     return f'the {device} waits for data {share:.0%} of the time: {advice}, or put the data on a faster disk'

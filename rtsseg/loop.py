@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTotals', 'EpochTotals', 'upgrade_state',
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
-           'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'freeze', 'ask_gate',
-           'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part', 'train_epoch',
-           'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch', 'is_warmed_up', 'watch_progress',
-           'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin', 'batches_per_epoch', 'resume', 'finish',
-           'fit']
+           'observe_batch', 'update_weights', 'slow_down', 'skip_step', 'take_step', 'enter_stage', 'freeze',
+           'ask_gate', 'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part',
+           'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch', 'is_warmed_up',
+           'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin', 'batches_per_epoch',
+           'resume', 'finish', 'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -107,6 +107,12 @@ class Task:
     def difficulty(self, out:Any, batch:Any) -> tuple[torch.Tensor, torch.Tensor]|None:
         "(rows, losses): the row of each sample in the training data, int (n,), and its own loss, float (n,)"
         return None
+
+    def slowed(self, history:list[dict]) -> dict[str, torch.Tensor]:
+        """Parameters of which a part learns slower in the epoch that begins, from the rows of the epochs before it
+
+        By name, with factors of the rate in a shape that broadcasts to the parameter."""
+        return {}
 
 # %% ../nbs/04e_loop.ipynb #1d899d3e
 HOOKS = {'on_start': 'the run is about to train, or to resume',
@@ -229,6 +235,7 @@ class TrainingState:
     gate: LossGate = field(default_factory=LossGate)
     layers: dict[str, int] = field(default_factory=dict)       # parameter name: its layer, where the config needs it
     frozen: set[str] = field(default_factory=set)              # parameters of layers that do not train yet
+    slowed: list = field(default_factory=list)                 # (parameter, factors) of `Task.slowed`, this epoch
     anneals_after: int = 0                  # epoch at which early stopping decided: the rate falls; 0: it has not
     asked: str = ''                         # why this process was asked to stop
     reason: str = ''                        # why the run stopped, '' while it trains: the same in all processes
@@ -462,6 +469,7 @@ def update_weights(run:TrainingState) -> float|None:
     scaler, trained = run.accelerator.scaler, run.trained
     if all(p.grad is None for p in trained):
         return None
+    before = [parameter.detach().clone() for parameter, _ in run.slowed]
     if scaler:
         scaler.unscale_(run.optimizer)
     norm = float(nn.utils.clip_grad_norm_(trained, run.cfg.optimizer.clip_norm or math.inf))
@@ -471,8 +479,17 @@ def update_weights(run:TrainingState) -> float|None:
         scaler.update()
     elif math.isfinite(norm):
         run.optimizer.step()
+    slow_down(run, before)
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+@torch.no_grad()
+def slow_down(run:TrainingState,
+              before:list[torch.Tensor]    # what the slowed parameters were
+             ) -> None:
+    "Let parts of parameters take a part of their step: what a smaller rate does, whatever the optimizer"
+    for (parameter, factors), old in zip(run.slowed, before, strict=True):
+        parameter.copy_(torch.lerp(old, parameter, factors))
 
 @torch.no_grad()
 def skip_step(run:TrainingState, step:StepTotals, norm:float|None, buffers:list[torch.Tensor]) -> None:
@@ -519,6 +536,9 @@ def enter_stage(run:TrainingState) -> None:
         run.processes.share(run.model.buffers())
         if is_new:
             run.tell('on_stage', run, planned.stage)
+    parameters = dict(run.model.named_parameters())
+    slowed = run.task.slowed(run.history)
+    run.slowed = [(parameters[name], factors.to(parameters[name])) for name, factors in slowed.items()]
     ask_gate(run)
 
 def freeze(run:TrainingState) -> None:
@@ -756,6 +776,9 @@ def check_samplers(cfg:LoopConfig, sampler:BatchSampler) -> None:
     named = [stage.sampler for stage in cfg.stages if stage.sampler]
     if named and not hasattr(sampler, 'choose'):
         raise ConfigError(f'stages: sampler {named[0]!r}: this system draws samples in one way; leave it out')
+    for name in named:
+        # an unknown name is an error now, and not epochs later
+        sampler.choose(name)
 
 def begin(cfg:LoopConfig,        # what to do
           task:Task,             # what it means

@@ -192,6 +192,10 @@ class System:
         Raises `ModelError`."""
         raise NotImplementedError
 
+    def observers(self, cfg:RunConfig, feed:Feed) -> list:
+        "Observers of the training loop that watch what the system alone knows"
+        return []
+
     def monitor(self, cfg:RunConfig) -> tuple[str, str]:
         "Name of the value that chooses the best model, and whether 'max' or 'min' is good"
         return cfg.metrics.monitor, 'max'

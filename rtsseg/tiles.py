@@ -159,6 +159,8 @@ class TileDataset(Dataset):
     """Tiles of one split as the model sees them: a key gives an augmented draw, a plain number the tile itself
 
     Of the windows of a manifest, a draw is a crop, and the tile itself comes with the context around it."""
+    # for `UnreadableTiles`
+    noun, counts_as = 'tiles', '255'
 
     def __init__(self,
                  manifest:Manifest,         # one split
@@ -189,6 +191,11 @@ class TileDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.manifest)
+
+    @property
+    def names(self) -> pd.Series:
+        "The tile_id of each tile"
+        return self.manifest.table.tile_id
 
     def __getitem__(self,
                     key:int|tuple           # a tile's row, or (seed, epoch, tile, occurrence)
@@ -402,13 +409,16 @@ def loaders(cfg:RtsConfig,                    # data, sampler, augment, loss and
 
 # %% ../nbs/02b_tiles.ipynb #3f1422f2
 class UnreadableTiles:
-    """Observer: logs each tile that could not be read, and stops the run where they are too many.
+    """Observer: logs each sample that could not be read, and stops the run where they are too many.
 
     Too many is more than `MAX_UNREADABLE` of a split. Their names are kept in unread.json of the run folder.
+
+    A data set says what its samples are called (`noun`, `names`), what a lost one counts as (`counts_as`), which are
+    lost (`unread`), and why (`problem`); `read` reads one again.
     """
 
-    def __init__(self, feed:Loaders):
-        self.datasets = dict(training=feed.train.dataset, validation=feed.val.dataset)
+    def __init__(self, training:Dataset, validation:Dataset):
+        self.datasets = dict(training=training, validation=validation)
         # {split: {row: problem}} of tiles that were logged
         self.known = {name: {} for name in self.datasets}
 
@@ -416,7 +426,7 @@ class UnreadableTiles:
         "Read again what an earlier process of this run could not read: it stops this one too, unless it was restored"
         for name, tile_ids in self._stored(run.folder).items():
             dataset = self.datasets[name]
-            for i in np.flatnonzero(dataset.manifest.table.tile_id.isin(tile_ids)).tolist():
+            for i in np.flatnonzero(dataset.names.isin(tile_ids)).tolist():
                 dataset.read(i)
         self.on_step(run)
 
@@ -427,7 +437,7 @@ class UnreadableTiles:
         try:
             stored = typed(dict[str, list[str]], read_json(path, folder), path.name)
         except FileError as e:
-            logger.info(f'{e}: tiles that could not be read before are read again when they are drawn')
+            logger.info(f'{e}: what could not be read before is read again when it is drawn')
             return {}
         return {name: stored.get(name, []) for name in self.datasets}
 
@@ -443,12 +453,12 @@ class UnreadableTiles:
                         self._log(run.folder, name, known[i])
             if len(known) > MAX_UNREADABLE * len(dataset):
                 some = '; '.join(itertools.islice(known.values(), 5))
-                run.stop(f'{name}: {len(known)} of {len(dataset)} tiles cannot be read, '
+                run.stop(f'{name}: {len(known)} of {len(dataset)} {dataset.noun} cannot be read, '
                          f'which is more than {MAX_UNREADABLE:.1%}: {some}')
 
     def _log(self, folder, name, problem):
-        print(f'note: {name}: {problem}: it counts as 255', flush=True)
-        stored = {n: d.manifest.table.tile_id[list(self.known[n])].tolist() for n, d in self.datasets.items()}
+        print(f'note: {name}: {problem}: it counts as {self.datasets[name].counts_as}', flush=True)
+        stored = {n: d.names[list(self.known[n])].tolist() for n, d in self.datasets.items()}
         write_atomic(folder/'unread.json', json.dumps(stored))
 
     on_judge = on_step
@@ -469,5 +479,5 @@ class UnreadableTiles:
         for name, dataset in self.datasets.items():
             known = self.known[name]
             if known and run.accelerator.is_main_process:
-                print(f'note: {len(known)} of {len(dataset)} {name} tiles could not be read, and counted as 255',
-                      flush=True)
+                print(f'note: {len(known)} of {len(dataset)} {name} {dataset.noun} could not be read, and counted as '
+                      f'{dataset.counts_as}', flush=True)

@@ -138,17 +138,17 @@ def test_no_trace_of_a_machine():
 # ---------------------------------------------------------------- rooms and walls
 WINGS = {
     'core': 'console files config runs',
-    'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
-            'pretrained windows prepare stage card class_world',
-    'feed': 'sampler augment tiles mixing class_tiles',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics cleanup',
-    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
-             'sliding distil',
+    'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
+            'toy pretrained windows prepare stage card class_world leaf_world photos',
+    'feed': 'sampler augment tiles mixing class_tiles order photo_feed',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics cleanup plant_metrics',
+    'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
+             'distil label_losses routed',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
-            'evaluation plan',
+            'evaluation plan routed_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
-             'class_report reporting',
+             'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
     'search': 'variants ablation tuning sequence',

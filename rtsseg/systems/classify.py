@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'IMAGE_SUFFIXES', 'CLASSES', 'CLASSIFIER_CARD', 'ImageData', 'ImageModel', 'ImageMetrics',
-           'ClassifyConfig', 'list_folders', 'list_images', 'read_image', 'Images', 'ShuffledBatches', 'ImageFeed',
-           'Classifier', 'build_classifier', 'classification_scores', 'ClassifyTask', 'PackedClassifier', 'Classify']
+           'ClassifyConfig', 'list_folders', 'list_images', 'read_image', 'Images', 'ImageFeed', 'Classifier',
+           'build_classifier', 'classification_scores', 'ClassifyTask', 'PackedClassifier', 'Classify']
 
 # %% ../../nbs/systems/classify.ipynb #iclassify
 import hashlib
@@ -42,6 +42,7 @@ from rtsseg.config import (
 from ..console import DataError, nearest, raise_problems
 from ..files import FileError, check_seal, digest, read_json, typed, write_atomic
 from ..loop import Task
+from ..order import KeyedBatches
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
 
@@ -115,7 +116,7 @@ def read_image(path:Path, side:int) -> np.ndarray:
     return cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (side, side), interpolation=cv2.INTER_AREA)
 
 class Images(Dataset):
-    "Images of one split: a plain number gives an image, a key (seed, epoch, row) an augmented one"
+    "Images of one split: a plain number gives an image, a key (seed, epoch, row, occurrence) an augmented one"
 
     def __init__(self, root:Path, table:pd.DataFrame, classes:list[str], data:ImageData):
         self.root, self.table, self.data = root, table.reset_index(drop=True), data
@@ -126,10 +127,11 @@ class Images(Dataset):
         return len(self.table)
 
     def __getitem__(self, key):
-        row = key[-1] if isinstance(key, tuple) else int(key)
+        row = key[2] if isinstance(key, tuple) else int(key)
         image = read_image(self.root/self.table.path[row], self.data.image_size)
         if isinstance(key, tuple):
-            image = self.augmented(image, key)
+            # an epoch shows each image once, so the occurrence is left out
+            image = self.augmented(image, key[:3])
         pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32) / 127.5 - 1
         return dict(image=torch.from_numpy(pixels), label=self.labels[row],
                     sample=self.table.path[row], group=self.table.group[row])
@@ -140,24 +142,6 @@ class Images(Dataset):
             no_mask = np.zeros(image.shape[:2], np.uint8)
             return 255 * self.pipeline(image.astype(np.float32) / 255, no_mask, key)[0]
         return image[:, ::-1] if np.random.default_rng(key).random() < self.data.flip else image
-
-class ShuffledBatches:
-    "Batches of keys (seed, epoch, row), in an order of seed and epoch alone, without an incomplete last batch"
-
-    def __init__(self, n:int, batch_size:int, seed:int):
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 1
-
-    def set_epoch(self, epoch:int) -> None:
-        "Choose the epoch (1-based) that is yielded next"
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.n // self.batch_size
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.seed, self.epoch, row) for row in order[start:start + self.batch_size]]
 
 # %% ../../nbs/systems/classify.ipynb #cclfeed2
 class ImageFeed(Feed):
@@ -203,7 +187,7 @@ class ImageFeed(Feed):
 
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         "Shuffled, augmented training batches, and the validation split in order"
-        batches = ShuffledBatches(self.size('train'), self.cfg.batch_size, self.cfg.seed)
+        batches = KeyedBatches(self.size('train'), self.cfg.batch_size, self.cfg.seed)
         return self.loader('train', batch_sampler=batches), self.split('val', None)
 
     def split(self, name:str, packed:'PackedClassifier|None') -> DataLoader:

@@ -58,7 +58,7 @@ class RtsFeed(Feed):
     def observers(self) -> list:
         "An observer that stops the run where too many tiles cannot be read"
         from rtsseg.tiles import UnreadableTiles
-        return [UnreadableTiles(self.built)]
+        return [UnreadableTiles(self.built.train.dataset, self.built.val.dataset)]
 
 # %% ../../nbs/systems/rts.ipynb #crtsigns
 IOU_GAP = 'training IoU above 0.9, validation IoU at 1:1 below 0.5; reduce the capacity of the model, or stop earlier'

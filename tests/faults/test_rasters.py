@@ -117,7 +117,8 @@ def train_on(world, workers=0, **more):
     cfg.loader.num_workers = workers
     feed = loaders(cfg)
     task = SegmentTask(cfg, feed.manifest.of('val').table, 100.)
-    return fit(cfg, task, build(cfg.model), feed.train, feed.val, world.parent/'run', [UnreadableTiles(feed)])
+    watch = UnreadableTiles(feed.train.dataset, feed.val.dataset)
+    return fit(cfg, task, build(cfg.model), feed.train, feed.val, world.parent/'run', [watch])
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_08_one_tile_of_a_thousand_is_left_out(many, workers, capsys):
@@ -163,7 +164,7 @@ def test_08_processes_count_together(counted, tmp_path):
     reasons = []
     accelerator = SimpleNamespace(num_processes=2, is_main_process=True, device='cpu', reduce=reduce)
     run = SimpleNamespace(folder=tmp_path, stop=reasons.append, accelerator=accelerator)
-    watch = UnreadableTiles(feed)
+    watch = UnreadableTiles(feed.train.dataset, feed.val.dataset)
     assert feed.train.dataset[1]['target'].eq(255).all()
     watch.on_step(run)
     assert not reasons
@@ -199,7 +200,8 @@ def test_08_statistics_of_too_few_tiles_are_refused(many):
 def test_08_a_damaged_list_of_lost_tiles(counted, tmp_path, content, capsys):
     "It is not used, a note says so, and the run begins"
     (tmp_path/'unread.json').write_text(content)
-    watch = UnreadableTiles(loaders(settings(counted, 'many.csv')))
+    feed = loaders(settings(counted, 'many.csv'))
+    watch = UnreadableTiles(feed.train.dataset, feed.val.dataset)
     # it does not ask the run to stop
     watch.on_start(SimpleNamespace(folder=tmp_path))
     printed = capsys.readouterr()
