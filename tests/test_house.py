@@ -145,7 +145,7 @@ WINGS = {
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget '
              'sliding distil refine',
     'seam': 'system',
-    'task': 'segment mirrors track launch check log noise resume observe ensemble training evaluation plan',
+    'task': 'segment mirrors track launch check log noise resume observe ensemble blend training evaluation plan',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '

@@ -155,6 +155,19 @@ def test_a_refiner_that_is_not_there_is_named(lively):
     done = shell('rtsseg-refine', '--run', lively)
     assert done.returncode == 2 and 'refine.model: nothing is named' in done.stderr
 
+def test_two_models_become_one(land, lively, tmp_path):
+    "Its weights are fitted on validation, where it is at least as good as either; then it is a run like any other"
+    other = train(config(land, tmp_path/'runs', epochs=2, seed=44))
+    done = shell('rtsseg-ensemble', '--models', other, lively, '--weights', 'fit')
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, = other.parents[1].glob('*/ensemble-44-42')
+    system, cfg = find_system('landcover'), load(folder/'config.yaml')
+    scores = [system.metrics(system.read_table(evaluate(run, 'val')), cfg)['miou'] for run in (folder, other, lively)]
+    assert scores[0] >= max(scores[1:])
+    assert sum(member.share for member in cfg.members) == pytest.approx(1)
+    done = shell('rtsseg-report', '--run', folder)
+    assert done.returncode == 0 and f'{cfg.members[0].share:.2f} × seed 44' in (folder/'report.html').read_text()
+
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"
     (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
