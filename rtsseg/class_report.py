@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from .bootstrap import Estimate
 from .class_metrics import ratio
-from .cleanup import CLEAN
 from .page import Number, Picture, Table, Text
 
 # %% ../nbs/06i_class_report.ipynb #crpfigurecode
@@ -85,16 +84,17 @@ class Look(NamedTuple):
     replicates: np.ndarray         # (n,): mIoU with groups drawn with replacement, alike for all ways
 
 def look_before(views:str) -> str:
-    "What a way of looking is compared with: the same map before it was cleaned, or one view"
-    return views.removesuffix(CLEAN) if views.endswith(CLEAN) else 'none'
+    "What a way of looking is compared with: the same map before it was cleaned up or refined, or one view"
+    seen, _, finished = views.partition('-')
+    return seen if finished else 'none'
 
 def is_kept(views:str,              # other than none
             gains:np.ndarray,       # (n,): replicates of its gain in mIoU
             gain:float,             # in mIoU
             least:float             # that views must gain
            ) -> bool:
-    "Views: they gain more than the least; a clean-up: its 95% interval lies above 0"
-    return bool(np.quantile(gains, .025) > 0) if views.endswith(CLEAN) else gain > least
+    "Views: they gain more than the least; what is done to a map after them: its 95% interval lies above 0"
+    return bool(np.quantile(gains, .025) > 0) if '-' in views else gain > least
 
 def looks_table(looks:dict[str, Look],    # by name of the views; `none` among them
                 least:float,              # that views must gain in mIoU
@@ -118,6 +118,6 @@ def looks_table(looks:dict[str, Look],    # by name of the views; `none` among t
     if not judges:
         note = 'this split chooses nothing: what is kept was decided on validation'
         return Table(head[:-1], [row[:-1] for row in rows], [note])
-    rule = (f'views are kept where they gain more than {100 * least:g} points of mIoU over one view, and a clean-up '
-            'where its gain over the same map before it is more than chance')
+    rule = (f'views are kept where they gain more than {100 * least:g} points of mIoU over one view, and what is done '
+            'to a map after that where its gain is more than chance')
     return Table(head, rows, [rule])

@@ -240,6 +240,17 @@ class System:
         "Write what is chosen on the validation table into the model directory, and return it; raises `ConfigError`"
         raise ConfigError(f'system {self.name} has no calibration')
 
+    def ensemble(self, models:list[str],
+                 out:str='',        # a new model directory; '' makes a run folder beside those of the members
+                 weights:str=''     # how much each counts, as the system takes it
+                ) -> Path:
+        "Make one model of several; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no ensembles')
+
+    def refine(self, folder:Path, cfg:RunConfig) -> str:
+        "Try on validation whether outlines that a segmenter draws are better, and say so; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no refinement of outlines')
+
     def check_views(self, views:str) -> None:
         "Raise `ConfigError` for views that the system does not have"
         if views not in self.views:

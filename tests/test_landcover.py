@@ -14,11 +14,12 @@ from rtsseg.ablation import ablate
 from rtsseg.checkpoint import load_state
 from rtsseg.class_export import write_class_onnx
 from rtsseg.class_metrics import sum_counts
+from rtsseg.class_tiles import read_pair
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
-from rtsseg.runs import judge_run, read_log, run_folder
+from rtsseg.runs import judge_run, read_log, run_config, run_folder
 from rtsseg.training import train
 from rtsseg.weights import ModelError
 
@@ -116,6 +117,57 @@ def test_views_and_clean_up_are_compared(lively):
     assert 'were not compared' in system.missing_before_test(lively, 'flips')
     assert not system.missing_before_test(lively, 'scales')
 
+class KnowsTruth:
+    "Gives, for an image of some land, the true class that most positive points lie in"
+
+    def __init__(self, samples, values):
+        pairs = [read_pair(samples, row, values) for row in range(len(samples))]
+        self.truth = {pair.image.tobytes(): pair.mask for pair in pairs}
+
+    def refine(self, image, points, labels):
+        truth = self.truth[image.tobytes()]
+        columns, rows = points[labels == 1].astype(int).T
+        return truth == np.bincount(truth[rows, columns]).argmax()
+
+def test_outlines_are_drawn_again_where_a_trial_says_so(lively, monkeypatch):
+    "One that knows the truth gains, and only after its trial may it change every map"
+    system, cfg = find_system('landcover'), load(lively/'config.yaml')
+    feed = system.feed(cfg)
+    knows = KnowsTruth(feed.samples, cfg.data.values)
+    monkeypatch.setattr('rtsseg.systems.landcover.load_refiner', lambda cfg, device: knows)
+    judge_run(lively, ['refine.where=all', 'refine.min_area=4'])
+    with pytest.raises(ConfigError, match='needs a trial on validation'):
+        evaluate(lively, 'val', 'none-refined')
+    said = system.refine(lively, run_config(lively))
+    assert 'refine.where: all may be used' in said
+    found = json.loads((lively/'evidence'/'refinement.json').read_text())
+    assert found['passes'] and found['gain'] > .01 and found['arms']['sam']['miou'] > found['arms']['none']['miou']
+    evaluated = system.metrics(system.read_table(evaluate(lively, 'val', 'none-refined')), cfg)
+    assert evaluated['miou'] == pytest.approx(found['arms']['sam']['miou'])
+    # an image that is not named stays as it is
+    judge_run(lively, ['refine.where=regions', 'refine.regions=[nowhere]'])
+    tables = [system.read_table(evaluate(lively, 'val', views)) for views in ('none', 'none-refined')]
+    assert tables[0].frame.equals(tables[1].frame)
+    results, = read_results(lively)
+    assert 'points of boundary IoU' in system.sections(results)['Refinement'][0].text
+
+def test_a_refiner_that_is_not_there_is_named(lively):
+    done = shell('rtsseg-refine', '--run', lively)
+    assert done.returncode == 2 and 'refine.model: nothing is named' in done.stderr
+
+def test_two_models_become_one(land, lively, tmp_path):
+    "Its weights are fitted on validation, where it is at least as good as either; then it is a run like any other"
+    other = train(config(land, tmp_path/'runs', epochs=2, seed=44))
+    done = shell('rtsseg-ensemble', '--models', other, lively, '--weights', 'fit')
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, = other.parents[1].glob('*/ensemble-44-42')
+    system, cfg = find_system('landcover'), load(folder/'config.yaml')
+    scores = [system.metrics(system.read_table(evaluate(run, 'val')), cfg)['miou'] for run in (folder, other, lively)]
+    assert scores[0] >= max(scores[1:])
+    assert sum(member.share for member in cfg.members) == pytest.approx(1)
+    done = shell('rtsseg-report', '--run', folder)
+    assert done.returncode == 0 and f'{cfg.members[0].share:.2f} × seed 44' in (folder/'report.html').read_text()
+
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"
     (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
@@ -143,7 +195,7 @@ class Odd(nn.Module):
     "A network with an operator that ONNX does not have"
 
     def forward(self, x):
-        return torch.linalg.eigvals(x @ x.mT).real[..., None] + x
+        return torch.linalg.eigvals(x @ x.transpose(2, 3)).real[..., None] + x
 
 def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     with pytest.raises(ModelError, match='cannot be exported to ONNX') as failed:

@@ -132,8 +132,8 @@ def predicted(folder, views):
     packed, feed = system.unpack(folder/'model'), system.feed(cfg)
     task = task_of_pass(packed, feed, Pass('test', views, folder, make_accelerator(cfg)))
     with torch.inference_mode():
-        logits = [task.forward(packed.model, batch) for batch in feed.split('test', packed)]
-    return [labels for one in logits for labels in task.maps(one)]
+        found = [task.maps(task.forward(packed.model, batch), batch) for batch in feed.split('test', packed)]
+    return [labels for maps in found for labels in maps]
 
 @pytest.mark.parametrize('views, name', [('none', 'test.maps.zip'), ('flips-clean', 'test-flips-clean.maps.zip')])
 def test_maps_are_uint8_pngs_named_as_the_images(unlabelled, views, name):
