@@ -63,6 +63,5 @@ def fit_share(passes:Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], 
             labels = torch.lerp(second, first, share).argmax(1).to(torch.uint8).cpu().numpy()
             counts[k] += confusion(labels, true, classes)
     scores = [mean_iou(matrix) for matrix in counts]
-    best = max(scores)
-    share = min((share for share, score in zip(TRIED_SHARES, scores) if score == best), key=lambda share: abs(share - .5))
-    return FittedShare(share, scores)
+    equal = [share for share, score in zip(TRIED_SHARES, scores) if score == max(scores)]
+    return FittedShare(min(equal, key=lambda share: abs(share - .5)), scores)
