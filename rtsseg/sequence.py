@@ -29,7 +29,7 @@ from rtsseg.config import (
     read_yaml,
     to_yaml,
 )
-from .console import DataError
+from .console import DataError, nearest
 from .evaluation import evaluate
 from .files import write_atomic
 from .noise import noise_floor
@@ -48,6 +48,9 @@ class Step(Strict):
     set: dict[str, Any] = Field({}, description='settings, dotted or nested, that are laid over them')
     checkpoint: Path | None = Field(
         None, description='a model directory, or a run folder, that is judged in the place of a training')
+    ensemble: list[str] = Field([], description='steps before it whose models become one, which is judged')
+    weights: str = Field('', description='ensemble: how much each of them counts, as rtsseg-ensemble takes it')
+    trial: bool = Field(False, description='outlines are tried on validation first, as rtsseg-refine does')
     least_gain: NonNegativeFloat = Field(
         0., description='of the monitored value, below which the step is not carried whatever the noise')
 
@@ -55,7 +58,16 @@ class Step(Strict):
     def _one_kind(self):
         if self.checkpoint and (self.files or self.set):
             raise ValueError('a checkpoint is judged as it is: leave out files and set')
+        if self.ensemble and (self.files or self.set or self.checkpoint):
+            raise ValueError('an ensemble is made of steps before it: leave out files, set and checkpoint')
+        if len(self.ensemble) == 1 or self.weights and not self.ensemble:
+            raise ValueError('an ensemble is made of two steps or more')
         return self
+
+    @property
+    def trains(self) -> bool:
+        "Whether its config may be carried, and is trained where it is not yet"
+        return not (self.checkpoint or self.ensemble)
 
 def check_step_names(steps:list[Step]) -> list[Step]:
     "Raise `ValueError` where two steps have one name, or the first one is not trained"
@@ -63,8 +75,13 @@ def check_step_names(steps:list[Step]) -> list[Step]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f'two steps are called {", ".join(twice)}')
-    if steps[0].checkpoint:
+    if not steps[0].trains:
         raise ValueError('the first step is trained: what it gives is carried')
+    for number, step in enumerate(steps):
+        trained = [other.name for other in steps[:number] if other.trains]
+        unknown = [name for name in step.ensemble if name not in trained]
+        if unknown:
+            raise ValueError(f'{step.name}: no trained step {unknown[0]!r} before it{nearest(unknown[0], trained)}')
     return steps
 
 class Sequence(Strict):
@@ -188,7 +205,9 @@ class Runner:
         print(f'\nstep {len(self.rows) + 1}: {step.name}', flush=True)
         try:
             if step.checkpoint:
-                self._compare(step)
+                self._compare(step, step.checkpoint)
+            elif step.ensemble:
+                self._compare(step, self._blended(step))
             else:
                 self._train(step, with_fields(self.cfg, step_fields(step, type(self.cfg), source.parent)))
         except Stopped:
@@ -206,6 +225,8 @@ class Runner:
             raise ConfigError('a step cannot change metrics: its value could not be compared')
         run = train(cfg)
         keep_post_hoc(run, cfg)
+        if step.trial:
+            print(self.system.refine(run, cfg), flush=True)
         views = self.system.default_views(cfg)
         table = self._evaluated(step, cfg, run, views)
         verdict = self._verdict(step, table)
@@ -223,14 +244,27 @@ class Runner:
             write_atomic(kept, table_path(run, 'val', views).read_bytes())
         return self.system.read_table(kept)
 
-    def _compare(self, step):
-        folder = step.checkpoint/'model' if (step.checkpoint/'model').is_dir() else step.checkpoint
+    def _blended(self, step):
+        "A model directory of the models of some steps"
+        rows = {row.step: row for row in self.rows}
+        lost = [name for name in step.ensemble if not rows[name].run]
+        if lost:
+            raise ConfigError(f'ensemble: step {lost[0]} failed')
+        runs = [self.cfg.runs/rows[name].run for name in step.ensemble]
+        said = json.dumps([rows[name].run for name in step.ensemble] + [step.weights])
+        out = self.folder/'models'/f'{step.name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}'
+        if not out.exists():
+            self.system.ensemble([str(run) for run in runs], str(out), step.weights)
+        return out
+
+    def _compare(self, step, path):
+        folder = path/'model' if (path/'model').is_dir() else path
         packed, feed = self.system.unpack(folder), self.system.feed(self.cfg)
         views = self.system.default_views(packed.cfg)
         table = self.system.observe(packed, feed, Pass('val', views, self.folder, make_accelerator(self.cfg)))
         verdict = self._verdict(step, table)
         verdict.carried, verdict.text = False, f'{verdict.text}, only compared'
-        self._add(step, packed.cfg, views, table, math.nan, verdict, step.checkpoint.name)
+        self._add(step, packed.cfg, views, table, math.nan, verdict, path.name)
 
     def _verdict(self, step, table):
         if not self.rows:
@@ -261,7 +295,7 @@ def run_sequence(cfg:RunConfig,       # the baseline
     file = Path(file)
     steps, system = read_sequence(file).steps, find_system(cfg.system)
     for step in steps:
-        if not step.checkpoint:
+        if step.trains:
             with_fields(cfg, step_fields(step, type(cfg), file.parent))
     system.feed(cfg, prepare=True)
     system.check(cfg, images)

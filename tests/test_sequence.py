@@ -64,6 +64,9 @@ steps:
   - {name: broken, set: {model.weights: nowhere/weights.pt, model.architecture: segformer, model.encoder: mit_b0}}
   - {name: views, files: [views.yaml], least_gain: 0.9}
   - {name: theirs, checkpoint: theirs}
+  - {name: both, ensemble: [baseline, longer], weights: '0.4,0.6'}
+  - {name: lost, ensemble: [longer, broken]}
+  - {name: outlines, set: {views: none-refined, refine: {where: all, model: nowhere.pt}}, trial: true}
 """
 
 @pytest.fixture(scope='module')
@@ -88,11 +91,13 @@ def outcome(home):
 
 def test_each_step_is_a_row(outcome):
     rows = {row.step: row for row in outcome.rows}
-    assert list(rows) == ['baseline', 'longer', 'broken', 'views', 'theirs']
+    assert list(rows) == ['baseline', 'longer', 'broken', 'views', 'theirs', 'both', 'lost', 'outlines']
     assert rows['baseline'].verdict.text == 'baseline' and rows['longer'].verdict.text == 'gain'
     assert rows['broken'].verdict.text == 'failed'
     assert not rows['views'].verdict.carried and rows['views'].columns['TTA'] == 'flips'
-    assert rows['theirs'].verdict.text.endswith('only compared') and rows['theirs'].run == 'theirs'
+    for name in ('theirs', 'both'):
+        assert rows[name].verdict.text.endswith('only compared') and rows[name].run.startswith(name)
+    assert rows['lost'].verdict.text == rows['outlines'].verdict.text == 'failed'
 
 def test_the_winner_is_carried(outcome, home):
     "Views were laid over the longer run, which they left as it is"
@@ -117,7 +122,8 @@ def test_the_table_has_the_columns_of_the_guide(outcome):
     frame = pd.read_csv(outcome.folder/'table.csv')
     assert [name for name in frame.columns if name in wanted] == wanted
     text, page = ((outcome.folder/name).read_text() for name in ('table.md', 'table.html'))
-    for words in ('broken failed:', 'nowhere/weights.pt', 'tu-test_efficientnet', '0.7 cross_entropy + 0.3 dice', '2σ'):
+    for words in ('broken failed:', 'nowhere/weights.pt', 'lost failed: ensemble: step broken failed', 'nowhere.pt',
+                  'tu-test_efficientnet', '0.7 cross_entropy + 0.3 dice', '2σ'):
         assert words in text and words in page
 
 def test_the_same_command_resumes(outcome, home, monkeypatch):
@@ -147,6 +153,8 @@ def test_it_refuses_to_start_where_a_check_fails(home, tmp_path):
     ('steps: [{name: a}, {name: b, files: [lost.yaml]}]', 'no such file'),
     ('steps: [{name: a}, {name: b, set: {lr.bse_lr: 1}}]', 'base_lr'),
     ('steps: [{name: a b}]', 'pattern'),
+    ('steps: [{name: a}, {name: b, ensemble: [a]}]', 'two steps or more'),
+    ('steps: [{name: a}, {name: b}, {name: c, ensemble: [a, d]}]', "no trained step 'd' before it"),
 ])
 def test_a_file_that_is_wrong_is_refused_before_anything_is_trained(text, words, home, tmp_path):
     (tmp_path/'steps.yaml').write_text(text)
@@ -172,7 +180,9 @@ def test_the_guides_steps_are_configs():
     base = load(ROOT/'configs'/'landcover'/'baseline.yaml')
     file = ROOT/'configs'/'landcover'/'sequence.yaml'
     together = {}
-    for step in read_sequence(file).steps:
+    steps = read_sequence(file).steps
+    assert len(steps) == 8 and steps[-1].ensemble == ['earthvqa', 'distillation'] and steps[-1].weights == '0.6,0.4'
+    for step in steps[:-1]:
         fields = sequence.step_fields(step, type(base), file.parent)
         sequence.with_fields(base, fields)
         together |= fields

@@ -199,6 +199,8 @@ LANDCOVER_UNREAD = [
     Unread(('distil',), 'loss.parts has no teacher', lacks('teacher_features', 'teacher_logits')),
     Unread(('distil.features',), 'loss.parts has no teacher_features', lacks('teacher_features')),
     Unread(('distil.temperature',), 'loss.parts has no teacher_logits', lacks('teacher_logits')),
+    Unread(('refine',), 'refine.where is off', lambda cfg: cfg.refine.where == 'off'),
+    Unread(('refine.regions',), 'refine.where is {cfg.refine.where}', lambda cfg: cfg.refine.where != 'regions'),
     Unread(('mixing.mixup.alpha',), 'mixing.mixup.p is 0', lambda cfg: not cfg.mixing.mixup.p),
     Unread(('mixing.cutmix.alpha',), 'mixing.cutmix.p is 0', lambda cfg: not cfg.mixing.cutmix.p),
     Unread(('mixing.same',), 'no batch is mixed', lambda cfg: not cfg.mixing.is_on),
