@@ -165,6 +165,8 @@ class EMA(Strict):
     "Guide 9.1, exponential moving average of the weights"
     enabled: bool = Field(True, description='validate, choose and export the averaged weights')
     decay: float = Field(0.999, ge=0, lt=1, description='decay after its warm-up min(decay, (1 + t) / (10 + t))')
+    compare: Annotated[bool, Undeciding(), Since('0.3')] = Field(
+        False, description='validate the weights that train as well: their monitored value is logged as val/raw/…')
 
 # %% ../nbs/00b_config.ipynb #bf0387f1
 class EarlyStopping(Strict):
@@ -305,7 +307,7 @@ LOOP_UNREAD = [
            lambda cfg: not cfg.lr.warmup_epochs and not cfg.lr.warmup_steps),
     Unread(('lr.plateau_factor', 'lr.plateau_patience'), 'no schedule is plateau',
            lambda cfg: 'plateau' not in schedules(cfg)),
-    Unread(('ema.decay',), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
+    Unread(('ema.decay', 'ema.compare'), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
     Unread(('early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
            'early_stopping.patience is null', lambda cfg: cfg.early_stopping.patience is None),
     # min_delta is also what the signs of overfitting take for noise

@@ -225,3 +225,12 @@ def test_baseline_is_that_of_the_guide():
 def test_a_monitor_that_no_metric_has_is_refused(land, tmp_path):
     with pytest.raises(ConfigError, match="validation gives no 'iou_river'"):
         train(config(land, tmp_path, epochs=1, metrics=dict(monitor='iou_river')))
+
+def test_what_a_run_logs(land, tmp_path):
+    "Guide 002, monitoring: losses, rates, time, norm of the gradient, and mIoU of the average and of the raw weights"
+    folder = train(config(land, tmp_path, epochs=1, ema=dict(compare=True)))
+    row, = read_log(folder)
+    for name in ('train/loss/cross_entropy', 'train/loss/dice', 'val/loss', 'lr/encoder', 'lr/decoder', 'seconds',
+                 'images_per_second', 'grad_norm/mean', 'grad_norm/max', 'val/miou', 'val/raw/miou', 'val/macc',
+                 'val/accuracy', 'val/biou_2', 'val/biou_3', 'val/iou_road'):
+        assert name in row, name

@@ -859,7 +859,8 @@ class Landcover(System):
     def curves(self, cfg:LandcoverConfig) -> dict[str, list[str]]:
         "Panels of mean IoU and boundary IoU"
         widths = [f'val/biou_{width}' for width in cfg.metrics.boundary_widths]
-        return {'mean IoU': list(dict.fromkeys([f'val/{cfg.metrics.monitor}', 'val/miou'])), 'boundary IoU': widths}
+        monitored = [f'val/{cfg.metrics.monitor}', 'val/miou', f'val/raw/{cfg.metrics.monitor}']
+        return {'mean IoU': list(dict.fromkeys(monitored)), 'boundary IoU': widths}
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, then the classes, worst first, and where they went"
