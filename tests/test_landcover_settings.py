@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rtsseg.budget import fit_to_minutes, read_budget
-from rtsseg.class_tiles import ClassSamples, ClassTiles
+from rtsseg.class_tiles import ClassBatches, ClassSamples, ClassTiles, image_weights
 from rtsseg.class_world import make_class_world
 from rtsseg.config import Augment, load
 from rtsseg.runs import read_log
@@ -106,6 +106,32 @@ def test_hue_turns_by_what_the_config_says(land):
         apart = (after[..., 0] - before[..., 0] + 180) % 360 - 180
         moved.append(np.median(apart[before[..., 1] > .3]))
     assert np.abs(moved).max() <= 18.1 and np.abs(moved).max() > 9
+
+def test_only_the_hardest_pixels_count():
+    "30% of 100 valid pixels: the mean of the 30 largest losses, sorted by NumPy"
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((1, 7, 10, 11), np.float32))
+    target = torch.from_numpy(rng.integers(0, 7, (1, 10, 11)).astype(np.float32))
+    target[..., 10] = 255
+    losses = -logits.log_softmax(1).numpy()[0, target[0, :, :10].long().numpy(), np.arange(10)[:, None], np.arange(10)]
+    made = class_loss_parts(LandcoverConfig(loss=dict(parts=['cross_entropy'], hardest=.3)).loss)['cross_entropy']
+    assert float(made.value(logits, target)) == pytest.approx(np.sort(losses.ravel())[-30:].mean(), rel=1e-5)
+
+@pytest.mark.parametrize('share', [0., .5, 1.])
+def test_images_of_rare_classes_are_drawn_more_often(share):
+    "Class 1 covers a tenth of the set and lies in image 0 alone; shares of draws within three standard errors"
+    counts = np.array([[60, 40], [100, 0], [100, 0], [100, 0]])
+    # Σ over classes of the share in the image over the share in the set
+    rarity = np.array([.6 / .9 + .4 / .1, 1 / .9, 1 / .9, 1 / .9])
+    expected = (1 - share) / 4 + share * rarity / rarity.sum()
+    weights = image_weights(counts, share)
+    assert weights / weights.sum() == pytest.approx(expected)
+    batches = ClassBatches(4, 4, 0, [64], weights)
+    drawn = np.zeros(4)
+    for epoch in range(1, 1001):
+        batches.set_epoch(epoch)
+        np.add.at(drawn, [key[2] for batch in batches for key in batch], 1)
+    assert np.abs(drawn / drawn.sum() - expected).max() < 3 * (.25 / drawn.sum())**.5
 
 def test_a_budget_of_minutes_is_kept(land, tmp_path):
     "The length of epochs is fitted; the run ends with all its epochs"
