@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'BORDERS', 'GREY', 'draw', 'normal', 'elastic', 'pixel_places', 'copy_channels', 'matrix', 'moves',
-           'warp', 'needed_rim', 'move_channels', 'change_contrast', 'turn_hue', 'add_noise', 'equalise', 'light',
+           'warp', 'needed_rim', 'move_channels', 'change_contrast', 'shift_hue', 'add_noise', 'equalise', 'light',
            'Pipeline', 'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
@@ -205,7 +205,7 @@ def change_contrast(rgb:np.ndarray, factor:float) -> None:
     mean = GREY.dot(cv2.mean(rgb)[:3])
     cv2.addWeighted(rgb, factor, rgb, 0, (1-factor)*mean, dst=rgb)
 
-def turn_hue(rgb:np.ndarray, turn:float) -> None:
+def shift_hue(rgb:np.ndarray, turn:float) -> None:
     "Move all hues by a share of the colour circle, in place"
     hsv = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0] + 360*turn) % 360
@@ -232,7 +232,7 @@ def light(rgb:np.ndarray,              # (H, W, 3) float32 in [0, 1], changed in
         brightness=lambda b: np.add(rgb, b, out=rgb),
         contrast=lambda c: change_contrast(rgb, c),
         saturation=lambda s: cv2.transform(rgb, s*np.eye(3) + (1-s)*GREY, dst=rgb),
-        hue=lambda turn: turn_hue(rgb, turn),
+        hue=lambda turn: shift_hue(rgb, turn),
         gaussian_noise=lambda std: add_noise(rgb, std, rng),
         clahe=lambda numbers: equalise(rgb, *numbers))
     for name, change in changes.items():

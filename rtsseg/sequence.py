@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Step', 'check_step_names', 'Sequence', 'read_sequence', 'step_fields', 'Verdict', 'judge_step', 'Row',
-           'measured_speed', 'shown', 'write_rows', 'Outcome', 'Runner', 'sequence_folder', 'run_sequence']
+           'measured_speed', 'shown', 'write_rows', 'Outcome', 'SequenceRunner', 'sequence_folder', 'run_sequence']
 
 # %% ../nbs/09c_sequence.ipynb #seqexports
 import hashlib
@@ -190,7 +190,7 @@ class Outcome:
     folder: Path       # with table.csv, table.md, table.html, and winner.yaml
 
 @dataclass
-class Runner:
+class SequenceRunner:
     "Takes the steps of a sequence, one after another"
     system: System
     cfg: RunConfig                 # that won so far
@@ -299,7 +299,7 @@ def run_sequence(cfg:RunConfig,       # the baseline
             with_fields(cfg, step_fields(step, type(cfg), file.parent))
     system.feed(cfg, prepare=True)
     system.check(cfg, images)
-    runner = Runner(system, cfg, sequence_folder(cfg, file, steps))
+    runner = SequenceRunner(system, cfg, sequence_folder(cfg, file, steps))
     name, mode = system.monitor(cfg)
     rule = (f'{name} on the validation split, {mode} is good. A step is carried where it gains more than 2σ and its '
             'least_gain; σ is the standard deviation of the change over 200 paired draws of groups. One seed: '
