@@ -2401,7 +2401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'rtsseg.routed_runs.folder_span': ('routed_runs.html#folder_span', 'rtsseg/routed_runs.py'),
                                     'rtsseg.routed_runs.guessing_loss': ('routed_runs.html#guessing_loss', 'rtsseg/routed_runs.py'),
                                     'rtsseg.routed_runs.stage_folder': ('routed_runs.html#stage_folder', 'rtsseg/routed_runs.py'),
-                                    'rtsseg.routed_runs.stage_numbers': ('routed_runs.html#stage_numbers', 'rtsseg/routed_runs.py'),
+                                    'rtsseg.routed_runs.stage_start': ('routed_runs.html#stage_start', 'rtsseg/routed_runs.py'),
                                     'rtsseg.routed_runs.weight_names': ('routed_runs.html#weight_names', 'rtsseg/routed_runs.py')},
             'rtsseg.runs': { 'rtsseg.runs.Best': ('runs.html#best', 'rtsseg/runs.py'),
                              'rtsseg.runs.Busy': ('runs.html#busy', 'rtsseg/runs.py'),

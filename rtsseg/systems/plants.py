@@ -63,7 +63,7 @@ from rtsseg.routed_runs import (
     disease_labels,
     first_divergence,
     guessing_loss,
-    stage_numbers,
+    stage_start,
 )
 from ..stats import skip_unreadable
 from ..system import Feed, SampleMeter, SampleTable, System
@@ -251,7 +251,7 @@ class PlantsTask(Task):
 
     def diverging(self, history:list[dict]) -> dict[str, int]:    # name: epoch
         "Diseases of the tail whose training loss diverges, and since when"
-        found, settings, stage_of = {}, self.cfg.loss, stage_numbers(self.cfg.stages)
+        found, settings, stage_of = {}, self.cfg.loss, partial(stage_start, self.cfg.stages)
         sizes = np.diff(self.taxonomy.offsets)
         for number, name in self.watched.items():
             guess = guessing_loss(sizes[self.taxonomy.species_of[number]], settings.gamma, settings.alpha)
