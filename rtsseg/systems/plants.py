@@ -28,10 +28,9 @@ from rtsseg.config import (
     Since,
     Strict,
     Undeciding,
-    load,
 )
 from ..console import progress
-from ..files import check_seal, write_atomic
+from ..files import write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
 from ..loop import Task
@@ -68,7 +67,7 @@ from rtsseg.routed_runs import (
 from ..stats import skip_unreadable
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..tiles import UnreadableTiles
-from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
+from ..weights import load_weights, model_card, model_errors, place_model, read_directory, save_weights
 
 # %% ../../nbs/systems/plants.ipynb #pltconfig
 class PlantLoss(Strict):
@@ -291,11 +290,8 @@ class PlantsTask(Task):
 # %% ../../nbs/systems/plants.ipynb #pltsystem
 TAXONOMY_FILE = 'taxonomy.json'
 
-PLANTS_CARD = ('# {name}\n\n'
-               'Names the species of a plant and its disease, from a photograph of {side} × {side} pixels: {species} '
-               'species, {diseases} diseases. {backbone} with routed heads.\n\n'
-               '- Trained with rtsseg {rtsseg}, commit {commit}, seed {seed}.\n'
-               '- Best validation: {monitor} = {value:.4f} at epoch {epoch}.\n')
+PLANTS_CARD = ('Names the species of a plant and its disease, from a photograph of {side} × {side} pixels: {species} '
+               'species, {diseases} diseases. {backbone} with routed heads.')
 
 @dataclass
 class PackedPlants:
@@ -367,21 +363,16 @@ class Plants(System):
                 environment:dict) -> None:
         "Write the model directory: taxonomy, model card, weights, config and metrics"
         write_atomic(folder/TAXONOMY_FILE, feed.taxonomy.to_json())
-        card = PLANTS_CARD.format(
-            name=cfg.name, side=cfg.data.side, species=len(feed.taxonomy.species), seed=cfg.seed,
-            diseases=len(feed.taxonomy.classes), backbone=cfg.model.backbone, rtsseg=environment.get('rtsseg'),
-            commit=environment.get('git_commit', 'unknown'), monitor=cfg.metrics.monitor, value=best['value'],
-            epoch=best['epoch'])
-        write_atomic(folder/'README.md', card)
+        what = PLANTS_CARD.format(side=cfg.data.side, species=len(feed.taxonomy.species),
+                                  diseases=len(feed.taxonomy.classes), backbone=cfg.model.backbone)
+        write_atomic(folder/'README.md', model_card(what, cfg, best, environment))
         save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source', 'taxonomy'}))
 
     def unpack(self, folder:Path) -> PackedPlants:
         "Load a model directory; raises `ModelError`"
         folder = Path(folder)
         with model_errors(folder):
-            check_directory(folder, [TAXONOMY_FILE])
-            check_seal(folder, [TAXONOMY_FILE])
-            cfg, best = load(folder/'config.yaml', cls=PlantsConfig), read_best(folder)
+            cfg, best = read_directory(folder, PlantsConfig, [TAXONOMY_FILE])
             taxonomy = Taxonomy.read(folder/TAXONOMY_FILE)
             unloaded = cfg.model.model_copy(update=dict(weights=None))
             model = load_weights(folder, lambda: build_routed(unloaded, sizes_of(taxonomy)))
