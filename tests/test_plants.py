@@ -354,3 +354,13 @@ def test_metrics_are_sklearns(undisturbed):
         for average in ('macro', 'weighted'):
             theirs = f1_score(frame.disease, frame.disease_found, labels=labels, average=average, **scores)
             assert found[f'tail_{average}_f1'] == pytest.approx(theirs)
+
+def test_a_compiled_model_has_the_same_weights(leaves, tmp_path):
+    "Off by default; nothing is compiled before the first batch"
+    system, cfg = find_system('plants'), config(leaves, tmp_path)
+    feed = system.feed(cfg)
+    plain = system.model(cfg, feed)
+    cfg.model.compile = True
+    compiled = system.model(cfg, feed)
+    assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
+    assert list(compiled.state_dict()) == list(plain.state_dict())
