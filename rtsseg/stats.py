@@ -150,11 +150,12 @@ MAX_UNREADABLE = 1e-3
 
 def skip_unreadable(what:str,              # what is done with the tiles
                     problems:list[str],    # one line per tile that could not be read
-                    n:int                  # tiles in all
+                    n:int,                 # tiles in all
+                    noun:str='tiles'       # what the message calls them
                    ) -> None:
     "Log which tiles are left out. Raises `DataError` with all of them where they are more than `MAX_UNREADABLE`"
     if len(problems) > MAX_UNREADABLE * n:
-        head = f'{len(problems)} of {n} tiles cannot be read, which is more than {MAX_UNREADABLE:.1%}'
+        head = f'{len(problems)} of {n} {noun} cannot be read, which is more than {MAX_UNREADABLE:.1%}'
         raise_problems(what, [head, *problems])
     for problem in first_lines(problems):
         logger.info(f'{what}: left out: {problem}')
