@@ -140,7 +140,7 @@ WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders toy '
             'pretrained windows prepare stage card class_world '
-            'leaf_world photos',
+            'leaf_world photos shards',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics '
                'plant_metrics',

@@ -33,15 +33,14 @@ from rtsseg.config import (
     Undeciding,
     Unread,
 )
-from ..console import progress
 from ..files import write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
 from ..loop import Task
 from ..mixing import CutMix, Mixing, MixUp, mix_images
 from ..models import timm_layers
-from ..photo_feed import PhotoAugment, PhotoData, PhotoDataset, photos_in_order, train_photos
-from ..photos import Taxonomy
+from ..photo_feed import PhotoAugment, PhotoData, photos_in_order, train_photos
+from ..photos import Taxonomy, check_photos
 from ..plant_metrics import PLANT_COLUMNS, count_labels, f1_of_labels, images_of_labels, plant_scores, ranks
 from ..processes import make_accelerator
 from rtsseg.routed import (
@@ -68,7 +67,6 @@ from rtsseg.routed_runs import (
     guessing_loss,
     stage_start,
 )
-from ..stats import skip_unreadable
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..tiles import UnreadableTiles
 from ..weights import load_weights, model_card, model_errors, place_model, read_directory, save_weights
@@ -169,12 +167,8 @@ class PlantsFeed(Feed):
         return self.photos.of('train').counts
 
     def check(self) -> None:
-        "Read every photograph once; raises one `DataError` where more than 0.1% cannot be decoded"
-        dataset, problems = PhotoDataset(self.photos, self.cfg.data, PhotoAugment(enabled=False)), []
-        for row in progress(range(len(dataset)), 'reading photographs'):
-            if dataset.read(row) is None:
-                problems.append(dataset.problem(row))
-        skip_unreadable(self.source, problems, len(dataset), dataset.noun)
+        "Read every photograph; raises one `DataError` where too many cannot be decoded, or a file is in two splits"
+        check_photos(self.photos)
 
     @cached_property
     def built(self) -> tuple[DataLoader, DataLoader]:
