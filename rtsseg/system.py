@@ -205,8 +205,11 @@ class System:
         return cfg.doubtful_settings()
 
     def overfitting(self, history:list[dict], cfg:RunConfig) -> dict[str, str]:
-        "Signs of overfitting at the last validation: {sign: remedy}"
-        return divergence(history, cfg.loss_weights)
+        "Signs of overfitting at the last validation: {sign: remedy}; a stage with other weights is judged by itself"
+        epoch = history[-1]['epoch']
+        of_stage = [stage for stage in cfg.stages if stage.first <= epoch <= stage.last]
+        first, own = (of_stage[0].first, of_stage[0].loss_weights) if of_stage else (1, {})
+        return divergence([row for row in history if row['epoch'] >= first], {**cfg.loss_weights, **own})
 
     def curves(self, cfg:RunConfig) -> dict[str, list[str]]:
         "What a training figure shows besides losses and rates: {title of a panel: columns of the log}"

@@ -116,10 +116,35 @@ LANDCOVER_LINES = {
     '4.2': ['0.6 and 0.4'],
 }
 
+def titled(guide):
+    "The headings of a guide in Markdown, by their first words"
+    titles = re.findall(r'^#{2,4} (.*)$', guide, re.M)
+    return {re.split(r'[:—(&]', title)[0].strip(): title for title in titles}
+
+PLANT_LINES = {
+    'Objective': ['two heads'],
+    'Architecture': ['Swin-T', 'ImageNet-22k', '224 × 224', '768', 'iNaturalist', 'routed by species'],
+    'Environment Setup': ['timm', 'Lightning'],
+    'Training Protocol': ['six stages'],
+    'Stage A': ['A1', 'A2', 'A3', 'focal loss', '512, or 256'],
+    'Tier 1': ['scale 0.6 to 1', 'flip', 'rotation', 'jitter', 'brightness and contrast'],
+    'Tier 2': ['blur', 'variance 10 to 50', 'compression', 'grey', 'shadows'],
+    'Tier 3': ['MixUp', 'CutMix', 'RandAugment', 'label smoothing', 'validation'],
+    'SSD Data Loading Strategy': ['8 workers', 'dropped', 'JPEG', 'waits for data'],
+    'Stage B': ['B1', 'B2', 'B3', 'linear', '3 ×, below 50 images 5 ×', '0.7 L_disease'],
+    'Model Checkpointing': ['species_only', 'disease_heads', 'hierarchical_full', 'macro-F1'],
+    'Expected Training Time': ['seconds an epoch'],
+    'Evaluation Metrics': ['species top-1', 'top-3', 'cascade', 'rare diseases', 'targets'],
+    'Edge Cases': ['memory', 'compile', 'pure PyTorch', 'diverges'],
+    'Verification': ['box'],
+}
+
 TABLES = [
     GuideTable('guide.qmd', '000', numbered, find_system('rts').Config, None, 'experiments/*.yaml', RTS_LINES),
     GuideTable('guide_landcover.qmd', '002', numbered_by_stage, partial(load, CONFIGS/'landcover'/'baseline.yaml'),
                RunConfig, 'landcover/*/*.yaml', LANDCOVER_LINES),
+    GuideTable('guide_plants.qmd', '001', titled, partial(load, CONFIGS/'plants'/'guide.yaml'), RunConfig,
+               'plants/experiments/*.yaml', PLANT_LINES),
 ]
 each_table = pytest.mark.parametrize('table', TABLES, ids=lambda table: table.page)
 

@@ -139,7 +139,7 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
-            'toy pretrained windows prepare stage card class_world leaf_world photos',
+            'toy pretrained windows prepare stage card class_world leaf_world photos shards',
     'feed': 'sampler augment tiles mixing class_tiles order photo_feed',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics cleanup plant_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '

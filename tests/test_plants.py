@@ -8,17 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+import timm
 import torch
+from sklearn.metrics import accuracy_score, f1_score
+from torch.nn.functional import cross_entropy
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
-from rtsseg.config import find_system, load, to_yaml
+from rtsseg.config import ConfigError, find_system, load, read_yaml, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
+from rtsseg.label_losses import label_focal
 from rtsseg.leaf_world import make_leaf_world
-from rtsseg.runs import read_log, run_folder
+from rtsseg.photo_feed import rare_weights
+from rtsseg.plant_metrics import plant_scores
+from rtsseg.routed import RoutedModel, build_routed, offsets_of, own_diseases, route
+from rtsseg.runs import flatten, read_log, run_folder
 from rtsseg.schedule import learning_rate, plan_stages
 from rtsseg.training import train
 from rtsseg.tuning import search
@@ -170,7 +176,8 @@ def test_commands_serve_it(leaves, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     page, = tmp_path.glob('runs/plants_toy/*/seed42/report.html')
     text = page.read_text()
-    assert all(word in text for word in ('species_top1', 'tail_macro_f1'))
+    assert all(word in text for word in ('species_top1', 'tail_macro_f1', '≥ 0.95', 'all disease heads converge',
+                                         'A2 backbone and species head', 'most often taken for'))
 
 def test_a_world_is_made_where_the_config_says_so(tmp_path):
     data = dict(source=tmp_path/'new'/'photos.csv', taxonomy=tmp_path/'new'/'taxonomy.json', side=32,
@@ -184,13 +191,11 @@ def test_a_search_tries_its_settings(leaves, tmp_path):
     study = search(config(leaves, tmp_path/'runs', epochs=1, stages=stages), tmp_path/'space.yaml', trials=2)
     assert len(study.trials) == 2 and np.isfinite([trial.value for trial in study.trials]).all()
 
-def test_a_model_is_not_judged_on_other_diseases(leaves, undisturbed, tmp_path):
-    "The table has a disease that the model does not know: named, and nothing is written"
+def test_a_model_is_not_judged_on_other_diseases(leaves, undisturbed):
+    "The model has a disease that the table does not: both are named"
     cfg = load(undisturbed/'config.yaml')
-    table = pd.read_csv(leaves/'photos.csv')
-    table['path'] = [(leaves/path).as_posix() for path in table.path]
-    feed, system = find_system('plants').feed(cfg), find_system('plants')
-    packed = system.unpack(undisturbed/'model')
+    system = find_system('plants')
+    feed, packed = system.feed(cfg), system.unpack(undisturbed/'model')
     names = json.loads((leaves/'taxonomy.json').read_text())
     species = next(iter(names))
     packed.taxonomy.diseases[species] = [*names[species][:-1], 'of another table']
@@ -240,3 +245,122 @@ def test_stages_are_those_of_the_guide():
     assert cfg.loader.pin_memory and cfg.loader.persistent_workers
     assert cfg.data.rare == {80: 3, 50: 5} and not cfg.model.compile
     assert cfg.model.backbone == 'swin_tiny_patch4_window7_224.ms_in22k'
+
+def test_tiers_are_those_of_the_guide():
+    "Its code, and the line of the table that the code lacks; the table itself names its arguments"
+    augment = load(ROOT/'configs'/'plants'/'guide.yaml').augment
+    assert (augment.crop.scale, augment.crop.ratio) == ((.6, 1), (.75, 1.33))
+    assert (augment.hflip.p, augment.rotate.p, augment.rotate.limit) == (.5, .5, 45)
+    jitter, exposure = augment.jitter, augment.exposure
+    assert (jitter.p, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (.8, .3, .3, .3, .1)
+    assert (exposure.p, exposure.brightness, exposure.contrast) == (.5, .2, .2)
+    degrade, shadow = augment.degrade, augment.shadow
+    assert (degrade.p, degrade.blur, degrade.variance) == (.3, (3, 7), (10, 50))
+    assert (degrade.colour_shift, degrade.intensity) == ((.01, .05), (.1, .3))
+    assert (augment.compression.p, augment.compression.quality, augment.grey.p) == (.2, (60, 95), .05)
+    assert (shadow.p, shadow.region, shadow.shadows) == (.15, (0, .5, .5, 1), (1, 2))
+    assert (augment.rand_augment.layers, augment.rand_augment.magnitude) == (2, 9)
+
+def test_rare_diseases_are_drawn_more_often():
+    labels = np.repeat(range(4), [200, 80, 79, 49])
+    cfg = load(ROOT/'configs'/'plants'/'guide.yaml')
+    assert [rare_weights(labels, cfg.data.rare)[labels == k][0] for k in range(4)] == [1, 1, 3, 5]
+
+EXPERIMENTS = sorted((ROOT/'configs'/'plants'/'experiments').glob('*.yaml'))
+
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_differs_in_what_it_names(file):
+    tree, base = read_yaml(file), ROOT/'configs'/'plants'/'guide.yaml'
+    assert tree.pop('name') == file.stem
+    before, after = (flatten(load(*files).model_dump(mode='json')) for files in ((base,), (base, file)))
+    different = {name for name in after if after[name] != before[name]} - {'name'}
+    assert different == set(flatten(tree))
+
+def test_focal_loss_follows_its_formula():
+    "Lin et al. (2017), equation 5, with softmax"
+    logits, label = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 6, (20,))
+    p = logits.softmax(1)[torch.arange(20), label]
+    expected = -.25 * (1 - p)**2 * p.log()
+    torch.testing.assert_close(label_focal(logits, label), expected.float())
+
+def test_smoothing_stays_within_the_species():
+    "As of a head with its diseases alone"
+    offsets, species = offsets_of([3, 5]), torch.tensor([0, 1, 1])
+    logits, disease = torch.randn(3, 8), torch.tensor([1, 3, 7])
+    found = label_focal(logits, disease, 0., 1., .1, own_diseases(species, offsets))
+    parts = [logits[0, :3], logits[1, 3:], logits[2, 3:]]
+    expected = [cross_entropy(part, label, label_smoothing=.1)
+                for part, label in zip(parts, torch.tensor([1, 0, 4]), strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+def test_one_layer_is_a_head_for_each_species():
+    torch.manual_seed(0)
+    sizes = [2, 3, 5, 1]
+    model, offsets = build_routed(RoutedModel(backbone='test_vit', weights=None), sizes), offsets_of(sizes)
+    features, species = torch.randn(40, model.diseases.in_features), torch.arange(40) % 4
+    found = route(model.diseases(features), species, offsets)
+    for row, k in enumerate(species.tolist()):
+        own = slice(offsets[k], offsets[k + 1])
+        alone = features[row] @ model.diseases.weight[own].T + model.diseases.bias[own]
+        torch.testing.assert_close(found[row, own], alone)
+    assert found.isfinite().sum(1).tolist() == [sizes[k] for k in species]
+
+def test_swin_has_the_features_of_the_guide():
+    with torch.device('meta'):
+        model = build_routed(RoutedModel(weights=None), [30] * 320)
+    assert (model.species.in_features, model.species.out_features, model.diseases.out_features) == (768, 320, 9600)
+    assert 27e6 < sum(p.numel() for p in model.backbone.parameters()) < 29e6
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet', 'mobilenetv3_small_050', 'convnext_atto'])
+def test_a_local_checkpoint_gives_the_backbone(name, tmp_path):
+    "Of a classifier with other classes, of any timm model"
+    source = timm.create_model(name, num_classes=7)
+    torch.save(source.state_dict(), tmp_path/'inaturalist.pt')
+    model = build_routed(RoutedModel(backbone=name, weights=str(tmp_path/'inaturalist.pt')), [2, 3]).eval()
+    image = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        expected = source.eval().forward_head(source.forward_features(image), pre_logits=True)
+        torch.testing.assert_close(model.backbone(image), expected)
+        assert [tuple(logits.shape) for logits in model(image)] == [(1, 2), (1, 5)]
+
+def test_weights_that_do_not_fit_are_counted(leaves, tmp_path):
+    state = timm.create_model('test_vit', num_classes=7).state_dict()
+    torch.save({name: value for name, value in state.items() if 'norm1' not in name}, tmp_path/'half.pt')
+    cfg = config(leaves, tmp_path/'runs', model=dict(backbone='test_vit', weights=str(tmp_path/'half.pt')))
+    with pytest.raises(ConfigError, match='missing: blocks.0.norm1.bias'):
+        train(cfg)
+    assert not (tmp_path/'runs').exists()
+
+def test_a_side_that_does_not_fit_is_refused(leaves, tmp_path):
+    "By a forward pass before anything is written"
+    cfg = config(leaves, tmp_path/'runs', model=dict(backbone='test_vit', weights=None))
+    cfg.data.side = 50
+    with pytest.raises(ConfigError, match='no forward pass with images of 50 × 50 on cpu'):
+        train(cfg)
+    assert not (tmp_path/'runs').exists()
+
+def test_metrics_are_sklearns(undisturbed):
+    "Of the table of a run, and with weights"
+    system = find_system('plants')
+    frame = system.read_table(evaluate(undisturbed, 'val')).frame
+    for weights in (None, np.random.default_rng(0).integers(1, 4, len(frame))):
+        found = plant_scores(frame, weights)
+        scores = dict(sample_weight=weights)
+        assert found['species_top1'] == pytest.approx(accuracy_score(frame.species, frame.species_found, **scores))
+        assert found['disease_top1'] == pytest.approx(accuracy_score(frame.disease, frame.disease_found, **scores))
+        both = (frame.species == frame.species_found) & (frame.disease == frame.cascade_found)
+        assert found['cascade'] == pytest.approx(np.average(both, weights=weights))
+        labels = np.union1d(frame.disease[frame.images <= 80], frame.disease_found[frame.images_found <= 80])
+        for average in ('macro', 'weighted'):
+            theirs = f1_score(frame.disease, frame.disease_found, labels=labels, average=average, **scores)
+            assert found[f'tail_{average}_f1'] == pytest.approx(theirs)
+
+def test_a_compiled_model_has_the_same_weights(leaves, tmp_path):
+    "Off by default; nothing is compiled before the first batch"
+    system, cfg = find_system('plants'), config(leaves, tmp_path)
+    feed = system.feed(cfg)
+    plain = system.model(cfg, feed)
+    cfg.model.compile = True
+    compiled = system.model(cfg, feed)
+    assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
+    assert list(compiled.state_dict()) == list(plain.state_dict())
