@@ -62,7 +62,7 @@ def draw(cfg:Augment,                  # what may be drawn, and how often
     return draw_lines(cfg, numbers, rng)
 
 def draw_lines(cfg:Strict,                      # has a field of each name, with its probability p
-               numbers:dict[str, Callable],     # {name: what draws its numbers, from its field}, in order of application
+               numbers:dict[str, Callable],     # {name: what draws its numbers, from its field}, in order
                rng:np.random.Generator
               ) -> dict:                        # {name of each drawn line: its numbers}
     "Which lines apply, each by its probability, and their numbers"
