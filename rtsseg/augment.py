@@ -59,7 +59,11 @@ def draw(cfg:Augment,                  # what may be drawn, and how often
         saturation=lambda c: u(1-c.limit, 1+c.limit),
         gaussian_noise=noise_std,
         clahe=lambda c: (u(1, c.clip_limit), c.tile_grid_size))
-    return draw_lines(cfg, numbers, rng)
+    drawn = draw_lines(cfg, numbers, rng)
+    # where it is off, the random numbers are those of a draw without it
+    if cfg.hue.p and rng.random() < cfg.hue.p:
+        drawn['hue'] = u(-cfg.hue.limit, cfg.hue.limit)
+    return drawn
 
 def draw_lines(cfg:Strict,                      # has a field of each name, with its probability p
                numbers:dict[str, Callable],     # {name: what draws its numbers, from its field}, in order
@@ -71,9 +75,6 @@ def draw_lines(cfg:Strict,                      # has a field of each name, with
         settings = getattr(cfg, name)
         if rng.random() < settings.p:
             drawn[name] = draw_numbers(settings)
-    # where it is off, the random numbers are those of a draw without it
-    if cfg.hue.p and rng.random() < cfg.hue.p:
-        drawn['hue'] = u(-cfg.hue.limit, cfg.hue.limit)
     return drawn
 
 # %% ../nbs/02a_augment.ipynb #45983bba
