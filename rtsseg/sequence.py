@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from rtsseg.config import (
 )
 from .console import DataError, nearest
 from .evaluation import evaluate
-from .files import write_atomic
+from .files import read_seal, write_atomic
 from .noise import noise_floor
 from .page import Part, Table, page
 from .processes import make_accelerator
@@ -39,6 +40,7 @@ from .runs import Stopped, config_hash, keep_post_hoc, read_lines
 from .system import Pass, System, table_path
 from .training import train
 from .variants import RUN_FAILURES, dotted_fields, with_fields
+from .weights import WEIGHTS
 
 # %% ../nbs/09c_sequence.ipynb #seqfilecode
 class Step(Strict):
@@ -51,6 +53,7 @@ class Step(Strict):
     ensemble: list[str] = Field([], description='steps before it whose models become one, which is judged')
     weights: str = Field('', description='ensemble: how much each of them counts, as rtsseg-ensemble takes it')
     trial: bool = Field(False, description='outlines are tried on validation first, as rtsseg-refine does')
+    target: str = Field('', description='what is expected of it, shown beside what it reached and never asserted')
     least_gain: NonNegativeFloat = Field(
         0., description='of the monitored value, below which the step is not carried whatever the noise')
 
@@ -144,6 +147,7 @@ def judge_step(system:System, cfg:RunConfig,
 class Row:
     "A step in the table"
     step: str
+    target: str                  # what was expected
     columns: dict[str, Any]      # of `System.experiment`
     speed: float                 # samples a second in the evaluation pass; NaN where unknown
     verdict: Verdict
@@ -152,8 +156,8 @@ class Row:
     def cells(self) -> dict[str, Any]:
         "The columns of its line"
         return dict(step=self.step) | self.columns | dict(
-            FPS=self.speed, change=self.verdict.change, sigma=self.verdict.sigma, verdict=self.verdict.text,
-            run=self.run)
+            target=self.target, FPS=self.speed, change=self.verdict.change, sigma=self.verdict.sigma,
+            verdict=self.verdict.text, run=self.run)
 
 def measured_speed(folder:Path,      # a run folder
                    split:str, views:str
@@ -217,7 +221,7 @@ class SequenceRunner:
                 raise
             self.notes.append(f'{step.name} failed: {error}')
             failed = Verdict(math.nan, math.nan, False, 'failed')
-            self.rows.append(Row(step.name, {}, math.nan, failed, ''))
+            self.rows.append(Row(step.name, step.target, {}, math.nan, failed, ''))
             print(self.notes[-1], flush=True)
 
     def _train(self, step, cfg):
@@ -259,12 +263,19 @@ class SequenceRunner:
 
     def _compare(self, step, path):
         folder = path/'model' if (path/'model').is_dir() else path
-        packed, feed = self.system.unpack(folder), self.system.feed(self.cfg)
+        packed = self.system.unpack(folder)
         views = self.system.default_views(packed.cfg)
-        table = self.system.observe(packed, feed, Pass('val', views, self.folder, make_accelerator(self.cfg)))
+        kept = self.folder/'tables'/f'{step.name}-{read_seal(folder)[WEIGHTS][0][:12]}.parquet'
+        if not kept.exists():
+            ask, began = Pass('val', views, self.folder, make_accelerator(self.cfg)), time.monotonic()
+            table = self.system.observe(packed, self.system.feed(self.cfg), ask)
+            speed = len(table) / max(time.monotonic() - began, 1e-3)
+            write_atomic(kept.with_suffix('.json'), json.dumps(dict(speed=speed)))
+            table.write(kept)
+        table, speed = self.system.read_table(kept), json.loads(kept.with_suffix('.json').read_text())['speed']
         verdict = self._verdict(step, table)
         verdict.carried, verdict.text = False, f'{verdict.text}, only compared'
-        self._add(step, packed.cfg, views, table, math.nan, verdict, path.name)
+        self._add(step, packed.cfg, views, table, speed, verdict, path.name)
 
     def _verdict(self, step, table):
         if not self.rows:
@@ -276,7 +287,7 @@ class SequenceRunner:
 
     def _add(self, step, cfg, views, table, speed, verdict, where):
         columns = self.system.experiment(cfg, views, self.system.metrics(table, self.cfg))
-        self.rows.append(Row(step.name, columns, speed, verdict, where))
+        self.rows.append(Row(step.name, step.target, columns, speed, verdict, where))
         print(', '.join(f'{name} {shown(value)}' for name, value in self.rows[-1].cells().items()), flush=True)
 
 def sequence_folder(cfg:RunConfig, file:Path, steps:list[Step]) -> Path:

@@ -679,8 +679,10 @@ def described_finish(cfg:LandcoverConfig, views:str) -> str:
 
 def described_run(cfg:LandcoverConfig, views:str) -> dict[str, str]:
     "Backbone, Pretrain, Loss, Aug, LR, Size, TTA and Post of a run (guide 002, 3.2)"
+    networks = [member.model for member in cfg.members] or [cfg.model]
+    names = dict.fromkeys(f'{network.architecture} {network.encoder}' for network in networks)
     start = Path(cfg.model.weights).name if cfg.model.weights else 'random'
-    return dict(Backbone=f'{cfg.model.architecture} {cfg.model.encoder}', Pretrain=start, Loss=described_loss(cfg),
+    return dict(Backbone=' + '.join(names), Pretrain=start, Loss=described_loss(cfg),
                 Aug=described_augmentation(cfg), LR=described_rates(cfg), Size='/'.join(map(str, cfg.data.sides)),
                 TTA=views.partition('-')[0], Post=described_finish(cfg, views))
 
@@ -851,7 +853,7 @@ class Landcover(System):
 
     def check(self, cfg:LandcoverConfig, batches:int=20, picture:str='') -> None:
         "The seven health checks of guide 002, with as many images of each split for a model; raises `DataError`"
-        found = seven_checks(self, cfg, self.feed(cfg), batches)
+        found = seven_checks(self, cfg, self.feed(cfg, prepare=True), batches)
         print(f'{FindingTable(found)}\n\n{readiness(found)}', flush=True)
         if has_errors(found):
             raise DataError('\n'.join([f'{cfg.name}: health checks', *error_lines(found)]))
