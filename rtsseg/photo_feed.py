@@ -28,7 +28,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import normal
+from .augment import draw_lines, normal
 from rtsseg.config import (
     Fraction,
     Loader,
@@ -173,7 +173,7 @@ def draw_photo_crop(cfg:PhotoCrop,
                     size:tuple[int, int]       # height and width, pixels
                    ) -> tuple[int, int, int, int]:    # top, left, height, width
     "A box in a photograph"
-    (height, width), logs = size, np.log(cfg.ratio)
+    (height, width), logs = size, [math.log(ratio) for ratio in cfg.ratio]
     for _ in range(10):
         area, ratio = rng.uniform(*cfg.scale) * height * width, math.exp(rng.uniform(*logs))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -333,12 +333,7 @@ def draw_photo(cfg:PhotoAugment,
                    compression=lambda c: (int(rng.integers(c.quality[0], c.quality[1] + 1)),),
                    shadow=lambda c: (draw_shadows(c, rng, side), c.darkness),
                    grey=lambda c: ())
-    drawn = {}
-    for name, draw_numbers in numbers.items():
-        settings = getattr(cfg, name)
-        if rng.random() < settings.p:
-            drawn[name] = draw_numbers(settings)
-    return drawn
+    return draw_lines(cfg, numbers, rng)
 
 def draw_colours(cfg:PhotoJitter, rng:np.random.Generator) -> tuple:
     "Three factors, a turn of hues, and the order of the four"

@@ -158,7 +158,7 @@ def _differences(first:list[str], second:list[str], what:str, names:tuple[str, s
 # tag of the EXIF block that says how a camera was held
 EXIF_ORIENTATION = 0x0112
 
-# flags of OpenCV: R, G and B at a fraction of the size; the colour flag overrides the grey one of these names
+# flags of OpenCV: R, G and B at a fraction of the size; the colour flag overrides the grey one
 REDUCED = {1: cv2.IMREAD_COLOR_RGB, 2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
            4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
            8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8}
@@ -174,7 +174,7 @@ UPRIGHT = {
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
 
-# markers of a JPEG: application data, where EXIF is, the frames that say the size, and the scan that pixels begin with
+# markers of a JPEG: EXIF, the scan that pixels begin with, and the frames that say the size
 JPEG_EXIF, JPEG_SCAN = 0xE1, 0xDA
 JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
