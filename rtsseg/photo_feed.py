@@ -173,7 +173,7 @@ def draw_photo_crop(cfg:PhotoCrop,
                     size:tuple[int, int]       # height and width, pixels
                    ) -> tuple[int, int, int, int]:    # top, left, height, width
     "A box in a photograph"
-    (height, width), logs = size, np.log(cfg.ratio)
+    (height, width), logs = size, [math.log(ratio) for ratio in cfg.ratio]
     for _ in range(10):
         area, ratio = rng.uniform(*cfg.scale) * height * width, math.exp(rng.uniform(*logs))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

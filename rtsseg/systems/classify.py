@@ -43,7 +43,7 @@ from ..files import FileError, digest, read_json, typed, write_atomic
 from ..loop import Task
 from ..order import KeyedBatches
 from ..system import Feed, SampleMeter, SampleTable, System
-from ..weights import load_weights, model_card, model_errors, place_model, read_directory, save_weights
+from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
 
 # %% ../../nbs/systems/classify.ipynb #cclconf
 class ImageData(Strict):
@@ -311,7 +311,7 @@ class Classify(System):
         write_atomic(folder/CLASSES, json.dumps(dict(classes=feed.classes), indent=1))
         what = CLASSIFIER_CARD.format(side=cfg.data.image_size, n=len(feed.classes), classes=', '.join(feed.classes),
                                       model=cfg.model.name)
-        write_atomic(folder/'README.md', model_card(what, cfg, best, environment))
+        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
         save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source'}))
 
     def unpack(self, folder:Path) -> PackedClassifier:

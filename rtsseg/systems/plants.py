@@ -69,7 +69,7 @@ from rtsseg.routed_runs import (
 )
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..tiles import UnreadableTiles
-from ..weights import load_weights, model_card, model_errors, place_model, read_directory, save_weights
+from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
 
 # %% ../../nbs/systems/plants.ipynb #pltconfig
 class PlantLoss(Strict):
@@ -395,7 +395,7 @@ class Plants(System):
         write_atomic(folder/TAXONOMY_FILE, feed.taxonomy.to_json())
         what = PLANTS_CARD.format(side=cfg.data.side, species=len(feed.taxonomy.species),
                                   diseases=len(feed.taxonomy.classes), backbone=cfg.model.backbone)
-        write_atomic(folder/'README.md', model_card(what, cfg, best, environment))
+        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
         save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source', 'taxonomy'}))
 
     def unpack(self, folder:Path) -> PackedPlants:
