@@ -157,7 +157,7 @@ class PhotoData(Strict):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (.229, .224, .225), description='R, G and B on the scale 0 to 1')
     draft: NonNegativeFloat = Field(
-        1.25, description='a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its part is then enlarged by this at '
+        1.35, description='a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its part is then enlarged by this at '
                          'most; 1: never enlarged, as in validation; 0: decoded whole')
     rare: dict[PositiveInt, PositiveFloat] = Field(
         {80: 3., 50: 5.}, description='sampler weighted: {n: weight of diseases with fewer than n training images}')
@@ -178,8 +178,7 @@ def draw_photo_crop(cfg:PhotoCrop,
         area, ratio = rng.uniform(*cfg.scale) * height * width, math.exp(rng.uniform(*logs))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = rng.random(2)
-            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+            return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
     low, high = cfg.ratio
     w = min(width, round(height * high))
     h = min(height, round(width / low))
@@ -216,19 +215,17 @@ def turn_photo(pixels:np.ndarray,
     "Resize, mirror and rotate in one map"
     if min(pixels.shape[:2]) >= 2 * side:
         pixels = resize_photo(pixels, side)
-    height, width = pixels.shape[:2]
-    cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), (side - 1) / 2
+    down, across = pixels.shape[0] / side, pixels.shape[1] / side
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    mirror, middle = -1 if is_mirrored else 1, (side - 1) / 2
     # from a pixel of the result to the same place before the rotation
-    back = np.array([[cos, -sin], [sin, cos]])
-    if is_mirrored:
-        back[0] *= -1
-    scale = np.array([width / side, height / side])
+    matrix = [[mirror * across * cos, -mirror * across * sin], [down * sin, down * cos]]
     # pixel centres lie at whole numbers: (x + ½) · scale − ½
-    matrix = scale[:, None] * back
-    shift = scale * (side / 2) - .5 - matrix @ [middle, middle]
+    for row, scale in zip(matrix, (across, down)):
+        row.append(scale * side / 2 - .5 - sum(row) * middle)
     # OpenCV warps four channels in half of the time that three take
     four = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)
-    four = cv2.warpAffine(four, np.c_[matrix, shift], (side, side), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    four = cv2.warpAffine(four, np.array(matrix), (side, side), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return cv2.cvtColor(four, cv2.COLOR_RGBA2RGB)
 
 # %% ../nbs/02e_photo_feed.ipynb #pflightcode
@@ -337,9 +334,8 @@ def draw_photo(cfg:PhotoAugment,
 
 def draw_colours(cfg:PhotoJitter, rng:np.random.Generator) -> tuple:
     "Three factors, a turn of hues, and the order of the four"
-    limits = np.array([cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue])
-    factors = np.array([1, 1, 1, 0]) + rng.uniform(-limits, limits)
-    return *factors.tolist(), rng.permutation(4).tolist()
+    factors = [1 + rng.uniform(-limit, limit) for limit in (cfg.brightness, cfg.contrast, cfg.saturation)]
+    return *factors, rng.uniform(-cfg.hue, cfg.hue), rng.permutation(4).tolist()
 
 def draw_degrade(cfg:PhotoDegrade, rng:np.random.Generator) -> tuple:
     "One of three ways, each as likely, with its numbers"
