@@ -17,6 +17,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from pydantic import Field
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, mse_loss, normalize
 
@@ -164,9 +165,12 @@ def checkpoint_teacher(cfg:Model    # encoder, and the path of its checkpoint
         else:
             network = smp.encoders.get_encoder(cfg.encoder, weights=None)
             network.load_state_dict(state_to_load(cfg, state))
-    except RuntimeError as e:
-        raise mismatch(cfg, e) from None
-    return Teacher(network, *pretrained_stats(cfg))
+    except (RuntimeError, ConfigError) as e:
+        said = e if isinstance(e, ConfigError) else mismatch(cfg, e)
+        raise ConfigError(str(said).replace('model.weights', 'distil.teacher')) from None
+    # what encoders of smp are pretrained with, and to look it up would need the network
+    mean, std = pretrained_stats(cfg) if is_timm(cfg.encoder) else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return Teacher(network, mean, std)
 
 def check_teacher(cfg:Distillation) -> None:
     "Look for the teacher without loading it; raises `ConfigError`"
@@ -187,7 +191,7 @@ def load_teacher(cfg:Distillation) -> Teacher:
     check_teacher(cfg)
     if is_model_directory(cfg.teacher):
         return directory_teacher(Path(cfg.teacher))
-    return checkpoint_teacher(Model(encoder=cfg.encoder, weights=cfg.teacher))
+    return checkpoint_teacher(Model(architecture='segformer', encoder=cfg.encoder, weights=cfg.teacher))
 
 def check_lesson(teacher:Teacher,
                  side:int,               # of an image, pixels

@@ -7,9 +7,9 @@ __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTo
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
            'observe_batch', 'update_weights', 'slow_down', 'skip_step', 'take_step', 'enter_stage', 'freeze',
            'ask_gate', 'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part',
-           'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch', 'is_warmed_up',
-           'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin', 'batches_per_epoch',
-           'resume', 'finish', 'fit']
+           'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'with_raw', 'gpu_memory', 'validate_epoch',
+           'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin',
+           'batches_per_epoch', 'resume', 'finish', 'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -244,7 +244,7 @@ class TrainingState:
     # of the state, beside weights, optimizer and what has a state of its own
     SAVED = ('epoch', 'batch', 'step', 'skipped', 'bad', 'best', 'anneals_after', 'finished')
     # of a row, and not saved: the state says neither where a run was stopped nor how fast it was
-    MEASURED = ('batches', 'seconds', 'images_per_second', 'wait')
+    MEASURED = ('batches', 'seconds', 'images_per_second', 'wait', 'gpu_memory')
 
     @property
     def accelerator(self) -> Accelerator:
@@ -640,6 +640,7 @@ def train_epoch(run:TrainingState,
     seconds = time.monotonic() - began
     return dict(epoch=run.epoch, step=run.step, skipped=run.skipped, batches=run.batch - first, seconds=seconds,
                 images_per_second=batches.samples * run.processes.count / seconds, wait=stream.seconds / seconds,
+                **gpu_memory(run.processes.device),
                 **{f'lr/{part}': rate for part, rate in rates_by_part(run).items()}, **run.totals.row(run.task))
 
 def save_by_clock(run:TrainingState) -> None:
@@ -674,6 +675,22 @@ def keep_best(run:TrainingState, metrics:dict) -> None:
     if written or not run.processes.is_main:
         run.best = best
 
+def with_raw(run:TrainingState, judged:tuple, raw:tuple|None) -> tuple|None:
+    "A validation of the average, with the monitored value of the weights that train; None where that one was stopped"
+    if raw is None:
+        return None
+    metrics, meter = judged
+    name = run.task.monitor
+    return metrics | {f'raw/{name}': raw[0].get(name, math.nan)}, meter
+
+def gpu_memory(device:torch.device) -> dict[str, float]:    # MiB; empty on a CPU
+    "The most memory that tensors took on a GPU since the last call"
+    if device.type != 'cuda':
+        return {}
+    most = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    return dict(gpu_memory=round(most))
+
 def validate_epoch(run:TrainingState,
                    loader:DataLoader            # of this process, from `rank_loader`
                   ) -> tuple[dict, Any]|None:   # metrics and the meter; None where the run was asked to stop
@@ -689,7 +706,10 @@ def validate_epoch(run:TrainingState,
             run.agree()
         return bool(run.reason)
 
-    judged = validate(run.task, run.judged, loader, run.processes, run.loss_weights(run.epoch), halt)
+    weights = run.loss_weights(run.epoch)
+    judged = validate(run.task, run.judged, loader, run.processes, weights, halt)
+    if judged and run.average and run.cfg.ema.compare:
+        judged = with_raw(run, judged, validate(run.task, run.model, loader, run.processes, weights, halt))
     if judged is None:
         return None
     run.tell('on_judged', run)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLANT_TARGETS', 'TICKED', 'OPEN_BOX', 'SYSTEMATIC', 'TAIL_F1', 'GUIDE_STAGES', 'MOST_DISEASES', 'MOST_SPECIES',
-           'NAMED_CURVES', 'SPECIES_CAPTION', 'CURVES_CAPTION', 'targets_table', 'largest_mistake', 'tail_values',
+           'NAMED_CURVES', 'SPECIES_CAPTION', 'TAIL_CAPTION', 'targets_table', 'largest_mistake', 'tail_values',
            'converged', 'starts_text', 'verification_table', 'stages_table', 'worst_species', 'species_blocks',
            'diseases_table', 'loss_curves', 'disease_blocks', 'plant_sections']
 
@@ -200,14 +200,14 @@ def loss_curves(epochs:pd.DataFrame    # of the log
     ax.legend(fontsize=7)
     return fig
 
-CURVES_CAPTION = 'Training loss of the diseases of the tail, each its own mean; the three that ended highest are named.'
+TAIL_CAPTION = 'Training loss of the diseases of the tail, each its own mean; the three that ended highest are named.'
 
 def disease_blocks(run:Run, table:pd.DataFrame, taxonomy:Taxonomy) -> list:
     "The worst diseases, and the losses of the tail"
     found = [diseases_table(table, taxonomy, run.cfg.metrics.tail)]
     has_curves = any(name.startswith('train/disease/') for name in run.epochs) and (run.epochs['lr/diseases'] > 0).any()
     if has_curves:
-        found.append(Deferred(lambda: [Picture(loss_curves(run.epochs), CURVES_CAPTION)]))
+        found.append(Deferred(lambda: [Picture(loss_curves(run.epochs), TAIL_CAPTION)]))
     return found
 
 # %% ../nbs/06j_plant_report.ipynb #plrsectionscode

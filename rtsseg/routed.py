@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['offsets_of', 'own_diseases', 'route', 'species_of', 'RoutedModel', 'RoutedNet', 'diagnose', 'find_backbone',
-           'backbone_state', 'weight_problems', 'load_backbone', 'build_routed', 'try_forward']
+           'without_classifier', 'backbone_state', 'weight_problems', 'load_backbone', 'build_routed', 'try_forward']
 
 # %% ../nbs/04r_routed.ipynb #rtdexports
 import copy
@@ -95,18 +95,26 @@ def find_backbone(name:str) -> str:
         raise ConfigError(f'model.backbone: timm has no model {name!r}{nearest(name, known or timm.list_models())}')
     return name
 
+def without_classifier(backbone:nn.Module,
+                       state:dict[str, torch.Tensor]
+                      ) -> dict[str, torch.Tensor]:
+    "Tensors without those of timm's classifier"
+    names = backbone.pretrained_cfg.get('classifier') or ()
+    names = (names,) if isinstance(names, str) else names
+    return {key: value for key, value in state.items() if not key.startswith(tuple(f'{name}.' for name in names))}
+
 def backbone_state(backbone:nn.Module,                # of timm, without its classifier
                    state:dict[str, torch.Tensor]      # tensors of a file
                   ) -> dict[str, torch.Tensor]:
     "The tensors of a file that belong to a backbone, named as timm names them"
     prefixed = {key.removeprefix('backbone.'): value for key, value in state.items() if key.startswith('backbone.')}
     state = prefixed or state
+    plain = without_classifier(backbone, state)
     rename = getattr(sys.modules[type(backbone).__module__], 'checkpoint_filter_fn', None)
-    if rename:
-        state = rename(dict(state), backbone)
-    classifiers = backbone.pretrained_cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    return {key: value for key, value in state.items() if not key.startswith(tuple(f'{c}.' for c in classifiers))}
+    # timm takes a file without a classifier for one of an older version, and would rename what fits
+    if rename is None or plain.keys() == backbone.state_dict().keys():
+        return plain
+    return without_classifier(backbone, rename(dict(state), backbone))
 
 def weight_problems(own:dict[str, torch.Tensor],      # of the backbone
                     state:dict[str, torch.Tensor]     # of `backbone_state`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABEL_LENGTH', 'SPECIES_ONLY', 'DISEASE_HEADS', 'HIERARCHICAL', 'disease_labels', 'DiseaseLosses', 'HeadWatch',
-           'guessing_loss', 'first_divergence', 'stage_numbers', 'WatchHeads', 'stage_folder', 'FolderSpan',
+           'guessing_loss', 'first_divergence', 'stage_start', 'WatchHeads', 'stage_folder', 'FolderSpan',
            'folder_span', 'weight_names', 'StageWeights']
 
 # %% ../nbs/04s_routed_runs.ipynb #rrnexports
@@ -109,9 +109,9 @@ def first_divergence(rows:list[dict],                  # of the log, in order
         lowest = min(lowest, value)
     return None
 
-def stage_numbers(stages:list[Stage]) -> Callable[[int], int]:
-    "A function that gives the first epoch of the stage of an epoch; 1 where there are no stages"
-    return lambda epoch: max([stage.first for stage in stages if stage.first <= epoch], default=1)
+def stage_start(stages:list[Stage], epoch:int) -> int:
+    "The first epoch of the stage of an epoch; 1 for a run without stages"
+    return max([stage.first for stage in stages if stage.first <= epoch], default=1)
 
 # %% ../nbs/04s_routed_runs.ipynb #rrnwatchcode
 class WatchHeads:

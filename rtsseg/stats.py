@@ -151,7 +151,7 @@ MAX_UNREADABLE = 1e-3
 def skip_unreadable(what:str,              # what is done with the tiles
                     problems:list[str],    # one line per tile that could not be read
                     n:int,                 # tiles in all
-                    noun:str='tiles'       # what messages call them
+                    noun:str='tiles'       # what the message calls them
                    ) -> None:
     "Log which tiles are left out. Raises `DataError` with all of them where they are more than `MAX_UNREADABLE`"
     if len(problems) > MAX_UNREADABLE * n:

@@ -24,6 +24,10 @@ def numbered(guide):
     "The numbered headings of a guide's text: {number: title}; a table's rows begin with numbers as well"
     return dict(re.findall(r'(?<=\n\n)([1-9]\d*(?:\.[1-9]\d*)?)\.? ([A-Z].*)\n(?=\n)', guide))
 
+def numbered_by_stage(guide):
+    "The headings of a guide in Markdown that have a number of two parts: {number: title}"
+    return dict(re.findall(r'^#+ \**(\d\.\d) ?(.*?)\**$', guide, re.M))
+
 def values_of(tree, prefix=''):
     "Every field of a config tree, and its value"
     found = {}
@@ -92,6 +96,26 @@ RTS_LINES = {
 }
 
 
+LANDCOVER_LINES = {
+    '1.0': ['ignore index', 'palette', 'IoU of each class', '2 to 3 pixels', 'normalisation', 'overfitted',
+            'move together', 'official splits', 'no image of another set', 'evaluation equals', 'mean IoU by hand',
+            'background counts once', 'only after all seven'],
+    '1.1': ['starts afresh'],
+    '1.2': ['SegFormer-B2', 'ImageNet', '512', 'CE 0.7 + Dice 0.3', '50 epochs', 'AdamW', 'cosine and warm-up',
+            'clipping at 1.0', '0.65', 'EMA 0.999', '10 to 15 epochs', 'mixed precision', '2 to 4', 'official splits'],
+    '1.3': ['EarthVQA', 'mismatches listed', '50 to 70%'],
+    '2.1': ['CE 0.6 + Dice 0.3 + Lovász 0.1', 'milestone', 'ten epochs more'],
+    '2.2': ['512, 640 and 768', '0.5 to 2.0', 'windows', 'class-aware', '30 to 40%', 'weights of classes', 'flips',
+            '10 degrees', '0.1, 0.1, 0.1, 0.05', 'p 0.2', 'Urban or Rural', 'α 0.2', 'ablation'],
+    '2.3': ['B4 and B5', 'gradient checkpointing', 'frozen teacher', 'L2 or attention', 'T 2 to 4', 'encoder itself',
+            'every ten epochs'],
+    '3.1': ['tile 1024 with stride 768', 'edge head', 'soft Dice', 'boundary loss', 'least area and width', 'Otsu'],
+    '3.2': ['0.75, 1.0, 1.25 with flips', '0.8 mIoU', 'with and without TTA', 'mAcc', 'confusion',
+            'Backbone, Pretrain, Loss, Aug, LR, Size, TTA, Post, mIoU, bIoU, FPS', 'W&B or MLflow', 'seed', 'commit'],
+    '4.1': ['EfficientSAM', '3 to 5 pixels outside', '5 to 10 iterations', '100 validation images', 'more than 1.0'],
+    '4.2': ['0.6 and 0.4'],
+}
+
 def titled(guide):
     "The headings of a guide in Markdown, by their first words"
     titles = re.findall(r'^#{2,4} (.*)$', guide, re.M)
@@ -117,6 +141,8 @@ PLANT_LINES = {
 
 TABLES = [
     GuideTable('guide.qmd', '000', numbered, find_system('rts').Config, None, 'experiments/*.yaml', RTS_LINES),
+    GuideTable('guide_landcover.qmd', '002', numbered_by_stage, partial(load, CONFIGS/'landcover'/'baseline.yaml'),
+               RunConfig, 'landcover/*/*.yaml', LANDCOVER_LINES),
     GuideTable('guide_plants.qmd', '001', titled, partial(load, CONFIGS/'plants'/'guide.yaml'), RunConfig,
                'plants/experiments/*.yaml', PLANT_LINES),
 ]

@@ -155,6 +155,19 @@ def test_a_refiner_that_is_not_there_is_named(lively):
     done = shell('rtsseg-refine', '--run', lively)
     assert done.returncode == 2 and 'refine.model: nothing is named' in done.stderr
 
+def test_two_models_become_one(land, lively, tmp_path):
+    "Its weights are fitted on validation, where it is at least as good as either; then it is a run like any other"
+    other = train(config(land, tmp_path/'runs', epochs=2, seed=44))
+    done = shell('rtsseg-ensemble', '--models', other, lively, '--weights', 'fit')
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, = other.parents[1].glob('*/ensemble-44-42')
+    system, cfg = find_system('landcover'), load(folder/'config.yaml')
+    scores = [system.metrics(system.read_table(evaluate(run, 'val')), cfg)['miou'] for run in (folder, other, lively)]
+    assert scores[0] >= max(scores[1:])
+    assert sum(member.share for member in cfg.members) == pytest.approx(1)
+    done = shell('rtsseg-report', '--run', folder)
+    assert done.returncode == 0 and f'{cfg.members[0].share:.2f} × seed 44' in (folder/'report.html').read_text()
+
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"
     (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
@@ -212,3 +225,12 @@ def test_baseline_is_that_of_the_guide():
 def test_a_monitor_that_no_metric_has_is_refused(land, tmp_path):
     with pytest.raises(ConfigError, match="validation gives no 'iou_river'"):
         train(config(land, tmp_path, epochs=1, metrics=dict(monitor='iou_river')))
+
+def test_what_a_run_logs(land, tmp_path):
+    "Guide 002, monitoring: losses, rates, time, norm of the gradient, and mIoU of the average and of the raw weights"
+    folder = train(config(land, tmp_path, epochs=1, ema=dict(compare=True)))
+    row, = read_log(folder)
+    for name in ('train/loss/cross_entropy', 'train/loss/dice', 'val/loss', 'lr/encoder', 'lr/decoder', 'seconds',
+                 'images_per_second', 'grad_norm/mean', 'grad_norm/max', 'val/miou', 'val/raw/miou', 'val/macc',
+                 'val/accuracy', 'val/biou_2', 'val/biou_3', 'val/iou_road'):
+        assert name in row, name

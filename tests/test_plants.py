@@ -2,6 +2,7 @@
 searched; weights that open without the library"""
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -323,6 +324,34 @@ def test_a_local_checkpoint_gives_the_backbone(name, tmp_path):
         torch.testing.assert_close(model.backbone(image), expected)
         assert [tuple(logits.shape) for logits in model(image)] == [(1, 2), (1, 5)]
 
+def as_published(state):
+    "The keys of a Swin checkpoint of its authors"
+    state = {re.sub(r'layers\.(\d)\.downsample', lambda m: f'layers.{int(m[1]) - 1}.downsample', name): tensor
+             for name, tensor in state.items()}
+    return {name.replace('head.fc.', 'head.'): tensor for name, tensor in state.items()}
+
+@pytest.mark.parametrize('form', ['classifier', 'backbone', 'published'])
+def test_forms_of_a_swin_checkpoint(form, tmp_path):
+    "Of timm with 8142 species, of a backbone alone, and with the keys of its authors"
+    source = timm.create_model('swin_tiny_patch4_window7_224', num_classes=0 if form == 'backbone' else 8142)
+    state = source.state_dict()
+    torch.save(as_published(state) if form == 'published' else state, tmp_path/'inaturalist.pt')
+    model = build_routed(RoutedModel(weights=str(tmp_path/'inaturalist.pt')), [2, 3])
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+def test_weights_by_name_that_are_not_there(leaves, tmp_path, monkeypatch):
+    "The message says what else can be done; nothing is written"
+    def refuse(url):
+        raise OSError('no network')
+    monkeypatch.setattr('rtsseg.pretrained.check_reachable', refuse)
+    monkeypatch.setattr('rtsseg.pretrained.cached_file', lambda *where: None)
+    names = dict(backbone='swin_tiny_patch4_window7_224.ms_in22k', weights='imagenet')
+    cfg = config(leaves, tmp_path/'runs', model=names)
+    with pytest.raises(ConfigError, match='are not on this machine .* set model.weights to a local'):
+        train(cfg)
+    assert not (tmp_path/'runs').exists()
+
 def test_weights_that_do_not_fit_are_counted(leaves, tmp_path):
     state = timm.create_model('test_vit', num_classes=7).state_dict()
     torch.save({name: value for name, value in state.items() if 'norm1' not in name}, tmp_path/'half.pt')
@@ -354,3 +383,25 @@ def test_metrics_are_sklearns(undisturbed):
         for average in ('macro', 'weighted'):
             theirs = f1_score(frame.disease, frame.disease_found, labels=labels, average=average, **scores)
             assert found[f'tail_{average}_f1'] == pytest.approx(theirs)
+
+def test_a_compiled_model_has_the_same_weights(leaves, tmp_path):
+    "Off by default; nothing is compiled before the first batch"
+    system, cfg = find_system('plants'), config(leaves, tmp_path)
+    feed = system.feed(cfg)
+    plain = system.model(cfg, feed)
+    cfg.model.compile = True
+    compiled = system.model(cfg, feed)
+    assert plain._compiled_call_impl is None and compiled._compiled_call_impl is not None
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+@pytest.mark.slow
+def test_the_config_of_the_guide_trains(tmp_path):
+    "Swin-T at 224 through all six stages, from random weights: a step of four images each"
+    source = make_leaf_world(tmp_path/'leaves', side=64, images=4, species=2)
+    stages = [stage.model_dump() | dict(first=number, last=number)
+              for number, stage in enumerate(load(ROOT/'configs'/'plants'/'guide.yaml').stages, 1)]
+    cfg = load(ROOT/'configs'/'plants'/'guide.yaml', runs=tmp_path/'runs', tracker=dict(kind='none'), device='cpu',
+               epochs=6, stages=stages, batch_size=4, steps_per_epoch=1, model=dict(weights=None),
+               loader=dict(num_workers=0), data=dict(source=source/'photos.csv', taxonomy=source/'taxonomy.json'))
+    rows = read_log(train(cfg))
+    assert len(rows) == 6 and all(row['skipped'] == 0 and math.isfinite(row['val/loss']) for row in rows)
