@@ -103,8 +103,10 @@ docs: $(STAMP)
 sync readme: $(STAMP)
 	@.venv/bin/python sync.py
 
+# without crf, which the index has as source alone: it would need a compiler on each machine
+LOCKED := search track export ray wandb sam webdataset notebooks dev
 lock:
-	uv pip compile setup.py --all-extras --universal --python-version 3.11 --generate-hashes \
+	uv pip compile setup.py $(LOCKED:%=--extra %) --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.txt
 
 clean:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'BORDERS', 'GREY', 'draw', 'draw_lines', 'normal', 'elastic', 'pixel_places', 'copy_channels',
            'matrix', 'moves', 'warp', 'needed_rim', 'move_channels', 'change_contrast', 'shift_hue', 'add_noise',
-           'equalise', 'light', 'Pipeline', 'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
+           'equalise', 'light', 'Pipeline', 'paste_objects', 'Augmenter', 'distance_to', 'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
 import functools
@@ -397,6 +397,14 @@ class Augmenter:
             raise ValueError(f'a tile of {h} × {w} pixels cannot make a quarter turn: '
                              'use square tiles or set augment.rotate90.p to 0')
 
+# %% ../nbs/02a_augment.ipynb #distanceto
+def distance_to(mask:np.ndarray    # bool (H, W), true somewhere
+               ) -> np.ndarray:    # float32 (H, W), pixels
+    "Euclidean distance from the centre of each pixel to that of the nearest one of a mask; 0 inside"
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # OpenCV's last bit depends on where arrays lie in memory; squared distances are whole numbers
+    return np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
+
 # %% ../nbs/02a_augment.ipynb #46c1a9b1
 def boundary(mask:np.ndarray,    # (H, W) uint8: 0, 1, 255 = ignore
              cfg:Loss            # its boundary_ and soft_ fields
@@ -428,7 +436,5 @@ def soft_labels(label:np.ndarray,     # (n,) hard labels of the band
     "Soft labels of the band: constant, or by the distance to the other class"
     if cfg.soft_label_profile == 'constant':
         return np.abs(label - cfg.soft_label_value)
-    def distance_to(other):
-        return cv2.distanceTransform(1 - other, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    distance = np.where(slump, distance_to(ground), distance_to(slump))
+    distance = np.where(slump, distance_to(ground > 0), distance_to(slump > 0))
     return .5 + (label - .5)*distance[band]/cfg.boundary_soft_width

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['hardest_pixels', 'as_classes', 'cross_entropy_loss', 'pixel_weights', 'class_targets', 'dice_loss', 'lovasz_loss',
-           'signed_distance', 'distance_to', 'boundary_loss', 'edge_target']
+           'signed_distance', 'boundary_loss', 'edge_target']
 
 # %% ../nbs/03h_class_losses.ipynb #clsexports
 import math
 
-import cv2
 import numpy as np
 import torch
 from segmentation_models_pytorch.losses import LovaszLoss
 from torch.nn.functional import cross_entropy, one_hot
 
+from .augment import distance_to
 from .losses import IGNORE
 
 # %% ../nbs/03h_class_losses.ipynb #clsce
@@ -100,13 +100,6 @@ def signed_distance(target:np.ndarray,    # (H, W): a class, or 255 = ignore
             distance[c] -= .5 * np.sign(distance[c])
     distance[:, ~valid] = 0
     return distance
-
-def distance_to(mask:np.ndarray    # bool (H, W), true somewhere
-               ) -> np.ndarray:    # float32 (H, W), pixels
-    "Euclidean distance from the centre of each pixel to that of the nearest one of a mask; 0 inside"
-    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # OpenCV's last bit depends on where arrays lie in memory; squared distances are whole numbers
-    return np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
 
 def boundary_loss(logits:torch.Tensor,     # (B, C, H, W)
                   distance:torch.Tensor    # (B, C, H, W) of `signed_distance`

@@ -661,7 +661,7 @@ class WindowBatch:
     row: int
     # bool (tile, …): which pixels of the row hold data
     valid: np.ndarray
-    # how many windows of the row hold data, and how many do not; without those that another strip counts
+    # windows of the row with data and without; not those that another strip counts
     counts: dict[str, int]
     # columns of the strip where the windows of the batch start; none where the row holds no data
     lefts: list[int]
