@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'BORDERS', 'GREY', 'draw', 'draw_lines', 'normal', 'elastic', 'pixel_places', 'copy_channels',
            'matrix', 'moves', 'warp', 'needed_rim', 'move_channels', 'change_contrast', 'shift_hue', 'add_noise',
-           'equalise', 'light', 'Pipeline', 'paste_objects', 'Augmenter', 'distance_to', 'boundary', 'soft_labels']
+           'equalise', 'light', 'Pipeline', 'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
 import functools
@@ -20,6 +20,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from .config import Augment, ConfigError, Loss, Strict
+from .rawtile import distance_to
 from .sampler import Key
 
 # %% ../nbs/02a_augment.ipynb #d2dc8ba7
@@ -396,14 +397,6 @@ class Augmenter:
         if self.cfg.enabled and not self.pipeline and h != w and self.cfg.rotate90.p:
             raise ValueError(f'a tile of {h} × {w} pixels cannot make a quarter turn: '
                              'use square tiles or set augment.rotate90.p to 0')
-
-# %% ../nbs/02a_augment.ipynb #distanceto
-def distance_to(mask:np.ndarray    # bool (H, W), true somewhere
-               ) -> np.ndarray:    # float32 (H, W), pixels
-    "Euclidean distance from the centre of each pixel to that of the nearest one of a mask; 0 inside"
-    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # OpenCV's last bit depends on where arrays lie in memory; squared distances are whole numbers
-    return np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
 
 # %% ../nbs/02a_augment.ipynb #46c1a9b1
 def boundary(mask:np.ndarray,    # (H, W) uint8: 0, 1, 255 = ignore

@@ -14,8 +14,8 @@ import torch
 from segmentation_models_pytorch.losses import LovaszLoss
 from torch.nn.functional import cross_entropy, one_hot
 
-from .augment import distance_to
 from .losses import IGNORE
+from .rawtile import distance_to
 
 # %% ../nbs/03h_class_losses.ipynb #clsce
 def hardest_pixels(valid:int,        # pixels that are not ignored

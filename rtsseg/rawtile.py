@@ -6,7 +6,7 @@
 __all__ = ['HASH_COLUMNS', 'BAND_COLUMN', 'COLOUR_NAMES', 'NUMBER_NAME', 'COLOURS_SEEN', 'LARGEST_IMAGE_MB', 'EXAMPLE_SIDE',
            'RawTile', 'colour_bands', 'parse_bands', 'read_pixels', 'row_opener', 'tile_name', 'Square', 'own_square',
            'ignore_seen', 'read_square', 'cut_square', 'read_row', 'ImageCache', 'RowReader', 'show_tile', 'shrink',
-           'tile_offsets', 'example_tiles']
+           'tile_offsets', 'distance_to', 'example_tiles']
 
 # %% ../nbs/01b_rawtile.ipynb #irawtile
 import re
@@ -438,6 +438,14 @@ def tile_offsets(size:int,     # length of a side, pixels
                 ) -> list[int]:
     "Where tiles start so that they cover a side; the last may reach beyond it"
     return list(range(0, max(size - tile, 0) + stride, stride))
+
+# %% ../nbs/01b_rawtile.ipynb #distancec
+def distance_to(mask:np.ndarray    # bool (H, W), true somewhere
+               ) -> np.ndarray:    # float32 (H, W), pixels
+    "Euclidean distance from the centre of each pixel to that of the nearest one of a mask; 0 inside"
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # OpenCV's last bit depends on where arrays lie in memory; squared distances are whole numbers
+    return np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
 
 # %% ../nbs/01b_rawtile.ipynb #cb4c3de5
 EXAMPLE_SIDE = 64
