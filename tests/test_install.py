@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'notebooks', 'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'webdataset', 'notebooks', 'dev']
 # packages whose import has another name
 IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
