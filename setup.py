@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'webdataset', 'notebooks', 'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'notebooks', 'dev']
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini')
@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=['rtsseg', 'rtsseg.*']) + ['rtsseg.configs'],
     # configs/ stays at the top of the repository, and the wheel carries it as rtsseg/configs
     package_dir={'rtsseg.configs': 'configs'},
-    package_data={'rtsseg': ['py.typed'], 'rtsseg.configs': ['*.yaml', '*.json', '*/*.yaml']},
+    package_data={'rtsseg': ['py.typed'], 'rtsseg.configs': ['*.yaml', '*.json', '*/*.yaml', '*/*/*.yaml']},
     install_requires=lines('requirements'),
     extras_require={extra: lines(f'{extra}_requirements') for extra in EXTRAS},
     entry_points={

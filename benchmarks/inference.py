@@ -33,7 +33,17 @@ from rtsseg.config import load
 from rtsseg.infer import Predictor
 from rtsseg.launch import StopSignals
 from rtsseg.models import build
-from rtsseg.prediction import FinishedRows, MapJob, Scene, finish_rows, predict_rows, read_windows, window_starts
+from rtsseg.prediction import (
+    FinishedRows,
+    MapJob,
+    Scene,
+    finish_rows,
+    map_parts,
+    map_strips,
+    predict_rows,
+    read_windows,
+    window_starts,
+)
 from rtsseg.raster import write_raster
 from rtsseg.rawtile import RawTile
 from rtsseg.stats import Stats
@@ -66,23 +76,23 @@ def open_job(path, model, views='none'):
         scene = Scene(path, '', '', predictor)
     return MapJob(predictor, scene, None, views, BATCH)
 
-def count_rows(job):
-    return len(window_starts(job.scene.height, TILE))
+def parts_of(job):
+    return map_parts(job.scene.height, job.scene.width, TILE)
 
 def count_windows(job):
-    return count_rows(job)*len(window_starts(job.scene.width, TILE))
+    return len(window_starts(job.scene.height, TILE))*len(window_starts(job.scene.width, TILE))
 
 def blend(job):
     "Read a scene, run its windows and blend them"
     with redirect_stderr(StringIO()):
-        for _ in predict_rows(job, {*range(count_rows(job))}, StopSignals()):
+        for _ in predict_rows(job, {*range(len(parts_of(job)))}, StopSignals()):
             pass
 
 def write_rows(job):
     "The same, and write the finished rows"
     with redirect_stderr(StringIO()), TemporaryDirectory() as folder:
-        finished = FinishedRows(Path(folder), {}, count_rows(job), job.scene.width)
-        finish_rows(job, finished, {*range(count_rows(job))}, StopSignals())
+        finished = FinishedRows(Path(folder), {}, parts_of(job))
+        finish_rows(job, finished, {*range(len(finished.parts))}, StopSignals())
 
 def slide(image, model, overlap):
     "MONAI over a scene in memory"
@@ -106,7 +116,9 @@ def seconds_of_model(model, rounds):
 def keep_in_memory(job):
     "Read a scene once and for all"
     whole = job.scene.read_rows(0, job.scene.height)
-    job.scene.read_rows = lambda top, count: RawTile(*(plane[..., top:top + count, :].copy() for plane in whole))
+    def read_rows(top, count, left, width):
+        return RawTile(*(plane[..., top:top + count, left:left + width].copy() for plane in whole))
+    job.scene.read_rows = read_rows
 
 def overhead_beside(folder, side, rounds):
     "What a window costs around the model"
@@ -129,6 +141,10 @@ def overhead_beside(folder, side, rounds):
     compare('in memory, blended', blend, in_memory, .5)
     compare('from file to finished rows', write_rows, on_disk, .25)
 
+def map_scene(path, model):
+    "Open a scene, run its windows and write the finished rows"
+    write_rows(open_job(path, model))
+
 def show_memory(side, path):
     "Print the megabytes that one call adds"
     torch.set_num_threads(1)
@@ -136,7 +152,7 @@ def show_memory(side, path):
         importlib.import_module('monai.inferers')
         work = slide, scene_in_memory(int(path)), cheap(), .25
     else:
-        work = write_rows, open_job(Path(path), cheap())
+        work = map_scene, Path(path), cheap()
     before = peak_mb()
     work[0](*work[1:])
     print(json.dumps(peak_mb() - before))
@@ -159,7 +175,8 @@ def rate_beside(folder, rounds, height, width, views, passes, goal):
     job = open_job(write_scene(folder, height, width), model, views)
     count = count_windows(job)
     assert count % BATCH == 0
-    windows = [batch.x.clone() for batch in read_windows(job, [*range(count_rows(job))])]
+    (strip,), rows = map_strips(width, TILE), [*range(len(window_starts(height, TILE)))]
+    windows = [batch.x.clone() for batch in read_windows(job, strip, rows)]
 
     @torch.inference_mode()
     def bare():

@@ -15,19 +15,21 @@ from rtsseg.config import load
 from rtsseg.infer import load_model
 from rtsseg.launch import StopSignals
 from rtsseg.plan import write_plan
-from rtsseg.prediction import MapJob, Scene, predict_rows, window_starts
+from rtsseg.prediction import MapJob, Scene, map_parts, predict_rows
 from rtsseg.rawtile import BAND_COLUMN
 from rtsseg.runs import read_log
 from rtsseg.training import prepare_run, train
 
 def predict(model, manifest, row, signals):
-    "Raw scores of a whole image, by the windows of a map"
+    "Log-odds of a whole image, by the windows of a map"
     path, extra = manifest.root/row['image'], row['extra'] and manifest.root/row['extra']
     crs = 'none' if row['crs'] == 'none' else ''
     scene = Scene(path, extra, crs, model, row.get(BAND_COLUMN, ''))
     job = MapJob(model, scene, None, model.cfg.infer.views, 8)
-    wanted = set(range(len(window_starts(scene.height, scene.tile))))
-    return np.concatenate([rows.score for rows in predict_rows(job, wanted, signals)])
+    parts, logits = map_parts(scene.height, scene.width, scene.tile), np.empty((scene.height, scene.width), 'float32')
+    for found in predict_rows(job, set(range(len(parts))), signals):
+        logits[parts[found.index].toslices()] = found.logits
+    return logits
 
 def curve(folder, monitor):
     "[steps, value] of each validation"

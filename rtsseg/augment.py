@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARP', 'NORMAL', 'BORDERS', 'GREY', 'draw', 'draw_lines', 'normal', 'elastic', 'pixel_places', 'copy_channels',
-           'matrix', 'moves', 'warp', 'needed_rim', 'move_channels', 'change_contrast', 'add_noise', 'equalise',
-           'light', 'Pipeline', 'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
+           'matrix', 'moves', 'warp', 'needed_rim', 'move_channels', 'change_contrast', 'shift_hue', 'add_noise',
+           'equalise', 'light', 'Pipeline', 'paste_objects', 'Augmenter', 'boundary', 'soft_labels']
 
 # %% ../nbs/02a_augment.ipynb #iaugment
 import functools
@@ -59,7 +59,11 @@ def draw(cfg:Augment,                  # what may be drawn, and how often
         saturation=lambda c: u(1-c.limit, 1+c.limit),
         gaussian_noise=noise_std,
         clahe=lambda c: (u(1, c.clip_limit), c.tile_grid_size))
-    return draw_lines(cfg, numbers, rng)
+    drawn = draw_lines(cfg, numbers, rng)
+    # where it is off, the random numbers are those of a draw without it
+    if cfg.hue.p and rng.random() < cfg.hue.p:
+        drawn['hue'] = u(-cfg.hue.limit, cfg.hue.limit)
+    return drawn
 
 def draw_lines(cfg:Strict,                      # has a field of each name, with its probability p
                numbers:dict[str, Callable],     # {name: what draws its numbers, from its field}, in order
@@ -209,6 +213,12 @@ def change_contrast(rgb:np.ndarray, factor:float) -> None:
     mean = GREY.dot(cv2.mean(rgb)[:3])
     cv2.addWeighted(rgb, factor, rgb, 0, (1-factor)*mean, dst=rgb)
 
+def shift_hue(rgb:np.ndarray, turn:float) -> None:
+    "Move all hues by a share of the colour circle, in place"
+    hsv = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0] + 360*turn) % 360
+    cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=rgb)
+
 def add_noise(rgb:np.ndarray, std:float, rng:np.random.Generator) -> None:
     "Add normal noise in place, a few rows at a time"
     for rows in np.split(rgb, range(64, len(rgb), 64)):
@@ -230,6 +240,7 @@ def light(rgb:np.ndarray,              # (H, W, 3) float32 in [0, 1], changed in
         brightness=lambda b: np.add(rgb, b, out=rgb),
         contrast=lambda c: change_contrast(rgb, c),
         saturation=lambda s: cv2.transform(rgb, s*np.eye(3) + (1-s)*GREY, dst=rgb),
+        hue=lambda turn: shift_hue(rgb, turn),
         gaussian_noise=lambda std: add_noise(rgb, std, rng),
         clahe=lambda numbers: equalise(rgb, *numbers))
     for name, change in changes.items():

@@ -104,7 +104,9 @@ def signed_distance(target:np.ndarray,    # (H, W): a class, or 255 = ignore
 def distance_to(mask:np.ndarray    # bool (H, W), true somewhere
                ) -> np.ndarray:    # float32 (H, W), pixels
     "Euclidean distance from the centre of each pixel to that of the nearest one of a mask; 0 inside"
-    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # OpenCV's last bit depends on where arrays lie in memory; squared distances are whole numbers
+    return np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
 
 def boundary_loss(logits:torch.Tensor,     # (B, C, H, W)
                   distance:torch.Tensor    # (B, C, H, W) of `signed_distance`

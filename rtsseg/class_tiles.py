@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['NO_CLASS', 'IMAGE_FOLDER', 'MASK_FOLDER', 'SAMPLE_COLUMNS', 'check_scales', 'ClassData', 'list_loveda', 'list_table',
-           'ClassSamples', 'ClassPair', 'read_class_mask', 'read_colours', 'read_pair', 'check_pairs', 'crop_at_scale',
-           'draw_start', 'cut_padded', 'image_weights', 'ClassBatches', 'ClassTiles']
+           'ClassSamples', 'ClassPair', 'read_class_mask', 'read_colours', 'errors_named', 'read_pair', 'check_pairs',
+           'crop_at_scale', 'draw_start', 'cut_padded', 'image_weights', 'ClassBatches', 'ClassTiles']
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlexports
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +137,13 @@ class ClassSamples:
         "Those of one split, numbered from 0"
         return ClassSamples(self.root, self.table[self.table.split == split].reset_index(drop=True), self.name)
 
+    def few(self, images:int) -> 'ClassSamples':
+        "Some of each split, spread over it"
+        rows = []
+        for _, part in self.table.groupby('split'):
+            rows += part.index[np.linspace(0, len(part) - 1, min(images, len(part))).round().astype(int)].tolist()
+        return ClassSamples(self.root, self.table.loc[sorted(rows)].reset_index(drop=True), self.name)
+
     def __len__(self):
         return len(self.table)
 
@@ -155,7 +164,7 @@ def read_class_mask(path:Path,
         if unknown:
             raise DataError(f'mask values {unknown[:6]} mean nothing in data.values, which knows {sorted(values)}')
     if found.dtype != np.uint8:
-        raise DataError(f'{path.name}: a mask is uint8, this one is {found.dtype}')
+        raise DataError(f'a mask is uint8, this one is {found.dtype}')
     meaning = np.full(256, NO_CLASS, np.uint8)
     for value, label in values.items():
         meaning[value] = label
@@ -168,16 +177,27 @@ def read_colours(path:Path) -> np.ndarray:    # uint8 (H, W, 3)
             raise DataError(f'an image has three bands of uint8, this one has {ds.count} of {ds.dtypes[0]}')
         return np.ascontiguousarray(ds.read([1, 2, 3]).transpose(1, 2, 0))
 
+@contextmanager
+def errors_named(name:str    # of a file in its set
+                ) -> Iterator[None]:
+    "A `DataError` says which file it is about, once"
+    try:
+        yield
+    except DataError as e:
+        raise DataError(f'{name}: {str(e).removeprefix(f"{Path(name).name}: ")}') from None
+
 def read_pair(samples:ClassSamples,
               row:int,
               values:dict[int, int]    # value of the mask: class, or 255
              ) -> ClassPair:
     "Read an image and its mask; raises `DataError`, which names the file"
     entry = samples.table.loc[row]
-    image = read_colours(samples.root/entry.image)
+    with errors_named(entry.image):
+        image = read_colours(samples.root/entry.image)
     if not entry['mask']:
         return ClassPair(image, np.full(image.shape[:2], NO_CLASS, np.uint8))
-    mask = read_class_mask(samples.root/entry['mask'], values)
+    with errors_named(entry['mask']):
+        mask = read_class_mask(samples.root/entry['mask'], values)
     if mask.shape != image.shape[:2]:
         raise DataError(f"{entry['mask']}: {mask.shape[0]} × {mask.shape[1]} pixels, its image has "
                         f'{image.shape[0]} × {image.shape[1]}')

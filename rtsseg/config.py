@@ -13,11 +13,11 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
            'Checkpoints', 'Loader', 'Stage', 'Unfreezing', 'check_first_stage', 'Unread', 'differing_settings',
            'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource',
            'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data',
-           'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste',
-           'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats',
-           'Loss', 'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics', 'Calibrate', 'Infer',
-           'Card', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig',
-           'system_names', 'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml',
+           'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Hue', 'Noise', 'Clahe', 'RandomScale',
+           'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler',
+           'check_no_repeats', 'Loss', 'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics',
+           'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings',
+           'RtsConfig', 'system_names', 'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml',
            'package_folder', 'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override',
            'nodes_in', 'path_places', 'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors',
            'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers',
@@ -165,6 +165,8 @@ class EMA(Strict):
     "Guide 9.1, exponential moving average of the weights"
     enabled: bool = Field(True, description='validate, choose and export the averaged weights')
     decay: float = Field(0.999, ge=0, lt=1, description='decay after its warm-up min(decay, (1 + t) / (10 + t))')
+    compare: Annotated[bool, Undeciding(), Since('0.3')] = Field(
+        False, description='validate the weights that train as well: their monitored value is logged as val/raw/…')
 
 # %% ../nbs/00b_config.ipynb #bf0387f1
 class EarlyStopping(Strict):
@@ -305,7 +307,7 @@ LOOP_UNREAD = [
            lambda cfg: not cfg.lr.warmup_epochs and not cfg.lr.warmup_steps),
     Unread(('lr.plateau_factor', 'lr.plateau_patience'), 'no schedule is plateau',
            lambda cfg: 'plateau' not in schedules(cfg)),
-    Unread(('ema.decay',), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
+    Unread(('ema.decay', 'ema.compare'), 'ema.enabled is false', lambda cfg: not cfg.ema.enabled),
     Unread(('early_stopping.window', 'early_stopping.start_epoch', 'lr.anneal_on_stop'),
            'early_stopping.patience is null', lambda cfg: cfg.early_stopping.patience is None),
     # min_delta is also what the signs of overfitting take for noise
@@ -611,6 +613,11 @@ class Limit(Transform):
     "A relative change by a random factor"
     limit: Fraction = Field(0.2, description='relative change within ± this')
 
+class Hue(Transform):
+    "All colours move along the colour circle; off by default"
+    p: Fraction = 0.
+    limit: float = Field(0.05, ge=0, le=0.5, description='largest move, share of the circle, either way')
+
 class Noise(Transform):
     "Gaussian noise of a random variance"
     p: Fraction = 0.3
@@ -657,16 +664,17 @@ class Augment(Strict):
         'constant', description='what a move shows beyond the tile: the mean of each channel, ignored in the mask; '
                                 'or image and mask reflected, with nothing ignored')
     copy_paste: Annotated[CopyPaste, Since('0.3')] = CopyPaste()
+    hue: Annotated[Hue, Since('0.3')] = Hue()
 
 # %% ../nbs/00b_config.ipynb #0e120b8b
 def parse_ratio(value:int|str) -> int|str:
-    "Turn '1:20' into 20; other types are left to the field's own check. Raises `ValueError`"
+    "Turn '1:20' and '20' into 20; other types are left to the field's own check. Raises `ValueError`"
     if not isinstance(value, str):
         return value
-    head, _, tail = value.partition(':')
-    if head.strip() != '1' or not re.fullmatch('[0-9]{1,9}', tail.strip()):
+    written = re.fullmatch(r'(1\s*:)?\s*([0-9]{1,9})', value.strip())
+    if not written:
         raise ValueError(f'a ratio is written 1:20 or 20, not {value!r}')
-    return int(tail)
+    return int(written[2])
 
 Ratio = Annotated[PositiveInt, BeforeValidator(parse_ratio)]
 
@@ -1071,6 +1079,7 @@ BUILT_IN_SYSTEMS = {
     'rts': 'rtsseg.systems.rts:RTS',
     'classify': 'rtsseg.systems.classify:Classify',
     'landcover': 'rtsseg.systems.landcover:Landcover',
+    'plants': 'rtsseg.systems.plants:Plants',
 }
 
 def system_names() -> list[str]:
@@ -1139,6 +1148,8 @@ def read_yaml(path:str|Path    # the file
              ) -> dict:        # its mapping; {} for an empty file
     "Read one YAML 1.2 mapping; raises `ConfigError` on duplicate keys, tags, aliases and anything but a mapping"
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f'{path}: not a regular file')
     try:
         with open(path, 'rb') as f:
             text = f.read(4 * MAX_CONFIG_CHARACTERS + 1).decode('utf-8-sig')

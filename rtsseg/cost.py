@@ -28,7 +28,7 @@ from .fleet import MapOptions, Mapper
 from .infer import VIEWS, Predictor
 from .launch import StopSignals
 from .page import Bullets, Number, Part, Picture, Table, appendix, page
-from .prediction import FinishedRows, MapJob, Scene, finish_rows, map_settings, window_starts
+from .prediction import FinishedRows, MapJob, Scene, finish_rows, map_parts, map_settings
 from .raster import write_raster
 
 # %% ../nbs/08m_cost.ipynb #cwork
@@ -159,13 +159,13 @@ def measure_rate(options:MapOptions,
         folder = Path(name)
         scene = noise_scene(folder, mapper.model, 4 * tile, (columns + 1) * tile // 2)
         job = MapJob(mapper.model, scene, mapper.calibration, mapper.views, options.batch)
-        count = len(window_starts(scene.height, tile))
-        finished = FinishedRows(folder, map_settings(job), count, scene.width)
+        parts = map_parts(scene.height, scene.width, tile)
+        finished = FinishedRows(folder, map_settings(job), parts)
         finish_rows(job, finished, {0}, StopSignals())
         began, windows = time.monotonic(), 0
         while (taken := time.monotonic() - began) < seconds or not windows:
-            finish_rows(job, finished, {*range(count)}, StopSignals())
-            windows += count * columns
+            finish_rows(job, finished, {*range(len(parts))}, StopSignals())
+            windows += len(parts) * columns
     return Rate(windows * len(VIEWS[mapper.views]) / taken, tile)
 
 # %% ../nbs/08m_cost.ipynb #creport

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HASHED', 'SCENE_ERRORS', 'PLANNED', 'PLANNED_ELSEWHERE', 'INDEX', 'VISIBLE', 'cut_shards', 'MapOptions', 'FleetJob',
-           'check_options', 'list_digest', 'begin_job', 'Mapper', 'scene_size', 'pack', 'unpack', 'FileMark',
-           'file_marks', 'current_digests', 'SceneWork', 'add_member', 'TileWork', 'work_of', 'Worker', 'work_on',
-           'gpu_names', 'visible_gpu', 'run_workers', 'parse_share', 'finish_job', 'map_scenes']
+           'check_options', 'list_digest', 'begin_job', 'Mapper', 'scene_size', 'finished_rows', 'pack', 'unpack',
+           'FileMark', 'file_marks', 'current_digests', 'SceneWork', 'add_member', 'TileWork', 'work_of', 'Worker',
+           'work_on', 'gpu_names', 'visible_gpu', 'run_workers', 'parse_share', 'finish_job', 'map_scenes']
 
 # %% ../nbs/08i_fleet.ipynb #ifleet
 import hashlib
@@ -47,7 +47,9 @@ from rtsseg.prediction import (
     Scene,
     finish_rows,
     load_calibration,
+    map_parts,
     map_settings,
+    map_strips,
     note_path,
     shift_findings,
     stop_if_asked,
@@ -64,10 +66,10 @@ from .vrt import raster_digest, raster_stamp
 from .weights import ModelError
 
 # %% ../nbs/08i_fleet.ipynb #cshards
-def cut_shards(sizes:list[tuple[int, int]],    # of each scene: rows of windows, and windows in a row
+def cut_shards(sizes:list[tuple[int, int]],    # of each scene: parts of its map, and windows in a part
                windows:int                     # in a shard, about
-              ) -> list[list[list[int]]]:      # shards of items: scene, first row, last row + 1
-    "Shards of at most so many windows, or of one row of windows"
+              ) -> list[list[list[int]]]:      # shards of items: scene, first part, last part + 1
+    "Shards of at most so many windows, or of one part"
     shards, items, filled = [], [], 0
     for k, (rows, columns) in enumerate(sizes):
         row = 0
@@ -203,10 +205,16 @@ class Mapper:
         return MapJob(self.model, opened, self.calibration, self.views, self.options.batch)
 
 def scene_size(opened:MapJob) -> dict[str, int]:
-    "Rows of windows, windows in a row, and the width in pixels"
-    tile = opened.scene.tile
-    count, columns = (len(window_starts(side, tile)) for side in (opened.scene.height, opened.scene.width))
-    return dict(count=count, columns=columns, width=opened.scene.width)
+    "Parts of the map of a scene, and windows in a part, about"
+    scene = opened.scene
+    strips = map_strips(scene.width, scene.tile)
+    count = len(strips) * len(window_starts(scene.height, scene.tile))
+    return dict(count=count, columns=max(len(strip.lefts) for strip in strips))
+
+def finished_rows(folder:Path, opened:MapJob) -> FinishedRows:
+    "A place for the finished parts of a map"
+    scene = opened.scene
+    return FinishedRows(folder, map_settings(opened), map_parts(scene.height, scene.width, scene.tile))
 
 # %% ../nbs/08i_fleet.ipynb #cwork
 def pack(rows:dict[tuple[int, int], bytes]    # finished rows by scene and number
@@ -333,7 +341,7 @@ class SceneWork:
         opened, size = self.open(k), self.sizes[k]
         if size['files']:
             opened.scene.digests = current_digests(opened.scene, size['files'])
-        return opened, FinishedRows(folder/f'{k}', map_settings(opened), size['count'], size['width'])
+        return opened, finished_rows(folder/f'{k}', opened)
 
     def make_plan(self, part:str) -> None:
         "Open some scenes, and note their sizes and digests, or what is wrong with them"
@@ -464,10 +472,10 @@ class TileWork:
     def add_map(self, archive:ZipFile, row:dict) -> tuple[dict, dict]:    # what the index holds of it, and its summary
         "Make the map of a tile and its note, as members of an archive; raises `SCENE_ERRORS`"
         opened = self.mapper.open(row)
-        scene, size = opened.scene, scene_size(opened)
+        scene = opened.scene
         with tempfile.TemporaryDirectory() as folder:
-            finished = FinishedRows(Path(folder)/'rows', map_settings(opened), size['count'], size['width'])
-            finish_rows(opened, finished, {*range(size['count'])}, self.signals)
+            finished = finished_rows(Path(folder)/'rows', opened)
+            finish_rows(opened, finished, {*range(len(finished.parts))}, self.signals)
             out = Path(folder)/f"{row['name']}.tif"
             write_map(out, scene.grid, finished)
             note = write_note(out, opened)

@@ -40,7 +40,7 @@ from .operating import OBJECT_IOU, ObjectOperatingPoint
 from .polygons import ProbabilityMap, find_objects, place_outlines, read_probability_map
 from .prediction import FinishedRows, is_finished, map_lock, refuse_to_replace, stop_if_asked, write_map
 from .raster import Grid, open_raster
-from .regions import overall_rule
+from .regions import overall_rule, read_ratio
 from .runs import RunError, require_finished, run_config
 from .styles import ramp_style, write_style
 
@@ -169,7 +169,7 @@ def joint_calibration(maps:Sequence[ProbabilityMap]) -> dict|None:    # None whe
         thresholds[ratio] = None if None in values else max(values)
     promise = (f'not calibrated: joined from {len(maps)} maps that were calibrated one by one; '
                'thresholds are the largest of theirs')
-    return dict(promise=promise, thresholds=thresholds)
+    return dict(promise=promise, ratio=found[0].get('ratio'), thresholds=thresholds)
 
 def joint_settings(maps:Sequence[ProbabilityMap],    # in the order in which they were named
                    rule:str,
@@ -192,7 +192,7 @@ def joint_settings(maps:Sequence[ProbabilityMap],    # in the order in which the
 # pixels of a strip
 STRIP_PIXELS = 2**22
 
-def check_join_arguments(maps:Sequence[Path], out:Path, rule:str, least:float, ratio:str) -> None:
+def check_join_arguments(maps:Sequence[Path], out:Path, rule:str, least:float) -> None:
     "Raise one `ConfigError` with all arguments of `join_maps` that are wrong"
     problems = []
     if len(maps) < 2:
@@ -205,10 +205,6 @@ def check_join_arguments(maps:Sequence[Path], out:Path, rule:str, least:float, r
         problems.append(f'rule: {rule!r} is not one of {", ".join(JOIN_RULES)}{nearest(rule, JOIN_RULES)}')
     if least < 0:
         problems.append('least: a length cannot be negative')
-    try:
-        parse_judged_ratio(ratio)
-    except ValueError as error:
-        problems.append(f'ratio: {error}')
     if problems:
         raise ConfigError('\n'.join(problems))
 
@@ -256,7 +252,7 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
               rule:str='max',                  # max, mean or size
               least:float=1000.,               # for size: shortest object of a coarser map, m; pixels without a CRS
               threshold:float|None=None,       # for size: from which pixels are objects; None: each map's own
-              ratio:str='1:200',               # at which a map's own threshold is taken
+              ratio:str='',                    # at which a map's calibration is read; '' takes its own
               force:bool=False                 # replace a map of other settings
              ) -> dict:                        # what the map was made with, and counts of pixels
     """Join maps of one scene, as of several scales (guide 8.2), on the finest grid; each of them is kept
@@ -264,20 +260,23 @@ def join_maps(maps:Sequence[str|Path],         # maps of one scene, as of severa
     Raises `ConfigError` and `DataError` before anything is written, `Stopped` where a signal asked to stop, and
     `RunError` on a full disk."""
     paths, out = [Path(path) for path in maps], Path(out)
-    check_join_arguments(paths, out, rule, least, ratio)
+    check_join_arguments(paths, out, rule, least)
+    ratio = read_ratio(ratio)
     named = maps_to_join(paths)
     finest = sorted(named, key=pixel_area)
     grid, limits, large = finest[0].grid, {}, None
     if rule == 'size':
-        text = ratio_text(parse_judged_ratio(ratio))
-        cuts = [threshold or overall_rule(one.path.name, one.settings, text, 'pixels').threshold for one in finest[1:]]
+        cuts = [threshold or overall_rule(one.path.name, one.settings, ratio, 'pixels').threshold
+                for one in finest[1:]]
         limits = dict(least=least, thresholds=cuts)
         large = [large_outlines(one, grid, cut, least) for one, cut in zip(finest[1:], cuts, strict=True)]
     settings = joint_settings(named, rule, limits)
     height = max(STRIP_PIXELS // grid.shape[1], 1)
     folder = out.with_name(f'{out.name}.parts')
     with map_lock(folder), StopSignals() as signals:
-        finished = FinishedRows(folder, settings, math.ceil(grid.shape[0] / height), grid.shape[1])
+        strips = [Window(0, top, grid.shape[1], min(height, grid.shape[0] - top))
+                  for top in range(0, grid.shape[0], height)]
+        finished = FinishedRows(folder, settings, strips)
         if not force:
             refuse_to_replace(out, finished)
         if is_finished(out, settings):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTotals', 'EpochTotals', 'upgrade_state',
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
-           'observe_batch', 'update_weights', 'skip_step', 'take_step', 'enter_stage', 'freeze', 'ask_gate',
-           'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part', 'train_epoch',
-           'save_by_clock', 'same_meaning', 'keep_best', 'validate_epoch', 'is_warmed_up', 'watch_progress',
-           'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin', 'batches_per_epoch', 'resume', 'finish',
-           'fit']
+           'observe_batch', 'update_weights', 'slow_down', 'skip_step', 'take_step', 'enter_stage', 'freeze',
+           'ask_gate', 'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part',
+           'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'with_raw', 'gpu_memory', 'validate_epoch',
+           'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin',
+           'batches_per_epoch', 'resume', 'finish', 'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -107,6 +107,12 @@ class Task:
     def difficulty(self, out:Any, batch:Any) -> tuple[torch.Tensor, torch.Tensor]|None:
         "(rows, losses): the row of each sample in the training data, int (n,), and its own loss, float (n,)"
         return None
+
+    def slowed(self, history:list[dict]) -> dict[str, torch.Tensor]:
+        """Parameters of which a part learns slower in the epoch that begins, from the rows of the epochs before it
+
+        By name, with factors of the rate in a shape that broadcasts to the parameter."""
+        return {}
 
 # %% ../nbs/04e_loop.ipynb #1d899d3e
 HOOKS = {'on_start': 'the run is about to train, or to resume',
@@ -229,6 +235,7 @@ class TrainingState:
     gate: LossGate = field(default_factory=LossGate)
     layers: dict[str, int] = field(default_factory=dict)       # parameter name: its layer, where the config needs it
     frozen: set[str] = field(default_factory=set)              # parameters of layers that do not train yet
+    slowed: list = field(default_factory=list)                 # (parameter, factors) of `Task.slowed`, this epoch
     anneals_after: int = 0                  # epoch at which early stopping decided: the rate falls; 0: it has not
     asked: str = ''                         # why this process was asked to stop
     reason: str = ''                        # why the run stopped, '' while it trains: the same in all processes
@@ -237,7 +244,7 @@ class TrainingState:
     # of the state, beside weights, optimizer and what has a state of its own
     SAVED = ('epoch', 'batch', 'step', 'skipped', 'bad', 'best', 'anneals_after', 'finished')
     # of a row, and not saved: the state says neither where a run was stopped nor how fast it was
-    MEASURED = ('batches', 'seconds', 'images_per_second', 'wait')
+    MEASURED = ('batches', 'seconds', 'images_per_second', 'wait', 'gpu_memory')
 
     @property
     def accelerator(self) -> Accelerator:
@@ -462,6 +469,7 @@ def update_weights(run:TrainingState) -> float|None:
     scaler, trained = run.accelerator.scaler, run.trained
     if all(p.grad is None for p in trained):
         return None
+    before = [parameter.detach().clone() for parameter, _ in run.slowed]
     if scaler:
         scaler.unscale_(run.optimizer)
     norm = float(nn.utils.clip_grad_norm_(trained, run.cfg.optimizer.clip_norm or math.inf))
@@ -471,8 +479,17 @@ def update_weights(run:TrainingState) -> float|None:
         scaler.update()
     elif math.isfinite(norm):
         run.optimizer.step()
+    slow_down(run, before)
     run.optimizer.zero_grad(set_to_none=True)
     return norm
+
+@torch.no_grad()
+def slow_down(run:TrainingState,
+              before:list[torch.Tensor]    # what the slowed parameters were
+             ) -> None:
+    "Let parts of parameters take a part of their step: what a smaller rate does, whatever the optimizer"
+    for (parameter, factors), old in zip(run.slowed, before, strict=True):
+        parameter.copy_(torch.lerp(old, parameter, factors))
 
 @torch.no_grad()
 def skip_step(run:TrainingState, step:StepTotals, norm:float|None, buffers:list[torch.Tensor]) -> None:
@@ -519,6 +536,9 @@ def enter_stage(run:TrainingState) -> None:
         run.processes.share(run.model.buffers())
         if is_new:
             run.tell('on_stage', run, planned.stage)
+    parameters = dict(run.model.named_parameters())
+    slowed = run.task.slowed(run.history)
+    run.slowed = [(parameters[name], factors.to(parameters[name])) for name, factors in slowed.items()]
     ask_gate(run)
 
 def freeze(run:TrainingState) -> None:
@@ -620,6 +640,7 @@ def train_epoch(run:TrainingState,
     seconds = time.monotonic() - began
     return dict(epoch=run.epoch, step=run.step, skipped=run.skipped, batches=run.batch - first, seconds=seconds,
                 images_per_second=batches.samples * run.processes.count / seconds, wait=stream.seconds / seconds,
+                **gpu_memory(run.processes.device),
                 **{f'lr/{part}': rate for part, rate in rates_by_part(run).items()}, **run.totals.row(run.task))
 
 def save_by_clock(run:TrainingState) -> None:
@@ -654,6 +675,22 @@ def keep_best(run:TrainingState, metrics:dict) -> None:
     if written or not run.processes.is_main:
         run.best = best
 
+def with_raw(run:TrainingState, judged:tuple, raw:tuple|None) -> tuple|None:
+    "A validation of the average, with the monitored value of the weights that train; None where that one was stopped"
+    if raw is None:
+        return None
+    metrics, meter = judged
+    name = run.task.monitor
+    return metrics | {f'raw/{name}': raw[0].get(name, math.nan)}, meter
+
+def gpu_memory(device:torch.device) -> dict[str, float]:    # MiB; empty on a CPU
+    "The most memory that tensors took on a GPU since the last call"
+    if device.type != 'cuda':
+        return {}
+    most = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    return dict(gpu_memory=round(most))
+
 def validate_epoch(run:TrainingState,
                    loader:DataLoader            # of this process, from `rank_loader`
                   ) -> tuple[dict, Any]|None:   # metrics and the meter; None where the run was asked to stop
@@ -669,7 +706,10 @@ def validate_epoch(run:TrainingState,
             run.agree()
         return bool(run.reason)
 
-    judged = validate(run.task, run.judged, loader, run.processes, run.loss_weights(run.epoch), halt)
+    weights = run.loss_weights(run.epoch)
+    judged = validate(run.task, run.judged, loader, run.processes, weights, halt)
+    if judged and run.average and run.cfg.ema.compare:
+        judged = with_raw(run, judged, validate(run.task, run.model, loader, run.processes, weights, halt))
     if judged is None:
         return None
     run.tell('on_judged', run)

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .columns import COLUMNS, OPTIONAL, SPLITS, check_columns, complete_table
 from .console import DataError, raise_problems
-from .files import digest, write_atomic
+from .files import check_parquet, digest, write_atomic
 from .ground import BOX, crs_name, footprints
 from .rawtile import HASH_COLUMNS
 
@@ -56,6 +56,7 @@ def _read_geopackage(path, boxes):
 
 def _read_parquet(path, boxes):
     import pyarrow.parquet as pq
+    check_parquet(path)
     if b'geo' not in (pq.read_schema(path).metadata or {}):
         return pd.read_parquet(path)
     import geopandas as gpd

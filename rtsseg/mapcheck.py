@@ -357,7 +357,7 @@ def drift_findings(summary:dict,    # of `input_summary`
 def scene_summary(scene:str|Path,
                   path:str|Path,           # its map; '' for none
                   threshold:float|None,    # from which pixels are predicted; None: that of the map's calibration
-                  ratio:str                # at which it is taken
+                  ratio:str                # at which the calibration is read; '' takes its own
                  ) -> dict:                # of `input_summary`
     "The statistics of a scene and its map; raises `ConfigError` and `DataError`"
     if not path:
@@ -369,7 +369,7 @@ def scene_baseline(scenes:list[str|Path],       # GeoTIFFs that were mapped and 
                    maps:list[str|Path]=(),      # their maps, in the same order; none: the input alone
                    out:str|Path='',             # the JSON file; '' writes none
                    threshold:float|None=None,   # from which pixels are predicted; None: that of each map's calibration
-                   ratio:str='1:200'            # at which it is taken
+                   ratio:str=''                 # at which the calibration is read; '' takes its own
                   ) -> dict:                    # {'format': 1, 'scenes': {file name: summary}}
     "The statistics of earlier scenes, for `map_check`; raises `DataError` and `ConfigError`"
     scenes, maps = [Path(scene) for scene in scenes], list(maps) or [''] * len(scenes)
@@ -404,19 +404,21 @@ JITTER = .005
 # windows that are predicted again
 WINDOWS_AGAIN = 4
 
-def why_not_again(settings:dict    # of the tags of a map
+def why_not_again(settings:dict,   # of the tags of a map
+                  extra:str|Path   # file of its EXTRA bands; '' for none
                  ) -> str:         # '' where its windows can be predicted again here
     "Why batch jitter cannot be checked"
     if 'batch' not in settings:
         return 'the map does not say how it was made'
-    if settings['extra']:
-        return 'its model also sees EXTRA bands'
+    if settings['extra'] and not extra:
+        return 'its model also sees EXTRA bands: name their file, as --extra'
     if settings['device'] == 'cuda' and not torch.cuda.is_available():
         return 'it was made on a GPU, and this machine has none'
     return ''
 
 def job_of_map(path:Path, settings:dict, scene:str|Path,
-               model:str|Path      # a model directory
+               model:str|Path,     # a model directory
+               extra:str|Path=''   # file of the EXTRA bands of the scene, each with its description
               ) -> MapJob:
     "What a map was made with, as its tags say; raises `DataError` where that is another model or scene"
     loaded = load_model(model, settings['device'])
@@ -426,11 +428,11 @@ def job_of_map(path:Path, settings:dict, scene:str|Path,
     # another scale resamples as well, also where no resolution is known
     resample = 'resampled' in settings and bool(loaded.stats.pixel_size) and settings['crs'] != 'none'
     scale = parse_views(settings['views']).scale
-    opened = Scene(Path(scene), '', settings['crs'], loaded, form=form, resample=resample, scale=scale)
+    opened = Scene(Path(scene), extra, settings['crs'], loaded, form=form, resample=resample, scale=scale)
     calibration = load_calibration(loaded.folder, settings['views'])
     job = MapJob(loaded, opened, calibration, settings['views'], settings['batch'])
     now = map_settings(job)
-    for name, where in dict(model=model, scene=scene).items():
+    for name, where in dict(model=model, scene=scene, extra=extra).items():
         if now[name] != settings[name]:
             raise DataError(f'{path.name} was not made from {Path(where).name} as it is now: name its {name}')
     return job
@@ -511,7 +513,7 @@ class CheckedMap(NamedTuple):
     jitter: dict[str, list[float]]   # of `batch_jitter`; empty without a model
     findings: list[Finding]
 
-def check_one(path:Path, scene:str|Path, model:str|Path='') -> CheckedMap:
+def check_one(path:Path, scene:str|Path, model:str|Path='', extra:str|Path='') -> CheckedMap:
     "Seams, coverage and values of a map, and, with its model, whether batches decide what is in it"
     with open_map(path, 512) as one:
         settings, sums = one.settings, MapSums(one.grid.shape)
@@ -534,17 +536,17 @@ def check_one(path:Path, scene:str|Path, model:str|Path='') -> CheckedMap:
         found.append(Finding('note', 'seams', 'not checked', 'the map does not say how large its windows were'))
     jitter = {}
     if model:
-        jitter, of_batches = check_batches_of(path, settings, scene, model)
+        jitter, of_batches = check_batches_of(path, settings, scene, model, extra)
         found += of_batches
     return CheckedMap(path, sums, ratios, jitter, found)
 
-def check_batches_of(path:Path, settings:dict, scene:str|Path,
-                     model:str|Path) -> tuple[dict[str, list[float]], list[Finding]]:
+def check_batches_of(path:Path, settings:dict, scene:str|Path, model:str|Path,
+                     extra:str|Path) -> tuple[dict[str, list[float]], list[Finding]]:
     "The jitter of a map and what it means; raises `DataError` for a model that the map was not made with"
-    why = why_not_again(settings)
+    why = why_not_again(settings, extra)
     if why:
         return {}, [Finding('note', 'batch jitter', 'not checked', why)]
-    jitter = batch_jitter(job_of_map(path, settings, scene, model))
+    jitter = batch_jitter(job_of_map(path, settings, scene, model, extra))
     return jitter, jitter_findings(jitter)
 
 def _add_scene(sums, one, scene):
@@ -594,13 +596,17 @@ def map_check(maps:list[str|Path],            # maps of rtsseg-predict
               model:str|Path='',              # the model directory of all maps; '': batch jitter is not checked
               figure:str|Path='',             # a .png of the figure; '' writes none
               threshold:float|None=None,      # from which pixels are predicted; None: that of each map's calibration
-              ratio:str='1:200'               # at which it is taken
+              ratio:str='',                   # at which the calibration is read; '' takes its own
+              extras:list[str|Path]=()        # EXTRA bands of the scenes, in the same order, for batch jitter
              ) -> MapCheck:
     """Check finished maps: seams, coverage, data, overlaps, batch jitter, and drift against earlier scenes
 
     Prints the table. Errors mean that a map is wrong, warnings that a person should look. Raises `DataError` and
     `ConfigError`."""
     maps, scenes = [Path(path) for path in maps], list(scenes) or [''] * len(maps)
+    extras = list(extras) or [''] * len(maps)
+    if len(extras) != len(maps):
+        raise ConfigError(f'{len(maps)} maps and {len(extras)} files of EXTRA bands: name one for each map, or none')
     if not maps or len(scenes) != len(maps):
         raise ConfigError(f'{len(maps)} maps and {len(scenes)} scenes: name one scene for each map, or none')
     for name, given in dict(baseline=baseline, model=model).items():
@@ -608,8 +614,8 @@ def map_check(maps:list[str|Path],            # maps of rtsseg-predict
             raise ConfigError(f'{name}: what it is for needs scenes: name the scene of each map')
     known = read_baseline(baseline) if baseline else None
     checked, summaries, found = [], {}, FindingTable()
-    for path, scene in zip(maps, scenes, strict=True):
-        one = check_one(path, scene, model)
+    for path, scene, extra in zip(maps, scenes, extras, strict=True):
+        one = check_one(path, scene, model, extra)
         checked.append(one)
         own = list(one.findings)
         if scene:

@@ -20,7 +20,7 @@ import rasterio.shutil
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.transform import Affine
 
-from .config import ConfigError, parse_judged_ratio, ratio_text
+from .config import ConfigError
 from .console import DataError, logger, nearest
 from .files import write_atomic
 from .ground import crs_name
@@ -40,7 +40,7 @@ from rtsseg.polygons import (
     take,
 )
 from .raster import GDAL_OPTIONS
-from .regions import overall_rule, read_region_layer
+from .regions import overall_rule, read_ratio, read_region_layer
 from .runs import RunError
 from .styles import mask_style, ramp_style, write_style
 from .vrt import Vrt, VrtBand, VrtSource, open_named, raster_digest, vrt_xml
@@ -200,7 +200,7 @@ def _object_search(map, one, ratio, points, regions, region_column):
 def write_mask(map:str|Path,                 # of rtsseg-predict, or a mosaic
                out:str|Path,                 # the mask, a .tif
                threshold:float|None=None,    # probability from which a pixel counts; None: the calibration's
-               ratio:str='1:200',            # at which the threshold of the calibration is taken
+               ratio:str='',                 # at which the calibration is read; '' takes its own
                force:bool=False,             # replace any file of this name
                points:str='pixels',          # pixels: thresholds alone; objects: thresholds and floors
                regions:str|Path='',          # a layer of regions, which take their own points; '' for none
@@ -213,10 +213,7 @@ def write_mask(map:str|Path,                 # of rtsseg-predict, or a mosaic
     problems = search_problems(threshold, points, regions, [], 'last')
     if problems:
         raise ConfigError('\n'.join(problems))
-    try:
-        ratio = ratio_text(parse_judged_ratio(ratio))
-    except ValueError as error:
-        raise ConfigError(f'ratio: {error}') from None
+    ratio = read_ratio(ratio)
     _refuse(out, '.tif', 'RTSSEG_MASK', 'a mask', force)
     with open_map(map, 512) as one:
         problems = one.storage_problems()

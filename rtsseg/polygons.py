@@ -7,12 +7,12 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
            'mask_runs', 'touching_runs', 'trace_polygons', 'take', 'join', 'values_of_runs', 'probability_runs',
            'OpenObjects', 'number_by_first', 'pixels_within', 'widened', 'pixels_near', 'Places', 'places_of',
            'geodesic_measures', 'ground_sides', 'rectangle_sides', 'ProbabilityMap', 'read_probability_map',
-           'place_map', 'mosaic_members', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics', 'Layers', 'object_table',
-           'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects', 'find_objects', 'choose_rules',
-           'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects', 'simplify_outlines',
-           'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns', 'written_files', 'layer_bytes',
-           'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps', 'file_problems', 'search_problems',
-           'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
+           'place_map', 'mosaic_members', 'lie_over_each_other', 'in_order', 'read_maps', 'Mosaic', 'find_mosaics',
+           'Layers', 'object_table', 'maps_of_objects', 'part_values', 'Search', 'settled_runs', 'mosaic_objects',
+           'find_objects', 'choose_rules', 'choose_cuts', 'Outlines', 'place_outlines', 'to_lonlat', 'simplify_objects',
+           'simplify_outlines', 'describe_objects', 'scene_texts', 'arts_columns', 'joined', 'rule_columns',
+           'written_files', 'layer_bytes', 'write_polygons', 'size_classes', 'compare_known', 'objects_on_maps',
+           'file_problems', 'search_problems', 'plan_search', 'described_rules', 'polygon_counts', 'map_polygons']
 
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
@@ -32,13 +32,13 @@ import shapely
 import shapely.affinity
 from rasterio.enums import Resampling
 from rasterio.features import geometry_mask
-from rasterio.transform import Affine
+from rasterio.transform import Affine, array_bounds
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
-from .config import ConfigError, parse_judged_ratio, ratio_text
+from .config import ConfigError
 from .console import DataError, first_lines, logger, nearest, progress, read_each
 from .files import write_atomic
 from .ground import GEOD, crs_name, ground_size, transformer
@@ -51,6 +51,7 @@ from rtsseg.regions import (
     missed_regions,
     overall_rule,
     read_layer,
+    read_ratio,
     read_region_layer,
     region_rules,
 )
@@ -499,16 +500,24 @@ OVERLAPS = dict(
     both='each map by itself',
 )
 
+def lie_over_each_other(maps:Sequence[ProbabilityMap]) -> bool:
+    "Whether the rectangles of any two maps share more than an edge"
+    boxes = [shapely.box(*array_bounds(*one.grid.shape, one.grid.transform)) for one in maps]
+    left, right = shapely.STRtree(boxes).query(boxes, 'intersects')
+    shared = [shapely.area(shapely.intersection(boxes[i], boxes[j])) for i, j in zip(left, right) if i < j]
+    return max(shared, default=0) > 0
+
 def in_order(maps:Sequence[ProbabilityMap],
              overlap:str                      # a key of `OVERLAPS`
             ) -> list[ProbabilityMap]:
     "Maps with the one that counts last; raises `DataError` where a date decides and is missing"
-    if overlap != 'later':
+    if overlap != 'later' or not lie_over_each_other(maps):
         return list(maps)
     missing = [one.path.name for one in maps if not one.settings.get('scene_date')]
     if missing:
-        raise DataError(f'the notes of {", ".join(first_lines(missing))} name no scene_date, so it is not known which '
-                        'scene is the later one: write YYYY-MM-DD into the .json beside each, or take --overlap last')
+        raise DataError(f'{", ".join(first_lines(missing))}: the date of the scene is not known, so neither is which '
+                        'one is later: name it to rtsseg-predict as --date (or as scene_date, YYYY-MM-DD, in the '
+                        '.json beside the map), or take --overlap last')
     return sorted(maps, key=lambda one: one.settings['scene_date'])
 
 def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of them
@@ -814,7 +823,7 @@ def find_objects(maps:Sequence[ProbabilityMap],   # on one grid
 # %% ../nbs/08a_polygons.ipynb #93ca7ca7
 def choose_rules(maps:Sequence[ProbabilityMap],    # at least one
                  threshold:float|None,             # what the user named
-                 ratio:str,                        # where the calibration should be read otherwise
+                 ratio:str,                        # at which the calibration is read, of `read_ratio`
                  points:str='pixels',              # a key of `POINTS`
                  regions:Sequence[str]=('',)       # names of `RegionLayer`
                 ) -> list[Rule]:                   # of each region
@@ -832,7 +841,7 @@ def choose_rules(maps:Sequence[ProbabilityMap],    # at least one
     if len(found) > 1:
         names = ', '.join(f'{name} {" ".join(f"{rule.threshold:g}" for rule in rules)}'
                           for rules, name in found.items())
-        problems.append(f'the maps have several thresholds at {ratio} ({names}): name one with --threshold')
+        problems.append(f'the maps have several thresholds ({names}): name one with --threshold')
     if problems:
         raise DataError('\n'.join(first_lines(problems)))
     return list(next(iter(found)))
@@ -1119,7 +1128,7 @@ def objects_on_maps(outlines:np.ndarray,               # polygons in the CRS of 
     return on_map, seen
 
 # %% ../nbs/08a_polygons.ipynb #3fb59a98
-def file_problems(maps:Sequence[Path], out:Path, ratio:str, cuts:Sequence[float], min_area:float, simplify:float,
+def file_problems(maps:Sequence[Path], out:Path, cuts:Sequence[float], min_area:float, simplify:float,
                   known:str|Path, region:str, force:bool) -> list[str]:
     "What is wrong with arguments of `map_polygons` that say what is read and written"
     problems = []
@@ -1132,10 +1141,6 @@ def file_problems(maps:Sequence[Path], out:Path, ratio:str, cuts:Sequence[float]
     there = [path.name for path in written_files(out, known) if path.exists()]
     if there and not force:
         problems.append(f'out: {", ".join(there)} exists: name another file, or use --force to replace it')
-    try:
-        parse_judged_ratio(ratio)
-    except ValueError as error:
-        problems.append(f'ratio: {error}')
     if cuts and (len(cuts) != 2 or not 0 < cuts[0] < cuts[1] <= 1):
         problems.append('cuts: two probabilities are needed, in ascending order')
     if min_area < 0 or simplify < 0:
@@ -1171,10 +1176,10 @@ def plan_search(maps:Sequence[ProbabilityMap], parts:Sequence[Path], threshold:f
         raise DataError(f'parts: {maps[0].path.name} has no CRS, so that other maps cannot be laid over it')
     rules = [choose_rules(some, threshold, ratio, points, names) for some in (maps, *([one] for one in others))]
     if layer:
-        missed = missed_regions(maps[0].settings, ratio, points, names)
+        missed = missed_regions(maps[0].path.name, maps[0].settings, ratio, points, names)
         if missed:
-            logger.warning(f'{", ".join(missed)}: no threshold reaches the target precision at {ratio} on validation: '
-                           'their objects take that of all regions')
+            logger.warning(f'{", ".join(missed)}: no threshold reaches the target precision on validation: their '
+                           'objects take that of all regions')
     return Search(rules[0], layer, others, rules[1:])
 
 def described_rules(search:Search) -> list[dict]:
@@ -1197,7 +1202,7 @@ def polygon_counts(polygons:gpd.GeoDataFrame, search:Search) -> dict:
 def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on one grid, mosaics of them, or one
                  out:str|Path,                       # the GeoPackage; GeoParquet and QGIS style go beside it
                  threshold:float|None=None,          # probability from which a pixel counts; None: the calibration's
-                 ratio:str='1:200',                  # at which the threshold of the calibration is taken
+                 ratio:str='',                       # at which the calibration is read; '' takes its own
                  min_area:float=0.,                  # smallest object, m² on the ground; pixels without a CRS
                  simplify:float=0.,                  # corners that span less than this many pixels, squared, go
                  cuts:Sequence[float]=(),            # two higher probabilities at which areas are given too
@@ -1215,8 +1220,9 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
     `ConfigError` and `DataError` before anything is written"""
     paths = [Path(maps)] if isinstance(maps, (str, Path)) else [Path(one) for one in maps]
     out, parts = Path(out), [Path(part) for part in parts]
-    problems = file_problems(paths, out, ratio, cuts, min_area, simplify, known, region, force)
+    problems = file_problems(paths, out, cuts, min_area, simplify, known, region, force)
     problems += search_problems(threshold, points, regions, parts, overlap)
+    ratio = read_ratio(ratio)
     if problems:
         raise ConfigError('\n'.join(problems))
     members = read_maps(paths, overlap)
@@ -1225,7 +1231,7 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
         raise DataError(f'{paths[0].name} has no CRS: it cannot be compared with known objects or regions')
     objects_known = read_layer(Path(known), region) if known else None
     layer = read_region_layer(regions, region_column, crs_name(first.crs)) if regions else None
-    search = plan_search(members, parts, threshold, ratio_text(parse_judged_ratio(ratio)), points, layer)
+    search = plan_search(members, parts, threshold, ratio, points, layer)
     thresholds = [rule.threshold for rule in search.rules]
     cuts = [min(thresholds), *choose_cuts(max(thresholds), cuts)[1:]]
     objects = rule_columns(find_objects(members, cuts, rows, search, overlap), search)

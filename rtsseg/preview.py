@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOUR_MAP', 'PROBABILITY_NAMES', 'TOLERANCE', 'GRID_PLACES', 'PREVIEW_SCRIPT', 'PREVIEW_STYLE', 'Overview',
-           'read_overview', 'png_address', 'Shapes', 'probability_column', 'cell_text', 'outline', 'place_polygons',
-           'read_shapes', 'round_length', 'scale_bar', 'lonlat_grid', 'legend_html', 'svg_html', 'shapes_html',
-           'facts_html', 'page_data', 'preview_page', 'preview']
+           'read_overview', 'scene_address', 'png_address', 'Shapes', 'probability_column', 'cell_text', 'outline',
+           'place_polygons', 'read_shapes', 'round_length', 'scale_bar', 'lonlat_grid', 'legend_html', 'svg_html',
+           'shapes_html', 'facts_html', 'page_data', 'preview_page', 'preview']
 
 # %% ../nbs/08g_preview.ipynb #iprev
 import base64
@@ -15,6 +15,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ import shapely
 from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.transform import Affine
+from rasterio.windows import Window
 
 from .config import ConfigError
 from .console import DataError, logger, nearest, visible
@@ -30,6 +32,7 @@ from .ground import crs_name, ground_size, transformer
 from .mapfile import open_map, read_map_settings
 from .page import escape, safe_json
 from .regions import read_features
+from .scenestats import open_scene
 
 
 # %% ../nbs/08g_preview.ipynb #cprev1
@@ -55,6 +58,28 @@ def read_overview(path:Path,    # a map
         transform = one.grid.transform @ Affine.scale(width / small[1], height / small[0])
         crs = crs_name(one.grid.crs) if one.grid.crs else ''
         return Overview(probability, transform, crs, (height, width))
+
+def scene_address(scene:str|Path,          # the scene that a map was made from
+                  map:Path,
+                  shape:tuple[int, int]    # height and width of the picture
+                 ) -> str:                 # data:image/jpeg;base64,…
+    "A scene at the size of a picture, as an address that holds it; raises `DataError` where it is not that of the map"
+    with open_map(map, 1) as one, open_scene(scene, one, 512) as opened:
+        height, width = opened.grid.shape
+        bands = [opened.names.index(name) for name in 'RGB'] if {*'RGB'} <= {*opened.names} else [0, 1, 2]
+        tops = np.linspace(0, height, shape[0] + 1).astype(int)
+        rows = []
+        for top, bottom in zip(tops, tops[1:]):
+            planes, _ = opened.read(Window(0, top, width, bottom - top))
+            line = planes[[min(band, len(planes) - 1) for band in bands]].mean(1, dtype='float32').T[None]
+            rows.append(cv2.resize(line, (shape[1], 1), interpolation=cv2.INTER_AREA))
+    picture = np.concatenate(rows)
+    shown = picture[picture.any(2)]
+    low, high = np.nanpercentile(shown, [1, 99]) if len(shown) else (0, 1)
+    scaled = np.nan_to_num(np.clip((picture - low) * (255 / max(high - low, 1e-9)), 0, 255)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(scaled).save(file, 'JPEG', quality=85, subsampling=0)
+    return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 def png_address(probability:np.ndarray    # float (h, w), NaN without data
                ) -> str:                  # data:image/png;base64,…
@@ -212,6 +237,10 @@ shapes.forEach((s, i) => {
   s.addEventListener('click', event => { event.stopPropagation(); pin(pinned === i ? null : i); });
 });
 svg.addEventListener('click', () => pin(null));
+const under = one('under');
+if (under) under.addEventListener('change', () => {
+  one('odds').style.visibility = under.checked ? 'hidden' : 'visible';
+});
 const filter = one('least');
 if (filter) filter.addEventListener('input', () => {
   let shown = 0;
@@ -273,7 +302,8 @@ td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); verti
 td:first-child { color: var(--soft); overflow-wrap: normal }
 .colours { height: .8rem; border: 1px solid var(--line); max-width: 18rem }
 .ends { display: flex; justify-content: space-between; max-width: 18rem; font-size: .8rem }
-input { width: 100%; max-width: 18rem; accent-color: var(--accent) }
+input { accent-color: var(--accent) }
+input[type=range] { width: 100%; max-width: 18rem }
 text { font: 14px system-ui, sans-serif; paint-order: stroke; stroke: #fff; stroke-width: 3px }
 """
 
@@ -286,11 +316,14 @@ def legend_html() -> str:
             '<div class="ends"><span>0</span><span>0.5</span><span>1</span></div>'
             '<p class="soft">Grey: no data. Averages over the pixels of the picture.</p>')
 
-def svg_html(overview:Overview, shapes:Shapes|None) -> str:
-    "The picture, the polygons over it, and the scale bar"
+def svg_html(overview:Overview, shapes:Shapes|None,
+             under:str                 # address of a picture of the scene; '' for none
+            ) -> str:
+    "The pictures, the polygons over them, and the scale bar"
     height, width = overview.probability.shape
     pieces = [f'<svg id="map" viewBox="0 0 {width} {height}" role="img" aria-label="map of probabilities">',
-              f'<image width="{width}" height="{height}" href="{png_address(overview.probability)}"/>']
+              f'<image width="{width}" height="{height}" href="{under}"/>' if under else '',
+              f'<image id="odds" width="{width}" height="{height}" href="{png_address(overview.probability)}"/>']
     if shapes:
         pieces += [f'<path d="{d}"/>' for d in shapes.outlines]
     bar = scale_bar(overview)
@@ -344,8 +377,11 @@ def page_data(overview:Overview, shapes:Shapes|None) -> dict:
         data |= dict(columns=shapes.columns, rows=shapes.rows, probability=shapes.probability or [])
     return data
 
-def preview_page(title:str, overview:Overview, shapes:Shapes|None, settings:dict) -> str:    # HTML, complete
+def preview_page(title:str, overview:Overview, shapes:Shapes|None, settings:dict,
+                 under:str             # address of a picture of the scene; '' for none
+                ) -> str:              # HTML, complete
     "Write a page that fetches nothing and runs no script but its own"
+    switch = '<p><label><input type="checkbox" id="under"> show the scene</label></p>' if under else ''
     script_hash = base64.b64encode(hashlib.sha256(PREVIEW_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
     return ''.join([
@@ -354,7 +390,7 @@ def preview_page(title:str, overview:Overview, shapes:Shapes|None, settings:dict
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         f'<title>{escape(title)}</title><style>{PREVIEW_STYLE}</style></head><body><h1>{escape(title)}</h1>',
         '<p class="soft" id="place">Point at the map for coordinates. The wheel zooms, a double click shows all.</p>',
-        f'<div class="sides">{svg_html(overview, shapes)}<aside>{legend_html()}',
+        f'<div class="sides">{svg_html(overview, shapes, under)}<aside>{switch}{legend_html()}',
         shapes_html(shapes) if shapes else '',
         f'<table id="details"></table>{facts_html(overview, settings)}</aside></div>',
         f'<script type="application/json" id="data">{safe_json(page_data(overview, shapes))}</script>',
@@ -365,7 +401,9 @@ def preview(map:str|Path,            # a map of rtsseg-predict
             polygons:str|Path='',    # GeoPackage or GeoParquet of polygons, with any columns; '' for none
             column:str='',           # of probabilities, to filter by; '' finds one by name and values
             most:int=2000,           # polygons to show: the largest
-            side:int=1000            # longer side of the picture, pixels
+            side:int=1000,           # longer side of the picture, pixels
+            scene:str|Path='',       # the scene that the map was made from, to look at; '' for none
+            force:bool=False         # replace a page that exists
            ) -> dict:                # polygons shown and left out, bytes of the page
     "Write one HTML file that shows a map and its polygons; raises `DataError` and `ConfigError`"
     map, out = Path(map), Path(out)
@@ -373,11 +411,14 @@ def preview(map:str|Path,            # a map of rtsseg-predict
         raise ConfigError(f'out: {out.name}: a preview is a .html')
     if most < 1 or side < 1:
         raise ConfigError('most and side are 1 or more')
+    if out.exists() and not force:
+        raise ConfigError(f'out: {out.name} exists: name another file, or use --force to replace it')
     overview = read_overview(map, side)
     shapes = read_shapes(Path(polygons), overview, column, most) if polygons else None
     left_out = shapes.left_out if shapes else {}
     if left_out:
         logger.warning('polygons left out: ' + ', '.join(f'{n} {why}' for why, n in left_out.items()))
-    text = preview_page(map.name, overview, shapes, read_map_settings(map))
+    under = scene_address(scene, map, overview.probability.shape) if scene else ''
+    text = preview_page(map.name, overview, shapes, read_map_settings(map), under)
     write_atomic(out, text)
     return dict(polygons=len(shapes.outlines) if shapes else 0, left_out=left_out, bytes=len(text.encode()))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDGE_DEGREES', 'EDGE_UNITS', 'POINTS', 'read_features', 'read_layer', 'RegionLayer', 'read_region_layer', 'Rule',
-           'overall_rule', 'region_rules', 'map_rules', 'missed_regions']
+           'read_ratio', 'overall_points', 'chosen_ratio', 'overall_rule', 'region_rules', 'map_rules',
+           'missed_regions']
 
 # %% ../nbs/07b_regions.ipynb #regions-imports
 import math
@@ -20,6 +21,7 @@ from rasterio.transform import Affine
 
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, nearest, raise_problems
+from .files import check_parquet
 from .mapfile import read_map_settings
 from .operating import usual_ratio
 
@@ -29,8 +31,11 @@ def read_features(path:Path    # GeoParquet, or any layer that GDAL reads
     "A layer as it is; raises `DataError`"
     if not path.exists():
         raise DataError(f'{path.name}: no such file')
+    is_parquet = path.suffix in ('.parquet', '.geoparquet')
+    if is_parquet:
+        check_parquet(path)
     try:
-        return gpd.read_parquet(path) if path.suffix in ('.parquet', '.geoparquet') else gpd.read_file(path)
+        return gpd.read_parquet(path) if is_parquet else gpd.read_file(path)
     except Exception as error:
         raise DataError(f'{path.name} cannot be read as a layer of polygons: {" ".join(str(error).split())}') from None
 
@@ -124,29 +129,59 @@ def _rule(point, source, settings):
     floor = point['min_area'] * parse_views(settings.get('views', 'none')).scale**2
     return Rule(point['threshold'], math.ceil(round(floor, 6)), source)
 
-def overall_rule(name:str,         # of the map, for messages
-                 settings:dict,    # of its tag
-                 ratio:str,        # '1:200' or 'native'; '': the one of `usual_ratio`
-                 points:str        # a key of `POINTS`
-                ) -> Rule:
+def read_ratio(ratio:str    # as people write it; '': that of each map's calibration
+              ) -> str:     # '1:200', 'native' or ''
+    "A ratio that the user named, as the tag of a map has it; raises `ConfigError`"
+    if not ratio:
+        return ''
+    try:
+        return ratio_text(parse_judged_ratio(ratio))
+    except ValueError as error:
+        raise ConfigError(f'ratio: {error}') from None
+
+def overall_points(name:str,         # of the map, for messages
+                   settings:dict,    # of its tag
+                   points:str        # a key of `POINTS`
+                  ) -> dict:         # by ratio; None where no threshold reaches the target precision
     "What the calibration of a map's model found for all regions together; raises `DataError`"
-    given = 'name one with --threshold'
     calibration = settings.get('calibration')
     if not calibration:
-        raise DataError(f'{name} holds raw scores without a threshold, since its model is not calibrated: {given}')
+        raise DataError(f'{name} holds raw scores without a threshold, since its model is not calibrated: '
+                        'name one with --threshold')
     found = calibration.get(POINTS[points]) or {}
     if not found and 'joined' in settings:
         raise DataError(f'{name} is joined of several maps, and only thresholds of pixels hold for all of them: '
                         'take --points pixels')
     if not found:
         raise DataError(f'{name} has no operating points of {points}: calibrate with objects in the evidence '
-                        f'(rtsseg-evaluate, rtsseg-calibrate) and make the map again, or {given}')
-    ratio = ratio or usual_ratio(calibration.get('ratio'), found)
-    if ratio not in found:
-        raise DataError(f'{name} has no threshold at {ratio}, only at {", ".join(found)}: take one, or {given}')
-    if found[ratio] is None:
-        raise DataError(f'{name}: no threshold reaches the target precision at {ratio} on validation: {given}')
-    return _rule(found[ratio], 'overall', settings)
+                        '(rtsseg-evaluate, rtsseg-calibrate) and make the map again, or name one with --threshold')
+    return found
+
+def chosen_ratio(name:str,         # of the map, for messages
+                 settings:dict,    # of its tag
+                 ratio:str,        # of `read_ratio`; '': the one of `usual_ratio`
+                 points:str        # a key of `POINTS`
+                ) -> str:
+    "At which ratio the operating points of a map are taken; raises `DataError` where it has none there"
+    found = overall_points(name, settings, points)
+    chosen = ratio or usual_ratio(settings['calibration'].get('ratio'), found)
+    if chosen not in found:
+        raise DataError(f'{name} has no threshold at {chosen}, only at {", ".join(found)}: take one, or name one with '
+                        '--threshold')
+    return chosen
+
+def overall_rule(name:str,         # of the map, for messages
+                 settings:dict,    # of its tag
+                 ratio:str,        # for `chosen_ratio`
+                 points:str        # a key of `POINTS`
+                ) -> Rule:
+    "The rule of all regions together; raises `DataError`"
+    chosen = chosen_ratio(name, settings, ratio, points)
+    point = overall_points(name, settings, points)[chosen]
+    if point is None:
+        raise DataError(f'{name}: no threshold reaches the target precision at {chosen} on validation: name one with '
+                        '--threshold')
+    return _rule(point, 'overall', settings)
 
 def region_rules(name:str, settings:dict, ratio:str, points:str,
                  regions:Sequence[str]    # names of `RegionLayer`
@@ -163,26 +198,23 @@ def region_rules(name:str, settings:dict, ratio:str, points:str,
     if not set(stored) & set(regions):
         raise DataError(f'the layer has the regions {", ".join(regions[1:])}, and the calibration of {name} '
                         f'{", ".join(stored)}: name a layer, or a column, with the names of the calibration')
-    own = [stored.get(region, {}).get(POINTS[points], {}).get(ratio) for region in regions]
+    chosen = chosen_ratio(name, settings, ratio, points)
+    own = [stored.get(region, {}).get(POINTS[points], {}).get(chosen) for region in regions]
     return [overall if point is None else _rule(point, 'region', settings) for point in own]
 
 def map_rules(path:Path,               # a map
               threshold:float|None,    # what the user named; None: what the calibration of its model found
-              ratio:str,               # at which the calibration is read: '1:200' or 'native'
+              ratio:str,               # at which the calibration is read, for `read_ratio`
               layer:RegionLayer|None   # whose regions take their own; None: one rule
              ) -> list[Rule]:          # in the order of `RegionLayer.names`
     "From which probability pixels of a map count, in each region; raises `ConfigError` and `DataError`"
     names = layer.names if layer else ['']
     if threshold is not None:
         return [Rule(threshold)] * len(names)
-    try:
-        ratio = ratio_text(parse_judged_ratio(ratio))
-    except ValueError as error:
-        raise ConfigError(f'ratio: {error}') from None
-    stored = path.name, read_map_settings(path), ratio, 'pixels'
+    stored = path.name, read_map_settings(path), read_ratio(ratio), 'pixels'
     return region_rules(*stored, names) if layer else [overall_rule(*stored)]
 
-def missed_regions(settings:dict, ratio:str, points:str, regions:Sequence[str]) -> list[str]:
+def missed_regions(name:str, settings:dict, ratio:str, points:str, regions:Sequence[str]) -> list[str]:
     "Regions in which no threshold reaches the target precision on validation: they take that of all regions"
-    stored = settings['calibration']['regions']
-    return [region for region in regions if stored.get(region, {}).get(POINTS[points], {}).get(ratio, 0) is None]
+    chosen, stored = chosen_ratio(name, settings, ratio, points), settings['calibration']['regions']
+    return [region for region in regions if stored.get(region, {}).get(POINTS[points], {}).get(chosen, 0) is None]

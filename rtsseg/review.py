@@ -553,7 +553,7 @@ def review_sample(map_path:str|Path,                 # a map of probabilities, a
                   twice:float=.1,                    # share of the units that two raters get, for their agreement
                   question:str=QUESTION,             # what raters are asked of a cell
                   seed:int=0,                        # fixes the draw, who gets what, and the order
-                  ratio:str='1:200'                  # at which the threshold of the calibration is taken
+                  ratio:str=''                       # at which the calibration is read; '' takes its own
                  ) -> dict:                          # how it was drawn, as in sample.json
     """Draw a stratified random sample of a map's cells, and write the pages on which people rate them. Raises
     `ConfigError` and `DataError`; writes sample.json last"""
@@ -756,7 +756,8 @@ def review_table(rated:Rated,                              # a sample with answe
     rows.append(['share of cells with the class, by stratum'])
     units = _decided(rated)
     for stratum in strata_shares(units.truth, units.stratum, rated.strata.N.to_dict()).itertuples():
-        rows.append([stratum.Index, f'{stratum.mean:.3g}', f'{stratum.low:.3g} to {stratum.high:.3g}', str(stratum.n)])
+        interval = f'{stratum.low:.3g} to {stratum.high:.3g}' if stratum.n < stratum.N else 'all were rated'
+        rows.append([stratum.Index, f'{stratum.mean:.3g}', interval, str(stratum.n)])
     for name, (low, high) in bounds.items():
         if low is not None and high is not None:
             notes.append(f'{name}: {low:.3g} if all unsure units are decided against the map, {high:.3g} in its favour')

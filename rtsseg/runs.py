@@ -9,8 +9,8 @@ __all__ = ['POST_HOC', 'PACKAGES', 'SafeName', 'MetricName', 'PlotNumber', 'LOG_
            'TestLook', 'TestLooks', 'different_parts', 'read_ledger', 'StoredThreshold', 'StoredThresholds',
            'TestReview', 'read_reviews', 'note_review', 'rated_text', 'append_line', 'read_lines', 'read_log',
            'flatten', 'StartEvent', 'StageEvent', 'EndEvent', 'ForcedEvent', 'EnsembleEvent', 'EvaluateEvent',
-           'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy', 'Stopped', 'check_inside',
-           'try_lock', 'describe_holder', 'run_lock']
+           'NotFiniteEvent', 'DivergesEvent', 'parse_event', 'require_folder', 'require_finished', 'RunError', 'Busy',
+           'Stopped', 'check_inside', 'try_lock', 'describe_holder', 'run_lock']
 
 # %% ../nbs/00c_runs.ipynb #iruns
 import hashlib
@@ -373,8 +373,19 @@ class EvaluateEvent(OpenNode):
     seconds: Annotated[float, Field(ge=0)]
     forced: str = ''
 
+class NotFiniteEvent(OpenNode):
+    "log.jsonl: images of an epoch that had no finite loss, by head"
+    epoch: PositiveInt
+    heads: dict[str, PositiveInt]
+
+class DivergesEvent(OpenNode):
+    "log.jsonl: the loss of a disease diverges"
+    epoch: PositiveInt
+    disease: SafeName
+
 LOG_EVENTS = dict(start=StartEvent, stage=StageEvent, end=EndEvent, forced=ForcedEvent, evaluate=EvaluateEvent,
-              ensemble=EnsembleEvent, epoch=dict[SafeName, PlotNumber])
+                  ensemble=EnsembleEvent, epoch=dict[SafeName, PlotNumber], not_finite=NotFiniteEvent,
+                  diverges=DivergesEvent)
 
 EPOCH_FIELDS = dict(epoch=Annotated[int, Field(ge=1, le=10**6)], step=int, seconds=float)
 
@@ -406,6 +417,9 @@ def require_finished(folder:str|Path      # a run folder
     # the list of digests comes after the model, and loading the model asks for it
     if (folder/'model'/'model.safetensors').is_file():
         return folder
+    if (folder/'model.safetensors').is_file():
+        raise DataError(f'{os.path.relpath(folder)} is a model directory, and a run folder is needed, as '
+                        'runs/…/seed42: name the folder above it, or, for an ensemble, make it without --out')
     log = folder/'log.jsonl'
     text = log.read_text(errors='replace') if log.is_file() else ''
     done = re.findall(r'"event": "epoch", "epoch": (\d+)', text) or [0]

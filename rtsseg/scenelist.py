@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from .config import ConfigError
 from .console import DataError, nearest, raise_problems, some_names
-from .files import FileError, parse_json, typed
+from .files import FileError, check_parquet, parse_json, typed
 from .manifest import read_table_file
 from .vrt import stack_bands, vrt_xml
 
@@ -38,9 +38,10 @@ def _table_columns(path):
     if path.suffix.lower() not in ('.parquet', '.geoparquet'):
         return read_table_file(path, boxes=False)
     try:
+        check_parquet(path)
         names = pq.read_schema(path).names
         return pd.read_parquet(path, columns=[name for name in SCENE_COLUMNS if name in names])
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, FileError, pa.ArrowException) as e:
         raise DataError(f'{path}: {" ".join(str(e).split())}') from None
 
 def _files_in(folder):

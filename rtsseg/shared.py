@@ -143,8 +143,8 @@ def training_figure(runs:list[Run]    # of one configuration
     return fig
 
 # %% ../nbs/06d_shared.ipynb #cshared3
-ENSEMBLE_TEXT = ('An {title} is not trained: its members are, and their own reports show how. Its probability is the '
-                 'mean of theirs.')
+ENSEMBLE_TEXT = ('An {title} is not trained: its members are, and their own reports show how. What they '
+                 'say is averaged.')
 
 def members_table(run:Run    # of an ensemble
                  ) -> Table:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
 from .console import DataError, nearest, progress
-from .files import write_atomic
+from .files import check_parquet, write_atomic
 from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
 # the config of a run is read through this room, and reading a config must not import torch
@@ -104,6 +104,7 @@ class SampleTable:
         "Read what `write` wrote; raises `ValueError` for anything else"
         path = Path(path)
         try:
+            check_parquet(path)
             table = pq.read_table(path)
             meta = json.loads((table.schema.metadata or {}).get(b'rtsseg', b'{}'))
         except (pa.ArrowException, OSError, ValueError) as e:
@@ -192,6 +193,10 @@ class System:
         Raises `ModelError`."""
         raise NotImplementedError
 
+    def observers(self, cfg:RunConfig, feed:Feed) -> list:
+        "Observers of the training loop that watch what the system alone knows"
+        return []
+
     def monitor(self, cfg:RunConfig) -> tuple[str, str]:
         "Name of the value that chooses the best model, and whether 'max' or 'min' is good"
         return cfg.metrics.monitor, 'max'
@@ -201,8 +206,11 @@ class System:
         return cfg.doubtful_settings()
 
     def overfitting(self, history:list[dict], cfg:RunConfig) -> dict[str, str]:
-        "Signs of overfitting at the last validation: {sign: remedy}"
-        return divergence(history, cfg.loss_weights)
+        "Signs of overfitting at the last validation: {sign: remedy}; a stage with other weights is judged by itself"
+        epoch = history[-1]['epoch']
+        of_stage = [stage for stage in cfg.stages if stage.first <= epoch <= stage.last]
+        first, own = (of_stage[0].first, of_stage[0].loss_weights) if of_stage else (1, {})
+        return divergence([row for row in history if row['epoch'] >= first], {**cfg.loss_weights, **own})
 
     def curves(self, cfg:RunConfig) -> dict[str, list[str]]:
         "What a training figure shows besides losses and rates: {title of a panel: columns of the log}"
@@ -235,6 +243,17 @@ class System:
     def calibrate(self, folder:Path, cfg:RunConfig, views:str) -> Any:
         "Write what is chosen on the validation table into the model directory, and return it; raises `ConfigError`"
         raise ConfigError(f'system {self.name} has no calibration')
+
+    def ensemble(self, models:list[str],
+                 out:str='',        # a new model directory; '' makes a run folder beside those of the members
+                 weights:str=''     # how much each counts, as the system takes it
+                ) -> Path:
+        "Make one model of several; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no ensembles')
+
+    def refine(self, folder:Path, cfg:RunConfig) -> str:
+        "Try on validation whether outlines that a segmenter draws are better, and say so; raises `ConfigError`"
+        raise ConfigError(f'system {self.name} has no refinement of outlines')
 
     def check_views(self, views:str) -> None:
         "Raise `ConfigError` for views that the system does not have"
@@ -302,6 +321,14 @@ class System:
 
         `table_sections` of the shared room serves tables of samples."""
         raise NotImplementedError
+
+    def experiment(self, cfg:RunConfig,
+                   views:str,                   # of its evaluation
+                   scores:dict[str, float]      # of `metrics`
+                  ) -> dict[str, Any]:
+        "Columns of a table of experiments: what a run was, in few words, and the numbers that count"
+        name = self.monitor(cfg)[0]
+        return {name: scores[name]}
 
     def comparison(self,
                    results:list[Any],    # `Results`, one for each configuration

@@ -159,10 +159,11 @@ def map_region(run:str|Path,        # a run folder, evaluated on the split and c
     predict(folder/'model', scene.image, map_file, scene.extra or '', device=device,
             form='manifest')
     threshold = map_threshold(map_file)
-    checked = map_check([map_file], [scene.image], threshold=threshold)
+    extras = [scene.extra] if scene.extra else []
+    checked = map_check([map_file], [scene.image], model=folder/'model', threshold=threshold, extras=extras)
     found = map_polygons(map_file, objects, threshold, known=scene.known, force=True)
     area = expected_area(map_file, out/'areas.tif', folder, cell=100 * scene.pixel, ratio='native')
-    preview(map_file, out/'preview.html', objects)
+    preview(map_file, out/'preview.html', objects, scene=scene.image, force=True)
     everything = found['known'][-1]
     summary = dict(region=part.table.region[0], folder=str(out), verdict=checked.verdict, threshold=found['threshold'],
                    polygons=found['polygons'], labelled_km2=scene.labelled,

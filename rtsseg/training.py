@@ -137,7 +137,8 @@ def train(cfg:RunConfig,             # the whole tree
         finished = False
         try:
             # first who asks the run to stop, then who watches the data, then who writes down
-            own = [signals, *run.feed.observers(), Log(run.folder, run.system, found.differs), KeepTables(run.folder)]
+            watching = [*run.feed.observers(), *run.system.observers(run.cfg, run.feed)]
+            own = [signals, *watching, Log(run.folder, run.system, found.differs), KeepTables(run.folder)]
             mirror = [tracker] if tracker else []
             result = fit_or_explain(run, [*own, *mirror, *observers])
             if is_first_process() and result.finished:

@@ -245,3 +245,11 @@ def test_boundary_by_brute_force(mask, width, kind):
                 kind
             ]
     np.testing.assert_allclose(boundary(mask, Loss(**kw)), expected, atol=1e-5)
+
+def test_hue_is_off_and_then_changes_no_draw():
+    "Draws with hue at any probability agree in all that comes before it"
+    for n in range(50):
+        key = (0, 1, 0, n)
+        off, on = (draw(Augment(hue=dict(p=p)), np.random.default_rng(key)) for p in (0, 1))
+        assert 'hue' not in off and abs(on.pop('hue')) <= .05
+        assert on == off

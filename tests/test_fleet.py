@@ -329,7 +329,7 @@ def test_shares_hold_each_shard_once(sizes, count, windows):
         assert later
         assert plans == [f'p{k:06}' for k in range((len(sizes) + 2) // 3)]
         for part in reversed(plans):
-            found = [dict(k=k, count=sizes[k][0], columns=sizes[k][1], width=9) for k in job.stretch(int(part[1:]), 3)]
+            found = [dict(k=k, count=sizes[k][0], columns=sizes[k][1]) for k in job.stretch(int(part[1:]), 3)]
             store.write(f'plans/{part}', json.dumps(found).encode())
         shards, later = work_of(store, job).parts((0, 1))
         assert later

@@ -17,12 +17,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'webdataset', 'notebooks', 'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'notebooks', 'dev']
 # packages whose import has another name
-IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'ruamel': 'ruamel-yaml'}
+IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
 OPTIONAL = {'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray',
-            'wandb': 'wandb'}
+            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb', 'webdataset': 'webdataset'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')

@@ -266,8 +266,8 @@ def test_large_objects_come_from_the_coarse_map(tmp_path, least, kept):
 def test_a_joined_map_says_what_it_is(tmp_path):
     "And polygons are made from it, at the largest threshold of its maps"
     values = np.rint(STEPS * two_blocks()).astype('uint16')
-    other = dict(calibration=dict(promise='', thresholds={'1:20': .2, '1:200': .75, '1:1000': .9}))
-    first = dict(calibration=dict(promise='', thresholds={'1:20': .3, '1:200': .5, '1:1000': None}))
+    other = dict(calibration=dict(promise='', ratio='1:200', thresholds={'1:20': .2, '1:200': .75, '1:1000': .9}))
+    first = dict(calibration=dict(promise='', ratio='1:200', thresholds={'1:20': .3, '1:200': .5, '1:1000': None}))
     maps = [write_probability(tmp_path/'a.tif', values, dict(views='none', scene='s', **first)),
             write_probability(tmp_path/'b.tif', values, dict(views='none@0.5', scene='s', **other))]
     before = [path.read_bytes() for path in maps]

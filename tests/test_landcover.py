@@ -5,21 +5,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
+from rtsseg.checkpoint import load_state
+from rtsseg.class_export import write_class_onnx
 from rtsseg.class_metrics import sum_counts
+from rtsseg.class_tiles import read_pair
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import evaluate
-from rtsseg.runs import read_log, run_folder
+from rtsseg.results import read_results
+from rtsseg.runs import judge_run, read_log, run_config, run_folder
 from rtsseg.training import train
+from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
 LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'),
               unfreeze=dict(share=.5, groups=2, every=1),
-              loss=dict(parts=['cross_entropy', 'dice', 'lovasz'], hardest=.4, label_smoothing=.1))
+              loss=dict(parts=PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
+              loss_weights=dict(boundary=.01))
 
 @pytest.fixture(scope='module')
 def land(tmp_path_factory):
@@ -32,9 +41,14 @@ def config(land, runs, **more):
     return load(ROOT/'configs'/'landcover'/'toy.yaml', **small | more)
 
 @pytest.fixture(scope='module')
-def lively(land, tmp_path_factory):
-    "A run with everything that draws at random or changes with time"
-    return train(config(land, tmp_path_factory.mktemp('runs'), **LIVELY))
+def teacher(land, tmp_path_factory):
+    "The model directory of a short run"
+    return train(config(land, tmp_path_factory.mktemp('teacher'), epochs=1, seed=7))/'model'
+
+@pytest.fixture(scope='module')
+def lively(land, teacher, tmp_path_factory):
+    "A run with everything that draws at random or changes with time, and with all that training alone has"
+    return train(config(land, tmp_path_factory.mktemp('runs'), distil=dict(teacher=str(teacher)), **LIVELY))
 
 def test_it_learns(land, tmp_path):
     "More than the largest class everywhere would give: its share of the pixels, over seven classes"
@@ -46,9 +60,10 @@ def test_it_learns(land, tmp_path):
     true = sum_counts(system.read_table(evaluate(folder, 'val')).frame).confusion.sum(1)
     assert rows[-1]['val/miou'] > 1.5*true.max()/true.sum()/7
 
-def test_killed_and_started_again_it_ends_in_the_same_bytes(land, lively, tmp_path):
-    "kill -9 after the first epoch: crops, mixing, unfreezing and weights are those of the undisturbed run"
-    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), **LIVELY)
+def test_killed_and_started_again_it_ends_in_the_same_bytes(land, teacher, lively, tmp_path):
+    "kill -9 after the first epoch: crops, mixing, unfreezing, helpers and weights are those of the undisturbed run"
+    distil = dict(teacher=str(teacher))
+    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=distil, **LIVELY)
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     folder = run_folder(cfg, find_system('landcover').feed(cfg).hash)
     with running(Program('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline', env=held(folder, 1))) as process:
@@ -59,12 +74,99 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(land, lively, tmp_pa
     weights = [(f/'model'/'model.safetensors').read_bytes() for f in (folder, lively)]
     assert weights[0] == weights[1]
 
+def test_helpers_train_and_are_left_behind(lively, teacher):
+    "Edge head and projection are in the training state, and neither they nor the teacher are in the model"
+    state = load_state(lively/'checkpoints'/'resume.ckpt')
+    assert set(state['modules']) == {'edge.weight', 'edge.bias', 'project.weight', 'project.bias'}
+    rows = read_log(lively)
+    assert {name.removeprefix('train/loss/') for name in rows[-1] if name.startswith('train/loss/')} == set(PARTS)
+    assert {name.removeprefix('val/loss/') for name in rows[-1] if name.startswith('val/loss/')} == set(PARTS[:3])
+    packed, other = (find_system('landcover').unpack(folder) for folder in (lively/'model', teacher))
+    assert packed.model.state_dict().keys() == other.model.state_dict().keys()
+    assert str(teacher) not in (lively/'model'/'config.yaml').read_text()
+
+def test_a_teacher_that_is_gone_is_named(land, tmp_path):
+    lost = dict(loss=dict(parts=['cross_entropy', 'teacher_features']), distil=dict(teacher=str(tmp_path/'gone')))
+    with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
+        train(config(land, tmp_path/'runs', **lost))
+    assert not (tmp_path/'runs').exists()
+
 def test_evaluation_finds_the_numbers_of_training_again(lively):
     "Check 6 of guide 002: the same windows in both"
     cfg, system = load(lively/'config.yaml'), find_system('landcover')
     found = system.metrics(system.read_table(evaluate(lively, 'val')), cfg)
     best = json.loads((lively/'model'/'metrics.json').read_text())
     assert found == pytest.approx({name: best['metrics'][name] for name in found}, abs=1e-9, nan_ok=True)
+
+def test_views_and_clean_up_are_compared(lively):
+    "Each way of looking has a table; the report says what it gains, and which one is in use"
+    clean = dict(min_area=dict(building=6), min_width=dict(road=2), otsu=['water'])
+    judge_run(lively, [f'clean_up={json.dumps(clean)}'])
+    system, names = find_system('landcover'), ('none', 'scales', 'none-clean')
+    tables = {views: system.read_table(evaluate(lively, 'val', views)) for views in names}
+    maps = [sum_counts(table.frame).confusion for table in tables.values()]
+    assert not (maps[0] == maps[1]).all() and not (maps[0] == maps[2]).all()
+    results, = read_results(lively)
+    blocks = system.sections(results)['Views and clean-up']
+    table = blocks[0].frame
+    assert list(table.index) == ['none (in use)', 'scales', 'none-clean']
+    cfg = load(lively/'config.yaml')
+    miou = [100*system.metrics(table, cfg)['miou'] for table in tables.values()]
+    assert list(table['miou, %']) == pytest.approx(miou)
+    assert table.loc['scales', 'gain, points'] == pytest.approx(miou[1] - miou[0])
+    assert 'were not compared' in system.missing_before_test(lively, 'flips')
+    assert not system.missing_before_test(lively, 'scales')
+
+class KnowsTruth:
+    "Gives, for an image of some land, the true class that most positive points lie in"
+
+    def __init__(self, samples, values):
+        pairs = [read_pair(samples, row, values) for row in range(len(samples))]
+        self.truth = {pair.image.tobytes(): pair.mask for pair in pairs}
+
+    def refine(self, image, points, labels):
+        truth = self.truth[image.tobytes()]
+        columns, rows = points[labels == 1].astype(int).T
+        return truth == np.bincount(truth[rows, columns]).argmax()
+
+def test_outlines_are_drawn_again_where_a_trial_says_so(lively, monkeypatch):
+    "One that knows the truth gains, and only after its trial may it change every map"
+    system, cfg = find_system('landcover'), load(lively/'config.yaml')
+    feed = system.feed(cfg)
+    knows = KnowsTruth(feed.samples, cfg.data.values)
+    monkeypatch.setattr('rtsseg.systems.landcover.load_refiner', lambda cfg, device: knows)
+    judge_run(lively, ['refine.where=all', 'refine.min_area=4'])
+    with pytest.raises(ConfigError, match='needs a trial on validation'):
+        evaluate(lively, 'val', 'none-refined')
+    said = system.refine(lively, run_config(lively))
+    assert 'refine.where: all may be used' in said
+    found = json.loads((lively/'evidence'/'refinement.json').read_text())
+    assert found['passes'] and found['gain'] > .01 and found['arms']['sam']['miou'] > found['arms']['none']['miou']
+    evaluated = system.metrics(system.read_table(evaluate(lively, 'val', 'none-refined')), cfg)
+    assert evaluated['miou'] == pytest.approx(found['arms']['sam']['miou'])
+    # an image that is not named stays as it is
+    judge_run(lively, ['refine.where=regions', 'refine.regions=[nowhere]'])
+    tables = [system.read_table(evaluate(lively, 'val', views)) for views in ('none', 'none-refined')]
+    assert tables[0].frame.equals(tables[1].frame)
+    results, = read_results(lively)
+    assert 'points of boundary IoU' in system.sections(results)['Refinement'][0].text
+
+def test_a_refiner_that_is_not_there_is_named(lively):
+    done = shell('rtsseg-refine', '--run', lively)
+    assert done.returncode == 2 and 'refine.model: nothing is named' in done.stderr
+
+def test_two_models_become_one(land, lively, tmp_path):
+    "Its weights are fitted on validation, where it is at least as good as either; then it is a run like any other"
+    other = train(config(land, tmp_path/'runs', epochs=2, seed=44))
+    done = shell('rtsseg-ensemble', '--models', other, lively, '--weights', 'fit')
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, = other.parents[1].glob('*/ensemble-44-42')
+    system, cfg = find_system('landcover'), load(folder/'config.yaml')
+    scores = [system.metrics(system.read_table(evaluate(run, 'val')), cfg)['miou'] for run in (folder, other, lively)]
+    assert scores[0] >= max(scores[1:])
+    assert sum(member.share for member in cfg.members) == pytest.approx(1)
+    done = shell('rtsseg-report', '--run', folder)
+    assert done.returncode == 0 and f'{cfg.members[0].share:.2f} × seed 44' in (folder/'report.html').read_text()
 
 def test_commands_serve_it(land, tmp_path):
     "Trained, evaluated and reported from a file; the page shows the classes"
@@ -75,6 +177,30 @@ def test_commands_serve_it(land, tmp_path):
     page, = tmp_path.glob('runs/landcover_toy/*/seed42/report.html')
     text = page.read_text()
     assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou'))
+
+def test_its_model_is_exported(lively, tmp_path):
+    "By the command of all systems: every file agrees with the library as far as its precision lets it"
+    done = shell('rtsseg-export', '--model', lively/'model', '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path/'out'/'export.json').read_text())
+    shares = {name: parity['agreement'] for name, parity in found['files'].items()}
+    assert found['of_training'] and set(shares) == {
+        'model.onnx', 'model.torchscript.pt', 'model_fp16.onnx', 'model_int8.onnx'}
+    assert shares['model.onnx'] == shares['model.torchscript.pt'] == 1 and min(shares.values()) > .7
+    assert all(parity['milliseconds'] > 0 for parity in found['files'].values())
+    refused = shell('rtsseg-export', '--model', lively/'model', '--out', tmp_path/'two', '--formats', 'qgis')
+    assert refused.returncode == 2 and "'qgis' is not one of onnx" in refused.stderr
+
+class Odd(nn.Module):
+    "A network with an operator that ONNX does not have"
+
+    def forward(self, x):
+        return torch.linalg.eigvals(x @ x.transpose(2, 3)).real[..., None] + x
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(ModelError, match='cannot be exported to ONNX') as failed:
+        write_class_onnx(Odd(), torch.rand(1, 3, 32, 32), tmp_path/'odd.onnx')
+    assert 'linalg_eigvals' in str(failed.value)
 
 def test_a_land_is_made_where_the_config_says_so(tmp_path):
     data = dict(source=tmp_path/'new', sides=[64], made=dict(side=64, images=8))
@@ -99,3 +225,12 @@ def test_baseline_is_that_of_the_guide():
 def test_a_monitor_that_no_metric_has_is_refused(land, tmp_path):
     with pytest.raises(ConfigError, match="validation gives no 'iou_river'"):
         train(config(land, tmp_path, epochs=1, metrics=dict(monitor='iou_river')))
+
+def test_what_a_run_logs(land, tmp_path):
+    "Guide 002, monitoring: losses, rates, time, norm of the gradient, and mIoU of the average and of the raw weights"
+    folder = train(config(land, tmp_path, epochs=1, ema=dict(compare=True)))
+    row, = read_log(folder)
+    for name in ('train/loss/cross_entropy', 'train/loss/dice', 'val/loss', 'lr/encoder', 'lr/decoder', 'seconds',
+                 'images_per_second', 'grad_norm/mean', 'grad_norm/max', 'val/miou', 'val/raw/miou', 'val/macc',
+                 'val/accuracy', 'val/biou_2', 'val/biou_3', 'val/iou_road'):
+        assert name in row, name

@@ -39,7 +39,7 @@ from helpers.loop import (
 )
 from rtsseg.checkpoint import load_state, save_state
 from rtsseg.config import ConfigError, CurriculumRow, LoopConfig, Sampler, load
-from rtsseg.loop import TrainingState, fit, validate
+from rtsseg.loop import TrainingState, fit, gpu_memory, validate
 from rtsseg.sampler import Batches
 from rtsseg.tiles import loaders
 
@@ -283,6 +283,19 @@ def test_without_an_average_the_model_itself_is_judged(tmp_path):
     r = run(tmp_path, ema=dict(enabled=False))
     assert r.judged is r.model and r.average is None
     assert torch.equal(weights(r.model), flat(load_state(tmp_path/'checkpoints'/'resume.ckpt')['model']))
+
+def test_the_weights_that_train_are_judged_beside_their_average(tmp_path):
+    "The same numbers of the average, the same weights, and the value of the others; without an average there is none"
+    plain, both, alone = (run(tmp_path/name, val_frequency=1, ema=ema) for name, ema in (
+        ('plain', dict()), ('both', dict(compare=True)), ('alone', dict(compare=True, enabled=False))))
+    assert torch.equal(weights(plain.model), weights(both.model))
+    name = both.task.monitor
+    for row, other in zip(plain.history, both.history, strict=True):
+        assert other[f'val/{name}'] == row[f'val/{name}'] and f'val/raw/{name}' not in row
+    expected, _ = validate(both.task, both.model, DataLoader(points(20, seed=1), 7))
+    assert both.history[-1][f'val/raw/{name}'] == pytest.approx(expected[name], rel=1e-6)
+    assert both.history[-1][f'val/raw/{name}'] != both.history[-1][f'val/{name}']
+    assert not any('raw' in column for row in alone.history for column in row)
 
 @pytest.mark.parametrize('mode, values, best', [
     ('max', [.1, .5, .4, .5, .45], 2),
@@ -917,3 +930,11 @@ def test_half_precision_stays_inside_the_model(precise):
     assert inside == {torch.bfloat16} and outside == {torch.float32}
     assert {p.dtype for p in [*r.model.parameters(), *r.judged.parameters()]} == {torch.float32}
     assert not torch.equal(weights(r.model), weights(net()))
+
+def test_memory_is_that_of_a_gpu(monkeypatch):
+    "A peak that is forgotten once it was read; a CPU has none"
+    peaks = [300 * 2**20]
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: peaks[-1])
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda device: peaks.append(100 * 2**20))
+    assert [gpu_memory(torch.device('cuda')) for _ in range(2)] == [dict(gpu_memory=300), dict(gpu_memory=100)]
+    assert gpu_memory(torch.device('cpu')) == {}

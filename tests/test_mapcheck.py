@@ -27,7 +27,7 @@ from rtsseg.scenestats import ObjectCount, SceneTally, input_summary, scene_stat
 from rtsseg.toy import scene
 
 # maps of a calibrated model
-write_map = partial(maps.write_map, calibration=dict(thresholds={'1:20': .3, '1:200': .5}))
+write_map = partial(maps.write_map, calibration=dict(ratio='1:200', thresholds={'1:20': .3, '1:200': .5}))
 
 def levels(found, start=''):
     "{what: level} of the findings whose name begins so"

@@ -1,6 +1,7 @@
 "Models: architectures, sources of weights and their errors, fusion, recomputation, both phases of training, the probe"
 import copy
 import json
+import re
 import socket
 import urllib.request
 import zlib
@@ -727,3 +728,56 @@ def test_the_probe_takes_steps_of_the_run():
     assert averaged['average'] >= size
     assert plain['average'] == 0
     assert measure_steps(small_run(), 4)['activations'] == pytest.approx(2 * averaged['activations'], rel=.01)
+
+# ------------------------------------------------ checkpoints of others
+
+MIT = Model(architecture='segformer', encoder='mit_b0', weights=None)
+
+def of_transformers(name, tensor):
+    "A tensor of smp's Mix Transformer as transformers names it: {name: tensor}"
+    stage, rest = re.fullmatch(r'(?:patch_embed|block|norm)([1-4])[.](.+)', name).groups()
+    place = f'segformer.encoder.{{}}.{int(stage) - 1}'
+    if name.startswith('patch_embed'):
+        return {f'{place.format("patch_embeddings")}.{rest.replace("norm", "layer_norm")}': tensor}
+    if name.startswith('norm'):
+        return {f'{place.format("layer_norm")}.{rest}': tensor}
+    block = place.format('block')
+    if '.attn.kv.' in name:
+        number, kind = rest.split('.')[0], rest.split('.')[-1]
+        halves = zip(('key', 'value'), tensor.chunk(2), strict=True)
+        return {f'{block}.{number}.attention.self.{half}.{kind}': part for half, part in halves}
+    for ours, theirs in (('attn.norm', 'attention.self.layer_norm'), ('norm1', 'layer_norm_1'),
+                         ('norm2', 'layer_norm_2'), ('attn.q', 'attention.self.query'),
+                         ('attn.sr', 'attention.self.sr'), ('attn.proj', 'attention.output.dense'),
+                         ('mlp.fc', 'mlp.dense')):
+        rest = rest.replace(ours, theirs)
+    return {f'{block}.{rest}': tensor}
+
+def saved_as(layout, encoder):
+    "The tensors of an encoder in a checkpoint of another project, with a decoder beside them"
+    state = encoder.state_dict()
+    if layout == 'transformers':
+        state = {key: part for name, tensor in state.items() for key, part in of_transformers(name, tensor).items()}
+        return state | {'decode_head.classifier.weight': torch.zeros(7, 256, 1, 1)}
+    prefix = dict(segmentation='backbone.', wrapped='module.net.encoder.', bare='')[layout]
+    others = {} if layout == 'bare' else {'decode_head.conv_seg.weight': torch.zeros(7, 256, 1, 1)}
+    return {f'{prefix}{name}': tensor for name, tensor in state.items()} | others
+
+@pytest.mark.parametrize('layout', ['segmentation', 'wrapped', 'bare', 'transformers'])
+def test_a_mix_transformer_from_another_project(layout, tmp_path, caplog):
+    trained = build(MIT).encoder
+    torch.save(dict(state_dict=saved_as(layout, trained)), tmp_path/'their.pt')
+    with caplog.at_level('INFO', logger='rtsseg'):
+        found = build(changed(MIT, weights=str(tmp_path/'their.pt'))).encoder.state_dict()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    "Names that are missing, and shapes that differ"
+    state = saved_as('segmentation', build(MIT).encoder)
+    del state['backbone.norm1.bias']
+    state['backbone.norm2.bias'] = torch.zeros(3)
+    torch.save(state, tmp_path/'their.pt')
+    with pytest.raises(ConfigError) as caught:
+        build(changed(MIT, weights=str(tmp_path/'their.pt')))
+    assert 'norm1.bias' in str(caught.value) and 'norm2.bias' in str(caught.value)

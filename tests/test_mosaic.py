@@ -161,8 +161,9 @@ def test_what_is_no_mosaic_is_refused(tmp_path):
                         ([good, tmp_path/'missing.tif'], 'missing.tif: no such file')]:
         with pytest.raises(DataError, match=words):
             write_mosaic(maps, out, overlap='last')
-    with pytest.raises(DataError, match='good.tif name no scene_date'):
-        write_mosaic([good], out)
+    undated = write_dated(tmp_path/'undated.tif', values)
+    with pytest.raises(DataError, match='undated.tif: the date of the scene is not known'):
+        write_mosaic([good, undated], out)
     with pytest.raises(ConfigError, match='overlap'):
         write_mosaic([good], out, overlap='highest')
     assert not out.exists()

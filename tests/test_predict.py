@@ -6,6 +6,7 @@ import threading
 import time
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rasterio.transform import Affine
+from rasterio.windows import Window
 from scipy.special import expit, logit
 from torch import nn
 
@@ -29,7 +31,16 @@ from rtsseg.folders import ORIENTATION, import_images
 from rtsseg.importers import Conversion
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.manifest import read_manifest
-from rtsseg.prediction import NODATA, STEPS, FinishedRows, Scene, map_lock, predict, window_starts
+from rtsseg.prediction import (
+    NODATA,
+    STEPS,
+    FinishedRows,
+    Scene,
+    map_lock,
+    map_strips,
+    predict,
+    window_starts,
+)
 from rtsseg.raster import write_raster
 from rtsseg.runs import RunError
 from rtsseg.stats import compute_stats
@@ -248,6 +259,23 @@ def test_windows_cover_a_side_and_stay_inside(side, tile):
     assert starts[-1] == max(side - tile, 0)
     assert (steps > 0).all()
     assert steps.max(initial=0) <= tile / 2
+
+@pytest.mark.parametrize('views', ['none', 'none-max'])
+@pytest.mark.parametrize('seed', range(6))
+def test_a_map_in_strips_is_the_map(stub, tmp_path, seed, views):
+    "Windows that reach into two strips are run for both and counted once; every byte is the same"
+    rng = np.random.default_rng(seed)
+    height, width, most, batch = (int(rng.integers(*pair)) for pair in ((40, 200), (65, 420), (64, 300), (1, 5)))
+    folder, model, image = tmp_path, stub(Whole()), noise(height, width)
+    image[:, rng.random((height, width)) < .3] = 0
+    image[:, :, width // 3:width // 2] = 0
+    write_scene(folder/'scene.tif', image)
+    whole = predict(model, folder/'scene.tif', folder/'whole.tif', views=views, batch=batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtsseg.prediction, 'map_strips', partial(map_strips, most=most))
+        parts = predict(model, folder/'scene.tif', folder/'parts.tif', views=views, batch=batch)
+    assert parts == whole
+    assert (folder/'parts.tif').read_bytes() == (folder/'whole.tif').read_bytes()
 
 def test_no_seam_is_steeper_than_the_fading(stub, tmp_path):
     """Windows that disagree most: from a pixel to the next the map moves by at most sin(π / tile), the steepest slope
@@ -543,13 +571,13 @@ def test_a_scene_without_a_grid_makes_a_map_without(model, tmp_path):
 
 def test_a_row_that_is_damaged_late_is_named(tmp_path):
     "Between the check of the rows and their joining"
-    finished = FinishedRows(tmp_path, {}, 3, 5)
+    finished = FinishedRows(tmp_path, {}, [Window(0, 2 * i, 5, 2) for i in range(3)])
     for i in range(3):
         finished.write(i, {}, np.full((2, 5), i, 'uint16'))
     assert [values[0, 0] for _, values, _ in finished.blocks()] == [0, 1, 2]
     for damage in (lambda path: path.write_bytes(b'cut off'), lambda path: path.unlink()):
         damage(tmp_path/'000001')
-        with pytest.raises(OSError, match='row 000001 of windows is missing or was damaged'):
+        with pytest.raises(OSError, match='part 000001 of the map is missing or was damaged'):
             list(finished.blocks())
 
 def test_a_map_is_made_by_one_process_at_a_time(model, tmp_path):

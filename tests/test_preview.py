@@ -78,7 +78,7 @@ def made(map_file, frame=None, **arguments):
     if frame is not None:
         frame.to_file(folder/'polygons.gpkg')
         arguments['polygons'] = folder/'polygons.gpkg'
-    found = preview(map_file, folder/'page.html', **arguments)
+    found = preview(map_file, folder/'page.html', force=True, **arguments)
     text = (folder/'page.html').read_text()
     return text, Page(text), found
 
@@ -238,12 +238,14 @@ def test_what_cannot_be_shown_is_refused(map_file, tmp_path):
         (dict(polygons=tmp_path/'broken.gpkg'), 'cannot be read as a layer of polygons'),
     ):
         with pytest.raises(DataError, match=words):
-            preview(map_file, tmp_path/'page.html', **arguments)
+            preview(map_file, tmp_path/'page.html', force=True, **arguments)
     squares(3, score=[.1, .2, .3]).to_file(tmp_path/'p.gpkg')
     with pytest.raises(ConfigError, match="'scores' is not a column .*did you mean 'score'"):
-        preview(map_file, tmp_path/'page.html', tmp_path/'p.gpkg', 'scores')
+        preview(map_file, tmp_path/'page.html', tmp_path/'p.gpkg', 'scores', force=True)
     with pytest.raises(ConfigError, match='is a .html'):
         preview(map_file, tmp_path/'page.png')
+    with pytest.raises(ConfigError, match='page.html exists.*--force'):
+        preview(map_file, tmp_path/'page.html')
     with pytest.raises(ConfigError, match='1 or more'):
         preview(map_file, tmp_path/'page.html', most=0)
     assert (tmp_path/'page.html').read_text() == text

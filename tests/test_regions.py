@@ -245,8 +245,8 @@ def test_what_is_refused(tmp_path):
             map_polygons(path, out, **arguments)
     with pytest.raises(DataError, match='plain.tif says nothing of regions'):
         map_polygons(plain, out, regions=layer, region_column='name')
-    with pytest.raises(DataError, match='the notes of plain.tif name no scene_date'):
-        map_polygons(plain, out, overlap='later')
+    with pytest.raises(DataError, match='plain.tif: the date of the scene is not known'):
+        map_polygons([path, plain], out, overlap='later')
     with pytest.raises(DataError, match='several thresholds'):
         map_polygons([path, plain], out)
     bare = write_probability(tmp_path/'bare.tif', values, crs=None)

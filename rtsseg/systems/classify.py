@@ -37,14 +37,13 @@ from rtsseg.config import (
     Since,
     Strict,
     Undeciding,
-    load,
 )
 from ..console import DataError, nearest, raise_problems
-from ..files import FileError, check_seal, digest, read_json, typed, write_atomic
+from ..files import FileError, digest, read_json, typed, write_atomic
 from ..loop import Task
 from ..order import KeyedBatches
 from ..system import Feed, SampleMeter, SampleTable, System
-from ..weights import check_directory, load_weights, model_errors, place_model, read_best, save_weights
+from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
 
 # %% ../../nbs/systems/classify.ipynb #cclconf
 class ImageData(Strict):
@@ -265,10 +264,7 @@ class ClassifyTask(Task):
 # %% ../../nbs/systems/classify.ipynb #cclsystem
 CLASSES = 'classes.json'
 
-CLASSIFIER_CARD = ('# {name}\n\n'
-                   'Sorts images of {side} × {side} pixels into {n} classes: {classes}. A timm {model}.\n\n'
-                   '- Trained with rtsseg {rtsseg}, commit {commit}, seed {seed}.\n'
-                   '- Best validation: {monitor} = {value:.4f} at epoch {epoch}.\n')
+CLASSIFIER_CARD = 'Sorts images of {side} × {side} pixels into {n} classes: {classes}. A timm {model}.'
 
 @dataclass
 class PackedClassifier:
@@ -313,22 +309,16 @@ class Classify(System):
                 environment:dict) -> None:
         "Write the model directory: class names, model card, weights, config and metrics"
         write_atomic(folder/CLASSES, json.dumps(dict(classes=feed.classes), indent=1))
-        card = CLASSIFIER_CARD.format(
-            name=cfg.name, side=cfg.data.image_size, n=len(feed.classes), model=cfg.model.name,
-            classes=', '.join(feed.classes), rtsseg=environment.get('rtsseg'), seed=cfg.seed,
-            commit=environment.get('git_commit', 'unknown'), monitor=cfg.metrics.monitor,
-            value=best['value'], epoch=best['epoch'],
-        )
-        write_atomic(folder/'README.md', card)
+        what = CLASSIFIER_CARD.format(side=cfg.data.image_size, n=len(feed.classes), classes=', '.join(feed.classes),
+                                      model=cfg.model.name)
+        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
         save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source'}))
 
     def unpack(self, folder:Path) -> PackedClassifier:
         "Load a model directory; raises `ModelError`"
         folder = Path(folder)
         with model_errors(folder):
-            check_directory(folder, [CLASSES])
-            check_seal(folder, [CLASSES])
-            cfg, best = load(folder/'config.yaml', cls=ClassifyConfig), read_best(folder)
+            cfg, best = read_directory(folder, ClassifyConfig, [CLASSES])
             classes = typed(list[str], read_json(folder/CLASSES, folder).get('classes'), CLASSES)
             if not classes:
                 raise FileError(f'{CLASSES}: no class')

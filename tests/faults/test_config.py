@@ -16,6 +16,7 @@ from helpers import runs as small_run
 from helpers.children import count_calls
 from helpers.shell import CLEAN, shell
 from rtsseg.check import check
+from rtsseg.cli import rtsseg_check
 from rtsseg.config import ConfigError, RtsConfig, Since, Stage, check_parameters, load, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
@@ -399,3 +400,11 @@ def test_25_a_notebook_refuses_it(tmp_path, name, value, hint):
     assert done.returncode != 0
     assert f'did you mean {hint}' in done.stderr
     assert os.listdir(tmp_path) == ['c.yaml']
+
+def test_a_pipe_in_place_of_a_config(tmp_path, capsys):
+    "It is refused before it is opened: nobody would ever write into it"
+    os.mkfifo(tmp_path/'run.yaml')
+    with small_run.in_time(), pytest.raises(SystemExit) as error:
+        rtsseg_check(config=str(tmp_path/'run.yaml'))
+    assert error.value.code == 2
+    assert 'run.yaml: not a regular file' in capsys.readouterr().err

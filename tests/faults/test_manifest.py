@@ -4,6 +4,8 @@ import re
 import shutil
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helpers.tiles import CFG, errors, findings, no_connection, refused, rewrite, set_cells, settings, write_tile
@@ -321,3 +323,16 @@ def test_07_html_in_the_name_of_a_manifest(world):
     shutil.copy(world/'full.csv', world/'<b>.csv')
     page = read_manifest(world/'<b>.csv')._repr_html_()
     assert '&lt;b&gt;.csv' in page and page.count('<b>') == 1
+
+@pytest.mark.parametrize('kind', ['texts', 'maps'])
+def test_03_a_parquet_that_unpacks_to_gigabytes(world, kind):
+    "A file of kilobytes, whose texts are one text a million times, is not unpacked"
+    count, text = 50_000, 'x' * 100_000
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * count, 'int32'), pa.array([text]))
+    if kind == 'maps':
+        keys = pa.array(['k'] * count)
+        texts = pa.MapArray.from_arrays(pa.array(range(count + 1), 'int32'), keys, texts)
+    pq.write_table(pa.table(dict(tile_id=texts)), world/'m.parquet')
+    assert (world/'m.parquet').stat().st_size < 1_000_000
+    with pytest.raises(DataError, match='m.parquet would unpack to far more'):
+        read_manifest(world/'m.parquet')

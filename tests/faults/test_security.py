@@ -695,7 +695,7 @@ def test_S6_evidence_that_unfolds_without_end(folder):
     rows = pa.table({'region': pa.array(['x'] * 3_000_000)})
     pq.write_table(rows.replace_schema_metadata(metadata), path)
     assert path.stat().st_size < 20_000
-    with pytest.raises(ValueError, match='more than a pass can have seen'):
+    with pytest.raises(ValueError, match='would unpack to far more'):
         Evidence.read(path)
 
 @pytest.mark.parametrize('name', [CONFIG, CALIBRATION, 'evidence/val.parquet', ENVIRONMENT, LOG])

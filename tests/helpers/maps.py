@@ -77,7 +77,7 @@ def write_probability(path, values, settings=(), **place):
     "Write uint16 values as a map of rtsseg-predict; `settings` are further ones of its tag, `place` is its grid"
     write_raster(path, values[None], **dict(transform=GRID, crs=CRS, nodata=NODATA) | place)
     thresholds = {'1:20': .3, '1:200': .5, '1:1000': None}
-    tag = dict(model='0' * 64, calibration=dict(thresholds=thresholds)) | dict(settings)
+    tag = dict(model='0' * 64, calibration=dict(ratio='1:200', thresholds=thresholds)) | dict(settings)
     with rasterio.open(path, 'r+') as ds:
         ds.scales = (1 / STEPS,)
         ds.update_tags(RTSSEG=json.dumps(tag))

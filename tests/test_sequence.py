@@ -1,0 +1,189 @@
+"Sequences of steps: what gains is carried, what fails costs its row, and the same command resumes"
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers.shell import shell
+from rtsseg import sequence
+from rtsseg.class_world import make_class_world
+from rtsseg.config import ConfigError, RunConfig, find_system, load, to_yaml
+from rtsseg.console import DataError
+from rtsseg.runs import run_config
+from rtsseg.sequence import judge_step, read_sequence, run_sequence
+from rtsseg.system import SampleTable, System
+from rtsseg.training import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEM = find_system('landcover')
+
+# ------------------------------------------------ the rule
+
+class Means(System):
+    "The mean of a column, in groups of one sample"
+    def __init__(self, mode='max'):
+        self.mode = mode
+
+    def monitor(self, cfg):
+        return 'mean', self.mode
+
+    def metrics(self, table, cfg, weights=None):
+        return dict(mean=float(np.average(table['value'], weights=weights)))
+
+def table_of(values):
+    names = [str(n) for n in range(len(values))]
+    return SampleTable(pd.DataFrame(dict(sample=names, group=names, value=values)))
+
+BASE = np.random.default_rng(0).normal(size=400)
+# a change whose standard error is 1 / √400 = .05
+NOISE = np.random.default_rng(1).normal(size=400)
+NOISE = (NOISE - NOISE.mean()) / NOISE.std()
+
+@pytest.mark.parametrize('change, least, mode, text', [
+    (.15, 0, 'max', 'gain'), (.07, 0, 'max', 'noise'), (-.07, 0, 'max', 'noise'), (-.15, 0, 'max', 'loss'),
+    (.15, .2, 'max', 'below least_gain'), (.25, .2, 'max', 'gain'), (.15, 0, 'min', 'loss'), (-.15, 0, 'min', 'gain')])
+def test_a_step_is_carried_where_it_gains_more_than_two_sigma(change, least, mode, text):
+    verdict = judge_step(Means(mode), RunConfig(), table_of(BASE), table_of(BASE + NOISE + change), least)
+    assert verdict.change == pytest.approx(change) and verdict.sigma == pytest.approx(.05, rel=.15)
+    assert (verdict.text, verdict.carried) == (text, text == 'gain')
+
+def test_equal_tables_are_noise_and_other_samples_an_error():
+    assert judge_step(Means(), RunConfig(), table_of(BASE), table_of(BASE)).text == 'noise'
+    with pytest.raises(ValueError, match='different samples'):
+        judge_step(Means(), RunConfig(), table_of(BASE), table_of(BASE[:-1]))
+
+# ------------------------------------------------ a run of it
+
+STEPS = """
+steps:
+  - {name: baseline}
+  - {name: longer, target: 0.75–0.80, set: {epochs: 6}}
+  - {name: broken, set: {model.weights: nowhere/weights.pt, model.architecture: segformer, model.encoder: mit_b0}}
+  - {name: views, files: [views.yaml], least_gain: 0.9}
+  - {name: theirs, checkpoint: theirs}
+  - {name: both, ensemble: [baseline, longer], weights: '0.4,0.6'}
+  - {name: lost, ensemble: [longer, broken]}
+  - {name: outlines, set: {views: none-refined, refine: {where: all, model: nowhere.pt}}, trial: true}
+"""
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A land, the steps, and a model directory from elsewhere"
+    home = tmp_path_factory.mktemp('sequence')
+    make_class_world(home/'land', side=64, images=12)
+    (home/'steps.yaml').write_text(STEPS)
+    (home/'views.yaml').write_text('name: views\nviews: flips\n')
+    folder = train(config(home, runs=home/'elsewhere', seed=7, epochs=2))
+    shutil.copytree(folder/'model', home/'theirs')
+    return home
+
+def config(home, **more):
+    small = dict(runs=home/'runs', epochs=1, batch_size=2, tracker=dict(kind='none'), windows=dict(side=64, stride=64),
+                 data=dict(source=home/'land', sides=[64], made=None))
+    return load(ROOT/'configs'/'landcover'/'toy.yaml', **small | more)
+
+@pytest.fixture(scope='module')
+def outcome(home):
+    return run_sequence(config(home), home/'steps.yaml', images=3)
+
+def test_each_step_is_a_row(outcome):
+    rows = {row.step: row for row in outcome.rows}
+    assert list(rows) == ['baseline', 'longer', 'broken', 'views', 'theirs', 'both', 'lost', 'outlines']
+    assert rows['baseline'].verdict.text == 'baseline' and rows['longer'].verdict.text == 'gain'
+    assert rows['broken'].verdict.text == 'failed'
+    assert not rows['views'].verdict.carried and rows['views'].columns['TTA'] == 'flips'
+    for name in ('theirs', 'both'):
+        assert rows[name].verdict.text.endswith('only compared') and rows[name].run.startswith(name)
+    assert rows['lost'].verdict.text == rows['outlines'].verdict.text == 'failed'
+
+def test_the_winner_is_carried(outcome, home):
+    "Views were laid over the longer run, which they left as it is"
+    rows = {row.step: row for row in outcome.rows}
+    assert outcome.cfg.epochs == 6 and outcome.cfg.views == 'none'
+    assert rows['views'].run == rows['longer'].run != rows['baseline'].run
+    assert rows['longer'].verdict.change == pytest.approx(
+        rows['longer'].columns['mIoU'] - rows['baseline'].columns['mIoU'])
+    assert load(outcome.folder/'winner.yaml') == outcome.cfg
+    assert run_config(home/'runs'/rows['longer'].run).views == 'none'
+
+def test_numbers_are_those_of_the_runs(outcome, home):
+    "mIoU of the best epoch, and boundary IoU at the wider of two widths"
+    for row in outcome.rows[:2]:
+        best = json.loads((home/'runs'/row.run/'model'/'metrics.json').read_text())
+        assert row.columns['mIoU'] == pytest.approx(best['metrics']['miou'])
+        assert row.columns['bIoU'] == pytest.approx(best['metrics']['biou_3'])
+        assert row.speed > 0
+
+def test_the_table_has_the_columns_of_the_guide(outcome):
+    wanted = ['Backbone', 'Pretrain', 'Loss', 'Aug', 'LR', 'Size', 'TTA', 'Post', 'mIoU', 'bIoU', 'FPS']
+    frame = pd.read_csv(outcome.folder/'table.csv')
+    assert [name for name in frame.columns if name in wanted] == wanted
+    text, page = ((outcome.folder/name).read_text() for name in ('table.md', 'table.html'))
+    for words in ('broken failed:', 'nowhere/weights.pt', '0.75–0.80', 'lost failed: ensemble: step broken failed',
+                  'nowhere.pt', 'tu-test_efficientnet', '0.7 cross_entropy + 0.3 dice', '2σ'):
+        assert words in text and words in page
+
+def test_the_same_command_resumes(outcome, home, monkeypatch):
+    "Nothing is trained or evaluated again, and the table is the same"
+    def never(*args):
+        raise AssertionError('evaluated again')
+
+    before = pd.read_csv(outcome.folder/'table.csv')
+    runs = {path: path.read_bytes() for path in (home/'runs'/'landcover_toy').rglob('log.jsonl')}
+    monkeypatch.setattr(sequence, 'evaluate', never)
+    again = run_sequence(config(home), home/'steps.yaml', images=3)
+    assert again.folder == outcome.folder
+    pd.testing.assert_frame_equal(pd.read_csv(again.folder/'table.csv'), before)
+    assert {path: path.read_bytes() for path in runs} == runs
+
+def test_it_refuses_to_start_where_a_check_fails(home, tmp_path):
+    land = shutil.copytree(home/'land', tmp_path/'land')
+    shutil.copy(land/'Val'/'Urban'/'images_png'/'0.png', land/'Train'/'Urban'/'images_png'/'0.png')
+    cfg = config(home, runs=tmp_path/'runs', data=dict(source=land, sides=[64], made=None))
+    with pytest.raises(DataError, match='5 splits'):
+        run_sequence(cfg, home/'steps.yaml')
+    assert not (tmp_path/'runs').exists()
+
+@pytest.mark.parametrize('text, words', [
+    ('steps: []', 'at least 1 item'),
+    ('steps: [{name: a, filse: []}]', 'filse'),
+    ('steps: [{name: a}, {name: b, files: [lost.yaml]}]', 'no such file'),
+    ('steps: [{name: a}, {name: b, set: {lr.bse_lr: 1}}]', 'base_lr'),
+    ('steps: [{name: a b}]', 'pattern'),
+    ('steps: [{name: a}, {name: b, ensemble: [a]}]', 'two steps or more'),
+    ('steps: [{name: a}, {name: b}, {name: c, ensemble: [a, d]}]', "no trained step 'd' before it"),
+])
+def test_a_file_that_is_wrong_is_refused_before_anything_is_trained(text, words, home, tmp_path):
+    (tmp_path/'steps.yaml').write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        run_sequence(config(home, runs=tmp_path/'runs'), tmp_path/'steps.yaml')
+    assert not (tmp_path/'runs').exists()
+
+def test_a_step_cannot_change_what_is_measured(home, tmp_path):
+    (tmp_path/'steps.yaml').write_text('steps: [{name: a}, {name: b, set: {metrics.boundary_widths: [2]}}]')
+    found = run_sequence(config(home, runs=tmp_path/'runs'), tmp_path/'steps.yaml', images=3)
+    assert found.rows[1].verdict.text == 'failed'
+    assert 'cannot change metrics' in (found.folder/'table.md').read_text()
+
+def test_the_command(home, outcome, tmp_path):
+    "On the finished sequence"
+    (tmp_path/'cfg.yaml').write_text(to_yaml(config(home)))
+    done = shell('rtsseg-sequence', '--config', tmp_path/'cfg.yaml', '--steps', home/'steps.yaml', '--images', '3')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '| longer |' in done.stdout and 'trained already' in done.stdout
+
+def test_the_guides_steps_are_configs():
+    "Each is valid on the baseline, and all of them together"
+    base = load(ROOT/'configs'/'landcover'/'baseline.yaml')
+    file = ROOT/'configs'/'landcover'/'sequence.yaml'
+    together = {}
+    steps = read_sequence(file).steps
+    assert len(steps) == 8 and steps[-1].ensemble == ['earthvqa', 'distillation'] and steps[-1].weights == '0.6,0.4'
+    for step in steps[:-1]:
+        fields = sequence.step_fields(step, type(base), file.parent)
+        sequence.with_fields(base, fields)
+        together |= fields
+    assert sequence.with_fields(base, together).stages
