@@ -22,7 +22,7 @@ EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset
 IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
 OPTIONAL = {'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray',
-            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb', 'webdataset': 'webdataset'}
+            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
