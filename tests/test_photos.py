@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rtsseg.config import Loader
+from rtsseg.config import ConfigError, Loader, LoopConfig
 from rtsseg.console import DataError
 from rtsseg.leaf_world import make_leaf_world
+from rtsseg.loop import check_samplers
 from rtsseg.mixing import Mixing
 from rtsseg.photo_feed import (
     NO_LABEL,
@@ -405,6 +406,13 @@ def test_a_run_can_begin_with_files_and_continue_with_shards(made, tmp_path):
     both = batches(photos, 0, PhotoAugment(), HALF)
     sharded = read_photos(write_shards(photos, tmp_path/'shards'))
     assert_equal(both[len(both) // 2:], batches(sharded, 0, PhotoAugment(), HALF, epochs=(2,)))
+
+def test_a_stage_names_a_sampler_that_is_not_there(made):
+    "Said before training, and not when its epoch comes"
+    feed = train_photos(read(made).of('train'), PhotoData(), PhotoAugment(), HALF, Loader(num_workers=0), 8, 42)
+    stages = [dict(first=1, last=2, rates=dict(encoder=1e-3), sampler='wieghted')]
+    with pytest.raises(ConfigError, match="sampler 'wieghted' .did you mean 'weighted'"):
+        check_samplers(LoopConfig(epochs=2, freeze_backbone_epochs=0, stages=stages), feed.batch_sampler)
 
 def test_half_of_the_batches_are_mixed(made):
     found = batches(read(made), 0, PhotoAugment(enabled=False), HALF, epochs=range(1, 41))
