@@ -409,8 +409,8 @@ class LandcoverFeed(Feed):
             pixels = self.counts[labelled].sum(0)
             absent = [name for name, count in zip(self.cfg.data.names, pixels, strict=True) if not count]
             if labelled.any() and absent:
-                lines.append(f'{self.source}: no pixel of the {split} split is {", ".join(absent)}: no IoU there, and '
-                             'the mean is over the other classes')
+                lines.append(f'{self.source}: no pixel of the {split} split is {", ".join(absent)}: an IoU of 0 there '
+                             'where it is predicted, and else left out of the mean')
         return lines
 
 # %% ../../nbs/systems/landcover.ipynb #lctaughtcode
