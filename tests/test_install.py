@@ -17,12 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-<<<<<<< HEAD
 # those of the lock; crf needs a compiler
 EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'notebooks', 'dev']
-=======
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'notebooks', 'dev']
->>>>>>> h1
 # packages whose import has another name
 IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
