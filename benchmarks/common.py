@@ -31,6 +31,11 @@ def peak_mb():
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))/1024
 
+def memory_mb():
+    "Of this process now"
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('VmRSS'))/1024
+
 def memory_in_process(script, side, path):
     "Megabytes that a script prints as the peak of one side, which it runs in a process of its own"
     command = [sys.executable, script, side, str(path)]

@@ -8,7 +8,8 @@ overlaps windows by half, which is the only overlap that it has. MONAI's `slidin
 scene in memory, overlaps by a quarter or by half, and blends logits: it takes no sigmoid. Both blend in single
 precision, and run 4 windows at once. Ours is also measured from the file of the scene to finished rows on the disk,
 which the peer has no part for.
-Memory is the peak of one call in a process of its own, above the imports, the model and, for MONAI, the scene.
+Memory is the peak of one call in a process of its own, above what a call on a small scene has left in memory and, for
+MONAI, the scene.
 A U-Net with EfficientNet-B0 shows the rate of `predict`, from the file of a scene to finished rows on the disk, beside
 bare forward passes over the same windows in memory. Time is that of the CPU, all threads together: on one core reading
 and writing beside the model hide nothing.
@@ -28,7 +29,7 @@ import torch
 from rasterio.transform import from_origin
 from torch import nn
 
-from common import emit, emit_value, memory_in_process, peak_mb, short, timed, turns
+from common import emit, emit_value, memory_in_process, memory_mb, peak_mb, short, timed, turns
 from rtsseg.config import load
 from rtsseg.infer import Predictor
 from rtsseg.launch import StopSignals
@@ -145,16 +146,21 @@ def map_scene(path, model):
     "Open a scene, run its windows and write the finished rows"
     write_rows(open_job(path, model))
 
-def show_memory(side, path):
-    "Print the megabytes that one call adds"
+def show_memory(who, place):
+    "Print the megabytes that one call adds to what a first, small one has loaded"
     torch.set_num_threads(1)
-    if side == 'peer':
-        importlib.import_module('monai.inferers')
-        work = slide, scene_in_memory(int(path)), cheap(), .25
-    else:
-        work = map_scene, Path(path), cheap()
-    before = peak_mb()
-    work[0](*work[1:])
+    model = cheap()
+    with TemporaryDirectory() as folder:
+        if who == 'peer':
+            importlib.import_module('monai.inferers')
+            slide(scene_in_memory(TILE + 1), model, .25)
+            scene = scene_in_memory(int(place))
+            before = memory_mb()
+            slide(scene, model, .25)
+        else:
+            map_scene(write_scene(folder, TILE + 1, TILE + 1), model)
+            before = memory_mb()
+            map_scene(Path(place), model)
     print(json.dumps(peak_mb() - before))
 
 def memory_beside(folder, side):
