@@ -83,7 +83,6 @@ from rtsseg.config import (
     Unread,
     check_no_repeats,
     lacks,
-    load,
     to_yaml,
 )
 from ..console import DataError, nearest, progress
@@ -100,7 +99,7 @@ from rtsseg.distil import (
     softened_divergence,
 )
 from ..ensemble import run_of
-from ..files import check_seal, inside, read_json, read_seal, typed, write_atomic
+from ..files import inside, read_json, read_seal, typed, write_atomic
 from ..findings import FindingTable, error_lines, has_errors, readiness
 from ..infer import described_member
 from ..loop import Task
@@ -113,7 +112,15 @@ from ..runs import Environment, append_line, config_hash, environment, require_f
 from ..sliding import STEP, viewed_logits
 from ..system import Feed, Pass, SampleMeter, SampleTable, System, observe_samples, table_path
 from ..tiles import make_loader
-from ..weights import WEIGHTS, check_directory, load_weights, model_errors, place_model, read_best, save_weights
+from rtsseg.weights import (
+    WEIGHTS,
+    load_weights,
+    model_errors,
+    place_model,
+    read_directory,
+    save_weights,
+    system_card,
+)
 
 # %% ../../nbs/systems/landcover.ipynb #lcconfig
 ClassLossName = Literal['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
@@ -786,11 +793,8 @@ LAND_FILE = 'classes.json'
 # where things lie on the machine that trained stays out of what is published
 LAND_MACHINE_FIELDS = dict(runs=True, tracker=True, data={'source'}, distil={'teacher'}, refine={'model'})
 
-LAND_CARD = ('# {name}\n\n'
-             'Labels each pixel of an image with one of {n} classes: {classes}. {architecture} with {encoder}, in '
-             'windows of {side} pixels, {stride} apart.\n\n'
-             '- Trained with rtsseg {rtsseg}, commit {commit}, seed {seed}.\n'
-             '- Best validation: {monitor} = {value:.4f} at epoch {epoch}.\n')
+LAND_CARD = ('Labels each pixel of an image with one of {n} classes: {classes}. {architecture} with {encoder}, in '
+             'windows of {side} pixels, {stride} apart.')
 
 class LandFacts(Strict):
     "classes.json"
@@ -929,21 +933,17 @@ class Landcover(System):
         mean, std = feed.statistics
         facts = LandFacts(classes=cfg.data.names, mean=mean, std=std)
         write_atomic(folder/LAND_FILE, json.dumps(facts.model_dump(), indent=1))
-        card = LAND_CARD.format(
-            name=cfg.name, n=len(cfg.data.names), classes=', '.join(cfg.data.names), encoder=cfg.model.encoder,
-            architecture=cfg.model.architecture, side=cfg.windows.side, stride=cfg.windows.stride, seed=cfg.seed,
-            rtsseg=environment.get('rtsseg'), commit=environment.get('git_commit', 'unknown'),
-            monitor=cfg.metrics.monitor, value=best['value'], epoch=best['epoch'])
-        write_atomic(folder/'README.md', card)
+        what = LAND_CARD.format(
+            n=len(cfg.data.names), classes=', '.join(cfg.data.names), architecture=cfg.model.architecture,
+            encoder=cfg.model.encoder, side=cfg.windows.side, stride=cfg.windows.stride)
+        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
         save_weights(folder, model, cfg, best, LAND_MACHINE_FIELDS)
 
     def unpack(self, folder:Path) -> PackedLandcover:
         "Load a model directory; raises `ModelError`"
         folder = Path(folder)
         with model_errors(folder):
-            check_directory(folder, [LAND_FILE])
-            check_seal(folder, [LAND_FILE])
-            cfg, best = load(folder/'config.yaml', cls=LandcoverConfig), read_best(folder)
+            cfg, best = read_directory(folder, LandcoverConfig, [LAND_FILE])
             facts = typed(LandFacts, read_json(folder/LAND_FILE, folder), LAND_FILE)
             model = load_weights(folder, lambda: network_of(cfg))
         return PackedLandcover(folder, cfg, place_model(model, 'cpu').eval(), best, facts['mean'], facts['std'])
