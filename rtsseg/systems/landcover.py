@@ -104,7 +104,7 @@ from ..findings import FindingTable, error_lines, has_errors, readiness
 from ..infer import described_member
 from ..loop import Task
 from ..losses import IGNORE, LossPart, count_valid_pixels, cross_entropy, tversky
-from ..mixing import KeyedSamples, Mixing, MixingCollate, exchange_box, mix_images, mixed_loss
+from ..mixing import MIXING_UNREAD, KeyedSamples, Mixing, MixingCollate, exchange_box, mix_images, mixed_loss
 from ..models import build, check_size, encoder_layers, input_channels, parts
 from ..processes import key_seed, make_accelerator
 from ..refine import Refinement, Refiner, crf_map, load_refiner, refine_map
@@ -208,9 +208,7 @@ LANDCOVER_UNREAD = [
     Unread(('distil.temperature',), 'loss.parts has no teacher_logits', lacks('teacher_logits')),
     Unread(('refine',), 'refine.where is off', lambda cfg: cfg.refine.where == 'off'),
     Unread(('refine.regions',), 'refine.where is {cfg.refine.where}', lambda cfg: cfg.refine.where != 'regions'),
-    Unread(('mixing.mixup.alpha',), 'mixing.mixup.p is 0', lambda cfg: not cfg.mixing.mixup.p),
-    Unread(('mixing.cutmix.alpha',), 'mixing.cutmix.p is 0', lambda cfg: not cfg.mixing.cutmix.p),
-    Unread(('mixing.same',), 'no batch is mixed', lambda cfg: not cfg.mixing.is_on),
+    *MIXING_UNREAD,
     Unread(('loader.cache_mb',), 'this system keeps no images in memory', lambda cfg: True),
 ]
 

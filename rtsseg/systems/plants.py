@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIER_LINES', 'PLANTS_UNREAD', 'TAXONOMY_FILE', 'PLANTS_CARD', 'PlantLoss', 'PlantMetrics', 'LeafWorld', 'PlantData',
-           'is_never_mixed', 'is_never_applied', 'settings_of_line', 'PlantsConfig', 'PlantsFeed', 'PlantsTask',
-           'PackedPlants', 'Plants', 'sizes_of', 'tail_f1']
+           'is_never_applied', 'settings_of_line', 'PlantsConfig', 'PlantsFeed', 'PlantsTask', 'PackedPlants', 'Plants',
+           'sizes_of', 'tail_f1']
 
 # %% ../../nbs/systems/plants.ipynb #pltexports
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from ..files import write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
 from ..loop import Task
-from ..mixing import CutMix, Mixing, MixUp, mix_images
+from ..mixing import MIXING_UNREAD, CutMix, Mixing, MixUp, mix_images
 from ..models import timm_layers
 from ..photo_feed import PhotoAugment, PhotoData, photos_in_order, train_photos
 from ..photos import Taxonomy, check_photos
@@ -100,10 +100,6 @@ class PlantData(PhotoData):
     "Photographs, and what to make of them"
     made: LeafWorld | None = Field(None, description='draw a made-up world of leaves where the source does not exist')
 
-def is_never_mixed(way:str) -> Callable[[Any], bool]:
-    "Whether no batch is mixed in a way"
-    return lambda cfg: not getattr(cfg.mixing, way).p
-
 def is_never_applied(line:str) -> Callable[[Any], bool]:
     "Whether the probability of a line of the tiers is 0"
     return lambda cfg: not getattr(cfg.augment, line).p
@@ -123,8 +119,7 @@ PLANTS_UNREAD = [
     *(Unread(settings_of_line(line), f'augment.{line}.p is 0', is_never_applied(line)) for line in TIER_LINES),
     Unread(tuple(f'augment.rand_augment.{name}' for name in ('layers', 'magnitude', 'p')),
            'augment.rand_augment.enabled is false', lambda cfg: not cfg.augment.rand_augment.enabled),
-    *(Unread((f'mixing.{way}.alpha',), f'mixing.{way}.p is 0', is_never_mixed(way)) for way in ('mixup', 'cutmix')),
-    Unread(('mixing.same',), 'no batch is mixed', lambda cfg: not cfg.mixing.is_on),
+    *MIXING_UNREAD,
     Unread(('loader.cache_mb',), 'this system keeps no images in memory', lambda cfg: True),
 ]
 
