@@ -928,6 +928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.export.check_export_arguments': ('export.html#check_export_arguments', 'rtsseg/export.py'),
                                'rtsseg.export.check_parity': ('export.html#check_parity', 'rtsseg/export.py'),
                                'rtsseg.export.deepness_metadata': ('export.html#deepness_metadata', 'rtsseg/export.py'),
+                               'rtsseg.export.describe_model': ('export.html#describe_model', 'rtsseg/export.py'),
                                'rtsseg.export.export_model': ('export.html#export_model', 'rtsseg/export.py'),
                                'rtsseg.export.exported_program': ('export.html#exported_program', 'rtsseg/export.py'),
                                'rtsseg.export.inspect_model': ('export.html#inspect_model', 'rtsseg/export.py'),

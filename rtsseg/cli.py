@@ -412,7 +412,7 @@ def rtsseg_track(run:str='',    # run folder, or the folder of a search
 def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the config
                     shared:RunArguments=RunArguments(),
                     split:str='val',      # train, val or test
-                    views:str='',         # as none, minimal or none@0.5, several with commas; '': the config's
+                    views:str='',         # as none,minimal (rts) or none,flips (landcover); '': the config's
                     force:bool=False      # although another config used the test split, or config or data changed
                    ) -> None:
     "Run a trained model over a split and write down what it saw"
@@ -425,7 +425,7 @@ def rtsseg_evaluate(run:str='',           # run folder; '' finds it from the con
     for name in split_views(views, cfg):
         path = evaluate(folder, split, name, force)
         if path:
-            print(f'{os.path.relpath(path)}, {system.describe(system.read_table(path), cfg)}')
+            print(f'{os.path.relpath(path)}\n{system.describe(system.read_table(path), cfg)}')
         else:
             print(f'split {split!r} is empty: nothing to evaluate')
 
@@ -541,8 +541,8 @@ def rtsseg_model_inspect(model:str=''    # model directory, as runs/…/model
                         ) -> None:
     "What a model directory is"
     require(model=model)
-    from rtsseg.export import inspect_model, show_model
-    print(visible(show_model(inspect_model(model))))
+    from rtsseg.export import describe_model
+    print(describe_model(model))
 
 @command()
 def rtsseg_model_verify(model:str=''    # model directory, as runs/…/model
@@ -850,6 +850,8 @@ def main(line:list[str]|None=None   # arguments; None takes those of the program
         print(f'rtsseg {rtsseg.__version__}')
         return 0
     if name not in COMMANDS:
-        print_error(f'error: no such command: {name!r}{nearest(name, COMMANDS)}')
+        longer = [command for command in COMMANDS if command.startswith(f'{name}-')]
+        hint = f' (it begins {", ".join(longer)})' if longer else nearest(name, COMMANDS)
+        print_error(f'error: no such command: {name!r}{hint}')
         return 2
     return COMMANDS[name].main(rest, f'rtsseg {name}')

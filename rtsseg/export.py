@@ -8,7 +8,8 @@ __all__ = ['MOST_DIFFERENCE', 'GATE_TILES', 'GATE_BATCH', 'PIXELS', 'PROBABILITY
            'ExportJob', 'check_parity', 'require_export_extra', 'traced_onnx', 'translated_onnx', 'exported_program',
            'onnx_runner', 'deepness_metadata', 'own_metadata', 'with_metadata', 'with_fixed_size', 'write_onnx',
            'write_qgis', 'write_program', 'mlm_input', 'mlm_output', 'stac_item', 'check_export_arguments',
-           'write_formats', 'export_model', 'calibrations', 'inspect_model', 'show_model', 'verify_model']
+           'write_formats', 'export_model', 'calibrations', 'inspect_model', 'show_model', 'describe_model',
+           'verify_model']
 
 # %% ../nbs/08e_export.ipynb #ex000007
 import io
@@ -35,9 +36,9 @@ from scipy.special import logit
 from torch import nn
 
 from .calibration import Calibration, read_stored
-from .config import SYMMETRIES, ConfigError, RtsConfig, load, parse_views
+from .config import SYMMETRIES, ConfigError, RtsConfig, find_system, load, parse_views
 from .console import logger, nearest, progress
-from .files import check_seal, digest, inside, seal_model, write_atomic
+from .files import check_seal, digest, inside, read_bytes, seal_model, write_atomic
 from rtsseg.infer import (
     STATS,
     VIEWS,
@@ -491,10 +492,11 @@ def inspect_model(folder:str|Path       # a model directory
     "What a model directory is: network, bands, statistics, calibration, validation and digests; raises `ModelError`"
     folder = Path(folder)
     with model_errors(folder):
-        check_directory(folder, [STATS])
+        check_directory(folder)
         cfg = load(*config_files(folder))
         if not isinstance(cfg, RtsConfig):
             raise ValueError(f'this is a model of the system {cfg.system!r}, and only those of rts are described')
+        check_directory(folder, [STATS])
         stats = read_stats(folder, cfg.data.extra_bands)
         conversion, best, table = read_conversion(folder, stats), read_best(folder), weight_table(folder/WEIGHTS)
         found = calibrations(folder)
@@ -544,6 +546,18 @@ def show_model(found:dict[str, Any]    # of `inspect_model`
     lines.append(f'{found["bytes"] / 1e6:.1f} MB; SHA-256 of the weights {found["weights_sha256"]}')
     return '\n'.join(lines)
 
+def describe_model(folder:str|Path    # a model directory of any system
+                  ) -> str:
+    "What a model directory is, in lines: by `show_model`, or, of other systems, its model card; raises `ModelError`"
+    folder = Path(folder)
+    with model_errors(folder):
+        check_directory(folder)
+        cfg = load(*config_files(folder))
+        if not isinstance(cfg, RtsConfig):
+            card = read_bytes(folder/'README.md', folder).decode()
+            return f'system {cfg.system}\n\n{card}\nSHA-256 of the weights {digest(folder/WEIGHTS)}'
+    return show_model(inspect_model(folder))
+
 # %% ../nbs/08e_export.ipynb #ex000044
 def verify_model(folder:str|Path         # a model directory
                 ) -> dict[str, str]:     # {file: SHA-256}
@@ -551,6 +565,11 @@ def verify_model(folder:str|Path         # a model directory
     folder = Path(folder)
     with model_errors(folder):
         listed = check_seal(folder)
+        cfg = load(*config_files(folder))
+    if isinstance(cfg, RtsConfig):
         load_model(folder)
-        calibrations(folder)
+        with model_errors(folder):
+            calibrations(folder)
+    else:
+        find_system(cfg.system).unpack(folder)
     return {name: digests[-1] for name, digests in listed.items()}

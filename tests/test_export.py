@@ -18,7 +18,9 @@ import rtsseg.export
 from helpers.maps import read_map, statistics, untrained_model
 from helpers.runs import MODEL
 from rtsseg.calibration import calibrate_evidence
-from rtsseg.config import Calibrate, ConfigError, Metrics, load
+from rtsseg.class_world import make_class_world
+from rtsseg.cli import rtsseg_model_inspect, rtsseg_model_verify
+from rtsseg.config import Calibrate, ConfigError, Metrics, find_system, load
 from rtsseg.evidence import Meter
 from rtsseg.export import (
     MLM,
@@ -36,6 +38,7 @@ from rtsseg.manifest import read_manifest
 from rtsseg.models import build
 from rtsseg.prediction import NODATA, STEPS, predict
 from rtsseg.stats import compute_stats
+from rtsseg.systems.landcover import LandcoverConfig
 from rtsseg.toy import BANDS, scored_tiles
 from rtsseg.weights import ModelError
 
@@ -297,3 +300,26 @@ def test_a_changed_file_is_named(tmp_path, name):
         file.write(b' ')
     with pytest.raises(ModelError, match=f'^model: {name} is not the file that SHA256SUMS lists'):
         verify_model(folder)
+
+def test_a_model_of_another_system_is_described_and_verified(tmp_path, capsys):
+    "By its card, and by loading it"
+    make_class_world(tmp_path/'land', side=64, images=4)
+    cfg = LandcoverConfig(
+        data=dict(source=tmp_path/'land', sides=[64]),
+        windows=dict(side=64, stride=48),
+        model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None, normalisation='dataset'),
+    )
+    system = find_system('landcover')
+    feed = system.feed(cfg)
+    (tmp_path/'model').mkdir()
+    best = dict(epoch=1, step=1, value=.5, metrics={})
+    system.package(tmp_path/'model', system.model(cfg, feed), cfg, feed, best, {})
+    rtsseg_model_inspect(str(tmp_path/'model'))
+    assert 'Labels each pixel of an image with one of 7 classes' in capsys.readouterr().out
+    rtsseg_model_verify(str(tmp_path/'model'))
+    assert 'files are what was written' in capsys.readouterr().out
+    with open(tmp_path/'model'/'classes.json', 'a') as file:
+        file.write(' ')
+    with pytest.raises(SystemExit):
+        rtsseg_model_verify(str(tmp_path/'model'))
+    assert 'classes.json' in capsys.readouterr().err
