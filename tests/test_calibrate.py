@@ -1005,8 +1005,8 @@ def test_several_views_from_a_shell(untrained, capsys):
     rtsseg_evaluate(run=str(folder), views='minimal, none')
     said = capsys.readouterr().out
     assert (
-        'val-minimal.parquet, views minimal' in said
-        and 'val.parquet, views none' in said
+        'val-minimal.parquet\nviews minimal' in said
+        and 'val.parquet\nviews none' in said
         and '1:1 ' in said
         and 'PR-AUC' in said
     )
