@@ -93,7 +93,9 @@ class Task:
         raise NotImplementedError
 
     def train_meter(self) -> Any:
-        "A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>"
+        """A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>
+
+        Of the steps that are skipped it sees those with a loss that is not finite."""
         return None
 
     def tally(self, out:Any, batch:Any) -> dict[str, torch.Tensor]:
@@ -510,15 +512,18 @@ def take_step(run:TrainingState, group:list) -> None:
     # a bad batch reaches the batch statistics before its loss is known
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     step = run_micro_batches(run, group)
+    states = run.processes.gather([step.meter.state()]) if step.meter else []
     norm = update_weights(run)
     run.step += 1
     if norm is None or not math.isfinite(norm):
         skip_step(run, step, norm, buffers)
+        if not step.is_finite():
+            # its meter may count what was not finite
+            run.totals.meter_states += states
         return
     run.bad = 0
     if run.average:
         run.average.update()
-    states = run.processes.gather([step.meter.state()]) if step.meter else []
     run.totals.add(step, norm, states)
     if run.learns:
         # the sampler of every process learns from all samples, since each one draws the whole epoch
