@@ -95,7 +95,8 @@ class Task:
     def train_meter(self) -> Any:
         """A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>
 
-        Of the steps that are skipped it sees those with a loss that is not finite."""
+        A step that is skipped does not count. A meter with `of_skipped` keeps that state of one whose loss was not
+        finite."""
         return None
 
     def tally(self, out:Any, batch:Any) -> dict[str, torch.Tensor]:
@@ -502,6 +503,8 @@ def skip_step(run:TrainingState, step:StepTotals, norm:float|None, buffers:list[
         return
     for buffer, before in zip(run.model.buffers(), buffers):
         buffer.copy_(before)
+    if hasattr(step.meter, 'of_skipped'):
+        run.totals.meter_states += run.processes.gather([step.meter.of_skipped()])
     run.bad += 1
     if run.bad >= MAX_BAD_STEPS:
         run.stop(f'{run.bad} steps in a row without a finite loss or gradient; look at the data (rtsseg-check), or '
@@ -512,18 +515,15 @@ def take_step(run:TrainingState, group:list) -> None:
     # a bad batch reaches the batch statistics before its loss is known
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     step = run_micro_batches(run, group)
-    states = run.processes.gather([step.meter.state()]) if step.meter else []
     norm = update_weights(run)
     run.step += 1
     if norm is None or not math.isfinite(norm):
         skip_step(run, step, norm, buffers)
-        if not step.is_finite():
-            # its meter may count what was not finite
-            run.totals.meter_states += states
         return
     run.bad = 0
     if run.average:
         run.average.update()
+    states = run.processes.gather([step.meter.state()]) if step.meter else []
     run.totals.add(step, norm, states)
     if run.learns:
         # the sampler of every process learns from all samples, since each one draws the whole epoch

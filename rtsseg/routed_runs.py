@@ -82,6 +82,10 @@ class DiseaseLosses:
         "The sums of each disease that occurred, and the counts of heads: plain numbers"
         return dict(sums=self.sums, not_finite=dict(self.not_finite))
 
+    def of_skipped(self) -> dict[str, dict]:
+        "What a step that was skipped for its loss leaves: the counts of heads"
+        return dict(sums={}, not_finite=dict(self.not_finite))
+
     def merge(self, states:list) -> None:
         "Take in the sums of other batches and processes"
         for state in states:
