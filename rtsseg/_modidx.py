@@ -3392,6 +3392,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.is_never_applied': ( 'systems/plants.html#is_never_applied',
                                                                                    'rtsseg/systems/plants.py'),
+                                       'rtsseg.systems.plants.names_splits': ( 'systems/plants.html#names_splits',
+                                                                               'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.settings_of_line': ( 'systems/plants.html#settings_of_line',
                                                                                    'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.sizes_of': ('systems/plants.html#sizes_of', 'rtsseg/systems/plants.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIER_LINES', 'PLANTS_UNREAD', 'TAXONOMY_FILE', 'PLANTS_CARD', 'PlantLoss', 'PlantMetrics', 'LeafWorld', 'PlantData',
-           'is_never_applied', 'settings_of_line', 'PlantsConfig', 'PlantsFeed', 'PlantsTask', 'PackedPlants', 'Plants',
-           'sizes_of', 'tail_f1']
+           'is_never_applied', 'settings_of_line', 'names_splits', 'PlantsConfig', 'PlantsFeed', 'PlantsTask',
+           'PackedPlants', 'Plants', 'sizes_of', 'tail_f1']
 
 # %% ../../nbs/systems/plants.ipynb #pltexports
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from rtsseg.config import (
     LOOP_UNREAD,
+    SPLIT_FOLDERS,
     Fraction,
     NonNegativeFloat,
     PositiveInt,
@@ -37,6 +38,7 @@ from ..files import write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
 from ..loop import Task
+from ..manifest import FORMATS
 from ..mixing import MIXING_UNREAD, CutMix, Mixing, MixUp, mix_images
 from ..models import timm_layers
 from ..photo_feed import PhotoAugment, PhotoData, photos_in_order, train_photos
@@ -113,6 +115,13 @@ def settings_of_line(line:str) -> tuple[str, ...]:
     fields = type(PhotoAugment.model_fields[line].default).model_fields
     return tuple(f'augment.{line}.{field}' for field in fields if field != 'p')
 
+def names_splits(cfg:RunConfig) -> bool:
+    "Whether the source is a table, or has folders of splits: then none is dealt"
+    source = cfg.data.source
+    if source.suffix.lower() in FORMATS:
+        return True
+    return source.is_dir() and any(path.name.lower() in SPLIT_FOLDERS for path in source.iterdir())
+
 PLANTS_UNREAD = [
     *LOOP_UNREAD,
     Unread(tuple(f'augment.{name}' for name in PhotoAugment.model_fields if name != 'enabled'),
@@ -121,6 +130,10 @@ PLANTS_UNREAD = [
     Unread(tuple(f'augment.rand_augment.{name}' for name in ('layers', 'magnitude', 'p')),
            'augment.rand_augment.enabled is false', lambda cfg: not cfg.augment.rand_augment.enabled),
     *MIXING_UNREAD,
+    Unread(('data.rare',), 'no stage has the sampler weighted',
+           lambda cfg: not any(stage.sampler == 'weighted' for stage in cfg.stages)),
+    Unread(('data.val_share', 'data.test_share', 'data.split_seed'), 'data.source names the split of each photograph',
+           names_splits),
     Unread(('loader.cache_mb',), 'this system keeps no images in memory', lambda cfg: True),
 ]
 
