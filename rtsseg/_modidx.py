@@ -410,6 +410,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'rtsseg.class_export.images_of_run': ('class_export.html#images_of_run', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.invented_tiles': ('class_export.html#invented_tiles', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.milliseconds': ('class_export.html#milliseconds', 'rtsseg/class_export.py'),
+                                     'rtsseg.class_export.photos_for_export': ( 'class_export.html#photos_for_export',
+                                                                                'rtsseg/class_export.py'),
                                      'rtsseg.class_export.plant_files': ('class_export.html#plant_files', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.plant_module': ('class_export.html#plant_module', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.plant_session': ('class_export.html#plant_session', 'rtsseg/class_export.py'),
