@@ -3,6 +3,7 @@ searched; weights that open without the library"""
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,20 @@ from torch.nn.functional import cross_entropy
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
+from rtsseg.class_export import CLASS_FORMATS, export_any, some_photos
 from rtsseg.config import ConfigError, find_system, load, read_yaml, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
+from rtsseg.export import MOST_DIFFERENCE
 from rtsseg.label_losses import label_focal
 from rtsseg.leaf_world import make_leaf_world
 from rtsseg.photo_feed import rare_weights
 from rtsseg.plant_metrics import plant_scores
-from rtsseg.routed import RoutedModel, build_routed, offsets_of, own_diseases, route
-from rtsseg.runs import flatten, read_log, run_folder
+from rtsseg.routed import RoutedModel, build_routed, diagnose, offsets_of, own_diseases, route
+from rtsseg.routed_runs import append_once
+from rtsseg.runs import Stopped, append_line, config_hash, flatten, read_log, run_folder
 from rtsseg.schedule import learning_rate, plan_stages
+from rtsseg.systems.plants import PlantsTask
 from rtsseg.training import train
 from rtsseg.tuning import search
 
@@ -75,6 +80,50 @@ def test_each_stage_trains_what_it_names(undisturbed):
     assert rows[2]['lr/encoder'] == pytest.approx(.1 * rows[2]['lr/species'])
     assert all(math.isfinite(row['val/loss']) for row in rows)
     assert any(name.startswith('train/disease/') for name in rows[0])
+
+def broken_at(batch, forward=PlantsTask.forward):
+    "A forward pass that gives no finite logit of a disease in one training batch"
+    calls = []
+
+    def broken(self, model, inputs):
+        species, diseases = forward(self, model, inputs)
+        calls.extend([batch] if model.training else [])
+        return species, diseases * math.nan if model.training and len(calls) == batch else diseases
+    return broken
+
+class StopAfter:
+    "Ask for a stop after a step"
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, run):
+        if run.step == self.step:
+            run.stop('as asked')
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_a_head_without_a_finite_loss_is_counted_across_a_resume(leaves, tmp_path, monkeypatch, stopped):
+    "The step is skipped, the images are counted, and a stop later in the epoch forgets none of them"
+    stages = [six_stages()[-1] | dict(first=1, last=1)]
+    unmixed = dict(mixup=dict(p=0), cutmix=dict(p=0))
+    cfg = config(leaves, tmp_path/'runs', epochs=1, stages=stages, mixing=unmixed)
+    monkeypatch.setattr(PlantsTask, 'forward', broken_at(2))
+    if stopped:
+        with pytest.raises(Stopped):
+            train(cfg, [StopAfter(3)])
+    folder = train(cfg)
+    row, = read_log(folder)
+    event, = events(folder, 'not_finite')
+    assert row['skipped'] == 1 and event['epoch'] == 1 and sum(event['heads'].values()) == cfg.batch_size
+    assert {f'train/not_finite/{name}': n for name, n in event['heads'].items()} == {
+        name: n for name, n in row.items() if name.startswith('train/not_finite/')}
+
+def test_an_epoch_that_is_repeated_writes_no_event_twice(tmp_path):
+    "The checkpoint of an epoch is written after its events: a kill in between repeats it"
+    row = dict(event='not_finite', epoch=3, heads={'oak': 2})
+    append_line(tmp_path/'log.jsonl', dict(event='start'))
+    for written in (row, row, row | dict(epoch=4)):
+        append_once(tmp_path/'log.jsonl', written)
+    assert events(tmp_path, 'not_finite') == [row, row | dict(epoch=4)]
 
 def kill_after(epoch, program, folder):
     "kill -9 of a trainer that waits after an epoch"
@@ -164,6 +213,18 @@ def test_weights_of_a_stage_open_without_the_library(undisturbed, tmp_path):
         assert found['scores'][name] == last[f'val/{name}']
     images = dict(zip(map('/'.join, feed.taxonomy.classes), feed.images))
     assert found['scores']['tail_f1'] and all(images[name] <= 80 for name in found['scores']['tail_f1'])
+
+def test_final_heads_are_written_without_a_validation_too(leaves, tmp_path):
+    "The last epoch of B2 is not validated: its weights are there, without scores"
+    folder = train(config(leaves, tmp_path, val_frequency=8))
+    heads = torch.load(folder/'stages'/'disease_heads'/'disease_heads_final.pt', weights_only=True)
+    assert (heads['epoch'], heads['scores']) == (LASTS[4] - LASTS[2], {})
+    assert set(heads['weights']) == {'diseases.weight', 'diseases.bias'}
+
+def test_the_tail_makes_another_run(leaves, tmp_path):
+    "It decides which losses are watched and slowed, and what a monitor of the tail measures"
+    hashes = [config_hash(config(leaves, tmp_path, metrics=dict(tail=tail))) for tail in (80, 40)]
+    assert hashes[0] != hashes[1]
 
 def test_heads_alone_are_those_of_the_whole(undisturbed):
     heads = torch.load(undisturbed/'stages'/'disease_heads'/'disease_heads_final.pt', weights_only=True)
@@ -339,6 +400,51 @@ def test_forms_of_a_swin_checkpoint(form, tmp_path):
     model = build_routed(RoutedModel(weights=str(tmp_path/'inaturalist.pt')), [2, 3])
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+WITHOUT_THE_LIBRARY_OR_PYTORCH = '''
+import json, sys
+sys.modules['rtsseg'] = sys.modules['torch'] = None
+import numpy as np, onnxruntime
+folder, photos = sys.argv[1:]
+session = onnxruntime.InferenceSession(f'{folder}/model.onnx', providers=['CPUExecutionProvider'])
+logits, probability, species, disease = session.run(None, dict(pixels=np.load(photos)))
+taxonomy = json.load(open(f'{folder}/taxonomy.json'))
+classes = [(name, each) for name, own in taxonomy.items() for each in own]
+print(json.dumps([dict(species=list(taxonomy)[s], named=classes[d], sum=float(row.sum()), best=int(row.argmax()) == d)
+                  for s, d, row in zip(species.tolist(), disease.tolist(), probability)]))
+'''
+
+def test_its_model_is_exported(undisturbed, tmp_path):
+    "The file names what the library names in use, without it; every format stands in export.json with its parity"
+    done = shell('rtsseg-export', '--model', undisturbed/'model', '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stdout + done.stderr
+    cfg, system = load(undisturbed/'config.yaml'), find_system('plants')
+    feed, packed = system.feed(cfg), system.unpack(undisturbed/'model')
+    photos = some_photos(cfg.data, 'test', 12)
+    np.save(tmp_path/'photos.npy', photos)
+    command = [sys.executable, '-c', WITHOUT_THE_LIBRARY_OR_PYTORCH, tmp_path/'out', tmp_path/'photos.npy']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = np.linspace(0, feed.size('test') - 1, 12).astype(int).tolist()
+    batch = torch.stack([feed.in_order('test').dataset[row]['image'] for row in rows])
+    with torch.no_grad():
+        species, disease = diagnose(packed.model(batch), offsets_of(np.diff(feed.taxonomy.offsets).tolist()))
+    found = json.loads(done.stdout)
+    assert [row['species'] for row in found] == [feed.taxonomy.species[k] for k in species]
+    assert [row['named'] for row in found] == [list(feed.taxonomy.classes[k]) for k in disease]
+    assert all(row['sum'] == pytest.approx(1) and row['best'] for row in found)
+    about = json.loads((tmp_path/'out'/'export.json').read_text())
+    assert about['of_validation'] and about['calibrated_on'] and set(about['files']) == set(CLASS_FORMATS.values())
+    for name in ('model.onnx', 'model.torchscript.pt'):
+        assert about['files'][name]['difference'] <= MOST_DIFFERENCE
+
+def test_an_export_that_cannot_be_leaves_nothing_behind(undisturbed, tmp_path):
+    "Views and 8 bits without photographs"
+    shutil.copytree(undisturbed/'model', tmp_path/'model')
+    for why, asked in {'looks at an image once': dict(views='full'), 'images: int8': dict(formats=['int8'])}.items():
+        with pytest.raises(ConfigError, match=why):
+            export_any(tmp_path/'model', tmp_path/'out', **asked)
+    assert not (tmp_path/'out').exists()
 
 def test_weights_by_name_that_are_not_there(leaves, tmp_path, monkeypatch):
     "The message says what else can be done; nothing is written"
