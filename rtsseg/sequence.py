@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'check_step_names', 'Sequence', 'read_sequence', 'step_fields', 'Verdict', 'judge_step', 'Row',
-           'measured_speed', 'shown', 'write_rows', 'Outcome', 'SequenceRunner', 'sequence_folder', 'run_sequence']
+           'measured_speed', 'held_weights', 'shown', 'write_rows', 'Outcome', 'SequenceRunner', 'sequence_folder',
+           'run_sequence']
 
 # %% ../nbs/09c_sequence.ipynb #seqexports
 import hashlib
@@ -34,11 +35,11 @@ from rtsseg.config import (
 )
 from .console import DataError, nearest
 from .evaluation import evaluate
-from .files import read_seal, write_atomic
+from .files import read_json, read_seal, write_atomic
 from .noise import noise_floor
 from .page import Part, Table, page
 from .processes import make_accelerator
-from .runs import Stopped, config_hash, keep_post_hoc, read_lines
+from .runs import Stopped, config_hash, keep_post_hoc, read_lines, read_log
 from .system import Pass, System, table_path
 from .training import train
 from .variants import RUN_FAILURES, dotted_fields, with_fields
@@ -171,6 +172,13 @@ def measured_speed(folder:Path,      # a run folder
     passes = [line for line in lines if (line['split'], line['views']) == (split, views)]
     return passes[-1]['tiles'] / max(passes[-1]['seconds'], 1e-3) if passes else math.nan
 
+def held_weights(run:Path) -> dict[str, float]|None:
+    "What the parts of the loss weighed in the epoch whose model is judged; None where no gate decided about it"
+    best = read_json(run/'model'/'metrics.json', run)['epoch']
+    row = next((row for row in read_log(run) if row['epoch'] == best), {})
+    prefix = 'loss_weight/'
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)} or None
+
 def shown(value:Any) -> str:
     "A cell as text: numbers with four figures, a dash where there is nothing"
     if isinstance(value, float):
@@ -261,7 +269,9 @@ class SequenceRunner:
         "Add the row of a run, and carry it where its verdict says so"
         views = self.system.default_views(cfg)
         where = Path(os.path.relpath(run, cfg.runs)).as_posix()
-        self._add(step, cfg, views, table, measured_speed(run, 'val', views), verdict, where)
+        row = Row(step.name, step.target, self._columns(cfg, views, table, held_weights(run)),
+                  measured_speed(run, 'val', views), verdict, where)
+        self._add(row)
         if verdict.carried:
             self.cfg, self.run, self.table = cfg, run, table
 
@@ -315,7 +325,8 @@ class SequenceRunner:
         table, speed = self.system.read_table(kept), json.loads(kept.with_suffix('.json').read_text())['speed']
         verdict = self._verdict(step, table)
         verdict.carried, verdict.text = False, f'{verdict.text}, only compared'
-        self._add(step, judged_as(packed.cfg, self.cfg), views, table, speed, verdict, path.name)
+        columns = self._columns(judged_as(packed.cfg, self.cfg), views, table)
+        self._add(Row(step.name, step.target, columns, speed, verdict, path.name))
 
     def _verdict(self, step, table):
         if not self.rows:
@@ -325,10 +336,12 @@ class SequenceRunner:
         except ValueError as error:
             raise DataError(str(error)) from None
 
-    def _add(self, step, cfg, views, table, speed, verdict, where):
-        columns = self.system.experiment(cfg, views, self.system.metrics(table, self.cfg))
-        self.rows.append(Row(step.name, step.target, columns, speed, verdict, where))
-        print(', '.join(f'{name} {shown(value)}' for name, value in self.rows[-1].cells().items()), flush=True)
+    def _columns(self, cfg, views, table, held=None):
+        return self.system.experiment(cfg, views, self.system.metrics(table, self.cfg), held)
+
+    def _add(self, row):
+        self.rows.append(row)
+        print(', '.join(f'{name} {shown(value)}' for name, value in row.cells().items()), flush=True)
 
 def sequence_folder(cfg:RunConfig, file:Path, steps:list[Step]) -> Path:
     "Where a sequence is kept: another baseline or other steps have another folder"

@@ -333,7 +333,8 @@ class System:
 
     def experiment(self, cfg:RunConfig,
                    views:str,                   # of its evaluation
-                   scores:dict[str, float]      # of `metrics`
+                   scores:dict[str, float],     # of `metrics`
+                   held:dict[str, float]|None=None   # weights of the loss that gates let hold; None where unknown
                   ) -> dict[str, Any]:
         "Columns of a table of experiments: what a run was, in few words, and the numbers that count"
         name = self.monitor(cfg)[0]

@@ -13,7 +13,7 @@ from rtsseg import sequence
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, RunConfig, find_system, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.runs import flatten, run_config
+from rtsseg.runs import flatten, read_log, run_config
 from rtsseg.sequence import Verdict, judge_step, read_sequence, run_sequence
 from rtsseg.system import SampleTable, System
 from rtsseg.training import train
@@ -139,6 +139,31 @@ def test_the_same_command_resumes(outcome, home, monkeypatch):
     assert again.folder == outcome.folder
     pd.testing.assert_frame_equal(pd.read_csv(again.folder/'table.csv'), before)
     assert {path: path.read_bytes() for path in runs} == runs
+
+GATED = """
+steps:
+  - {name: baseline}
+  - name: gated
+    set:
+      epochs: 2
+      gate_epochs: 9
+      loss: {parts: [cross_entropy, dice, lovasz]}
+      loss_weights: {lovasz: 0}
+      stages:
+        - {first: 1, last: 1, rates: {encoder: 1e-3, decoder: 1e-3}}
+        - {first: 2, last: 2, rates: {encoder: 1e-3, decoder: 1e-3}, gated: true, loss_weights: {lovasz: 0.1}}
+"""
+
+@pytest.mark.parametrize('opens, loss', [(True, '0.7 cross_entropy + 0.3 dice + 0.1 lovasz'),
+                                         (False, '0.7 cross_entropy + 0.3 dice')])
+def test_the_table_names_a_loss_only_where_its_gate_opened(opens, loss, home, tmp_path, monkeypatch):
+    (tmp_path/'steps.yaml').write_text(GATED)
+    monkeypatch.setattr('rtsseg.schedule.LossGate.is_reached', lambda *args: opens)
+    found = run_sequence(config(home, runs=tmp_path/'runs'), tmp_path/'steps.yaml', images=3)
+    rows = read_log(tmp_path/'runs'/found.rows[1].run)
+    assert [row.get('loss_weight/lovasz') for row in rows] == [0, .1 if opens else 0]
+    best = json.loads((tmp_path/'runs'/found.rows[1].run/'model'/'metrics.json').read_text())
+    assert best['epoch'] == 2 and found.rows[1].columns['Loss'] == loss
 
 # ------------------------------------------------ outlines that are drawn again
 

@@ -669,14 +669,20 @@ def looks_blocks(results:Any    # `Results`
     return blocks
 
 # %% ../../nbs/systems/landcover.ipynb #lctablerowcode
-def described_loss(cfg:LandcoverConfig) -> str:    # as '0.7 cross_entropy + 0.3 dice'
-    "The parts of the loss with the weights of the last stage"
+def described_loss(cfg:LandcoverConfig,
+                   held:dict[str, float]|None=None    # weights that gates let hold; None where unknown
+                  ) -> str:                           # as '0.7 cross_entropy + 0.3 dice'
+    "The parts of the loss with the weights that held, or those of the last stage"
     weights = cfg.loss_weights | (cfg.stages[-1].loss_weights if cfg.stages else {})
+    if held is not None:
+        weights = held
     terms = [f'{weights.get(part, 1.):g} {part}' for part in cfg.loss_parts if weights.get(part, 1.)]
     if cfg.loss.hardest < 1:
         terms.append(f'hardest {cfg.loss.hardest:.0%}')
     if cfg.loss.class_weights:
         terms.append('weights of classes')
+    if held is None and any(stage.gated for stage in cfg.stages):
+        terms.append('where its gates opened')
     return ' + '.join(terms)
 
 def described_augmentation(cfg:LandcoverConfig) -> str:
@@ -707,12 +713,14 @@ def described_finish(cfg:LandcoverConfig, views:str) -> str:
         return ''
     return f'refined, CRF {cfg.refine.crf_iterations}' if cfg.refine.crf_iterations else 'refined'
 
-def described_run(cfg:LandcoverConfig, views:str) -> dict[str, str]:
+def described_run(cfg:LandcoverConfig, views:str,
+                  held:dict[str, float]|None=None    # of `described_loss`
+                 ) -> dict[str, str]:
     "Backbone, Pretrain, Loss, Aug, LR, Size, TTA and Post of a run (guide 002, 3.2)"
     networks = [member.model for member in cfg.members] or [cfg.model]
     names = dict.fromkeys(f'{network.architecture} {network.encoder}' for network in networks)
     start = Path(cfg.model.weights).name if cfg.model.weights else 'random'
-    return dict(Backbone=' + '.join(names), Pretrain=start, Loss=described_loss(cfg),
+    return dict(Backbone=' + '.join(names), Pretrain=start, Loss=described_loss(cfg, held),
                 Aug=described_augmentation(cfg), LR=described_rates(cfg), Size='/'.join(map(str, cfg.data.sides)),
                 TTA=views.partition('-')[0], Post=described_finish(cfg, views))
 
@@ -980,10 +988,12 @@ class Landcover(System):
             looks['Refinement'] = texts
         return {'Headline': sections.pop('Headline'), 'Classes': classes} | looks | sections
 
-    def experiment(self, cfg:LandcoverConfig, views:str, scores:dict[str, float]) -> dict[str, Any]:
+    def experiment(self, cfg:LandcoverConfig, views:str, scores:dict[str, float],
+                   held:dict[str, float]|None=None) -> dict[str, Any]:
         "The columns of guide 002, 3.2; boundary IoU at the widest boundary that is measured"
         widest = max(cfg.metrics.boundary_widths, default=0)
-        return described_run(cfg, views) | dict(mIoU=scores['miou'], bIoU=scores.get(f'biou_{widest}', float('nan')))
+        boundary = scores.get(f'biou_{widest}', float('nan'))
+        return described_run(cfg, views, held) | dict(mIoU=scores['miou'], bIoU=boundary)
 
     def default_views(self, cfg:LandcoverConfig) -> str:
         "Views and finish of the config"
