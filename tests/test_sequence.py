@@ -158,7 +158,11 @@ steps:
                                          (False, '0.7 cross_entropy + 0.3 dice')])
 def test_the_table_names_a_loss_only_where_its_gate_opened(opens, loss, home, tmp_path, monkeypatch):
     (tmp_path/'steps.yaml').write_text(GATED)
-    monkeypatch.setattr('rtsseg.schedule.LossGate.is_reached', lambda *args: opens)
+    def reaches(gate, value, mode):
+        gate.milestone = .99
+        return opens
+
+    monkeypatch.setattr('rtsseg.schedule.LossGate.is_reached', reaches)
     found = run_sequence(config(home, runs=tmp_path/'runs'), tmp_path/'steps.yaml', images=3)
     rows = read_log(tmp_path/'runs'/found.rows[1].run)
     assert [row.get('loss_weight/lovasz') for row in rows] == [0, .1 if opens else 0]
