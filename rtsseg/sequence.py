@@ -262,7 +262,7 @@ class SequenceRunner:
         table = self._evaluated(step, cfg, self.run)
         verdict, self.untried_views = self._verdict(step, table), self.system.default_views(self.cfg)
         # the trial decides, and what it means for the monitored value is shown
-        verdict.carried, verdict.text = True, f'trial passed, {100 * trial.gain:+.2f}'
+        verdict.carried, verdict.text = True, f'trial passed, {100 * trial.gain:+.2f} points'
         self._take_in(step, cfg, self.run, table, verdict)
 
     def _take_in(self, step, cfg, run, table, verdict):

@@ -773,6 +773,8 @@ def tried_iterations(cfg:Refinement) -> int:
 def refinement_arms(packed:'PackedLandcover', feed:LandcoverFeed) -> dict[str, SampleTable]:
     "A table of each arm, of a CRF where it is installed or asked for, over validation images; raises `ConfigError`"
     cfg, device = feed.cfg, make_accelerator(feed.cfg).device
+    if not cfg.metrics.boundary_widths:
+        raise ConfigError('metrics.boundary_widths is empty: a trial is judged by boundary IoU')
     task = LandcoverTask(cfg, feed, cfg.views, load_refiner(cfg.refine, device))
     samples = feed.samples.of('val')
     rows = np.unique(np.linspace(0, len(samples) - 1, min(cfg.refine.images, len(samples))).astype(int))
