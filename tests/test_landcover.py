@@ -8,26 +8,27 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.refiners import KnowsTruth
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
 from rtsseg.checkpoint import load_state
 from rtsseg.class_export import write_class_onnx
 from rtsseg.class_metrics import sum_counts
-from rtsseg.class_tiles import read_pair
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
-from rtsseg.runs import judge_run, read_log, run_config, run_folder
+from rtsseg.runs import judge_run, keep_post_hoc, read_log, run_config, run_folder
 from rtsseg.training import train
 from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
+OWN_PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
+PARTS = [*OWN_PARTS, 'teacher_features', 'teacher_logits']
 LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'),
               unfreeze=dict(share=.5, groups=2, every=1),
-              loss=dict(parts=PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
+              loss=dict(parts=OWN_PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
               loss_weights=dict(boundary=.01))
 
 @pytest.fixture(scope='module')
@@ -45,10 +46,13 @@ def teacher(land, tmp_path_factory):
     "The model directory of a short run"
     return train(config(land, tmp_path_factory.mktemp('teacher'), epochs=1, seed=7))/'model'
 
+def taught_by(teacher):
+    return dict(teacher=str(teacher), compares=['features', 'logits'])
+
 @pytest.fixture(scope='module')
 def lively(land, teacher, tmp_path_factory):
     "A run with everything that draws at random or changes with time, and with all that training alone has"
-    return train(config(land, tmp_path_factory.mktemp('runs'), distil=dict(teacher=str(teacher)), **LIVELY))
+    return train(config(land, tmp_path_factory.mktemp('runs'), distil=taught_by(teacher), **LIVELY))
 
 def test_it_learns(land, tmp_path):
     "More than the largest class everywhere would give: its share of the pixels, over seven classes"
@@ -62,8 +66,7 @@ def test_it_learns(land, tmp_path):
 
 def test_killed_and_started_again_it_ends_in_the_same_bytes(land, teacher, lively, tmp_path):
     "kill -9 after the first epoch: crops, mixing, unfreezing, helpers and weights are those of the undisturbed run"
-    distil = dict(teacher=str(teacher))
-    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=distil, **LIVELY)
+    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=taught_by(teacher), **LIVELY)
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     folder = run_folder(cfg, find_system('landcover').feed(cfg).hash)
     with running(Program('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline', env=held(folder, 1))) as process:
@@ -86,7 +89,7 @@ def test_helpers_train_and_are_left_behind(lively, teacher):
     assert str(teacher) not in (lively/'model'/'config.yaml').read_text()
 
 def test_a_teacher_that_is_gone_is_named(land, tmp_path):
-    lost = dict(loss=dict(parts=['cross_entropy', 'teacher_features']), distil=dict(teacher=str(tmp_path/'gone')))
+    lost = dict(distil=dict(teacher=str(tmp_path/'gone')))
     with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
         train(config(land, tmp_path/'runs', **lost))
     assert not (tmp_path/'runs').exists()
@@ -117,39 +120,54 @@ def test_views_and_clean_up_are_compared(lively):
     assert 'were not compared' in system.missing_before_test(lively, 'flips')
     assert not system.missing_before_test(lively, 'scales')
 
-class KnowsTruth:
-    "Gives, for an image of some land, the true class that most positive points lie in"
-
-    def __init__(self, samples, values):
-        pairs = [read_pair(samples, row, values) for row in range(len(samples))]
-        self.truth = {pair.image.tobytes(): pair.mask for pair in pairs}
-
-    def refine(self, image, points, labels):
-        truth = self.truth[image.tobytes()]
-        columns, rows = points[labels == 1].astype(int).T
-        return truth == np.bincount(truth[rows, columns]).argmax()
-
-def test_outlines_are_drawn_again_where_a_trial_says_so(lively, monkeypatch):
-    "One that knows the truth gains, and only after its trial may it change every map"
+def test_outlines_are_drawn_again_where_a_trial_says_so(lively, tmp_path, monkeypatch):
+    "One that knows the truth gains, and only after its trial may it change every map, as it was tried"
+    refiner = tmp_path/'sam.ts'
+    refiner.write_text('one')
     system, cfg = find_system('landcover'), load(lively/'config.yaml')
     feed = system.feed(cfg)
     knows = KnowsTruth(feed.samples, cfg.data.values)
     monkeypatch.setattr('rtsseg.systems.landcover.load_refiner', lambda cfg, device: knows)
-    judge_run(lively, ['refine.where=all', 'refine.min_area=4'])
+    judge_run(lively, ['refine.where=all', 'refine.min_area=4', f'refine.model={refiner}'])
     with pytest.raises(ConfigError, match='needs a trial on validation'):
         evaluate(lively, 'val', 'none-refined')
-    said = system.refine(lively, run_config(lively))
-    assert 'refine.where: all may be used' in said
+    trial = system.refine(lively, run_config(lively))
+    assert trial.passes and trial.gain > .01 and 'refine.where: all may be used' in trial.text
     found = json.loads((lively/'evidence'/'refinement.json').read_text())
-    assert found['passes'] and found['gain'] > .01 and found['arms']['sam']['miou'] > found['arms']['none']['miou']
+    assert trial.gain == pytest.approx(found['arms']['sam']['boundary'] - found['arms']['none']['boundary'])
+    assert found['arms']['sam']['miou'] > found['arms']['none']['miou']
     evaluated = system.metrics(system.read_table(evaluate(lively, 'val', 'none-refined')), cfg)
     assert evaluated['miou'] == pytest.approx(found['arms']['sam']['miou'])
+    # what was tried is not tried again, and nothing else is allowed by it
+    with monkeypatch.context() as closed:
+        closed.setattr('rtsseg.systems.landcover.refinement_arms', None)
+        assert system.refine(lively, run_config(lively)) == trial
+    others = {'refine.band=3': 'other band', 'refine.classes=[road]': 'other classes',
+              'refine.points=2': 'other points', 'refine.crf_iterations=5': 'needs a trial',
+              'refine.least_gain=0.9': 'More than 90 points'}
+    for override, why in others.items():
+        usual = run_config(lively)
+        judge_run(lively, [override])
+        with pytest.raises(ConfigError, match=why):
+            evaluate(lively, 'val', 'none-refined')
+        keep_post_hoc(lively, usual)
+    with pytest.raises(ConfigError, match='other views'):
+        evaluate(lively, 'val', 'flips-refined')
+    refiner.write_text('another')
+    with pytest.raises(ConfigError, match='other refiner'):
+        evaluate(lively, 'val', 'none-refined')
+    refiner.write_text('one')
+    path = lively/'evidence'/'refinement.json'
+    path.write_text(path.read_text().replace(found['tried']['weights'], 64 * '0'))
+    with pytest.raises(ConfigError, match='other weights'):
+        evaluate(lively, 'val', 'none-refined')
     # an image that is not named stays as it is
     judge_run(lively, ['refine.where=regions', 'refine.regions=[nowhere]'])
     tables = [system.read_table(evaluate(lively, 'val', views)) for views in ('none', 'none-refined')]
     assert tables[0].frame.equals(tables[1].frame)
     results, = read_results(lively)
     assert 'points of boundary IoU' in system.sections(results)['Refinement'][0].text
+    judge_run(lively, ['refine.where=off', 'refine.model=null'])
 
 def test_a_refiner_that_is_not_there_is_named(lively):
     done = shell('rtsseg-refine', '--run', lively)
