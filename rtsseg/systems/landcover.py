@@ -572,6 +572,18 @@ class LandcoverTask(Task):
             values |= self.teacher_losses(taught, target)
         return values
 
+    def example(self,
+                logits:torch.Tensor,    # (B, classes, H, W)
+                batch:dict              # with `target`
+               ) -> tuple[Taught, dict]:
+        "What training compares where all depends on these logits alone, and the batch with its boundaries"
+        edge = logits[:, :1] if self.cfg.loss.asks_for('edge') else None
+        asks = self.cfg.loss.asks_for('teacher_features', 'teacher_logits')
+        features = torch.zeros(len(logits), 1, 1, 1)
+        lesson = Lesson(features, logits.detach().flip(1)) if asks else None
+        add_boundaries = BoundaryCollate(lambda _: dict(batch), self.cfg.loss, logits.shape[1])
+        return Taught(logits, edge, features, lesson), add_boundaries([])
+
     def teacher_losses(self, taught:'Taught', target:torch.Tensor) -> dict[str, torch.Tensor]:
         "How far features and logits are from those of the teacher"
         loss, distil, values = self.cfg.loss, self.cfg.distil, {}
