@@ -2192,6 +2192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.pretrained.cached_file': ('pretrained.html#cached_file', 'rtsseg/pretrained.py'),
                                    'rtsseg.pretrained.check_names': ('pretrained.html#check_names', 'rtsseg/pretrained.py'),
                                    'rtsseg.pretrained.check_reachable': ('pretrained.html#check_reachable', 'rtsseg/pretrained.py'),
+                                   'rtsseg.pretrained.directory_stats': ('pretrained.html#directory_stats', 'rtsseg/pretrained.py'),
                                    'rtsseg.pretrained.encoder_problems': ('pretrained.html#encoder_problems', 'rtsseg/pretrained.py'),
                                    'rtsseg.pretrained.fetch': ('pretrained.html#fetch', 'rtsseg/pretrained.py'),
                                    'rtsseg.pretrained.find_weights': ('pretrained.html#find_weights', 'rtsseg/pretrained.py'),

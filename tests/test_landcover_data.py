@@ -13,7 +13,7 @@ from PIL import Image
 from helpers.shell import shell
 from rtsseg.class_tiles import ClassSamples
 from rtsseg.class_world import make_class_world
-from rtsseg.config import find_system, load
+from rtsseg.config import ConfigError, find_system, load
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.processes import make_accelerator
@@ -200,3 +200,18 @@ def test_a_model_of_other_windows_or_boundaries_is_judged_and_named(more, words,
         assert not caplog.records
         LandcoverFeed(config(land, **more)).split('val', theirs)
     assert words in caplog.text
+
+def test_a_run_starts_from_a_model_and_normalises_as_it_did(land, theirs):
+    model = theirs.cfg.model.model_dump() | dict(weights=str(theirs.folder), normalisation='pretrained')
+    cfg, system = config(land, model=model), find_system('landcover')
+    feed = LandcoverFeed(cfg)
+    assert feed.statistics == ([.2, .3, .4], [.5, .6, .7])
+    begun, trained = system.model(cfg, feed).state_dict(), theirs.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in trained.items())
+
+@pytest.mark.parametrize('facts', ['{"classes": ["a", "b"]}', '{"mean": "grey", "std": [1, 1, 1]}', '{'])
+def test_a_model_that_does_not_say_how_it_normalises(facts, land, tmp_path):
+    (tmp_path/'classes.json').write_text(facts)
+    model = dict(weights=str(tmp_path), normalisation='pretrained')
+    with pytest.raises(ConfigError, match=f'model.weights: {tmp_path}: .*classes.json'):
+        LandcoverFeed(config(land, model=model)).statistics  # noqa: B018
