@@ -21,7 +21,7 @@ from step import float_tensors
 
 CLASSES, TEMPERATURE = 7, 3.
 STATISTICS = [.485, .456, .406], [.229, .224, .225]
-PARTS = ['cross_entropy', 'dice', 'teacher_features', 'teacher_logits']
+COMPARES = ['features', 'logits']
 WEIGHTS = dict(cross_entropy=.7, dice=.3, teacher_features=.5, teacher_logits=.5)
 
 def config(encoder, **more):
@@ -96,7 +96,7 @@ def main(epochs=8, steps=4, side=64, warm=2):
         best = dict(epoch=1, step=1, value=0., metrics={})
         Landcover().package(teacher_dir, teacher, small, feed, best, {})
         cfg = config('mit_b2', epochs=epochs, val_frequency=epochs, checkpoint={'every': 10 * epochs}, batch_size=2,
-                     loss=dict(parts=PARTS), loss_weights=WEIGHTS, distil=dict(teacher=str(teacher_dir)),
+                     loss_weights=WEIGHTS, distil=dict(teacher=str(teacher_dir), compares=COMPARES),
                      data=dict(sides=[side]), windows=dict(side=64, stride=64))
         model = build(cfg.model, CLASSES)
         turns = Turns(Bare(loader, copy.deepcopy(model), teacher))

@@ -37,6 +37,14 @@ class Distillation(Strict):
         'l2', description='teacher_features: l2 is the squared distance after a 1×1 projection, attention compares '
                           'maps of where features are large')
     temperature: PositiveFloat = Field(3., description='teacher_logits: T, by which logits are divided')
+    compares: list[Literal['features', 'logits']] = Field(
+        ['features'], min_length=1, description='what is compared with the teacher, where one is named: each is a part '
+                                                'of the loss, teacher_features and teacher_logits')
+
+    @property
+    def parts(self) -> list[str]:
+        "What it adds to the parts of a loss; [] without a teacher"
+        return [f'teacher_{what}' for what in dict.fromkeys(self.compares)] if self.teacher else []
 
 # %% ../nbs/04t_distil.ipynb #dstlossescode
 def feature_distance(ours:torch.Tensor,    # (B, C, h, w): projected to the teacher's channels

@@ -24,10 +24,11 @@ from rtsseg.training import train
 from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
+OWN_PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
+PARTS = [*OWN_PARTS, 'teacher_features', 'teacher_logits']
 LIVELY = dict(mixing=dict(mixup=dict(p=.3), cutmix=dict(p=.3), same='group'),
               unfreeze=dict(share=.5, groups=2, every=1),
-              loss=dict(parts=PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
+              loss=dict(parts=OWN_PARTS, hardest=.4, label_smoothing=.1, edge=dict(target='distance', loss='dice')),
               loss_weights=dict(boundary=.01))
 
 @pytest.fixture(scope='module')
@@ -45,10 +46,13 @@ def teacher(land, tmp_path_factory):
     "The model directory of a short run"
     return train(config(land, tmp_path_factory.mktemp('teacher'), epochs=1, seed=7))/'model'
 
+def taught_by(teacher):
+    return dict(teacher=str(teacher), compares=['features', 'logits'])
+
 @pytest.fixture(scope='module')
 def lively(land, teacher, tmp_path_factory):
     "A run with everything that draws at random or changes with time, and with all that training alone has"
-    return train(config(land, tmp_path_factory.mktemp('runs'), distil=dict(teacher=str(teacher)), **LIVELY))
+    return train(config(land, tmp_path_factory.mktemp('runs'), distil=taught_by(teacher), **LIVELY))
 
 def test_it_learns(land, tmp_path):
     "More than the largest class everywhere would give: its share of the pixels, over seven classes"
@@ -62,8 +66,7 @@ def test_it_learns(land, tmp_path):
 
 def test_killed_and_started_again_it_ends_in_the_same_bytes(land, teacher, lively, tmp_path):
     "kill -9 after the first epoch: crops, mixing, unfreezing, helpers and weights are those of the undisturbed run"
-    distil = dict(teacher=str(teacher))
-    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=distil, **LIVELY)
+    cfg = config(land, tmp_path/'runs', checkpoint=dict(resume_minutes=1e-6), distil=taught_by(teacher), **LIVELY)
     (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
     folder = run_folder(cfg, find_system('landcover').feed(cfg).hash)
     with running(Program('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--inline', env=held(folder, 1))) as process:
@@ -86,7 +89,7 @@ def test_helpers_train_and_are_left_behind(lively, teacher):
     assert str(teacher) not in (lively/'model'/'config.yaml').read_text()
 
 def test_a_teacher_that_is_gone_is_named(land, tmp_path):
-    lost = dict(loss=dict(parts=['cross_entropy', 'teacher_features']), distil=dict(teacher=str(tmp_path/'gone')))
+    lost = dict(distil=dict(teacher=str(tmp_path/'gone')))
     with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
         train(config(land, tmp_path/'runs', **lost))
     assert not (tmp_path/'runs').exists()

@@ -88,7 +88,8 @@ def test_lovasz_waits_for_the_milestone_of_epoch_ten(newest, expected):
     assert [epoch for epoch in range(21, 51) if gate.holds(third, epoch)][0] == expected
 
 @pytest.mark.parametrize('name, epochs, frozen', [
-    ('earthvqa', (1, 50), (10, 10)), ('gradual_unfreezing', (1, 10, 11, 21, 31, 41), (10, 10, 8, 5, 2, 0))])
+    ('earthvqa_frozen', (1, 50), (10, 10)), ('earthvqa', (1, 50), (0, 0)),
+    ('gradual_unfreezing', (1, 10, 11, 21, 31, 41), (10, 10, 8, 5, 2, 0))])
 def test_lower_layers_are_frozen_as_the_guide_says(name, epochs, frozen):
     "60% of the 16 blocks of MiT-B2, which is 10"
     settings = load(BASELINE, LANDCOVER/'experiments'/f'{name}.yaml').unfreeze

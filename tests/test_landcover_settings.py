@@ -41,8 +41,8 @@ OTHER_LOSS = dict(class_weights=[1, 2, 3, 4, 5, 6, 7], label_smoothing=.1, harde
     (dict(loss=dict(edge=dict(width=3))), {'loss.edge.width'}),
     (dict(loss=dict(parts=['cross_entropy', 'edge'], smooth=9, edge=dict(loss='dice'))), set()),
     (dict(distil=dict(temperature=2, features='attention')), {'distil.temperature', 'distil.features'}),
-    (dict(loss=dict(parts=['dice', 'teacher_features']), distil=dict(temperature=2, features='attention')),
-     {'distil.temperature'}),
+    (dict(distil=dict(teacher='t', temperature=2, features='attention')), {'distil.temperature'}),
+    (dict(distil=dict(teacher='t', compares=['logits'], temperature=2, features='attention')), {'distil.features'}),
     (dict(ema=dict(enabled=False, decay=.5)), {'ema.decay'}),
     (dict(), set()),
 ], ids=str)

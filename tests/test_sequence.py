@@ -12,7 +12,7 @@ from rtsseg import sequence
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, RunConfig, find_system, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.runs import run_config
+from rtsseg.runs import flatten, run_config
 from rtsseg.sequence import judge_step, read_sequence, run_sequence
 from rtsseg.system import SampleTable, System
 from rtsseg.training import train
@@ -176,14 +176,32 @@ def test_the_command(home, outcome, tmp_path):
     assert '| longer |' in done.stdout and 'trained already' in done.stdout
 
 def test_the_guides_steps_are_configs():
-    "Each is valid on the baseline, and all of them together"
+    "Each is valid on the baseline, and laid over every choice of those before it: none takes a part of the loss away"
     base = load(ROOT/'configs'/'landcover'/'baseline.yaml')
     file = ROOT/'configs'/'landcover'/'sequence.yaml'
-    together = {}
     steps = read_sequence(file).steps
     assert len(steps) == 8 and steps[-1].ensemble == ['earthvqa', 'distillation'] and steps[-1].weights == '0.6,0.4'
-    for step in steps[:-1]:
+    carried = [base]
+    for step in steps[1:-1]:
         fields = sequence.step_fields(step, type(base), file.parent)
-        sequence.with_fields(base, fields)
-        together |= fields
-    assert sequence.with_fields(base, together).stages
+        after = [sequence.with_fields(cfg, fields) for cfg in carried]
+        for old, new in zip(carried, after, strict=True):
+            assert set(old.loss_parts) <= set(new.loss_parts) and set(old.loss_weights) <= set(new.loss_weights)
+            assert new.stages[-1:] == old.stages[-1:] or step.name == 'lovasz'
+            assert step.name != 'earthvqa' or differing(old, new) == {'model.weights'}
+        carried += after
+    last = carried[-1]
+    assert set(last.loss_parts) == {'cross_entropy', 'dice', 'lovasz', 'teacher_features'}
+    assert last.stages[-1].loss_weights == dict(cross_entropy=.6, dice=.3, lovasz=.1)
+    assert last.loss_weights['teacher_features'] == .5 and last.views == 'scales'
+
+def differing(cfg, other):
+    "Dotted settings that differ"
+    ours, theirs = (flatten(one.model_dump()) for one in (cfg, other))
+    return {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+
+def test_a_stage_weighs_only_what_there_is():
+    "So a step whose list of parts takes the place of another one cannot lose a part unseen"
+    base, experiments = ROOT/'configs'/'landcover'/'baseline.yaml', ROOT/'configs'/'landcover'/'experiments'
+    with pytest.raises(ConfigError, match='stages.2.loss_weights names lovasz'):
+        load(base, experiments/'gated_lovasz.yaml', experiments/'edge_head.yaml')

@@ -123,7 +123,7 @@ from rtsseg.weights import (
 )
 
 # %% ../../nbs/systems/landcover.ipynb #lcconfig
-ClassLossName = Literal['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
+ClassLossName = Literal['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
 
 class EdgeHead(Strict):
     "Guide 002, 3.1: what the part `edge` of the loss means"
@@ -137,7 +137,7 @@ class ClassLoss(Strict):
     "Guide 002, 1.2, 2.1, 2.3 and 3.1"
     parts: Annotated[list[ClassLossName], AfterValidator(check_no_repeats)] = Field(
         ['cross_entropy', 'dice'], min_length=1,
-        description='what is added up; loss_weights weighs each, 1 where it is not named')
+        description='what is added up, beside what `distil` compares; loss_weights weighs each, else 1')
     class_weights: list[PositiveFloat] | None = Field(
         None, description='cross_entropy: how much a pixel of each class counts; null: all alike')
     label_smoothing: float = Field(
@@ -203,9 +203,9 @@ LANDCOVER_UNREAD = [
     Unread(('loss.smooth',), 'no part of the loss is a Dice loss',
            lambda cfg: not cfg.loss.asks_for('dice') and not cfg.loss.compares_edges_by_dice()),
     Unread(('loss.edge',), 'loss.parts has no edge', lacks('edge')),
-    Unread(('distil',), 'loss.parts has no teacher', lacks('teacher_features', 'teacher_logits')),
-    Unread(('distil.features',), 'loss.parts has no teacher_features', lacks('teacher_features')),
-    Unread(('distil.temperature',), 'loss.parts has no teacher_logits', lacks('teacher_logits')),
+    Unread(('distil',), 'distil.teacher names none', lambda cfg: cfg.distil.teacher is None),
+    Unread(('distil.features',), 'distil.compares has no features', lambda cfg: 'features' not in cfg.distil.compares),
+    Unread(('distil.temperature',), 'distil.compares has no logits', lambda cfg: 'logits' not in cfg.distil.compares),
     Unread(('refine',), 'refine.where is off', lambda cfg: cfg.refine.where == 'off'),
     Unread(('refine.regions',), 'refine.where is {cfg.refine.where}', lambda cfg: cfg.refine.where != 'regions'),
     *MIXING_UNREAD,
@@ -245,6 +245,15 @@ class LandcoverConfig(RunConfig):
     refine: Annotated[Refinement, Undeciding(), PostHoc()] = Refinement()
 
     @property
+    def loss_parts(self) -> list[str]:
+        "The parts of the loss, those of a teacher included"
+        return [*self.loss.parts, *self.distil.parts]
+
+    def asks_for(self, *names:str) -> bool:
+        "Whether one of these parts is added up"
+        return bool(set(names) & set(self.loss_parts))
+
+    @property
     def folder_name(self) -> str:
         "As of every run, or with the seeds of an ensemble"
         seeds = '-'.join(str(member.seed) for member in self.members)
@@ -256,6 +265,15 @@ class LandcoverConfig(RunConfig):
         unknown = [name for name in self.refine.classes if name not in self.data.names]
         if unknown:
             raise ValueError(f'refine.classes: no class {unknown[0]!r}{nearest(unknown[0], self.data.names)}')
+        return self
+
+    @model_validator(mode='after')
+    def _stages_weigh_what_there_is(self):
+        for number, stage in enumerate(self.stages):
+            unknown = [name for name in stage.loss_weights if name not in self.loss_parts]
+            if unknown:
+                raise ValueError(f'stages.{number}.loss_weights names {unknown[0]}, and the parts of the loss are '
+                                 f'{", ".join(self.loss_parts)}: add it to loss.parts, or leave it out')
         return self
 
     @model_validator(mode='after')
@@ -273,10 +291,10 @@ class LandcoverConfig(RunConfig):
         "Settings that are valid but probably a mistake, a line each"
         found, usual = super().doubtful_settings(), type(self).model_fields['loss_weights'].default
         idle = sorted(name for name, weight in self.loss_weights.items()
-                      if name not in self.loss.parts and weight != usual.get(name))
+                      if name not in self.loss_parts and weight != usual.get(name))
         if idle:
-            found.append(f'loss_weights names {", ".join(idle)}, and loss.parts {self.loss.parts} has no such part: '
-                         'it changes nothing')
+            found.append(f'loss_weights names {", ".join(idle)}, and the parts of the loss are '
+                         f'{", ".join(self.loss_parts)}: it changes nothing')
         return found
 
 # %% ../../nbs/systems/landcover.ipynb #lcboundarycode
@@ -445,7 +463,7 @@ def make_helpers(cfg:LandcoverConfig,
                 ) -> nn.ModuleDict:    # edge, project: where the loss needs them
     "New helpers of a network, a function of the seed"
     loss, helpers = cfg.loss, nn.ModuleDict()
-    projects = loss.asks_for('teacher_features') and cfg.distil.features == 'l2'
+    projects = cfg.asks_for('teacher_features') and cfg.distil.features == 'l2'
     if not (projects or loss.asks_for('edge')):
         return helpers
     side = cfg.data.sides[0]
@@ -505,11 +523,11 @@ class LandcoverTask(Task):
     @cached_property
     def teacher(self) -> Teacher|None:
         "The frozen network of a distillation, which training alone asks for; raises `ConfigError` and `ModelError`"
-        loss, names = self.cfg.loss, self.cfg.data.names
-        if not loss.asks_for('teacher_features', 'teacher_logits'):
+        cfg = self.cfg
+        if cfg.distil.teacher is None:
             return None
-        teacher = load_teacher(self.cfg.distil)
-        check_lesson(teacher, self.cfg.data.sides[0], names if loss.asks_for('teacher_logits') else ())
+        teacher = load_teacher(cfg.distil)
+        check_lesson(teacher, cfg.data.sides[0], cfg.data.names if cfg.asks_for('teacher_logits') else ())
         return teacher
 
     @cached_property
@@ -528,7 +546,7 @@ class LandcoverTask(Task):
             return viewed_logits(model, batch['image'], views, windows.side, windows.stride)
         mix = batch.get('mix')
         image = batch['image'] if mix is None else mix_images(batch['image'], mix)
-        if not self.cfg.loss.asks_for('edge', 'teacher_features', 'teacher_logits'):
+        if not self.cfg.asks_for('edge', 'teacher_features', 'teacher_logits'):
             return model(image)
         seen = glimpse(model, image)
         edge = self.helpers['edge'](seen.decoded) if 'edge' in self.helpers else None
@@ -556,7 +574,7 @@ class LandcoverTask(Task):
         edges = has_label if self.cfg.loss.edge.loss == 'dice' else count_valid_pixels
         others = dict(boundary=target.numel(), edge=edges(target), teacher_features=len(target),
                       teacher_logits=count_valid_pixels(target))
-        return counts | {name: count for name, count in others.items() if self.cfg.loss.asks_for(name)}
+        return counts | {name: count for name, count in others.items() if self.cfg.asks_for(name)}
 
     def loss(self, out:'torch.Tensor|Taught', batch:dict) -> dict[str, torch.Tensor]:
         "The value of each loss on a batch; what boundaries, edges and teachers say belongs to training alone"
@@ -586,11 +604,11 @@ class LandcoverTask(Task):
 
     def teacher_losses(self, taught:'Taught', target:torch.Tensor) -> dict[str, torch.Tensor]:
         "How far features and logits are from those of the teacher"
-        loss, distil, values = self.cfg.loss, self.cfg.distil, {}
-        if loss.asks_for('teacher_features'):
+        distil, values = self.cfg.distil, {}
+        if self.cfg.asks_for('teacher_features'):
             distance = feature_distance if distil.features == 'l2' else attention_distance
             values['teacher_features'] = distance(taught.features, taught.lesson.features)
-        if loss.asks_for('teacher_logits'):
+        if self.cfg.asks_for('teacher_logits'):
             values['teacher_logits'] = softened_divergence(taught.logits, taught.lesson.logits, target,
                                                            distil.temperature)
         return values
@@ -679,7 +697,7 @@ def looks_blocks(results:Any    # `Results`
 def described_loss(cfg:LandcoverConfig) -> str:    # as '0.7 cross_entropy + 0.3 dice'
     "The parts of the loss with the weights of the last stage"
     weights = cfg.loss_weights | (cfg.stages[-1].loss_weights if cfg.stages else {})
-    terms = [f'{weights.get(part, 1.):g} {part}' for part in cfg.loss.parts if weights.get(part, 1.)]
+    terms = [f'{weights.get(part, 1.):g} {part}' for part in cfg.loss_parts if weights.get(part, 1.)]
     if cfg.loss.hardest < 1:
         terms.append(f'hardest {cfg.loss.hardest:.0%}')
     if cfg.loss.class_weights:
@@ -868,7 +886,7 @@ class Landcover(System):
 
     def model(self, cfg:LandcoverConfig, feed:LandcoverFeed|None) -> nn.Module:
         "A new network; raises `ConfigError` where it takes no crops or windows of these sides, or lacks its teacher"
-        if cfg.loss.asks_for('teacher_features', 'teacher_logits'):
+        if cfg.distil.teacher:
             check_teacher(cfg.distil)
         if cfg.members:
             raise ConfigError('members: an ensemble is not trained; rtsseg-ensemble makes it of models that are')
