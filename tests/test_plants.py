@@ -3,6 +3,7 @@ searched; weights that open without the library"""
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,16 @@ from torch.nn.functional import cross_entropy
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
+from rtsseg.class_export import CLASS_FORMATS, export_any, some_photos
 from rtsseg.config import ConfigError, find_system, load, read_yaml, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
+from rtsseg.export import MOST_DIFFERENCE
 from rtsseg.label_losses import label_focal
 from rtsseg.leaf_world import make_leaf_world
 from rtsseg.photo_feed import rare_weights
 from rtsseg.plant_metrics import plant_scores
-from rtsseg.routed import RoutedModel, build_routed, offsets_of, own_diseases, route
+from rtsseg.routed import RoutedModel, build_routed, diagnose, offsets_of, own_diseases, route
 from rtsseg.runs import flatten, read_log, run_folder
 from rtsseg.schedule import learning_rate, plan_stages
 from rtsseg.training import train
@@ -339,6 +342,51 @@ def test_forms_of_a_swin_checkpoint(form, tmp_path):
     model = build_routed(RoutedModel(weights=str(tmp_path/'inaturalist.pt')), [2, 3])
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+WITHOUT_THE_LIBRARY_OR_PYTORCH = '''
+import json, sys
+sys.modules['rtsseg'] = sys.modules['torch'] = None
+import numpy as np, onnxruntime
+folder, photos = sys.argv[1:]
+session = onnxruntime.InferenceSession(f'{folder}/model.onnx', providers=['CPUExecutionProvider'])
+logits, probability, species, disease = session.run(None, dict(pixels=np.load(photos)))
+taxonomy = json.load(open(f'{folder}/taxonomy.json'))
+classes = [(name, each) for name, own in taxonomy.items() for each in own]
+print(json.dumps([dict(species=list(taxonomy)[s], named=classes[d], sum=float(row.sum()), best=int(row.argmax()) == d)
+                  for s, d, row in zip(species.tolist(), disease.tolist(), probability)]))
+'''
+
+def test_its_model_is_exported(undisturbed, tmp_path):
+    "The file names what the library names in use, without it; every format stands in export.json with its parity"
+    done = shell('rtsseg-export', '--model', undisturbed/'model', '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stdout + done.stderr
+    cfg, system = load(undisturbed/'config.yaml'), find_system('plants')
+    feed, packed = system.feed(cfg), system.unpack(undisturbed/'model')
+    photos = some_photos(cfg.data, 'test', 12)
+    np.save(tmp_path/'photos.npy', photos)
+    command = [sys.executable, '-c', WITHOUT_THE_LIBRARY_OR_PYTORCH, tmp_path/'out', tmp_path/'photos.npy']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = np.linspace(0, feed.size('test') - 1, 12).astype(int).tolist()
+    batch = torch.stack([feed.in_order('test').dataset[row]['image'] for row in rows])
+    with torch.no_grad():
+        species, disease = diagnose(packed.model(batch), offsets_of(np.diff(feed.taxonomy.offsets).tolist()))
+    found = json.loads(done.stdout)
+    assert [row['species'] for row in found] == [feed.taxonomy.species[k] for k in species]
+    assert [row['named'] for row in found] == [list(feed.taxonomy.classes[k]) for k in disease]
+    assert all(row['sum'] == pytest.approx(1) and row['best'] for row in found)
+    about = json.loads((tmp_path/'out'/'export.json').read_text())
+    assert about['of_validation'] and about['calibrated_on'] and set(about['files']) == set(CLASS_FORMATS.values())
+    for name in ('model.onnx', 'model.torchscript.pt'):
+        assert about['files'][name]['difference'] <= MOST_DIFFERENCE
+
+def test_an_export_that_cannot_be_leaves_nothing_behind(undisturbed, tmp_path):
+    "Views and 8 bits without photographs"
+    shutil.copytree(undisturbed/'model', tmp_path/'model')
+    for why, asked in {'looks at an image once': dict(views='full'), 'images: int8': dict(formats=['int8'])}.items():
+        with pytest.raises(ConfigError, match=why):
+            export_any(tmp_path/'model', tmp_path/'out', **asked)
+    assert not (tmp_path/'out').exists()
 
 def test_weights_by_name_that_are_not_there(leaves, tmp_path, monkeypatch):
     "The message says what else can be done; nothing is written"
