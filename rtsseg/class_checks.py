@@ -293,8 +293,8 @@ def normalisation_finding(cfg:RunConfig,
 def plainly_taught(cfg:RunConfig) -> RunConfig:
     "A config whose losses need nothing but labels, all of which count and may be met exactly"
     parts = [part for part in cfg.loss.parts if part in LABEL_LOSSES] or ['cross_entropy']
-    return cfg.model_copy(update=dict(loss=cfg.loss.model_copy(update=dict(
-        parts=parts, label_smoothing=0., hardest=1.))))
+    loss = cfg.loss.model_copy(update=dict(parts=parts, label_smoothing=0., hardest=1.))
+    return cfg.model_copy(update=dict(loss=loss, distil=cfg.distil.model_copy(update=dict(teacher=None))))
 
 def small_side(model:nn.Module, side:int) -> int:
     "The side of crops to learn by heart: small, where the model takes such crops"

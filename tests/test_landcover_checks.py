@@ -60,8 +60,10 @@ def data_checked(land):
 def errors(found):
     return {what for what, finding in found.items() if finding.level == 'error'}
 
-def test_all_seven_pass_and_have_figures(land):
-    found = checked(config(land))
+@pytest.mark.parametrize('more', [{}, dict(loss=dict(parts=['boundary', 'edge']), freeze_backbone_epochs=5)],
+                         ids=['toy', 'without a loss of labels'])
+def test_all_seven_pass_and_have_figures(more, land):
+    found = checked(config(land, **more))
     assert not errors(found)
     assert {what[0] for what in found} == set('1234567')
     assert all(finding.value for finding in found.values())
@@ -103,26 +105,25 @@ def test_1_a_metric_that_counts_ignored_pixels(land, monkeypatch):
     finding = ignoring_finding(task, cfg.data, facts_of(land))
     assert finding.level == 'error' and 'the metric counts ignored pixels' in finding.each[0]
 
-ASK_ALL = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge', 'teacher_features', 'teacher_logits']
+ALL_PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
 
-def taught_by(land, *parts):
-    return config(land, loss=dict(parts=list(parts)))
-
-@pytest.mark.parametrize('parts', [ASK_ALL, ['boundary'], ['edge'], ['teacher_logits'], ['teacher_features']],
-                         ids=lambda parts: parts[0])
-def test_1_every_loss_is_asked(parts, land):
+@pytest.mark.parametrize('parts', [ALL_PARTS, ['boundary'], ['edge']], ids=['all', 'boundary', 'edge'])
+@pytest.mark.parametrize('compares', [[], ['features'], ['features', 'logits']], ids=len)
+def test_1_every_loss_is_asked(parts, compares, land):
     "One that compares features knows no labels, and is not asked"
-    cfg = taught_by(land, *parts)
+    distil = dict(teacher='some/teacher', compares=compares) if compares else {}
+    cfg = config(land, loss=dict(parts=parts), distil=distil)
     finding = ignoring_finding(LandcoverTask(cfg, None), cfg.data, facts_of(land))
     assert finding.level == 'ok'
-    assert all(name in finding.value for name in parts if name != 'teacher_features')
+    asked = [*parts, *(['teacher_logits'] if 'logits' in compares else [])]
+    assert f'ignored by losses ({", ".join(asked)})' in finding.value
 
 def counts_ignored(function):
     "A target that takes ignored pixels for the first class"
     return lambda target, *more: function(np.where(target == 255, 0, target), *more)
 
 def test_1_a_loss_of_boundaries_or_of_a_teacher_that_learns_from_ignored_pixels(land, monkeypatch):
-    cfg = taught_by(land, 'boundary', 'edge', 'teacher_logits')
+    cfg = config(land, loss=dict(parts=['boundary', 'edge']), distil=dict(teacher='some/teacher', compares=['logits']))
     monkeypatch.setattr(landcover, 'signed_distance', counts_ignored(landcover.signed_distance))
     monkeypatch.setattr(landcover, 'edge_target', counts_ignored(landcover.edge_target))
     divergence = landcover.softened_divergence

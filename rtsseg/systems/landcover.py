@@ -595,10 +595,8 @@ class LandcoverTask(Task):
                 batch:dict              # with `target`
                ) -> tuple[Taught, dict]:
         "What training compares where all depends on these logits alone, and the batch with its boundaries"
-        edge = logits[:, :1] if self.cfg.loss.asks_for('edge') else None
-        asks = self.cfg.loss.asks_for('teacher_features', 'teacher_logits')
-        features = torch.zeros(len(logits), 1, 1, 1)
-        lesson = Lesson(features, logits.detach().flip(1)) if asks else None
+        edge, features = logits[:, :1] if self.cfg.asks_for('edge') else None, torch.zeros(len(logits), 1, 1, 1)
+        lesson = Lesson(features, logits.detach().flip(1)) if self.cfg.distil.teacher else None
         add_boundaries = BoundaryCollate(lambda _: dict(batch), self.cfg.loss, logits.shape[1])
         return Taught(logits, edge, features, lesson), add_boundaries([])
 
