@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from .class_losses import distance_to
 from .config import ConfigError, NonNegativeFloat, PositiveInt, Strict
+from .rawtile import distance_to
 
 # %% ../nbs/04u_refine.ipynb #refconfig
 class Refinement(Strict):

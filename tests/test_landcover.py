@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -19,9 +20,11 @@ from rtsseg.class_tiles import ClassSamples, read_pair
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.console import DataError
+from rtsseg.distil import Teacher
 from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
 from rtsseg.runs import judge_run, read_log, run_config, run_folder
+from rtsseg.systems.landcover import LandcoverTask
 from rtsseg.training import train
 from rtsseg.weights import ModelError
 
@@ -95,6 +98,19 @@ def test_a_teacher_that_is_gone_is_named(land, tmp_path):
     with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
         train(config(land, tmp_path/'runs', **lost))
     assert not (tmp_path/'runs').exists()
+
+def test_a_teacher_is_shown_images_of_every_side(land, tmp_path, monkeypatch):
+    "A vision transformer of fixed positions takes one side alone"
+    vit = timm.create_model('test_vit', img_size=64)
+    monkeypatch.setattr('rtsseg.systems.landcover.load_teacher', lambda distil: Teacher(vit, [.5] * 3, [.5] * 3))
+
+    def task(*sides):
+        data = dict(source=land, sides=sides, made=None)
+        return LandcoverTask(config(land, tmp_path, data=data, distil=dict(teacher='some/teacher')), None)
+
+    assert task(64).teacher
+    with pytest.raises(ConfigError, match='no images of 96 pixels'):
+        task(64, 96).teacher  # noqa: B018
 
 def test_evaluation_finds_the_numbers_of_training_again(lively):
     "Check 6 of guide 002: the same windows in both"
@@ -251,6 +267,19 @@ def test_a_grid_compares_losses(land, tmp_path):
     (tmp_path/'grid.yaml').write_text('loss.parts: [[cross_entropy], [cross_entropy, lovasz]]')
     found = ablate(config(land, tmp_path/'runs', epochs=1), tmp_path/'grid.yaml', [42, 43])
     assert found.monitor == 'miou' and np.isfinite(found.values).all() and not found.failed
+
+def test_a_search_tries_its_settings(land, tmp_path):
+    "By the command of all systems; its overlay holds the settings of the best trial"
+    (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
+    (tmp_path/'space.yaml').write_text('lr.base_lr: {low: 1e-4, high: 1e-2, log: true}\nloss.hardest: [1, 0.4]\n')
+    done = shell('rtsseg-search', '--config', tmp_path/'cfg.yaml', '--space', tmp_path/'space.yaml', '--trials', '2')
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [path.parents[1] for path in tmp_path.glob('runs/landcover_toy/*/seed42/model/metrics.json')]
+    values = [json.loads((run/'model'/'metrics.json').read_text())['value'] for run in runs]
+    assert len(runs) == 2 and f'miou {max(values):.4f}' in done.stdout
+    overlay, = tmp_path.glob('runs/search/*/best.yaml')
+    best, chosen = run_config(runs[values.index(max(values))]), load(tmp_path/'cfg.yaml', overlay)
+    assert (chosen.lr.base_lr, chosen.loss.hardest) == (best.lr.base_lr, best.loss.hardest)
 
 def test_baseline_is_that_of_the_guide():
     "Guide 002, 1.2, number for number"

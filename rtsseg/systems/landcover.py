@@ -490,6 +490,8 @@ def class_loss_parts(loss:ClassLoss) -> dict[str, LossPart]:
         return cross_entropy_loss(logits, target, here, loss.label_smoothing, loss.hardest)
 
     def counted(target):
+        # with hardest and class_weights accumulation is not exact: which pixels count depends on logits, so each
+        # batch counts by how many they are, and not by their weights
         if loss.hardest < 1:
             return hardest_pixels(int((target != IGNORE).sum()), loss.hardest)
         return pixel_weights(as_classes(target), weight).sum()
@@ -527,7 +529,8 @@ class LandcoverTask(Task):
         if cfg.distil.teacher is None:
             return None
         teacher = load_teacher(cfg.distil)
-        check_lesson(teacher, cfg.data.sides[0], cfg.data.names if cfg.asks_for('teacher_logits') else ())
+        for side in cfg.data.sides:
+            check_lesson(teacher, side, cfg.data.names if cfg.asks_for('teacher_logits') else ())
         return teacher
 
     @cached_property
