@@ -101,7 +101,7 @@ def test_a_teacher_that_is_gone_is_named(land, tmp_path):
 
 def test_a_teacher_is_shown_images_of_every_side(land, tmp_path, monkeypatch):
     "A vision transformer of fixed positions takes one side alone"
-    vit = timm.create_model('test_vit', img_size=64)
+    vit = timm.create_model('test_vit', img_size=64, dynamic_img_size=False)
     monkeypatch.setattr('rtsseg.systems.landcover.load_teacher', lambda distil: Teacher(vit, [.5] * 3, [.5] * 3))
 
     def task(*sides):
