@@ -490,8 +490,8 @@ def class_loss_parts(loss:ClassLoss) -> dict[str, LossPart]:
         return cross_entropy_loss(logits, target, here, loss.label_smoothing, loss.hardest)
 
     def counted(target):
-        # with hardest and class_weights accumulation is not exact: which pixels count depends on logits, so each
-        # batch counts by how many they are, and not by their weights
+        # which pixels are the hardest depends on logits, so a batch counts by how many they are and
+        # not by their class weights: with both settings, accumulation is not exact
         if loss.hardest < 1:
             return hardest_pixels(int((target != IGNORE).sum()), loss.hardest)
         return pixel_weights(as_classes(target), weight).sum()
