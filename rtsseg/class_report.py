@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'confusion_figure', 'largest_other', 'worst_classes', 'class_blocks', 'Look',
-           'look_before', 'is_kept', 'looks_table']
+           'look_before', 'Least', 'boundary_score', 'is_kept', 'looks_table']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
 from typing import NamedTuple
@@ -88,16 +88,31 @@ def look_before(views:str) -> str:
     seen, _, finished = views.partition('-')
     return seen if finished else 'none'
 
-def is_kept(views:str,              # other than none
-            gains:np.ndarray,       # (n,): replicates of its gain in mIoU
-            gain:float,             # in mIoU
-            least:float             # that views must gain
+class Least(NamedTuple):
+    "What must be gained"
+    views: float        # mIoU, by views that cost more than one pass
+    outlines: float     # boundary IoU, by outlines that are drawn again
+
+def boundary_score(scores:dict[str, float]) -> float:
+    "Boundary IoU, mean over its widths; NaN where none is measured"
+    widths = [value for name, value in scores.items() if name.startswith('biou_')]
+    return float(np.mean(widths)) if widths else float('nan')
+
+def is_kept(views:str,       # other than none
+            look:Look,       # through them
+            before:Look,     # what it is compared with
+            least:Least
            ) -> bool:
-    "Views: they gain more than the least; what is done to a map after them: its 95% interval lies above 0"
-    return bool(np.quantile(gains, .025) > 0) if '-' in views else gain > least
+    "Views and outlines gain more than the least of their own measure; of a clean-up the 95% interval lies above 0"
+    finished = views.partition('-')[2]
+    if finished == 'refined':
+        return boundary_score(look.scores) - boundary_score(before.scores) > least.outlines
+    if finished:
+        return bool(np.quantile(look.replicates - before.replicates, .025) > 0)
+    return look.scores['miou'] - before.scores['miou'] > least.views
 
 def looks_table(looks:dict[str, Look],    # by name of the views; `none` among them
-                least:float,              # that views must gain in mIoU
+                least:Least,
                 used:str,                 # the views that the config asks for
                 judges:bool=True          # whether this split may choose: validation, not test
                ) -> Table:
@@ -112,12 +127,13 @@ def looks_table(looks:dict[str, Look],    # by name of the views; `none` among t
             continue
         gain, gains = look.scores['miou'] - before.scores['miou'], look.replicates - before.replicates
         low, high = 100 * np.quantile(gains, [.025, .975])
-        verdict = 'kept' if is_kept(views, gains, gain, least) else 'not kept'
+        verdict = 'kept' if is_kept(views, look, before, least) else 'not kept'
         rows.append([*row, Number(100 * gain), f'{low:+.2f} to {high:+.2f}', verdict])
     head = ['views', *(f'{name}, %' for name in columns), 'gain, points', '95% of the gain', 'worth it']
     if not judges:
         note = 'this split chooses nothing: what is kept was decided on validation'
         return Table(head[:-1], [row[:-1] for row in rows], [note])
-    rule = (f'views are kept where they gain more than {100 * least:g} points of mIoU over one view, and what is done '
-            'to a map after that where its gain is more than chance')
+    rule = (f'the gain is that of mIoU. Views are kept where they gain more than {100 * least.views:g} points of it '
+            'over one view, a clean-up where its gain is more than chance, and outlines drawn again where boundary '
+            f'IoU, the mean over its widths, gains more than {100 * least.outlines:g} points')
     return Table(head, rows, [rule])

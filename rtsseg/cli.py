@@ -521,7 +521,7 @@ def rtsseg_refine(run:str='',    # run folder, trained; '' finds it from the con
     from rtsseg.runs import require_finished, run_config
     folder = require_finished(shared.run_folder(run))
     cfg = run_config(folder)
-    print(visible(find_system(cfg.system).refine(folder, cfg)))
+    print(visible(find_system(cfg.system).refine(folder, cfg).text))
 
 # %% ../nbs/10_cli.ipynb #b5336c47
 @command()

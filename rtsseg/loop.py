@@ -7,9 +7,9 @@ __all__ = ['HOOKS', 'OLD_PLATEAU', 'MAX_BAD_STEPS', 'Task', 'Observers', 'StepTo
            'TrainingState', 'forward', 'pool_validation', 'validate', 'weighted_loss', 'run_micro_batches',
            'observe_batch', 'update_weights', 'slow_down', 'skip_step', 'take_step', 'enter_stage', 'freeze',
            'ask_gate', 'set_train_mode', 'seed_epoch', 'planned_rate', 'present_rate', 'set_rates', 'rates_by_part',
-           'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'with_raw', 'gpu_memory', 'validate_epoch',
-           'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers', 'begin',
-           'batches_per_epoch', 'resume', 'finish', 'fit']
+           'gated_weights', 'train_epoch', 'save_by_clock', 'same_meaning', 'keep_best', 'with_raw', 'gpu_memory',
+           'validate_epoch', 'is_warmed_up', 'watch_progress', 'stop_early', 'end_epoch', 'layers_of', 'check_samplers',
+           'begin', 'batches_per_epoch', 'resume', 'finish', 'fit']
 
 # %% ../nbs/04e_loop.ipynb #iloop
 import itertools
@@ -616,6 +616,12 @@ def rates_by_part(run:TrainingState) -> dict[str, float]:
         rates[group.part] = max(in_optimizer['lr'], rates.get(group.part, 0.))
     return rates
 
+def gated_weights(run:TrainingState) -> dict[str, float]:
+    "What the parts of the loss weigh in the epoch under way, for its row; {} where no gate decides about it"
+    if not any(stage.gated for stage in run.cfg.stages):
+        return {}
+    return {f'loss_weight/{part}': weight for part, weight in run.loss_weights(run.epoch).items()}
+
 def train_epoch(run:TrainingState,
                 loader:DataLoader    # of this process, from `rank_loader`
                ) -> dict:            # the epoch's row; unfinished where the run was asked to stop
@@ -641,7 +647,8 @@ def train_epoch(run:TrainingState,
     return dict(epoch=run.epoch, step=run.step, skipped=run.skipped, batches=run.batch - first, seconds=seconds,
                 images_per_second=batches.samples * run.processes.count / seconds, wait=stream.seconds / seconds,
                 **gpu_memory(run.processes.device),
-                **{f'lr/{part}': rate for part, rate in rates_by_part(run).items()}, **run.totals.row(run.task))
+                **{f'lr/{part}': rate for part, rate in rates_by_part(run).items()}, **gated_weights(run),
+                **run.totals.row(run.task))
 
 def save_by_clock(run:TrainingState) -> None:
     "Begin to write the resume checkpoint, where it is due"

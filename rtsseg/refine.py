@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NEAREST_POINT', 'FARTHEST_POINT', 'TRUST', 'NEAR', 'FAR', 'GREYS_APART', 'NEAR_COST', 'COLOUR_COST', 'Refinement',
            'Refiner', 'draw_points', 'boundary_points', 'surroundings', 'class_outside', 'redraw_object', 'refine_map',
-           'best_mask', 'ScriptedSam', 'LibrarySam', 'load_refiner', 'crf_map']
+           'best_mask', 'ScriptedSam', 'LibrarySam', 'require_refiner', 'refiner_digest', 'load_refiner', 'crf_map']
 
 # %% ../nbs/04u_refine.ipynb #refexports
+import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from pydantic import Field
 
 from .config import ConfigError, NonNegativeFloat, PositiveInt, Strict
+from .files import digest
 from .rawtile import distance_to
 
 # %% ../nbs/04u_refine.ipynb #refconfig
@@ -192,12 +194,25 @@ class LibrarySam:
                                                       self.prepared['reshaped_input_sizes'], binarize=False)
         return best_mask(masks[0][0], out.iou_scores[0, 0].cpu())
 
-def load_refiner(cfg:Refinement, device:str|torch.device='cpu') -> Refiner:
-    "The segmenter of a config, from its file or folder; raises `ConfigError`"
+def require_refiner(cfg:Refinement) -> Path:
+    "The file or folder of the segmenter; raises `ConfigError`"
     if cfg.model is None or not cfg.model.exists():
         raise ConfigError(f'refine.model: {"nothing is named" if cfg.model is None else f"no such file: {cfg.model}"}; '
                           'a TorchScript file of EfficientSAM, or the folder of a SAM model of transformers')
-    return LibrarySam(cfg.model, device) if cfg.model.is_dir() else ScriptedSam(cfg.model, device)
+    return cfg.model
+
+def refiner_digest(cfg:Refinement) -> str:
+    "SHA-256 of the content of the segmenter, of a folder by names and contents of its files; raises `ConfigError`"
+    path = require_refiner(cfg)
+    if path.is_file():
+        return digest(path)
+    lines = [f'{digest(file)}  {file.relative_to(path).as_posix()}\n' for file in path.rglob('*') if file.is_file()]
+    return hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()
+
+def load_refiner(cfg:Refinement, device:str|torch.device='cpu') -> Refiner:
+    "The segmenter of a config, from its file or folder; raises `ConfigError`"
+    path = require_refiner(cfg)
+    return LibrarySam(path, device) if path.is_dir() else ScriptedSam(path, device)
 
 # %% ../nbs/04u_refine.ipynb #refcrfcode
 # how sure the map is; reach of both terms, pixels and grey levels; what differing costs

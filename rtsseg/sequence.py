@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'check_step_names', 'Sequence', 'read_sequence', 'step_fields', 'Verdict', 'judge_step', 'Row',
-           'measured_speed', 'shown', 'write_rows', 'Outcome', 'SequenceRunner', 'sequence_folder', 'run_sequence']
+           'measured_speed', 'held_weights', 'shown', 'write_rows', 'Outcome', 'SequenceRunner', 'sequence_folder',
+           'run_sequence']
 
 # %% ../nbs/09c_sequence.ipynb #seqexports
 import hashlib
@@ -25,18 +26,20 @@ from rtsseg.config import (
     NonNegativeFloat,
     RunConfig,
     Strict,
+    as_trained,
     find_system,
+    judged_as,
     post_hoc_settings,
     read_yaml,
     to_yaml,
 )
 from .console import DataError, nearest
 from .evaluation import evaluate
-from .files import read_seal, write_atomic
+from .files import read_json, read_seal, write_atomic
 from .noise import noise_floor
 from .page import Part, Table, page
 from .processes import make_accelerator
-from .runs import Stopped, config_hash, keep_post_hoc, read_lines
+from .runs import Stopped, config_hash, keep_post_hoc, read_lines, read_log
 from .system import Pass, System, table_path
 from .training import train
 from .variants import RUN_FAILURES, dotted_fields, with_fields
@@ -52,7 +55,9 @@ class Step(Strict):
         None, description='a model directory, or a run folder, that is judged in the place of a training')
     ensemble: list[str] = Field([], description='steps before it whose models become one, which is judged')
     weights: str = Field('', description='ensemble: how much each of them counts, as rtsseg-ensemble takes it')
-    trial: bool = Field(False, description='outlines are tried on validation first, as rtsseg-refine does')
+    trial: bool = Field(
+        False, description='the model that won so far is used in another way, which is tried on some samples first, as '
+                           'rtsseg-refine does; the step is carried where that trial passes')
     target: str = Field('', description='what is expected of it, shown beside what it reached and never asserted')
     least_gain: NonNegativeFloat = Field(
         0., description='of the monitored value, below which the step is not carried whatever the noise')
@@ -78,7 +83,7 @@ def check_step_names(steps:list[Step]) -> list[Step]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f'two steps are called {", ".join(twice)}')
-    if not steps[0].trains:
+    if not steps[0].trains or steps[0].trial:
         raise ValueError('the first step is trained: what it gives is carried')
     for number, step in enumerate(steps):
         trained = [other.name for other in steps[:number] if other.trains]
@@ -167,6 +172,13 @@ def measured_speed(folder:Path,      # a run folder
     passes = [line for line in lines if (line['split'], line['views']) == (split, views)]
     return passes[-1]['tiles'] / max(passes[-1]['seconds'], 1e-3) if passes else math.nan
 
+def held_weights(run:Path) -> dict[str, float]|None:
+    "What the parts of the loss weighed in the epoch whose model is judged; None where no gate decided about it"
+    best = read_json(run/'model'/'metrics.json', run)['epoch']
+    row = next((row for row in read_log(run) if row['epoch'] == best), {})
+    prefix = 'loss_weight/'
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)} or None
+
 def shown(value:Any) -> str:
     "A cell as text: numbers with four figures, a dash where there is nothing"
     if isinstance(value, float):
@@ -203,6 +215,7 @@ class SequenceRunner:
     table: Any = None              # its validation
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    untried_views: str = ''        # of the winner before a trial changed them; '' where none did
 
     def take(self, step:Step, source:Path) -> None:
         "Train and judge a step, and carry it where it gains; what fails costs its own row alone"
@@ -227,20 +240,44 @@ class SequenceRunner:
     def _train(self, step, cfg):
         if getattr(cfg, 'metrics', None) != getattr(self.cfg, 'metrics', None):
             raise ConfigError('a step cannot change metrics: its value could not be compared')
+        if step.trial:
+            self._try(step, cfg)
+            return
         run = train(cfg)
         keep_post_hoc(run, cfg)
-        if step.trial:
-            print(self.system.refine(run, cfg), flush=True)
+        table = self._evaluated(step, cfg, run)
+        self._take_in(step, cfg, run, table, self._verdict(step, table))
+
+    def _try(self, step, cfg):
+        "Use the winner in another way, where a trial on some samples says that it may be"
+        if as_trained(cfg) != as_trained(self.cfg):
+            raise ConfigError('a trial uses the model that won so far: leave out what needs another training')
+        trial = self.system.refine(self.run, cfg)
+        self.notes.append(f'{step.name}: {trial.text}')
+        if not trial.passes:
+            refused = Verdict(math.nan, math.nan, False, 'not kept: trial not passed')
+            self._take_in(step, self.cfg, self.run, self.table, refused)
+            return
+        keep_post_hoc(self.run, cfg)
+        table = self._evaluated(step, cfg, self.run)
+        verdict, self.untried_views = self._verdict(step, table), self.system.default_views(self.cfg)
+        # the trial decides, and what it means for the monitored value is shown
+        verdict.carried, verdict.text = True, f'trial passed, {100 * trial.gain:+.2f} points'
+        self._take_in(step, cfg, self.run, table, verdict)
+
+    def _take_in(self, step, cfg, run, table, verdict):
+        "Add the row of a run, and carry it where its verdict says so"
         views = self.system.default_views(cfg)
-        table = self._evaluated(step, cfg, run, views)
-        verdict = self._verdict(step, table)
         where = Path(os.path.relpath(run, cfg.runs)).as_posix()
-        self._add(step, cfg, views, table, measured_speed(run, 'val', views), verdict, where)
+        row = Row(step.name, step.target, self._columns(cfg, views, table, held_weights(run)),
+                  measured_speed(run, 'val', views), verdict, where)
+        self._add(row)
         if verdict.carried:
             self.cfg, self.run, self.table = cfg, run, table
 
-    def _evaluated(self, step, cfg, run, views):
+    def _evaluated(self, step, cfg, run):
         "The validation table of a run, kept under what it depends on"
+        views = self.system.default_views(cfg)
         asked = json.dumps([run.parent.name, cfg.seed, views, post_hoc_settings(cfg)], default=str)
         kept = self.folder/'tables'/f'{step.name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.parquet'
         if not kept.exists():
@@ -261,13 +298,26 @@ class SequenceRunner:
             self.system.ensemble([str(run) for run in runs], str(out), step.weights)
         return out
 
+    def _views_for(self, step, model, home):
+        "The views of the winner; those before a trial, where this model does not pass it"
+        views = self.system.default_views(self.cfg)
+        if not self.untried_views:
+            return views
+        trial = self.system.refine(home, self.cfg, model)
+        self.notes.append(f'{step.name}: {trial.text}')
+        return views if trial.passes else self.untried_views
+
     def _compare(self, step, path):
+        "Judge a model directory in the way the winner is used"
         folder = path/'model' if (path/'model').is_dir() else path
-        packed = self.system.unpack(folder)
-        views = self.system.default_views(packed.cfg)
-        kept = self.folder/'tables'/f'{step.name}-{read_seal(folder)[WEIGHTS][0][:12]}.parquet'
+        packed, weights = self.system.unpack(folder), read_seal(folder)[WEIGHTS][0]
+        home = self.folder/'compared'/f'{step.name}-{weights[:12]}'
+        home.mkdir(parents=True, exist_ok=True)
+        views = self._views_for(step, folder, home)
+        asked = json.dumps([weights, views, post_hoc_settings(self.cfg)], default=str)
+        kept = self.folder/'tables'/f'{step.name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.parquet'
         if not kept.exists():
-            ask, began = Pass('val', views, self.folder, make_accelerator(self.cfg)), time.monotonic()
+            ask, began = Pass('val', views, home, make_accelerator(self.cfg)), time.monotonic()
             table = self.system.observe(packed, self.system.feed(self.cfg), ask)
             speed = len(table) / max(time.monotonic() - began, 1e-3)
             write_atomic(kept.with_suffix('.json'), json.dumps(dict(speed=speed)))
@@ -275,7 +325,8 @@ class SequenceRunner:
         table, speed = self.system.read_table(kept), json.loads(kept.with_suffix('.json').read_text())['speed']
         verdict = self._verdict(step, table)
         verdict.carried, verdict.text = False, f'{verdict.text}, only compared'
-        self._add(step, packed.cfg, views, table, speed, verdict, path.name)
+        columns = self._columns(judged_as(packed.cfg, self.cfg), views, table)
+        self._add(Row(step.name, step.target, columns, speed, verdict, path.name))
 
     def _verdict(self, step, table):
         if not self.rows:
@@ -285,10 +336,12 @@ class SequenceRunner:
         except ValueError as error:
             raise DataError(str(error)) from None
 
-    def _add(self, step, cfg, views, table, speed, verdict, where):
-        columns = self.system.experiment(cfg, views, self.system.metrics(table, self.cfg))
-        self.rows.append(Row(step.name, step.target, columns, speed, verdict, where))
-        print(', '.join(f'{name} {shown(value)}' for name, value in self.rows[-1].cells().items()), flush=True)
+    def _columns(self, cfg, views, table, held=None):
+        return self.system.experiment(cfg, views, self.system.metrics(table, self.cfg), held)
+
+    def _add(self, row):
+        self.rows.append(row)
+        print(', '.join(f'{name} {shown(value)}' for name, value in row.cells().items()), flush=True)
 
 def sequence_folder(cfg:RunConfig, file:Path, steps:list[Step]) -> Path:
     "Where a sequence is kept: another baseline or other steps have another folder"
@@ -313,8 +366,9 @@ def run_sequence(cfg:RunConfig,       # the baseline
     runner = SequenceRunner(system, cfg, sequence_folder(cfg, file, steps))
     name, mode = system.monitor(cfg)
     rule = (f'{name} on the validation split, {mode} is good. A step is carried where it gains more than 2σ and its '
-            'least_gain; σ is the standard deviation of the change over 200 paired draws of groups. One seed: '
-            'rtsseg-ablate confirms a gain with several.')
+            'least_gain; σ is the standard deviation of the change over 200 paired draws of groups. A step with a '
+            'trial is carried where the trial passes. Models that are only compared are used as the winner is. One '
+            'seed: rtsseg-ablate confirms a gain with several.')
     for step in steps:
         runner.take(step, file)
         write_rows(runner.folder, f'{cfg.name}: {file.stem}', runner.rows, [rule, *runner.notes])

@@ -10,20 +10,21 @@ import timm
 import torch
 from torch import nn
 
+from helpers.refiners import KnowsTruth
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
 from rtsseg.checkpoint import load_state
 from rtsseg.class_export import export_classes, other_images, session_of, write_class_onnx
 from rtsseg.class_metrics import sum_counts
-from rtsseg.class_tiles import ClassSamples, read_pair
+from rtsseg.class_tiles import ClassSamples
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.console import DataError
 from rtsseg.distil import Teacher
 from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
-from rtsseg.runs import judge_run, read_log, run_config, run_folder
+from rtsseg.runs import judge_run, keep_post_hoc, read_log, run_config, run_folder
 from rtsseg.systems.landcover import LandcoverTask
 from rtsseg.training import train
 from rtsseg.weights import ModelError
@@ -138,39 +139,54 @@ def test_views_and_clean_up_are_compared(lively):
     assert 'were not compared' in system.missing_before_test(lively, 'flips')
     assert not system.missing_before_test(lively, 'scales')
 
-class KnowsTruth:
-    "Gives, for an image of some land, the true class that most positive points lie in"
-
-    def __init__(self, samples, values):
-        pairs = [read_pair(samples, row, values) for row in range(len(samples))]
-        self.truth = {pair.image.tobytes(): pair.mask for pair in pairs}
-
-    def refine(self, image, points, labels):
-        truth = self.truth[image.tobytes()]
-        columns, rows = points[labels == 1].astype(int).T
-        return truth == np.bincount(truth[rows, columns]).argmax()
-
-def test_outlines_are_drawn_again_where_a_trial_says_so(lively, monkeypatch):
-    "One that knows the truth gains, and only after its trial may it change every map"
+def test_outlines_are_drawn_again_where_a_trial_says_so(lively, tmp_path, monkeypatch):
+    "One that knows the truth gains, and only after its trial may it change every map, as it was tried"
+    refiner = tmp_path/'sam.ts'
+    refiner.write_text('one')
     system, cfg = find_system('landcover'), load(lively/'config.yaml')
     feed = system.feed(cfg)
     knows = KnowsTruth(feed.samples, cfg.data.values)
     monkeypatch.setattr('rtsseg.systems.landcover.load_refiner', lambda cfg, device: knows)
-    judge_run(lively, ['refine.where=all', 'refine.min_area=4'])
+    judge_run(lively, ['refine.where=all', 'refine.min_area=4', f'refine.model={refiner}'])
     with pytest.raises(ConfigError, match='needs a trial on validation'):
         evaluate(lively, 'val', 'none-refined')
-    said = system.refine(lively, run_config(lively))
-    assert 'refine.where: all may be used' in said
+    trial = system.refine(lively, run_config(lively))
+    assert trial.passes and trial.gain > .01 and 'refine.where: all may be used' in trial.text
     found = json.loads((lively/'evidence'/'refinement.json').read_text())
-    assert found['passes'] and found['gain'] > .01 and found['arms']['sam']['miou'] > found['arms']['none']['miou']
+    assert trial.gain == pytest.approx(found['arms']['sam']['boundary'] - found['arms']['none']['boundary'])
+    assert found['arms']['sam']['miou'] > found['arms']['none']['miou']
     evaluated = system.metrics(system.read_table(evaluate(lively, 'val', 'none-refined')), cfg)
     assert evaluated['miou'] == pytest.approx(found['arms']['sam']['miou'])
+    # what was tried is not tried again, and nothing else is allowed by it
+    with monkeypatch.context() as closed:
+        closed.setattr('rtsseg.systems.landcover.refinement_arms', None)
+        assert system.refine(lively, run_config(lively)) == trial
+    others = {'refine.band=3': 'other band', 'refine.classes=[road]': 'other classes',
+              'refine.points=2': 'other points', 'refine.crf_iterations=5': 'needs a trial',
+              'refine.least_gain=0.9': 'More than 90 points'}
+    for override, why in others.items():
+        usual = run_config(lively)
+        judge_run(lively, [override])
+        with pytest.raises(ConfigError, match=why):
+            evaluate(lively, 'val', 'none-refined')
+        keep_post_hoc(lively, usual)
+    with pytest.raises(ConfigError, match='other views'):
+        evaluate(lively, 'val', 'flips-refined')
+    refiner.write_text('another')
+    with pytest.raises(ConfigError, match='other refiner'):
+        evaluate(lively, 'val', 'none-refined')
+    refiner.write_text('one')
+    path = lively/'evidence'/'refinement.json'
+    path.write_text(path.read_text().replace(found['tried']['weights'], 64 * '0'))
+    with pytest.raises(ConfigError, match='other weights'):
+        evaluate(lively, 'val', 'none-refined')
     # an image that is not named stays as it is
     judge_run(lively, ['refine.where=regions', 'refine.regions=[nowhere]'])
     tables = [system.read_table(evaluate(lively, 'val', views)) for views in ('none', 'none-refined')]
     assert tables[0].frame.equals(tables[1].frame)
     results, = read_results(lively)
     assert 'points of boundary IoU' in system.sections(results)['Refinement'][0].text
+    judge_run(lively, ['refine.where=off', 'refine.model=null'])
 
 def test_a_refiner_that_is_not_there_is_named(lively):
     done = shell('rtsseg-refine', '--run', lively)

@@ -8,7 +8,7 @@ import pytest
 
 from rtsseg.ablation import combinations
 from rtsseg.class_world import make_class_world
-from rtsseg.config import load, read_yaml
+from rtsseg.config import TRANSFORMS, load, read_yaml
 from rtsseg.runs import flatten, read_log
 from rtsseg.schedule import LossGate, count_frozen_layers, plan_stages
 from rtsseg.training import train
@@ -45,7 +45,9 @@ def test_the_template_is_that_of_the_guide():
     assert {path: value_at(cfg, path) for path in expected} == expected
     assert cfg.lr.warmup_epochs > 0 and 2 <= cfg.accumulate <= 4 and 10 <= cfg.early_stopping.patience <= 15
     drawn = ('hflip', 'vflip', 'shift_scale_rotate', 'brightness', 'contrast', 'saturation', 'hue')
-    assert all(getattr(cfg.augment, name).p > 0 for name in drawn) and cfg.mixing.mixup.p > 0
+    # nothing else is drawn
+    others = {name for name in TRANSFORMS if getattr(cfg.augment, name).p > 0} - set(drawn)
+    assert all(getattr(cfg.augment, name).p > 0 for name in drawn) and cfg.mixing.mixup.p > 0 and not others
     assert set(cfg.loss.parts) == set(cfg.loss_weights)
 
 @pytest.mark.parametrize('file', EXPERIMENTS, **by_stem)

@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.refiners import FindsNothing, KnowsTruth
 from helpers.shell import shell
 from rtsseg import sequence
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, RunConfig, find_system, load, to_yaml
 from rtsseg.console import DataError
-from rtsseg.runs import flatten, run_config
-from rtsseg.sequence import judge_step, read_sequence, run_sequence
+from rtsseg.runs import flatten, read_log, run_config
+from rtsseg.sequence import Verdict, judge_step, read_sequence, run_sequence
 from rtsseg.system import SampleTable, System
 from rtsseg.training import train
 
@@ -66,7 +67,7 @@ steps:
   - {name: theirs, checkpoint: theirs}
   - {name: both, ensemble: [baseline, longer], weights: '0.4,0.6'}
   - {name: lost, ensemble: [longer, broken]}
-  - {name: outlines, set: {views: none-refined, refine: {where: all, model: nowhere.pt}}, trial: true}
+  - {name: outlines, set: {finish: refined, refine: {where: all, model: nowhere.pt}}, trial: true}
 """
 
 @pytest.fixture(scope='module')
@@ -138,6 +139,72 @@ def test_the_same_command_resumes(outcome, home, monkeypatch):
     assert again.folder == outcome.folder
     pd.testing.assert_frame_equal(pd.read_csv(again.folder/'table.csv'), before)
     assert {path: path.read_bytes() for path in runs} == runs
+
+GATED = """
+steps:
+  - {name: baseline}
+  - name: gated
+    set:
+      epochs: 2
+      gate_epochs: 9
+      loss: {parts: [cross_entropy, dice, lovasz]}
+      loss_weights: {lovasz: 0}
+      stages:
+        - {first: 1, last: 1, rates: {encoder: 1e-3, decoder: 1e-3}}
+        - {first: 2, last: 2, rates: {encoder: 1e-3, decoder: 1e-3}, gated: true, loss_weights: {lovasz: 0.1}}
+"""
+
+@pytest.mark.parametrize('opens, loss', [(True, '0.7 cross_entropy + 0.3 dice + 0.1 lovasz'),
+                                         (False, '0.7 cross_entropy + 0.3 dice')])
+def test_the_table_names_a_loss_only_where_its_gate_opened(opens, loss, home, tmp_path, monkeypatch):
+    (tmp_path/'steps.yaml').write_text(GATED)
+    def reaches(gate, value, mode):
+        gate.milestone = .99
+        return opens
+
+    monkeypatch.setattr('rtsseg.schedule.LossGate.is_reached', reaches)
+    found = run_sequence(config(home, runs=tmp_path/'runs'), tmp_path/'steps.yaml', images=3)
+    rows = read_log(tmp_path/'runs'/found.rows[1].run)
+    assert [row.get('loss_weight/lovasz') for row in rows] == [0, .1 if opens else 0]
+    best = json.loads((tmp_path/'runs'/found.rows[1].run/'model'/'metrics.json').read_text())
+    assert best['epoch'] == 2 and found.rows[1].columns['Loss'] == loss
+
+# ------------------------------------------------ outlines that are drawn again
+
+OUTLINES = """
+steps:
+  - {name: baseline}
+  - {name: longer, set: {epochs: 2}}
+  - {name: views, set: {views: flips}}
+  - {name: outlines, set: {finish: refined, refine: {where: all, min_area: 4, model: sam.ts}}, trial: true}
+  - {name: both, ensemble: [baseline, longer]}
+  - {name: another, set: {epochs: 3}, trial: true}
+"""
+
+@pytest.mark.parametrize('passes', [True, False])
+def test_a_trial_decides_about_outlines(passes, home, tmp_path, monkeypatch):
+    "By boundary IoU, through the views that won; a model that is only compared is used as the winner is"
+    (tmp_path/'steps.yaml').write_text(OUTLINES)
+    (tmp_path/'sam.ts').write_text('a refiner')
+    cfg = config(home, runs=tmp_path/'runs')
+    refiner = KnowsTruth(SYSTEM.feed(cfg).samples, cfg.data.values) if passes else FindsNothing()
+    monkeypatch.setattr('rtsseg.systems.landcover.load_refiner', lambda cfg, device: refiner)
+    # steps without a trial are carried
+    monkeypatch.setattr(sequence, 'judge_step', lambda *args: Verdict(.1, .01, True, 'gain'))
+    found = run_sequence(cfg, tmp_path/'steps.yaml', images=3)
+    rows = {row.step: row for row in found.rows}
+    assert rows['views'].verdict.carried and rows['outlines'].verdict.carried == passes
+    assert (found.cfg.views, found.cfg.finish) == ('flips', 'refined' if passes else 'none')
+    assert rows['outlines'].verdict.text.startswith('trial passed, +' if passes else 'not kept: trial not passed')
+    for name in ('outlines', 'both'):
+        assert (rows[name].columns['TTA'], rows[name].columns['Post']) == ('flips', 'refined' if passes else '')
+    assert rows['another'].verdict.text == 'failed'
+    text = (found.folder/'table.md').read_text()
+    assert 'points of boundary IoU' in text and 'needs another training' in text
+    # started again, nothing is tried again
+    monkeypatch.setattr('rtsseg.systems.landcover.refinement_arms', None)
+    run_sequence(cfg, tmp_path/'steps.yaml', images=3)
+    assert (found.folder/'table.md').read_text() == text
 
 def test_it_refuses_to_start_where_a_check_fails(home, tmp_path):
     land = shutil.copytree(home/'land', tmp_path/'land')
