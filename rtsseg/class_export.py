@@ -10,7 +10,7 @@ __all__ = ['LOGITS', 'Runner', 'MOST_LOGIT_DIFFERENCE', 'TIMED_RUNS', 'CLASS_FOR
            'check_class_formats', 'images_of_run', 'exported_module', 'write_singles', 'other_images',
            'singles_of_any_size', 'rounded_file', 'Singles', 'best_singles', 'write_class_files', 'export_classes',
            'PhotoNamer', 'some_photos', 'write_plant_onnx', 'plant_session', 'plant_module', 'plant_files',
-           'PlantParity', 'softmax_rows', 'compare_plants', 'export_plants', 'export_any']
+           'PlantParity', 'softmax_rows', 'compare_plants', 'photos_for_export', 'export_plants', 'export_any']
 
 # %% ../nbs/08p_class_export.ipynb #cexexports
 import io
@@ -412,6 +412,8 @@ def some_photos(data:PhotoData,
     photos = PhotoDataset(data.read().of(split), data, PhotoAugment(enabled=False))
     rows = np.unique(np.linspace(0, len(photos) - 1, min(most, len(photos))).astype(int))
     found = [pixels for pixels in map(photos.read, rows.tolist()) if pixels is not None]
+    if not found:
+        raise DataError(f'{data.source.name}: none of {len(rows)} photographs of the split {split} can be decoded')
     return np.stack(found).transpose(0, 3, 1, 2).astype(np.float32)
 
 # %% ../nbs/08p_class_export.ipynb #cexplantfilescode
@@ -505,6 +507,16 @@ def compare_plants(path:Path, run:PlantRunner, photos:np.ndarray,
                        float((found[3] == wanted[3]).mean()), milliseconds(run, photos[:1]), library)
 
 # %% ../nbs/08p_class_export.ipynb #cexplantexport
+def photos_for_export(packed:Any,             # a model of plants, unpacked
+                      source:Path|None        # a folder or a table of photographs
+                     ) -> tuple[np.ndarray, np.ndarray|None]:    # to compare on; to calibrate on
+    "Photographs of validation and of training, or noise and None where there is no source; raises `DataError`"
+    data = packed.cfg.data
+    if source is None:
+        return invented_tiles(data.mean, data.std, data.side, COMPARED_TILES), None
+    data = data.model_copy(update=dict(source=source, taxonomy=packed.folder/'taxonomy.json'))
+    return some_photos(data, 'val', COMPARED_TILES), some_photos(data, 'train', COMPARED_TILES)
+
 def export_plants(model_dir:str|Path,                # a model directory of plants
                   out:str|Path,                      # a new folder for the files
                   formats:list[str]=(),              # keys of `CLASS_FORMATS`; none: all of them
@@ -517,15 +529,11 @@ def export_plants(model_dir:str|Path,                # a model directory of plan
     model_dir, out, formats = Path(model_dir), Path(out), list(formats or CLASS_FORMATS)
     check_class_formats(out, formats)
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
-    source, side = Path(images) if images else images_of_run(model_dir), packed.cfg.data.side
+    source, data = Path(images) if images else images_of_run(model_dir), packed.cfg.data
     if 'int8' in formats and source is None:
         raise ConfigError('images: int8 is calibrated on training photographs, and this model lies in no run folder '
                           'whose photographs are there: name their folder or table, or leave int8 out of formats')
-    data, calibration = packed.cfg.data, None
-    photos = invented_tiles(data.mean, data.std, side, COMPARED_TILES)
-    if source is not None:
-        data = data.model_copy(update=dict(source=source, taxonomy=model_dir/'taxonomy.json'))
-        photos, calibration = (some_photos(data, split, COMPARED_TILES) for split in ('val', 'train'))
+    photos, calibration = photos_for_export(packed, source)
     whole = PhotoNamer(packed.model, data.mean, data.std).eval()
     run, found = plant_module(whole), {}
     wanted, library = run(photos), milliseconds(run, photos[:1])
@@ -536,7 +544,7 @@ def export_plants(model_dir:str|Path,                # a model directory of plan
         for name, runner in plant_files(whole, folder, formats, torch.from_numpy(photos[:2]), calibration):
             path, exact = folder/CLASS_FORMATS[name], name in ('onnx', 'torchscript')
             found[path.name] = compare_plants(path, runner, photos, wanted, library, exact)
-        about = dict(side=side, outputs=PLANT_OUTPUTS, photographs=len(photos), of_validation=source is not None,
+        about = dict(side=data.side, outputs=PLANT_OUTPUTS, photographs=len(photos), of_validation=source is not None,
                      calibrated_on=0 if calibration is None else len(calibration),
                      files={name: asdict(each) for name, each in found.items()})
         write_atomic(folder/'export.json', json.dumps(about, indent=1))

@@ -93,7 +93,10 @@ class Task:
         raise NotImplementedError
 
     def train_meter(self) -> Any:
-        "A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>"
+        """A meter over the outputs of a training epoch, or None; its numbers stand in the epoch's row as train/<name>
+
+        A step that is skipped does not count. A meter with `of_skipped` keeps that state of one whose loss was not
+        finite."""
         return None
 
     def tally(self, out:Any, batch:Any) -> dict[str, torch.Tensor]:
@@ -500,6 +503,8 @@ def skip_step(run:TrainingState, step:StepTotals, norm:float|None, buffers:list[
         return
     for buffer, before in zip(run.model.buffers(), buffers):
         buffer.copy_(before)
+    if hasattr(step.meter, 'of_skipped'):
+        run.totals.meter_states += run.processes.gather([step.meter.of_skipped()])
     run.bad += 1
     if run.bad >= MAX_BAD_STEPS:
         run.stop(f'{run.bad} steps in a row without a finite loss or gradient; look at the data (rtsseg-check), or '

@@ -120,9 +120,9 @@ class PhotoShadow(Transform):
 class RandAugment(Strict):
     "Tier 3: operations of timm's RandAugment, after the other tiers"
     enabled: bool = Field(False, description='apply it')
-    layers: PositiveInt = Field(2, description='operations for each image, N')
+    layers: PositiveInt = Field(2, description='operations that are drawn for each image, N')
     magnitude: float = Field(9., ge=0, le=10, description='their strength, M, on a scale from 0 to 10')
-    p: Fraction = Field(.5, description="probability of each operation: timm's own default")
+    p: Fraction = Field(.5, description="with which each of them is applied: timm's own default; the paper has 1")
 
 class PhotoAugment(Strict):
     "Guide 001, augmentation tiers 1 and 2, and RandAugment of tier 3; what mixes a batch is `mixing`"
@@ -393,7 +393,7 @@ def timm_operations(cfg:RandAugment,
                     side:int,             # of the image, pixels
                     mean:tuple            # R, G and B, 0 to 1: what lies outside
                    ) -> Any:              # of a Pillow image
-    "timm's RandAugment with these settings"
+    "timm's RandAugment with these settings; Cubuk et al. 2020, where every drawn operation is applied"
     from timm.data import auto_augment
     colour = tuple(round(255 * value) for value in mean)
     known = dict(translate_const=int(.45 * side), img_mean=colour)
@@ -434,19 +434,18 @@ class PhotoDataset(Dataset):
     def __getitem__(self,
                     key:int|tuple    # a row, or (seed, epoch, row, occurrence)
                    ) -> dict[str, Any]:
-        """A sample: image float32 (3, side, side), species and disease int, and row, sample and group
+        """A sample: image float32 (3, side, side), disease int, and row, sample and group
 
-        `disease` counts in the flat list of the taxonomy; both labels are `NO_LABEL` where the file cannot be decoded;
-        `sample` is the path, `group` the plant."""
+        `disease` counts in the flat list of the taxonomy, which gives the species; it is `NO_LABEL` where the file
+        cannot be decoded; `sample` is the path, `group` the plant."""
         row = key[2] if isinstance(key, tuple) else int(key)
         label = int(self.photos.labels[row])
         sample = dict(row=row, sample=self.photos.paths[row], group=self.plants[row])
         pixels = self.read(key)
         if pixels is None:
             side = self.data.side
-            return sample | dict(image=torch.zeros(3, side, side), species=NO_LABEL, disease=NO_LABEL)
-        species = int(self.photos.taxonomy.species_of[label])
-        return sample | dict(image=self.normalised(pixels), species=species, disease=label)
+            return sample | dict(image=torch.zeros(3, side, side), disease=NO_LABEL)
+        return sample | dict(image=self.normalised(pixels), disease=label)
 
     def read(self, key:int|tuple) -> np.ndarray|None:    # uint8 (side, side, 3)
         "The pixels of a key; None, and a note in `unread`, where the file cannot be decoded"

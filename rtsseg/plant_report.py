@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PLANT_TARGETS', 'TICKED', 'OPEN_BOX', 'SYSTEMATIC', 'TAIL_F1', 'GUIDE_STAGES', 'MOST_DISEASES', 'MOST_SPECIES',
            'NAMED_CURVES', 'SPECIES_CAPTION', 'TAIL_CAPTION', 'targets_table', 'largest_mistake', 'tail_values',
-           'converged', 'starts_text', 'verification_table', 'stages_table', 'worst_species', 'species_blocks',
-           'diseases_table', 'loss_curves', 'disease_blocks', 'plant_sections']
+           'watched_diseases', 'tail_box', 'converged', 'starts_text', 'verification_table', 'stages_table',
+           'worst_species', 'shares_of_some', 'species_figure', 'species_blocks', 'diseases_table', 'loss_curves',
+           'disease_blocks', 'plant_sections']
 
 # %% ../nbs/06j_plant_report.ipynb #plrexports
 import math
@@ -19,13 +20,14 @@ from matplotlib.figure import Figure
 
 from .bootstrap import Estimate
 from .class_metrics import ratio
-from .class_report import confusion_figure, largest_other
+from .class_report import largest_other, shares_figure
 from .config import RunConfig
 from .files import read_seal
 from .page import Deferred, Number, Picture, Table
 from .photos import Taxonomy
 from .plant_metrics import count_labels, f1_of_labels, images_of_labels, species_confusion
 from .results import Results, Run
+from .routed_runs import disease_labels
 from .shared import split_tables, table_estimates, table_sections
 
 # %% ../nbs/06j_plant_report.ipynb #plrtargetscode
@@ -68,17 +70,39 @@ def largest_mistake(confusion:np.ndarray,    # (species, species): rows truth, c
     return share, f'{names[true]} as {names[found]}' if share else ''
 
 def tail_values(table:pd.DataFrame, diseases:int, tail:int    # most training images
-               ) -> np.ndarray:                               # float64
-    "F1 of each disease of the tail that occurs or is predicted"
+               ) -> np.ndarray:                               # float64 (diseases,)
+    "F1 of each disease of the tail; NaN for others, and for those that neither occur nor are predicted"
     f1 = f1_of_labels(count_labels(table.disease.to_numpy(), table.disease_found.to_numpy(), labels=diseases))
-    is_tail = images_of_labels(table, diseases) <= tail
-    return f1[is_tail & ~np.isnan(f1)]
+    return np.where(images_of_labels(table, diseases) <= tail, f1, np.nan)
+
+def watched_diseases(columns:Sequence[str],             # of the log
+                     classes:list[tuple[str, str]]      # (species, disease)
+                    ) -> list[int]:
+    "Diseases of the tail, by number: those whose training loss the log follows"
+    followed = set(columns)
+    return [k for k, label in enumerate(disease_labels(classes)) if f'train/disease/{label}' in followed]
+
+def tail_box(f1:np.ndarray,                        # of `tail_values`
+             watched:list[int],                    # of `watched_diseases`
+             classes:list[tuple[str, str]]
+            ) -> tuple[bool, str]:                 # whether the box is ticked, and its figure
+    "Whether each disease of the tail has the F1 of the guide; not ticked where one has none, or the tail is empty"
+    known = f1[~np.isnan(f1)]
+    missing = [': '.join(classes[k]) for k in watched if np.isnan(f1[k])]
+    if not len(known) and not missing:
+        return False, 'cannot be judged: no disease belongs to the tail'
+    words = f'{int((known >= TAIL_F1).sum())} of {len(known) + len(missing)}'
+    if len(known):
+        words += f', the lowest {known.min():.2f}'
+    if missing:
+        words += f'; cannot be judged: {len(missing)} neither occur nor are predicted: {", ".join(missing[:5])}'
+    return not missing and bool((known >= TAIL_F1).all()), words
 
 def converged(events:list[dict]) -> tuple[bool, str]:
     "Whether all disease heads did, and what the log says"
     heads = sorted({head for event in events if event['event'] == 'not_finite' for head in event['heads']})
     diverged = sorted({event['disease'] for event in events if event['event'] == 'diverges'})
-    words = f'{len(heads)} heads without a finite loss, {len(diverged)} diseases that diverged'
+    words = f'{len(heads)} heads without a finite loss, {len(diverged)} diseases of the tail that diverged'
     named = ', '.join([*heads, *diverged][:5])
     return not heads and not diverged, f'{words}: {named}' if named else words
 
@@ -96,18 +120,16 @@ def verification_table(run:Run,
                       ) -> Table:
     "Guide 001, Verification: each box with the figure that decides it"
     share, mistake = largest_mistake(species_confusion(table.frame, len(taxonomy.species)), taxonomy.species)
-    tail = tail_values(table.frame, len(taxonomy.classes), run.cfg.metrics.tail)
-    known = int((tail >= TAIL_F1).sum())
+    f1 = tail_values(table.frame, len(taxonomy.classes), run.cfg.metrics.tail)
+    watched = watched_diseases(run.epochs.columns, taxonomy.classes)
     is_loaded = table.model == read_seal(run.folder/'model')['model.safetensors'][0][:len(table.model)]
-    lowest = f', the lowest {tail.min():.2f}' if len(tail) else ''
     boxes = [
         ('species top-1 ≥ 0.95', numbers['species_top1'] >= .95, f"{numbers['species_top1']:.3f}"),
         ('disease top-3 ≥ 0.94', numbers['disease_top3'] >= .94, f"{numbers['disease_top3']:.3f}"),
         (f'no species is taken for one other in more than {SYSTEMATIC:.0%} of its images', share <= SYSTEMATIC,
          f'at most {share:.2f} {mistake}'.strip()),
-        ('all disease heads converge', *converged(run.events)),
-        (f'F1 of each disease of the tail ≥ {TAIL_F1}', known == len(tail),
-         f'{known} of {len(tail)}{lowest}'),
+        ('all disease heads converge: finite losses, and no disease of the tail diverges', *converged(run.events)),
+        (f'F1 of each disease of the tail ≥ {TAIL_F1}', *tail_box(f1, watched, taxonomy.classes)),
         ('the model loads from its directory and scores', is_loaded,
          f'weights {table.model} scored {len(table)} images'),
         ('no start of the run ended without a word', *starts_text(run.events)),
@@ -152,6 +174,22 @@ def worst_species(confusion:np.ndarray,     # (species, species)
     shares = ratio(np.diag(confusion), confusion.sum(1))
     return [number for number in np.argsort(shares, kind='stable').tolist() if not math.isnan(shares[number])]
 
+def shares_of_some(confusion:np.ndarray,    # (species, species): rows truth, columns prediction
+                   shown:list[int]          # numbers of species that occur
+                  ) -> np.ndarray:          # (shown, shown + 1): the last column is all other predictions
+    "Shares of all images of some species, by prediction"
+    of_shown = confusion[np.ix_(shown, shown)]
+    images = confusion[shown].sum(1)
+    counts = np.column_stack([of_shown, images - of_shown.sum(1)])
+    return counts / images[:, None]
+
+def species_figure(confusion:np.ndarray, shown:list[int], names:list[str]) -> Figure:
+    "Which of some species are taken for which; a column of others where not all species are shown"
+    shares, labels = shares_of_some(confusion, shown), [names[k] for k in shown]
+    if len(shown) == len(names):
+        return shares_figure(shares[:, :-1], labels, labels)
+    return shares_figure(shares, labels, [*labels, 'others'])
+
 def species_blocks(confusion:np.ndarray,    # (species, species): rows truth, columns prediction
                    names:list[str]
                   ) -> list:
@@ -161,11 +199,11 @@ def species_blocks(confusion:np.ndarray,    # (species, species): rows truth, co
     rows = [[names[k], int(confusion[k].sum()), Number(float(shares[k, k])), largest_other(shares[k], k, names)]
             for k in shown]
     notes = [f'the worst {MOST_SPECIES} of {len(names)} species'] if len(names) > MOST_SPECIES else []
-    picture = Deferred(lambda: [Picture(confusion_figure(confusion[np.ix_(shown, shown)], [names[k] for k in shown]),
-                                        SPECIES_CAPTION)])
+    picture = Deferred(lambda: [Picture(species_figure(confusion, shown, names), SPECIES_CAPTION)])
     return [Table(['species', 'images', 'right', 'most often taken for'], rows, notes), picture]
 
-SPECIES_CAPTION = 'Images by true and predicted species, the worst species first; shares of a row.'
+SPECIES_CAPTION = ('Images by true and predicted species, the worst species first; shares of all images of a species. '
+                   'What is predicted and has no column is under others.')
 
 def diseases_table(table:pd.DataFrame,    # of one or more seeds together
                    taxonomy:Taxonomy,

@@ -28,8 +28,10 @@ from rtsseg.leaf_world import make_leaf_world
 from rtsseg.photo_feed import rare_weights
 from rtsseg.plant_metrics import plant_scores
 from rtsseg.routed import RoutedModel, build_routed, diagnose, offsets_of, own_diseases, route
-from rtsseg.runs import flatten, read_log, run_folder
+from rtsseg.routed_runs import append_once
+from rtsseg.runs import Stopped, append_line, config_hash, flatten, read_log, run_folder
 from rtsseg.schedule import learning_rate, plan_stages
+from rtsseg.systems.plants import PlantsTask
 from rtsseg.training import train
 from rtsseg.tuning import search
 
@@ -78,6 +80,50 @@ def test_each_stage_trains_what_it_names(undisturbed):
     assert rows[2]['lr/encoder'] == pytest.approx(.1 * rows[2]['lr/species'])
     assert all(math.isfinite(row['val/loss']) for row in rows)
     assert any(name.startswith('train/disease/') for name in rows[0])
+
+def broken_at(batch, forward=PlantsTask.forward):
+    "A forward pass that gives no finite logit of a disease in one training batch"
+    calls = []
+
+    def broken(self, model, inputs):
+        species, diseases = forward(self, model, inputs)
+        calls.extend([batch] if model.training else [])
+        return species, diseases * math.nan if model.training and len(calls) == batch else diseases
+    return broken
+
+class StopAfter:
+    "Ask for a stop after a step"
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, run):
+        if run.step == self.step:
+            run.stop('as asked')
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_a_head_without_a_finite_loss_is_counted_across_a_resume(leaves, tmp_path, monkeypatch, stopped):
+    "The step is skipped, the images are counted, and a stop later in the epoch forgets none of them"
+    stages = [six_stages()[-1] | dict(first=1, last=1)]
+    unmixed = dict(mixup=dict(p=0), cutmix=dict(p=0))
+    cfg = config(leaves, tmp_path/'runs', epochs=1, stages=stages, mixing=unmixed)
+    monkeypatch.setattr(PlantsTask, 'forward', broken_at(2))
+    if stopped:
+        with pytest.raises(Stopped):
+            train(cfg, [StopAfter(3)])
+    folder = train(cfg)
+    row, = read_log(folder)
+    event, = events(folder, 'not_finite')
+    assert row['skipped'] == 1 and event['epoch'] == 1 and sum(event['heads'].values()) == cfg.batch_size
+    assert {f'train/not_finite/{name}': n for name, n in event['heads'].items()} == {
+        name: n for name, n in row.items() if name.startswith('train/not_finite/')}
+
+def test_an_epoch_that_is_repeated_writes_no_event_twice(tmp_path):
+    "The checkpoint of an epoch is written after its events: a kill in between repeats it"
+    row = dict(event='not_finite', epoch=3, heads={'oak': 2})
+    append_line(tmp_path/'log.jsonl', dict(event='start'))
+    for written in (row, row, row | dict(epoch=4)):
+        append_once(tmp_path/'log.jsonl', written)
+    assert events(tmp_path, 'not_finite') == [row, row | dict(epoch=4)]
 
 def kill_after(epoch, program, folder):
     "kill -9 of a trainer that waits after an epoch"
@@ -167,6 +213,18 @@ def test_weights_of_a_stage_open_without_the_library(undisturbed, tmp_path):
         assert found['scores'][name] == last[f'val/{name}']
     images = dict(zip(map('/'.join, feed.taxonomy.classes), feed.images))
     assert found['scores']['tail_f1'] and all(images[name] <= 80 for name in found['scores']['tail_f1'])
+
+def test_final_heads_are_written_without_a_validation_too(leaves, tmp_path):
+    "The last epoch of B2 is not validated: its weights are there, without scores"
+    folder = train(config(leaves, tmp_path, val_frequency=8))
+    heads = torch.load(folder/'stages'/'disease_heads'/'disease_heads_final.pt', weights_only=True)
+    assert (heads['epoch'], heads['scores']) == (LASTS[4] - LASTS[2], {})
+    assert set(heads['weights']) == {'diseases.weight', 'diseases.bias'}
+
+def test_the_tail_makes_another_run(leaves, tmp_path):
+    "It decides which losses are watched and slowed, and what a monitor of the tail measures"
+    hashes = [config_hash(config(leaves, tmp_path, metrics=dict(tail=tail))) for tail in (80, 40)]
+    assert hashes[0] != hashes[1]
 
 def test_heads_alone_are_those_of_the_whole(undisturbed):
     heads = torch.load(undisturbed/'stages'/'disease_heads'/'disease_heads_final.pt', weights_only=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIER_LINES', 'PLANTS_UNREAD', 'TAXONOMY_FILE', 'PLANTS_CARD', 'PlantLoss', 'PlantMetrics', 'LeafWorld', 'PlantData',
-           'is_never_applied', 'settings_of_line', 'PlantsConfig', 'PlantsFeed', 'PlantsTask', 'PackedPlants', 'Plants',
-           'sizes_of', 'tail_f1']
+           'is_never_applied', 'settings_of_line', 'names_splits', 'PlantsConfig', 'PlantsFeed', 'PlantsTask',
+           'PackedPlants', 'Plants', 'sizes_of', 'tail_f1']
 
 # %% ../../nbs/systems/plants.ipynb #pltexports
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from rtsseg.config import (
     LOOP_UNREAD,
+    SPLIT_FOLDERS,
     Fraction,
     NonNegativeFloat,
     PositiveInt,
@@ -37,6 +38,7 @@ from ..files import write_atomic
 from ..label_losses import label_focal
 from ..leaf_world import make_leaf_world
 from ..loop import Task
+from ..manifest import FORMATS
 from ..mixing import MIXING_UNREAD, CutMix, Mixing, MixUp, mix_images
 from ..models import timm_layers
 from ..photo_feed import PhotoAugment, PhotoData, photos_in_order, train_photos
@@ -65,6 +67,7 @@ from rtsseg.routed_runs import (
     disease_labels,
     first_divergence,
     guessing_loss,
+    log_names,
     stage_start,
 )
 from ..system import Feed, SampleMeter, SampleTable, System
@@ -84,8 +87,8 @@ class PlantMetrics(Strict):
     monitor: Literal['cascade', 'species_top1', 'species_macro_f1', 'disease_top1', 'disease_top3', 'macro_f1',
                      'tail_macro_f1', 'tail_weighted_f1'] = Field(
         'cascade', description='the value that chooses the best model')
-    tail: Annotated[PositiveInt, PostHoc()] = Field(
-        80, description='diseases with at most this many training images are the tail')
+    tail: PositiveInt = Field(
+        80, description='diseases with at most this many training images are the tail, whose losses are watched')
     replicates: Annotated[PositiveInt, Undeciding(), PostHoc()] = Field(
         1000, description='bootstrap replicates of an interval')
 
@@ -112,6 +115,13 @@ def settings_of_line(line:str) -> tuple[str, ...]:
     fields = type(PhotoAugment.model_fields[line].default).model_fields
     return tuple(f'augment.{line}.{field}' for field in fields if field != 'p')
 
+def names_splits(cfg:RunConfig) -> bool:
+    "Whether the source is a table, or has folders of splits: then none is dealt"
+    source = cfg.data.source
+    if source.suffix.lower() in FORMATS:
+        return True
+    return source.is_dir() and any(path.name.lower() in SPLIT_FOLDERS for path in source.iterdir())
+
 PLANTS_UNREAD = [
     *LOOP_UNREAD,
     Unread(tuple(f'augment.{name}' for name in PhotoAugment.model_fields if name != 'enabled'),
@@ -120,6 +130,10 @@ PLANTS_UNREAD = [
     Unread(tuple(f'augment.rand_augment.{name}' for name in ('layers', 'magnitude', 'p')),
            'augment.rand_augment.enabled is false', lambda cfg: not cfg.augment.rand_augment.enabled),
     *MIXING_UNREAD,
+    Unread(('data.rare',), 'no stage has the sampler weighted',
+           lambda cfg: not any(stage.sampler == 'weighted' for stage in cfg.stages)),
+    Unread(('data.val_share', 'data.test_share', 'data.split_seed'), 'data.source names the split of each photograph',
+           names_splits),
     Unread(('loader.cache_mb',), 'this system keeps no images in memory', lambda cfg: True),
 ]
 
@@ -207,8 +221,7 @@ class PlantsTask(Task):
         self.cfg, self.monitor, self.taxonomy, self.images = cfg, cfg.metrics.monitor, taxonomy, images
         self.offsets = torch.from_numpy(taxonomy.offsets)
         self.labels = disease_labels(taxonomy.classes)
-        # of this epoch so far: species, and how many images had no finite loss in its head
-        self.not_finite = {}
+        self.numbers = {label: number for number, label in enumerate(self.labels)}
 
     def parts(self, model:RoutedNet) -> dict[str, list[nn.Module]]:
         "Backbone, species head and disease heads"
@@ -249,29 +262,25 @@ class PlantsTask(Task):
     def loss(self, out:tuple, batch:dict) -> dict[str, torch.Tensor]:
         "Mean focal loss of both heads"
         n, sums = (batch['disease'] >= 0).sum().clamp_min(1), dict(species=0., disease=0.)
-        for labels, share, of_species, of_disease in self.judged(out, batch):
+        for _, share, of_species, of_disease in self.judged(out, batch):
             sums['species'] = sums['species'] + share * of_species.sum() / n
             sums['disease'] = sums['disease'] + share * of_disease.sum() / n
-            if torch.is_grad_enabled():
-                self.note_not_finite(labels, of_species + of_disease)
         return sums
 
-    def note_not_finite(self, disease:torch.Tensor, losses:torch.Tensor) -> None:
-        "Count images without a finite loss, by the species whose head they belong to"
-        for number in disease[~losses.isfinite()].tolist():
-            name = self.taxonomy.classes[number][0]
-            self.not_finite[name] = self.not_finite.get(name, 0) + 1
+    @cached_property
+    def heads(self) -> list[str]:
+        "Of each disease: what the log calls the head of its species"
+        names = log_names(self.taxonomy.species)
+        return [names[species] for species in self.taxonomy.species_of]
 
-    @property
+    @cached_property
     def watched(self) -> dict[int, str]:    # number of a disease: its name in the log
         "The diseases of the tail"
         return {k: name for k, name in enumerate(self.labels) if self.images[k] <= self.cfg.metrics.tail}
 
     def train_meter(self) -> DiseaseLosses:
-        "The training loss of each disease of the tail"
-        def judge(out, batch):
-            return [(disease, share, loss) for disease, share, _, loss in self.judged(out, batch)]
-        return DiseaseLosses(judge, self.watched)
+        "The training loss of each disease of the tail, and the images of each head without a finite loss"
+        return DiseaseLosses(self.judged, self.watched, self.heads)
 
     def diverging(self, history:list[dict]) -> dict[str, int]:    # name: epoch
         "Diseases of the tail whose training loss diverges, and since when"
@@ -289,7 +298,7 @@ class PlantsTask(Task):
         found = self.diverging(history) if self.cfg.watch.slow else {}
         if not found:
             return {}
-        species = {self.taxonomy.species_of[self.labels.index(name)] for name in found}
+        species = {self.taxonomy.species_of[self.numbers[name]] for name in found}
         factors = torch.ones(len(self.labels))
         factors[np.isin(self.taxonomy.species_of, list(species))] = self.cfg.watch.slow
         return {'diseases.weight': factors[:, None], 'diseases.bias': factors}
