@@ -510,7 +510,7 @@ def compare_plants(path:Path, run:PlantRunner, photos:np.ndarray,
 def photos_for_export(packed:Any,             # a model of plants, unpacked
                       source:Path|None        # a folder or a table of photographs
                      ) -> tuple[np.ndarray, np.ndarray|None]:    # to compare on; to calibrate on
-    "Photographs of validation and of training, or noise and None where there is no source; raises `DataError`"
+    "Photographs of validation and of training, or noise and None without a source; raises `DataError`"
     data = packed.cfg.data
     if source is None:
         return invented_tiles(data.mean, data.std, data.side, COMPARED_TILES), None

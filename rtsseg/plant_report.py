@@ -25,9 +25,8 @@ from .config import RunConfig
 from .files import read_seal
 from .page import Deferred, Number, Picture, Table
 from .photos import Taxonomy
-from .plant_metrics import count_labels, f1_of_labels, images_of_labels, species_confusion
+from .plant_metrics import count_labels, disease_labels, f1_of_labels, images_of_labels, species_confusion
 from .results import Results, Run
-from .routed_runs import disease_labels
 from .shared import split_tables, table_estimates, table_sections
 
 # %% ../nbs/06j_plant_report.ipynb #plrtargetscode

@@ -43,7 +43,16 @@ from ..mixing import MIXING_UNREAD, CutMix, Mixing, MixUp, mix_images
 from ..models import timm_layers
 from ..photo_feed import PhotoAugment, PhotoData, photos_in_order, train_photos
 from ..photos import Taxonomy, check_photos
-from ..plant_metrics import PLANT_COLUMNS, count_labels, f1_of_labels, images_of_labels, plant_scores, ranks
+from rtsseg.plant_metrics import (
+    PLANT_COLUMNS,
+    count_labels,
+    disease_labels,
+    f1_of_labels,
+    images_of_labels,
+    log_names,
+    plant_scores,
+    ranks,
+)
 from ..processes import make_accelerator
 from rtsseg.routed import (
     RoutedModel,
@@ -64,10 +73,8 @@ from rtsseg.routed_runs import (
     HeadWatch,
     StageWeights,
     WatchHeads,
-    disease_labels,
     first_divergence,
     guessing_loss,
-    log_names,
     stage_start,
 )
 from ..system import Feed, SampleMeter, SampleTable, System
