@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HAND_TRUE', 'HAND_PREDICTED', 'HAND_IOU', 'BLENDED', 'MOVES', 'MIN_AGREEMENT', 'COLOUR_TRANSFORMS', 'SAME_STATISTICS',
-           'FEW_CROPS', 'FEW_SIDE', 'TRIED_CROPS', 'LABEL_LOSSES', 'FIT_RATE', 'FIT_STEPS', 'FITTED', 'SAME_SCORE',
-           'BOUNDARY_WIDTHS', 'FileFacts', 'survey_class_files', 'pixel_digest', 'mask_values', 'ignoring_finding',
-           'gradient_at', 'changed_counts', 'hand_mistakes', 'hand_finding', 'moves_alone', 'write_drawn_masks',
-           'agreement', 'moving_finding', 'split_of_path', 'purity_findings', 'normalisation_finding', 'plainly_taught',
+           'KNOWN_COLOUR', 'FEW_CROPS', 'FEW_SIDE', 'TRIED_CROPS', 'LABEL_LOSSES', 'FIT_RATE', 'FIT_STEPS', 'FITTED',
+           'SAME_SCORE', 'BOUNDARY_WIDTHS', 'FileFacts', 'survey_class_files', 'pixel_digest', 'mask_values',
+           'ignoring_finding', 'gradients_at', 'changed_counts', 'hand_mistakes', 'hand_finding', 'moves_alone',
+           'write_drawn_masks', 'agreement', 'moving_finding', 'split_of_path', 'purity_findings',
+           'write_known_colours', 'unmixed', 'measured_statistics', 'normalisation_finding', 'plainly_taught',
            'small_side', 'small_batch', 'learn_by_heart', 'fitting_finding', 'BothWays', 'judge_both_ways',
            'consistency_finding', 'class_scores_finding', 'data_findings', 'model_findings', 'seven_checks']
 
@@ -83,23 +84,28 @@ def ignoring_finding(task:Task,
     target[:, :side // 4] = IGNORE
     logits = torch.from_numpy(rng.standard_normal((1, classes, side, side), np.float32)).requires_grad_()
     batch = dict(target=target, sample=['fixture'], group=['fixture'])
-    learnt = gradient_at(task, logits, batch, target == IGNORE)
+    learnt = gradients_at(task, logits, batch, target == IGNORE)
     judged = changed_counts(task, logits.detach(), batch, target == IGNORE)
     unknown = [f'{value} ({name})' for value, name in sorted(facts.values.items()) if value not in data.values]
     wrong = list(facts.problems)
-    if learnt:
-        wrong.append(f'the loss learns from ignored pixels: its gradient there is up to {learnt:.2g}')
+    wrong += [f'the loss learns from ignored pixels: the gradient of {name} there is up to {gradient:.2g}'
+              for name, gradient in learnt.items() if gradient]
     if judged:
         wrong.append(f'the metric counts ignored pixels: {judged} counts change with what is predicted there')
     if unknown:
         wrong.append(f'masks hold values that data.values does not know: {some_names(unknown)}')
-    value = f'{classes} classes, {IGNORE} ignored in both; masks hold {sorted(facts.values)}'
+    asked = ', '.join(learnt) or 'none that compares labels'
+    value = f'{classes} classes, {IGNORE} ignored by losses ({asked}) and metric; masks hold {sorted(facts.values)}'
     return cases_finding(what, wrong, 'error', value)
 
-def gradient_at(task:Task, logits:torch.Tensor, batch:dict, where:torch.Tensor) -> float:
-    "The largest gradient of the losses at some pixels"
-    sum(task.loss(logits, batch).values()).backward()
-    return float(logits.grad.movedim(1, -1)[where].abs().max())
+def gradients_at(task:Task, logits:torch.Tensor, batch:dict, where:torch.Tensor) -> dict[str, float]:
+    "The largest gradient of each loss that depends on logits, at some pixels"
+    found = {}
+    for name, value in task.loss(*task.example(logits, batch)).items():
+        if value.requires_grad:
+            gradient, = torch.autograd.grad(value, logits, retain_graph=True)
+            found[name] = float(gradient.movedim(1, -1)[where].abs().max())
+    return found
 
 def changed_counts(task:Task, logits:torch.Tensor, batch:dict, where:torch.Tensor) -> int:
     "How many counts of the metric change where the prediction does at some pixels"
@@ -223,6 +229,8 @@ def purity_findings(samples:ClassSamples, facts:FileFacts) -> list[Finding]:
 # %% ../nbs/04s_class_checks.ipynb #kckthreecode
 # of normalised images; far below what two data sets differ by
 SAME_STATISTICS = 1e-3
+# R, G and B, each of a value of its own: exchanged channels are seen too
+KNOWN_COLOUR = 255, 128, 64
 # crops of the small batch, their largest side, and where they are looked for
 FEW_CROPS, FEW_SIDE, TRIED_CROPS = 2, 128, 16
 # losses that compare logits with labels, without a teacher or a head of their own
@@ -230,15 +238,53 @@ LABEL_LOSSES = {'cross_entropy', 'dice', 'lovasz'}
 # how the batch is learnt, and when it counts as learnt
 FIT_RATE, FIT_STEPS, FITTED = 1e-3, 200, .1
 
-def normalisation_finding(cfg:RunConfig, statistics:tuple[list[float], list[float]]) -> Finding:
+def write_known_colours(root:Path,
+                        data:ClassData,
+                        side:int           # of the images, pixels
+                       ) -> ClassSamples:
+    "A training and a validation image, black with a corner of a known colour"
+    image = np.zeros((side, side, 3), np.uint8)
+    image[:side // 2, :side // 2] = KNOWN_COLOUR
+    mask = np.full((side, side), min(value for value, label in data.values.items() if label != NO_CLASS), np.uint8)
+    cv2.imwrite(str(root/'known.png'), image[..., ::-1])
+    cv2.imwrite(str(root/'mask.png'), mask)
+    row = dict(image='known.png', mask='mask.png', scene='', group='')
+    return ClassSamples(root, pd.DataFrame([row | dict(sample=split, split=split) for split in ('train', 'val')]),
+                        'known colours')
+
+def unmixed(cfg:RunConfig) -> RunConfig:
+    "A config whose training images are whole images, one a batch, as they were drawn"
+    whole = dict(scales=(1., 1.), sides=[max(cfg.data.sides)], class_aware=0.)
+    plain = dict(augment=Augment(enabled=False), mixing=type(cfg.mixing)(), batch_size=1,
+                 data=cfg.data.model_copy(update=whole), loader=cfg.loader.model_copy(update=dict(num_workers=0)))
+    return plainly_taught(cfg).model_copy(update=plain)
+
+def measured_statistics(feed:Any    # a feed that may be spoilt
+                       ) -> dict[str, tuple[np.ndarray, np.ndarray]]:    # loader: mean and std of R, G and B
+    "How the loaders of training and validation normalise, by what they make of known colours"
+    feed.cfg, found = unmixed(feed.cfg), {}
+    with TemporaryDirectory() as home:
+        feed.samples = write_known_colours(Path(home), feed.cfg.data, feed.cfg.data.sides[0])
+        for name, loader in zip(('train', 'val'), feed.loaders(), strict=True):
+            image = next(iter(loader))['image'].double().numpy()
+            # black is -mean / std, and the colour lies its value / std above
+            black, colour = image.min((0, 2, 3)), image.max((0, 2, 3))
+            std = np.array(KNOWN_COLOUR) / 255 / (colour - black)
+            found[name] = -black * std, std
+    return found
+
+def normalisation_finding(cfg:RunConfig,
+                          measured:dict[str, tuple]    # loader: mean and std of R, G and B
+                         ) -> Finding:
     "Check 3: images are normalised as those were that the encoder was pretrained on"
-    what, (mean, std) = '3 normalisation', statistics
-    shown = f'mean {[round(m, 3) for m in mean]}, std {[round(s, 3) for s in std]}'
+    what = '3 normalisation'
+    shown = '; '.join(f'{name}: mean {np.round(mean, 3).tolist()}, std {np.round(std, 3).tolist()}'
+                      for name, (mean, std) in measured.items())
     if cfg.model.weights is None:
         return Finding('ok', what, shown, 'random weights were pretrained on nothing')
     from rtsseg.pretrained import pretrained_stats
     wanted = pretrained_stats(cfg.model)
-    apart = float(np.abs(np.subtract(statistics, wanted)).max())
+    apart = max(float(np.abs(np.subtract(statistics, wanted)).max()) for statistics in measured.values())
     if apart < SAME_STATISTICS:
         return Finding('ok', what, shown, f'as the weights {cfg.model.weights} of {cfg.model.encoder}')
     return Finding('error', what, shown, f'the encoder was pretrained with mean {wanted[0]} and std {wanted[1]}: '
@@ -247,8 +293,8 @@ def normalisation_finding(cfg:RunConfig, statistics:tuple[list[float], list[floa
 def plainly_taught(cfg:RunConfig) -> RunConfig:
     "A config whose losses need nothing but labels, all of which count and may be met exactly"
     parts = [part for part in cfg.loss.parts if part in LABEL_LOSSES] or ['cross_entropy']
-    return cfg.model_copy(update=dict(loss=cfg.loss.model_copy(update=dict(
-        parts=parts, label_smoothing=0., hardest=1.))))
+    loss = cfg.loss.model_copy(update=dict(parts=parts, label_smoothing=0., hardest=1.))
+    return cfg.model_copy(update=dict(loss=loss, distil=cfg.distil.model_copy(update=dict(teacher=None))))
 
 def small_side(model:nn.Module, side:int) -> int:
     "The side of crops to learn by heart: small, where the model takes such crops"
@@ -296,7 +342,8 @@ def fitting_finding(history:list[float],    # cross-entropy of each step
     value = f'cross-entropy {history[0]:.2f} → {min(history):.3f} in {len(history)} steps, {pixels} pixels'
     if min(history) < FITTED:
         return Finding('ok', what, value)
-    return Finding('error', what, value, f'below {FITTED:g} was expected: look at losses, labels and frozen parts')
+    return Finding('error', what, value, f'below {FITTED:g} was expected of a model whose parts all train: look at '
+                                         'losses and labels')
 
 # %% ../nbs/04s_class_checks.ipynb #kcksixcode
 # of an IoU; half precision on a GPU may round otherwise
@@ -379,7 +426,7 @@ def model_findings(system:System, cfg:RunConfig,
     batch = {name: value.to(accelerator.device) if hasattr(value, 'to') else value for name, value in batch.items()}
     fitted = learn_by_heart(model, system.task(plainly_taught(cfg), feed), batch, cfg.loss_weights)
     both = judge_both_ways(system, cfg, few, model, accelerator)
-    return [normalisation_finding(cfg, feed.statistics), fitting_finding(*fitted),
+    return [normalisation_finding(cfg, measured_statistics(feed.few(1))), fitting_finding(*fitted),
             consistency_finding(both, few.size('val')),
             class_scores_finding(both.evaluation, cfg.data.names, cfg.metrics.boundary_widths)]
 

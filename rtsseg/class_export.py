@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'Runner', 'MOST_LOGIT_DIFFERENCE', 'TIMED_RUNS', 'CLASS_FORMATS', 'COMPARED_TILES', 'COMPARED_SIDE',
-           'PLANT_OUTPUTS', 'PlantRunner', 'ROUNDED_IN_PLANTS', 'PixelLabeller', 'training_tiles', 'invented_tiles',
-           'session_of', 'write_class_onnx', 'write_fp16', 'write_int8', 'write_torchscript', 'script_of', 'Parity',
-           'milliseconds', 'compare_file', 'check_class_formats', 'images_of_run', 'class_files', 'export_classes',
+           'PLANT_OUTPUTS', 'PlantRunner', 'ROUNDED_IN_PLANTS', 'PixelLabeller', 'chosen_images', 'middle',
+           'middle_tiles', 'invented_tiles', 'session_of', 'write_class_onnx', 'write_fp16', 'write_int8',
+           'write_torchscript', 'module_of', 'script_of', 'Parity', 'milliseconds', 'compare_file',
+           'check_class_formats', 'images_of_run', 'exported_module', 'write_singles', 'other_images',
+           'singles_of_any_size', 'rounded_file', 'Singles', 'best_singles', 'write_class_files', 'export_classes',
            'PhotoNamer', 'some_photos', 'write_plant_onnx', 'plant_session', 'plant_module', 'plant_files',
            'PlantParity', 'softmax_rows', 'compare_plants', 'photos_for_export', 'export_plants', 'export_any']
 
@@ -23,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,20 +64,31 @@ class PixelLabeller(nn.Module):
         return self.network((pixels - self.mean) / self.std)
 
 # %% ../nbs/08p_class_export.ipynb #cextilescode
-def training_tiles(source:Path,    # a folder or a table of images
-                   side:int,       # wanted, pixels
-                   most:int        # how many
-                  ) -> np.ndarray: # float32 (n, 3, side, side), 0 to 255; smaller where the images are
-    "The middles of training images; raises `DataError`"
-    samples = ClassSamples.read(source).of('train')
-    rows = np.unique(np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int))
-    images = [read_colours(samples.root/samples.table.image[row]) for row in rows]
-    side = min(side, *(min(image.shape[:2]) // 32 * 32 for image in images))
-    tiles = []
-    for image in images:
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        tiles.append(image[top:top + side, left:left + side].transpose(2, 0, 1))
-    return np.stack(tiles).astype(np.float32)
+def chosen_images(source:Path,    # a folder or a table of images
+                  split:str       # train, or val
+                 ) -> ClassSamples:
+    "Images that lie evenly over a split; raises `DataError` where it has none"
+    samples = ClassSamples.read(source).of(split)
+    if not len(samples):
+        raise DataError(f'{source}: no image in {split}: files are compared on images of val, and 8 bits are '
+                        'calibrated on images of train')
+    return samples.few(COMPARED_TILES)
+
+def middle(image:np.ndarray,    # uint8 (H, W, 3)
+           side:int             # pixels
+          ) -> np.ndarray:      # uint8 (side, side, 3)
+    "The middle of an image, whose edge is repeated where it is smaller"
+    lacking = [(max(side - length, 0) // 2, (max(side - length, 0) + 1) // 2) for length in image.shape[:2]]
+    image = np.pad(image, (*lacking, (0, 0)), mode='edge')
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top:top + side, left:left + side]
+
+def middle_tiles(samples:ClassSamples,
+                 side:int        # pixels
+                ) -> np.ndarray: # float32 (n, 3, side, side), 0 to 255
+    "The middles of images; raises `DataError`"
+    tiles = [middle(read_colours(samples.root/path), side) for path in samples.table.image]
+    return np.stack(tiles).transpose(0, 3, 1, 2).astype(np.float32)
 
 def invented_tiles(mean:list[float],    # of R, G and B, of images scaled to [0, 1]
                    std:list[float],
@@ -100,9 +113,11 @@ def session_of(path:Path) -> Runner:
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda pixels: session.run([LOGITS], {PIXELS: pixels})[0]
 
-def write_class_onnx(whole:PixelLabeller, example:torch.Tensor, path:Path) -> None:
-    "Write an ONNX file for images of any number and size; raises `ModelError` with what each exporter said"
-    axes, problems = {0: 'batch', 2: 'height', 3: 'width'}, []
+def write_class_onnx(whole:PixelLabeller, example:torch.Tensor, path:Path,
+                     any_size:bool=True    # whether it is for images of any number and size, or for the example's
+                    ) -> None:
+    "Write an ONNX file; raises `ModelError` with what each exporter said"
+    axes, problems = {0: 'batch', 2: 'height', 3: 'width'} if any_size else {}, []
     named = dict(input_names=[PIXELS], output_names=[LOGITS])
     for options in (dict(dynamo=False, opset_version=17, dynamic_axes={PIXELS: axes, LOGITS: axes}),
                     dict(dynamo=True, external_data=False, verbose=False)):
@@ -158,13 +173,16 @@ def write_torchscript(whole:PixelLabeller, example:torch.Tensor, path:Path) -> N
         # whatever in a network tracing does not follow
         raise ModelError(f'TorchScript does not follow this network: {" ".join(str(e).split())[:300]}') from None
 
-def script_of(path:Path) -> Runner:
-    "Run a TorchScript file on the CPU"
-    script = torch.jit.load(path)
+def module_of(whole:nn.Module) -> Runner:
+    "Run a module on the CPU"
     def run(pixels):
         with torch.no_grad():
-            return script(torch.from_numpy(pixels)).numpy()
+            return whole(torch.from_numpy(pixels)).numpy()
     return run
+
+def script_of(path:Path) -> Runner:
+    "Run a TorchScript file on the CPU"
+    return module_of(torch.jit.load(path))
 
 # %% ../nbs/08p_class_export.ipynb #cexcomparecode
 # the largest difference of a logit in single precision, and how many runs a time is the median of
@@ -231,38 +249,119 @@ def images_of_run(model_dir:Path) -> Path|None:
     source = load(*config_files(run)).data.source
     return source if source.exists() else None
 
-def class_files(packed:Any, folder:Path, formats:list[str], tiles:np.ndarray) -> Iterator[tuple[str, Runner]]:
-    "Write the files one after the other: format, and what runs it"
-    whole = PixelLabeller(packed.model, packed.mean, packed.std).eval()
-    example, single = torch.from_numpy(tiles[:1]), folder/CLASS_FORMATS['onnx']
+def exported_module(packed:Any) -> PixelLabeller:
+    "What files hold: normalisation and network"
+    return PixelLabeller(packed.model, packed.mean, packed.std).eval()
+
+def write_singles(packed:Any, folder:Path, formats:list[str],
+                  side:int,         # of the image that exporters follow
+                  any_size:bool     # whether files are for images of any number and size, or for one of this side
+                 ) -> dict[str, Runner]:    # format: what runs it
+    "Write the files in single precision, those that others are made of included; raises `ModelError`"
+    whole, found = exported_module(packed), {}
+    example = torch.from_numpy(invented_tiles(packed.mean, packed.std, side, 1))
     if set(formats) - {'torchscript'}:
-        write_class_onnx(whole, example, single)
+        write_class_onnx(whole, example, folder/CLASS_FORMATS['onnx'], any_size)
+        found['onnx'] = session_of(folder/CLASS_FORMATS['onnx'])
+    if 'torchscript' in formats:
+        write_torchscript(whole, example, folder/CLASS_FORMATS['torchscript'])
+        found['torchscript'] = script_of(folder/CLASS_FORMATS['torchscript'])
+    return found
+
+def other_images(packed:Any, side:int) -> np.ndarray:    # float32 (2, 3, side + 32, side + 64), 0 to 255
+    "Two images of a size that exporters did not follow"
+    return invented_tiles(packed.mean, packed.std, side + 64, 2)[:, :, :side + 32].copy()
+
+def singles_of_any_size(packed:Any, folder:Path, formats:list[str], side:int) -> dict[str, Runner]|None:
+    "The files in single precision, if they give the logits of the library for another size and number of images too"
+    other = other_images(packed, side)
+    try:
+        wanted = module_of(exported_module(packed))(other)
+        found = write_singles(packed, folder, formats, side, True)
+        apart = [np.abs(run(other) - wanted).max() for run in found.values()]
+    except Exception as e:
+        # networks, exporters and runtimes that take one size alone raise errors of many types
+        logger.debug(f'no file of any size: {e}')
+        return None
+    return found if max(apart) <= MOST_LOGIT_DIFFERENCE else None
+
+def rounded_file(name:str,                       # fp16 or int8
+                 folder:Path,                    # with the ONNX file in single precision
+                 calibration:np.ndarray|None,    # tiles for int8
+                 other:np.ndarray|None           # images of another size, where files are for any
+                ) -> Runner:
+    "Write a smaller file and look whether it runs; raises `ModelError`"
+    path, single = folder/CLASS_FORMATS[name], folder/CLASS_FORMATS['onnx']
+    try:
+        if name == 'fp16':
+            write_fp16(single, path)
+        else:
+            write_int8(single, path, calibration)
+        run = session_of(path)
+        if other is not None:
+            run(other)
+    except Exception as e:
+        # operators that cannot be rounded raise errors of many types
+        raise ModelError(f'{path.name} cannot be made of the ONNX file, so leave {name} out of formats: '
+                         f'{" ".join(str(e).split())[:300]}') from None
+    return run
+
+class Singles(NamedTuple):
+    "The files in single precision, and what they take"
+    runners: dict[str, Runner]    # by format
+    side: int                     # of a tile, pixels
+    other: np.ndarray | None      # images of another size that they take too; None: one of this side is all they take
+
+    @property
+    def takes(self) -> dict[str, Any]:
+        "As export.json says it"
+        if self.other is None:
+            return dict(images=1, side=self.side)
+        return dict(images='any number', side='a multiple of 32 pixels')
+
+def best_singles(packed:Any, folder:Path, formats:list[str]) -> Singles:
+    "Files of any size where the network can be followed so, else of the size of a window; raises `ModelError`"
+    window = packed.cfg.windows.side
+    side = min(window, COMPARED_SIDE)
+    found = singles_of_any_size(packed, folder, formats, side)
+    if found is not None:
+        return Singles(found, side, other_images(packed, side))
+    found = Singles(write_singles(packed, folder, formats, window, False), window, None)
+    logger.info(f'this network is followed at one size: each file takes one image of {window} × {window} pixels')
+    return found
+
+def write_class_files(packed:Any, folder:Path, formats:list[str],
+                      compared:ClassSamples|None,       # validation images; None: noise takes their place
+                      calibrated:ClassSamples|None      # training images, for int8
+                     ) -> dict[str, Parity]:
+    "Write the files and export.json; raises `ModelError`"
+    singles, run, found = best_singles(packed, folder, formats), module_of(exported_module(packed)), {}
+    calibration = None if calibrated is None else middle_tiles(calibrated, singles.side)
+    tiles = (invented_tiles(packed.mean, packed.std, singles.side, COMPARED_TILES) if compared is None else
+             middle_tiles(compared, singles.side))
+    wanted, library = np.concatenate([run(tile[None]) for tile in tiles]), milliseconds(run, tiles[:1])
     for name in formats:
-        path = folder/CLASS_FORMATS[name]
-        try:
-            if name == 'fp16':
-                write_fp16(single, path)
-            if name == 'int8':
-                write_int8(single, path, tiles)
-        except Exception as e:
-            # operators that cannot be rounded raise errors of many types
-            raise ModelError(f'{path.name} cannot be made of the ONNX file, so leave {name} out of formats: '
-                             f'{" ".join(str(e).split())[:300]}') from None
-        if name == 'torchscript':
-            write_torchscript(whole, example, path)
-        yield name, script_of(path) if name == 'torchscript' else session_of(path)
+        path, exact = folder/CLASS_FORMATS[name], name in singles.runners
+        runner = singles.runners[name] if exact else rounded_file(name, folder, calibration, singles.other)
+        found[path.name] = compare_file(path, runner, tiles, wanted, library, exact)
     if 'onnx' not in formats:
-        single.unlink(missing_ok=True)
+        (folder/CLASS_FORMATS['onnx']).unlink(missing_ok=True)
+    names = {what: [] if samples is None else samples.table['sample'].tolist()
+             for what, samples in dict(compared_on=compared, calibrated_on=calibrated).items()}
+    about = dict(classes=packed.cfg.data.names, takes=singles.takes, side=singles.side, **names,
+                 files={name: asdict(each) for name, each in found.items()})
+    write_atomic(folder/'export.json', json.dumps(about, indent=1))
+    return found
 
 def export_classes(model_dir:str|Path,             # a model directory of land cover
                    out:str|Path,                   # a new folder for the files
                    formats:list[str]=(),           # keys of `CLASS_FORMATS`; none: all of them
-                   images:str|Path=''              # folder or table of training images; '' takes those of the run
+                   images:str|Path=''              # folder or table with train and val; '' takes that of the run
                   ) -> dict[str, Parity]:          # {file: how it compares}
     """Export a model with its normalisation inside: pixels from 0 to 255 in, logits of all classes out
 
-    Writes the files, export.json (how each compares with the library), the model card and SHA256SUMS. Raises
-    `ConfigError`, `DataError` and `ModelError`, and then leaves nothing behind."""
+    Writes the files, export.json (how each compares with the library, and which images each takes), the model card and
+    SHA256SUMS. Raises `ConfigError`, `DataError` and `ModelError`, and then leaves nothing behind."""
     model_dir, out, formats = Path(model_dir), Path(out), list(formats or CLASS_FORMATS)
     check_class_formats(out, formats)
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
@@ -270,31 +369,18 @@ def export_classes(model_dir:str|Path,             # a model directory of land c
     if 'int8' in formats and source is None:
         raise ConfigError('images: int8 is calibrated on training images, and this model lies in no run folder whose '
                           'images are there: name their folder or table, or leave int8 out of formats')
-    side = min(packed.cfg.windows.side, COMPARED_SIDE)
-    tiles = (invented_tiles(packed.mean, packed.std, side, COMPARED_TILES) if source is None else
-             training_tiles(source, side, COMPARED_TILES))
-    whole = PixelLabeller(packed.model, packed.mean, packed.std).eval()
-
-    def run(pixels):
-        with torch.no_grad():
-            return whole(torch.from_numpy(pixels)).numpy()
-
-    wanted, library, found = np.concatenate([run(tile[None]) for tile in tiles]), milliseconds(run, tiles[:1]), {}
+    compared = None if source is None else chosen_images(source, 'val')
+    calibrated = chosen_images(source, 'train') if 'int8' in formats else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary, model_errors(model_dir):
         folder = Path(temporary)/out.name
         folder.mkdir()
-        for name, runner in class_files(packed, folder, formats, tiles):
-            path, exact = folder/CLASS_FORMATS[name], name in ('onnx', 'torchscript')
-            found[path.name] = compare_file(path, runner, tiles, wanted, library, exact)
-        about = dict(classes=packed.cfg.data.names, tiles=len(tiles), side=tiles.shape[-1],
-                     of_training=source is not None, files={name: asdict(each) for name, each in found.items()})
-        write_atomic(folder/'export.json', json.dumps(about, indent=1))
+        found = write_class_files(packed, folder, formats, compared, calibrated)
         shutil.copyfile(inside(model_dir/'README.md', model_dir), folder/'README.md')
         seal_model(folder)
         os.replace(folder, out)
     for name, parity in found.items():
-        times = f'{parity.milliseconds:.0f} ms a tile of {tiles.shape[-1]} pixels (PyTorch {parity.library:.0f} ms)'
+        times = f'{parity.milliseconds:.0f} ms a tile (PyTorch {parity.library:.0f} ms)'
         logger.info(f'{name}: {parity.megabytes:.1f} MB, {parity.agreement:.2%} of the pixels keep their class; '
                     f'{times}')
     return found

@@ -172,7 +172,7 @@ def checkpoint_teacher(cfg:Model    # encoder, and the path of its checkpoint
             network = timm.create_model(timm_name(cfg), pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
         else:
             network = smp.encoders.get_encoder(cfg.encoder, weights=None)
-            network.load_state_dict(state_to_load(cfg, state))
+            network.load_state_dict(state_to_load(cfg, state, network.state_dict()))
     except (RuntimeError, ConfigError) as e:
         said = e if isinstance(e, ConfigError) else mismatch(cfg, e)
         raise ConfigError(str(said).replace('model.weights', 'distil.teacher')) from None

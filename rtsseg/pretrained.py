@@ -6,7 +6,7 @@
 __all__ = ['ARCHITECTURES', 'FIXED_OPTIONS', 'is_timm', 'encoder_problems', 'fusion_problems', 'option_problems', 'check_names',
            'is_local', 'is_model_directory', 'timm_name', 'timm_card', 'weights_source', 'check_reachable',
            'cached_file', 'path_in_cache', 'are_at_hand', 'from_url', 'from_hub', 'fetch', 'find_weights',
-           'pretrained_stats']
+           'directory_stats', 'pretrained_stats']
 
 # %% ../nbs/01l_pretrained.ipynb #ipretrai
 import difflib
@@ -22,6 +22,7 @@ from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_
 
 from .config import ConfigError, Model
 from .console import nearest
+from .files import FileError, read_json, typed
 from .stats import Stats
 
 # %% ../nbs/01l_pretrained.ipynb #b874e699
@@ -200,12 +201,25 @@ def find_weights(cfg:Model   # names an encoder and its weights
     return path
 
 # %% ../nbs/01l_pretrained.ipynb #92d182f5
+def directory_stats(folder:Path                              # a model directory
+                   ) -> tuple[list[float], list[float]]:     # mean and std of R, G, B, of images scaled to [0, 1]
+    "How a model directory normalises: models of classes say it beside the names of these. Raises `ConfigError`"
+    path = folder/'classes.json'
+    if not path.exists():
+        stats = Stats.load(folder/'normalization_stats.json')
+        return stats.mean[:3], stats.std[:3]
+    try:
+        facts = read_json(path, folder)
+        mean, std = (typed(list[float], facts.get(name), f'{path.name}: {name}') for name in ('mean', 'std'))
+    except FileError as e:
+        raise ConfigError(f'model.weights: {folder}: {e}') from None
+    return mean, std
+
 def pretrained_stats(cfg:Model                               # names an encoder and its weights
                     ) -> tuple[list[float], list[float]]:    # mean and std of R, G, B, of images scaled to [0, 1]
     "The statistics of the images that the encoder was pretrained on. Raises `ConfigError` where they are unknown"
     if cfg.weights and is_model_directory(cfg.weights):
-        stats = Stats.load(Path(cfg.weights)/'normalization_stats.json')
-        return stats.mean[:3], stats.std[:3]
+        return directory_stats(Path(cfg.weights))
     if is_timm(cfg.encoder):
         card = timm_card(cfg)
         return list(card.mean), list(card.std)

@@ -1,10 +1,12 @@
 "The land-cover system from its config alone: it learns, resumes to the same bytes, is evaluated, reported and compared"
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -13,13 +15,17 @@ from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.ablation import ablate
 from rtsseg.checkpoint import load_state
-from rtsseg.class_export import write_class_onnx
+from rtsseg.class_export import export_classes, other_images, session_of, write_class_onnx
 from rtsseg.class_metrics import sum_counts
+from rtsseg.class_tiles import ClassSamples
 from rtsseg.class_world import make_class_world
 from rtsseg.config import ConfigError, find_system, load, to_yaml
+from rtsseg.console import DataError
+from rtsseg.distil import Teacher
 from rtsseg.evaluation import evaluate
 from rtsseg.results import read_results
 from rtsseg.runs import judge_run, keep_post_hoc, read_log, run_config, run_folder
+from rtsseg.systems.landcover import LandcoverTask
 from rtsseg.training import train
 from rtsseg.weights import ModelError
 
@@ -93,6 +99,19 @@ def test_a_teacher_that_is_gone_is_named(land, tmp_path):
     with pytest.raises(ConfigError, match='no such model directory or checkpoint'):
         train(config(land, tmp_path/'runs', **lost))
     assert not (tmp_path/'runs').exists()
+
+def test_a_teacher_is_shown_images_of_every_side(land, tmp_path, monkeypatch):
+    "A vision transformer of fixed positions takes one side alone"
+    vit = timm.create_model('test_vit', img_size=64, dynamic_img_size=False)
+    monkeypatch.setattr('rtsseg.systems.landcover.load_teacher', lambda distil: Teacher(vit, [.5] * 3, [.5] * 3))
+
+    def task(*sides):
+        data = dict(source=land, sides=sides, made=None)
+        return LandcoverTask(config(land, tmp_path, data=data, distil=dict(teacher='some/teacher')), None)
+
+    assert task(64).teacher
+    with pytest.raises(ConfigError, match='no images of 96 pixels'):
+        task(64, 96).teacher  # noqa: B018
 
 def test_evaluation_finds_the_numbers_of_training_again(lively):
     "Check 6 of guide 002: the same windows in both"
@@ -202,12 +221,47 @@ def test_its_model_is_exported(lively, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path/'out'/'export.json').read_text())
     shares = {name: parity['agreement'] for name, parity in found['files'].items()}
-    assert found['of_training'] and set(shares) == {
-        'model.onnx', 'model.torchscript.pt', 'model_fp16.onnx', 'model_int8.onnx'}
+    assert set(shares) == {'model.onnx', 'model.torchscript.pt', 'model_fp16.onnx', 'model_int8.onnx'}
+    splits = find_system('landcover').feed(run_config(lively)).samples.table.set_index('sample').split
+    assert [{*splits[found[what]]} for what in ('compared_on', 'calibrated_on')] == [{'val'}, {'train'}]
+    assert found['takes'] == dict(images='any number', side='a multiple of 32 pixels')
     assert shares['model.onnx'] == shares['model.torchscript.pt'] == 1 and min(shares.values()) > .7
     assert all(parity['milliseconds'] > 0 for parity in found['files'].values())
     refused = shell('rtsseg-export', '--model', lively/'model', '--out', tmp_path/'two', '--formats', 'qgis')
     assert refused.returncode == 2 and "'qgis' is not one of onnx" in refused.stderr
+
+def packaged(cfg, folder, **network):
+    "The model directory of an untrained network"
+    system = find_system('landcover')
+    cfg, feed = cfg.model_copy(update=dict(model=cfg.model.model_copy(update=network))), system.feed(cfg)
+    folder.mkdir()
+    system.package(folder, system.model(cfg, feed), cfg, feed, dict(epoch=1, step=1, value=.5, metrics={}), {})
+    return folder
+
+def test_a_network_of_one_size_is_exported_at_the_size_of_a_window(land, tmp_path):
+    "The positions of a vision transformer are those of the image that an exporter follows"
+    cfg = config(land, tmp_path)
+    model = packaged(cfg, tmp_path/'vit', architecture='dpt', encoder='tu-test_vit.r160_in1k')
+    found = export_classes(model, tmp_path/'out', ['onnx', 'fp16', 'torchscript'], land)
+    assert json.loads((tmp_path/'out'/'export.json').read_text())['takes'] == dict(images=1, side=64)
+    assert found['model.onnx'].agreement == found['model.torchscript.pt'].agreement == 1
+    run, packed = session_of(tmp_path/'out'/'model.onnx'), find_system('landcover').unpack(model)
+    with pytest.raises(Exception, match='(?i)dimension'):
+        run(other_images(packed, 64))
+
+def test_images_smaller_than_a_window_are_compared_too(land, tmp_path):
+    cfg = config(land, tmp_path, windows=dict(side=128, stride=128))
+    found = export_classes(packaged(cfg, tmp_path/'small'), tmp_path/'out', ['torchscript'], land)
+    assert found['model.torchscript.pt'].agreement == 1
+
+def test_a_table_without_validation_images_is_refused(land, tmp_path):
+    root = shutil.copytree(land, tmp_path/'land')
+    table = ClassSamples.read(root).table
+    table[table.split == 'train'][['image', 'mask', 'split']].to_csv(root/'list.csv', index=False)
+    model = packaged(config(land, tmp_path), tmp_path/'model')
+    with pytest.raises(DataError, match='no image in val: files are compared'):
+        export_classes(model, tmp_path/'out', ['torchscript'], root/'list.csv')
+    assert not (tmp_path/'out').exists()
 
 class Odd(nn.Module):
     "A network with an operator that ONNX does not have"
@@ -229,6 +283,19 @@ def test_a_grid_compares_losses(land, tmp_path):
     (tmp_path/'grid.yaml').write_text('loss.parts: [[cross_entropy], [cross_entropy, lovasz]]')
     found = ablate(config(land, tmp_path/'runs', epochs=1), tmp_path/'grid.yaml', [42, 43])
     assert found.monitor == 'miou' and np.isfinite(found.values).all() and not found.failed
+
+def test_a_search_tries_its_settings(land, tmp_path):
+    "By the command of all systems; its overlay holds the settings of the best trial"
+    (tmp_path/'cfg.yaml').write_text(to_yaml(config(land, tmp_path/'runs', epochs=1)))
+    (tmp_path/'space.yaml').write_text('lr.base_lr: {low: 1e-4, high: 1e-2, log: true}\nloss.hardest: [1, 0.4]\n')
+    done = shell('rtsseg-search', '--config', tmp_path/'cfg.yaml', '--space', tmp_path/'space.yaml', '--trials', '2')
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [path.parents[1] for path in tmp_path.glob('runs/landcover_toy/*/seed42/model/metrics.json')]
+    values = [json.loads((run/'model'/'metrics.json').read_text())['value'] for run in runs]
+    assert len(runs) == 2 and f'miou {max(values):.4f}' in done.stdout
+    overlay, = tmp_path.glob('runs/search/*/best.yaml')
+    best, chosen = run_config(runs[values.index(max(values))]), load(tmp_path/'cfg.yaml', overlay)
+    assert (chosen.lr.base_lr, chosen.loss.hardest) == (best.lr.base_lr, best.loss.hardest)
 
 def test_baseline_is_that_of_the_guide():
     "Guide 002, 1.2, number for number"

@@ -17,13 +17,14 @@ from rtsseg.class_checks import (
     hand_finding,
     hand_mistakes,
     ignoring_finding,
+    measured_statistics,
     moving_finding,
     normalisation_finding,
     seven_checks,
     split_of_path,
     survey_class_files,
 )
-from rtsseg.class_tiles import ClassSamples, read_pair
+from rtsseg.class_tiles import ClassSamples, read_colours, read_pair
 from rtsseg.class_world import make_class_world
 from rtsseg.config import Augment, find_system, load, to_yaml
 from rtsseg.console import DataError
@@ -59,8 +60,10 @@ def data_checked(land):
 def errors(found):
     return {what for what, finding in found.items() if finding.level == 'error'}
 
-def test_all_seven_pass_and_have_figures(land):
-    found = checked(config(land))
+@pytest.mark.parametrize('more', [{}, dict(loss=dict(parts=['boundary', 'edge']), freeze_backbone_epochs=5)],
+                         ids=['toy', 'without a loss of labels'])
+def test_all_seven_pass_and_have_figures(more, land):
+    found = checked(config(land, **more))
     assert not errors(found)
     assert {what[0] for what in found} == set('1234567')
     assert all(finding.value for finding in found.values())
@@ -102,6 +105,35 @@ def test_1_a_metric_that_counts_ignored_pixels(land, monkeypatch):
     finding = ignoring_finding(task, cfg.data, facts_of(land))
     assert finding.level == 'error' and 'the metric counts ignored pixels' in finding.each[0]
 
+ALL_PARTS = ['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
+
+@pytest.mark.parametrize('parts', [ALL_PARTS, ['boundary'], ['edge']], ids=['all', 'boundary', 'edge'])
+@pytest.mark.parametrize('compares', [[], ['features'], ['features', 'logits']], ids=len)
+def test_1_every_loss_is_asked(parts, compares, land):
+    "One that compares features knows no labels, and is not asked"
+    distil = dict(teacher='some/teacher', compares=compares) if compares else {}
+    cfg = config(land, loss=dict(parts=parts), distil=distil)
+    finding = ignoring_finding(LandcoverTask(cfg, None), cfg.data, facts_of(land))
+    assert finding.level == 'ok'
+    asked = [*parts, *(['teacher_logits'] if 'logits' in compares else [])]
+    assert f'ignored by losses ({", ".join(asked)})' in finding.value
+
+def counts_ignored(function):
+    "A target that takes ignored pixels for the first class"
+    return lambda target, *more: function(np.where(target == 255, 0, target), *more)
+
+def test_1_a_loss_of_boundaries_or_of_a_teacher_that_learns_from_ignored_pixels(land, monkeypatch):
+    cfg = config(land, loss=dict(parts=['boundary', 'edge']), distil=dict(teacher='some/teacher', compares=['logits']))
+    monkeypatch.setattr(landcover, 'signed_distance', counts_ignored(landcover.signed_distance))
+    monkeypatch.setattr(landcover, 'edge_target', counts_ignored(landcover.edge_target))
+    divergence = landcover.softened_divergence
+    monkeypatch.setattr(landcover, 'softened_divergence', lambda ours, theirs, target, T: divergence(
+        ours, theirs, torch.zeros_like(target), T))
+    finding = ignoring_finding(LandcoverTask(cfg, None), cfg.data, facts_of(land))
+    assert finding.level == 'error'
+    for line, name in zip(finding.each, ('boundary', 'edge', 'teacher_logits'), strict=True):
+        assert f'the gradient of {name} there' in line
+
 COLOURED = {
     'greys of a palette': (lambda mask: mask * 30, 'does not know'),
     'colours of a palette': (lambda mask: np.stack([mask, 7 - mask, mask], 2), 'write classes as numbers'),
@@ -137,10 +169,29 @@ def test_3_other_statistics_than_those_of_the_weights():
     model = cfg.model.model_copy(update=dict(encoder='tu-resnet18', weights='imagenet'))
     cfg = cfg.model_copy(update=dict(model=model))
     imagenet = [.485, .456, .406], [.229, .224, .225]
-    assert normalisation_finding(cfg, imagenet).level == 'ok'
+    assert normalisation_finding(cfg, dict(train=imagenet, val=imagenet)).level == 'ok'
     halves = [.5] * 3, [.5] * 3
-    finding = normalisation_finding(cfg, halves)
+    finding = normalisation_finding(cfg, dict(train=imagenet, val=halves))
     assert finding.level == 'error' and '0.485' in finding.note
+
+@pytest.mark.parametrize('mistake', ['', 'another order of channels', 'another order of the statistics',
+                                     'other statistics in training'])
+def test_3_normalisation_is_measured_on_images(mistake, land, monkeypatch):
+    "Whatever the statistics say, it is the images that are looked at"
+    feed = LandcoverFeed(config(land, augment=dict(enabled=True), mixing=dict(mixup=dict(p=1)), batch_size=4))
+    imagenet = feed.statistics = [.485, .456, .406], [.229, .224, .225]
+    tiles = LandcoverFeed.tiles
+    if mistake == 'another order of channels':
+        monkeypatch.setattr(class_tiles, 'read_colours', lambda path: read_colours(path)[..., ::-1])
+    if mistake == 'another order of the statistics':
+        monkeypatch.setattr(LandcoverFeed, 'tiles', lambda self, split, mean, std: tiles(
+            self, split, mean[::-1], std[::-1]))
+    if mistake == 'other statistics in training':
+        monkeypatch.setattr(LandcoverFeed, 'tiles', lambda self, split, mean, std: tiles(
+            self, split, [.5] * 3 if split == 'train' else mean, std))
+    measured = measured_statistics(feed.few(1))
+    apart = max(np.abs(np.subtract(found, imagenet)).max() for found in measured.values())
+    assert apart > .01 if mistake else apart < 1e-6
 
 def test_3_a_model_that_does_not_learn(land):
     "Its head is frozen, and gives the same logits to all"

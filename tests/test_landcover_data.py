@@ -13,7 +13,7 @@ from PIL import Image
 from helpers.shell import shell
 from rtsseg.class_tiles import ClassSamples
 from rtsseg.class_world import make_class_world
-from rtsseg.config import find_system, load
+from rtsseg.config import ConfigError, find_system, load
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
 from rtsseg.processes import make_accelerator
@@ -162,3 +162,56 @@ def test_a_split_with_masks_needs_no_maps(unlabelled):
 def test_images_of_one_name_keep_their_folders():
     assert map_names(['Test/Urban/images_png/1.png', 'Test/Rural/images_png/2.png']) == ['1.png', '2.png']
     assert map_names(['a/1.jpg', 'b/1.jpg']) == ['a/1.png', 'b/1.png']
+
+# ------------------------------------------------ a model from elsewhere
+
+@pytest.fixture
+def theirs(land, tmp_path):
+    "A model with statistics of its own"
+    cfg, system = config(land), find_system('landcover')
+    feed = LandcoverFeed(cfg)
+    feed.statistics = [.2, .3, .4], [.5, .6, .7]
+    (tmp_path/'theirs').mkdir()
+    best = dict(epoch=1, step=1, value=.5, metrics={})
+    system.package(tmp_path/'theirs', system.model(cfg, feed), cfg, feed, best, {})
+    return system.unpack(tmp_path/'theirs')
+
+def test_a_refiner_sees_images_as_they_are(land, theirs, tmp_path):
+    "Whatever a model was normalised by"
+    feed = LandcoverFeed(config(land))
+    task = task_of_pass(theirs, feed, Pass('val', 'none', tmp_path, make_accelerator(feed.cfg)))
+    samples = feed.samples.of('val')
+    for row, batch in enumerate(feed.split('val', theirs)):
+        stored = cv2.imread(str(samples.root/samples.table.image[row]))[..., ::-1]
+        assert (task.pixels(batch, 0) == stored).all()
+
+def test_a_model_of_other_classes_is_not_judged(land, theirs):
+    "The same names in another order are other classes"
+    data = config(land).data
+    turned = config(land, data=dict(source=land, sides=[64], made=None, names=data.names[::-1]))
+    with pytest.raises(DataError, match='theirs on land: the model has the classes background, building'):
+        LandcoverFeed(turned).split('val', theirs)
+
+@pytest.mark.parametrize('more, words', [(dict(windows=dict(side=32, stride=32)), 'in windows of the model, side=64'),
+                                         (dict(metrics=dict(boundary_widths=[5])), r'widths of the model, [2, 3]')])
+def test_a_model_of_other_windows_or_boundaries_is_judged_and_named(more, words, land, theirs, caplog):
+    with caplog.at_level('WARNING', logger='rtsseg'):
+        LandcoverFeed(config(land)).split('val', theirs)
+        assert not caplog.records
+        LandcoverFeed(config(land, **more)).split('val', theirs)
+    assert words in caplog.text
+
+def test_a_run_starts_from_a_model_and_normalises_as_it_did(land, theirs):
+    model = theirs.cfg.model.model_dump() | dict(weights=str(theirs.folder), normalisation='pretrained')
+    cfg, system = config(land, model=model), find_system('landcover')
+    feed = LandcoverFeed(cfg)
+    assert feed.statistics == ([.2, .3, .4], [.5, .6, .7])
+    begun, trained = system.model(cfg, feed).state_dict(), theirs.model.state_dict()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in trained.items())
+
+@pytest.mark.parametrize('facts', ['{"classes": ["a", "b"]}', '{"mean": "grey", "std": [1, 1, 1]}', '{'])
+def test_a_model_that_does_not_say_how_it_normalises(facts, land, tmp_path):
+    (tmp_path/'classes.json').write_text(facts)
+    model = dict(weights=str(tmp_path), normalisation='pretrained')
+    with pytest.raises(ConfigError, match=f'model.weights: {tmp_path}: .*classes.json'):
+        LandcoverFeed(config(land, model=model)).statistics  # noqa: B018

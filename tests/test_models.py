@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import rtsseg.check
 from rtsseg.check import measure_steps, probe, show_probe
 from rtsseg.config import ConfigError, LoopConfig, Model, RtsConfig
+from rtsseg.distil import Distillation, load_teacher
 from rtsseg.infer import load_model, predict_logits, save_model
 from rtsseg.loop import fit
 from rtsseg.models import LateFusion, build, check_size, parts
@@ -781,3 +782,14 @@ def test_what_does_not_fit_is_listed(tmp_path):
     with pytest.raises(ConfigError) as caught:
         build(changed(MIT, weights=str(tmp_path/'their.pt')))
     assert 'norm1.bias' in str(caught.value) and 'norm2.bias' in str(caught.value)
+
+@pytest.mark.parametrize('layout', ['segmentation', 'bare', 'transformers'])
+def test_a_mix_transformer_from_another_project_teaches(layout, tmp_path):
+    "A teacher reads checkpoints as a network does that starts from them"
+    trained = build(MIT).encoder.eval()
+    torch.save(dict(state_dict=saved_as(layout, trained)), tmp_path/'their.pt')
+    teacher = load_teacher(Distillation(teacher=str(tmp_path/'their.pt'), encoder='mit_b0'))
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = trained((image - teacher.mean) / teacher.std)[-1]
+    assert torch.allclose(teacher(image).features, wanted, atol=1e-5)

@@ -86,7 +86,7 @@ from rtsseg.config import (
     lacks,
     to_yaml,
 )
-from ..console import DataError, nearest, progress
+from ..console import DataError, logger, nearest, progress
 from rtsseg.distil import (
     Distillation,
     Lesson,
@@ -423,8 +423,22 @@ class LandcoverFeed(Feed):
         return few
 
     def split(self, name:str, packed:'PackedLandcover') -> DataLoader:
-        "Whole images of a split, normalised as the packed model wants it"
+        "Whole images of a split, normalised as the packed model wants it; raises `DataError` where classes differ"
+        self.compare_settings(packed)
         return self.whole(name, packed.mean, packed.std)
+
+    def compare_settings(self, packed:'PackedLandcover') -> None:
+        "Refuse a model of other classes, and say where one is judged in other windows or at other boundaries"
+        known, here, where = packed.cfg.data.names, self.cfg.data.names, f'{packed.folder.name} on {self.source}'
+        if known != here:
+            raise DataError(f'{where}: the model has the classes {", ".join(known)}, and data.names {", ".join(here)}, '
+                            'whose order counts too: judge it by a config with its data.names')
+        if packed.cfg.windows != self.cfg.windows:
+            logger.warning(f'{where}: seen in windows of the model, {packed.cfg.windows}, not of this config, '
+                           f'{self.cfg.windows}')
+        if packed.cfg.metrics.boundary_widths != self.cfg.metrics.boundary_widths:
+            logger.warning(f'{where}: boundary IoU at widths of the model, {packed.cfg.metrics.boundary_widths}, '
+                           f'not of this config, {self.cfg.metrics.boundary_widths}')
 
     def size(self, split:str) -> int:
         "How many images a split holds"
@@ -482,6 +496,8 @@ def class_loss_parts(loss:ClassLoss) -> dict[str, LossPart]:
         return cross_entropy_loss(logits, target, here, loss.label_smoothing, loss.hardest)
 
     def counted(target):
+        # which pixels are the hardest depends on logits, so a batch counts by how many they are and
+        # not by their class weights: with both settings, accumulation is not exact
         if loss.hardest < 1:
             return hardest_pixels(int((target != IGNORE).sum()), loss.hardest)
         return pixel_weights(as_classes(target), weight).sum()
@@ -497,9 +513,10 @@ class LandcoverTask(Task):
     def __init__(self, cfg:LandcoverConfig,
                  feed:LandcoverFeed,     # whose statistics normalise the images
                  views:str='none',       # one of `LAND_VIEWS`: how whole images are seen
-                 refiner:Refiner|None=None   # what draws outlines again, where views ask for it
+                 refiner:Refiner|None=None,  # what draws outlines again, where views ask for it
+                 normalised:tuple|None=None  # mean and std of the images that it sees; None: those of the feed
                 ):
-        self.cfg, self.feed, self.views, self.refiner = cfg, feed, views, refiner
+        self.cfg, self.feed, self.views, self.refiner, self.normalised = cfg, feed, views, refiner, normalised
         self.monitor = cfg.metrics.monitor
         self.losses = class_loss_parts(cfg.loss)
 
@@ -518,7 +535,8 @@ class LandcoverTask(Task):
         if cfg.distil.teacher is None:
             return None
         teacher = load_teacher(cfg.distil)
-        check_lesson(teacher, cfg.data.sides[0], cfg.data.names if cfg.asks_for('teacher_logits') else ())
+        for side in cfg.data.sides:
+            check_lesson(teacher, side, cfg.data.names if cfg.asks_for('teacher_logits') else ())
         return teacher
 
     @cached_property
@@ -544,13 +562,18 @@ class LandcoverTask(Task):
         features = self.helpers['project'](seen.features) if 'project' in self.helpers else seen.features
         return Taught(seen.logits, edge, features, self.ask_teacher(image))
 
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        "Mean and standard deviation of R, G and B, by which the images that it sees are normalised"
+        return self.feed.statistics if self.normalised is None else self.normalised
+
     def ask_teacher(self,
                     image:torch.Tensor    # (B, 3, H, W), normalised for the student
                    ) -> Lesson|None:
         "What the teacher says about images; None without one"
         if self.teacher is None:
             return None
-        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in self.feed.statistics)
+        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in self.statistics)
         return self.teacher.to(image.device)(image * std + mean)
 
     def count(self, batch:dict) -> dict[str, float]:
@@ -575,6 +598,16 @@ class LandcoverTask(Task):
         if taught.lesson is not None:
             values |= self.teacher_losses(taught, target)
         return values
+
+    def example(self,
+                logits:torch.Tensor,    # (B, classes, H, W)
+                batch:dict              # with `target`
+               ) -> tuple[Taught, dict]:
+        "What training compares where all depends on these logits alone, and the batch with its boundaries"
+        edge, features = logits[:, :1] if self.cfg.asks_for('edge') else None, torch.zeros(len(logits), 1, 1, 1)
+        lesson = Lesson(features, logits.detach().flip(1)) if self.cfg.distil.teacher else None
+        add_boundaries = BoundaryCollate(lambda _: dict(batch), self.cfg.loss, logits.shape[1])
+        return Taught(logits, edge, features, lesson), add_boundaries([])
 
     def teacher_losses(self, taught:'Taught', target:torch.Tensor) -> dict[str, torch.Tensor]:
         "How far features and logits are from those of the teacher"
@@ -617,7 +650,7 @@ class LandcoverTask(Task):
 
     def pixels(self, batch:dict, k:int) -> np.ndarray:    # uint8 (H, W, 3)
         "An image as it was before it was normalised"
-        mean, std = (np.array(values)[:, None, None] for values in self.feed.statistics)
+        mean, std = (np.array(values)[:, None, None] for values in self.statistics)
         image = batch['image'][k].cpu().numpy() * std + mean
         return np.ascontiguousarray(np.rint(255 * image).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
@@ -735,7 +768,7 @@ def task_of_pass(packed:'PackedLandcover', feed:LandcoverFeed, ask:Pass) -> Land
     if ask.views.endswith(REFINED):
         check_refinement(feed.cfg.refine, ask.views, ask.folder, packed.folder)
         refiner = load_refiner(cfg.refine, ask.accelerator.device)
-    return LandcoverTask(cfg, feed, ask.views, refiner)
+    return LandcoverTask(cfg, feed, ask.views, refiner, (packed.mean, packed.std))
 
 def map_names(images:list[str]    # paths of images
              ) -> list[str]:      # names of their maps
