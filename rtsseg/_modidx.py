@@ -3400,6 +3400,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'rtsseg.systems.plants.Plants.task': ('systems/plants.html#plants.task', 'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.Plants.unpack': ( 'systems/plants.html#plants.unpack',
                                                                                 'rtsseg/systems/plants.py'),
+                                       'rtsseg.systems.plants.Plants.warnings': ( 'systems/plants.html#plants.warnings',
+                                                                                  'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.PlantsConfig': ( 'systems/plants.html#plantsconfig',
                                                                                'rtsseg/systems/plants.py'),
                                        'rtsseg.systems.plants.PlantsConfig.unread_rules': ( 'systems/plants.html#plantsconfig.unread_rules',

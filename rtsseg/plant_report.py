@@ -23,7 +23,7 @@ from .class_metrics import ratio
 from .class_report import largest_other, shares_figure
 from .config import RunConfig
 from .files import read_seal
-from .page import Deferred, Number, Picture, Table
+from .page import Deferred, Number, Picture, Table, Text
 from .photos import Taxonomy
 from .plant_metrics import count_labels, disease_labels, f1_of_labels, images_of_labels, species_confusion
 from .results import Results, Run
@@ -259,9 +259,10 @@ def plant_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
     numbers = results.system.metrics(judged[0], run.cfg)
     found = {'Headline': sections.pop('Headline'),
              'Targets': [targets_table(table_estimates(results, tables), split)],
-             'Verification': [verification_table(run, judged[0], numbers, taxonomy)],
-             'Species': species_blocks(confusion, taxonomy.species),
-             'Diseases': disease_blocks(run, frame, taxonomy)} | sections
+             'Verification': [Text('On the val split.'), verification_table(run, judged[0], numbers, taxonomy)],
+             'Species': [Text(f'On the {split} split.'), *species_blocks(confusion, taxonomy.species)],
+             'Diseases': [Text(f'On the {split} split, by the head of the true species.'),
+                          *disease_blocks(run, frame, taxonomy)]} | sections
     if run.cfg.stages and not run.ensemble:
         found['Stages'] = [stages_table(run.cfg, run.epochs)]
     return found

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
-from .console import DataError, nearest, progress
+from .console import DataError, logger, nearest, progress
 from .files import check_parquet, write_atomic
 from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
@@ -239,8 +239,12 @@ class System:
               picture:str=''      # where one batch is drawn; '' chooses a place
              ) -> None:
         "The pre-flight check of a run: read all samples and print what was seen; raises `DataError`"
-        self.feed(cfg).check()
-        print(f'{cfg.name}: all samples can be read')
+        feed = self.feed(cfg, prepare=True)
+        feed.check()
+        counts = ', '.join(f'{feed.size(split)} in {split}' for split in ('train', 'val', 'test'))
+        print(f'{cfg.name}: all samples can be read: {counts}')
+        for line in [*self.warnings(cfg), *feed.warnings()]:
+            logger.warning(line)
 
     def probe(self, cfg:RunConfig) -> None:
         "Print the largest batch that fits and what memory is used for; raises `ConfigError`"

@@ -138,7 +138,7 @@ def test_the_wheel_holds_the_library_and_its_configs(built):
     configs = {f'rtsseg/configs/{name}' for name in files_below('configs')}
     assert 'rtsseg/py.typed' in library
     assert {name for name in held if '.dist-info/' not in name} == library | configs
-    assert metadata.get_all('Provides-Extra') == EXTRAS
+    assert sorted(metadata.get_all('Provides-Extra')) == sorted([*EXTRAS, 'crf'])
     needed = [Requirement(line) for line in metadata.get_all('Requires-Dist')]
     core = {canonicalize_name(requirement.name) for requirement in needed if not requirement.marker}
     assert core == names('requirements')

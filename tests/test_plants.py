@@ -511,3 +511,9 @@ def test_the_config_of_the_guide_trains(tmp_path):
                loader=dict(num_workers=0), data=dict(source=source/'photos.csv', taxonomy=source/'taxonomy.json'))
     rows = read_log(train(cfg))
     assert len(rows) == 6 and all(row['skipped'] == 0 and math.isfinite(row['val/loss']) for row in rows)
+
+def test_a_config_without_stages_is_doubted():
+    "The guide's own has six"
+    system = find_system('plants')
+    assert any('plants/guide' in line for line in system.warnings(system.Config()))
+    assert not any('plants/guide' in line for line in system.warnings(load('plants/guide')))

@@ -1014,6 +1014,7 @@ class Landcover(System):
         confusion = sum(sum_counts(table.frame).confusion for table in tables)
         names = results.first.cfg.data.names
         classes = class_blocks(confusion, names, table_estimates(results, tables))
+        classes = [Text(f'On the {results.split} split.'), *classes]
         sections = table_sections(results)
         looks = looks_blocks(results)
         looks = {'Views and clean-up': looks} if looks else {}

@@ -381,6 +381,14 @@ class Plants(System):
 
         return [WatchHeads(cfg.watch), StageWeights(cfg.stage_weights_every, monitors, facts, scores)]
 
+    def warnings(self, cfg:PlantsConfig) -> list[str]:
+        "Settings that are valid but probably a mistake, a line each"
+        if cfg.stages:
+            return super().warnings(cfg)
+        hint = ('stages: none, so that backbone and heads all learn at one rate from the start; the six of the guide '
+                'come with --config plants/guide,…')
+        return [*super().warnings(cfg), hint]
+
     def metrics(self, table:SampleTable, cfg:PlantsConfig, weights:np.ndarray|None=None) -> dict[str, float]:
         "The numbers of the guide"
         return plant_scores(table.frame, weights, cfg.metrics.tail)
