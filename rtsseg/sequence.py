@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from .ablation import pipe_table
 from rtsseg.config import (
@@ -58,7 +58,8 @@ class Step(Strict):
     trial: bool = Field(
         False, description='the model that won so far is used in another way, which is tried on some samples first, as '
                            'rtsseg-refine does; the step is carried where that trial passes')
-    target: str = Field('', description='what is expected of it, shown beside what it reached and never asserted')
+    target: Annotated[str, BeforeValidator(str)] = Field(
+        '', description='what is expected of it, shown beside what it reached and never asserted')
     least_gain: NonNegativeFloat = Field(
         0., description='of the monitored value, below which the step is not carried whatever the noise')
 
