@@ -422,6 +422,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'rtsseg.class_export.middle_tiles': ('class_export.html#middle_tiles', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.milliseconds': ('class_export.html#milliseconds', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.module_of': ('class_export.html#module_of', 'rtsseg/class_export.py'),
+                                     'rtsseg.class_export.open_session': ('class_export.html#open_session', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.other_images': ('class_export.html#other_images', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.photos_for_export': ( 'class_export.html#photos_for_export',
                                                                                 'rtsseg/class_export.py'),
