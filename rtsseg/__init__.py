@@ -1,7 +1,20 @@
 __version__ = "0.2.0"
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# Packages that are imported later send no word of their use, and ask for no newer version; what a user has set stays.
+# Processes of their own inherit it.
+PRIVATE = {
+    'MLFLOW_DISABLE_TELEMETRY': 'true',
+    'HF_HUB_DISABLE_TELEMETRY': '1',
+    'WANDB_ERROR_REPORTING': 'false',
+    'RAY_USAGE_STATS_ENABLED': '0',
+    'NO_ALBUMENTATIONS_UPDATE': '1',
+}
+for _name, _value in PRIVATE.items():
+    os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from rtsseg.calibration import calibrate

@@ -257,7 +257,6 @@ class Pipeline:
                  path:str|Path,                   # YAML or JSON of `A.save`
                  field:str='augment.pipeline'     # of the config that names it, for messages
                 ):
-        os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
         import albumentations as A
         path, self.field = Path(path), field
         kind = 'json' if path.suffix == '.json' else 'yaml'

@@ -23,7 +23,6 @@ from .files import inside
 QUICK = {
     'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '0',
     'MLFLOW_HTTP_REQUEST_TIMEOUT': '10',
-    'MLFLOW_DISABLE_TELEMETRY': 'true',
     # the printed address would hold the password
     'MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT': 'true',
 }
@@ -32,7 +31,7 @@ ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    "MLflow with short time-outs, without telemetry and without log lines"
+    "MLflow with short time-outs and without log lines"
     with ONE_AT_A_TIME:
         added = {name: value for name, value in QUICK.items() if name not in os.environ}
         log = logging.getLogger('mlflow')

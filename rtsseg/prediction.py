@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['STRIP_COLUMNS', 'FORMS', 'TILE_DRIVERS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED', 'ALL_CLIPPED', 'DARK',
            'EXTRA_DISTANCE', 'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'FINDING_FIELDS', 'DESCRIBED',
-           'window_starts', 'window_weight', 'MapStrip', 'map_strips', 'map_parts', 'fitting_forms', 'described_forms',
-           'choose_form', 'check_picture', 'Scene', 'WindowRows', 'ground_side', 'resize_factor', 'resized_grid',
-           'choose_crs', 'spread_windows', 'ValueScale', 'value_scale', 'check_values', 'check_extra', 'DeviceError',
-           'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch',
-           'read_windows', 'predict_rows', 'predict_strip', 'add_windows', 'stop_if_asked', 'other_settings',
-           'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings', 'write_note',
-           'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff', 'check_written',
-           'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows',
-           'make_map', 'predict']
+           'MANY_WINDOWS', 'window_starts', 'window_weight', 'MapStrip', 'map_strips', 'map_parts', 'fitting_forms',
+           'described_forms', 'choose_form', 'check_picture', 'Scene', 'WindowRows', 'ground_side', 'resize_factor',
+           'resized_grid', 'check_own_crs', 'choose_crs', 'spread_windows', 'ValueScale', 'value_scale', 'check_values',
+           'check_extra', 'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows',
+           'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows', 'predict_strip', 'add_windows',
+           'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings',
+           'point_settings', 'write_note', 'describe_scene', 'shift_findings', 'warning_lines', 'matches_note',
+           'write_geotiff', 'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace',
+           'is_finished', 'finish_rows', 'announce_duration', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -46,6 +47,7 @@ from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
 from scipy.special import expit
+from tqdm import tqdm
 
 from .calibration import NO_THRESHOLD, Calibration
 from .config import ConfigError, parse_views, ratio_text
@@ -439,11 +441,21 @@ def resized_grid(grid:Grid,
     rows, columns = max(round(height / factor), 1), max(round(width / factor), 1)
     return Grid((rows, columns), grid.crs, grid.transform @ Affine.scale(width / columns, height / rows))
 
+def check_own_crs(name:str, found:rasterio.crs.CRS) -> None:
+    "Raise `DataError` where the CRS of a scene is not a map's: local, compound or three-dimensional"
+    try:
+        crs_name(found)
+    except DataError as error:
+        raise DataError(f'crs: {name}: {error}. Warp it to a projected CRS (gdalwarp -t_srs EPSG:3413, for '
+                        'example)') from None
+
 def choose_crs(name:str,                        # file name of the scene
                found:rasterio.crs.CRS|None,     # its own CRS
                given:str                        # what the user named
               ) -> rasterio.crs.CRS|str|None:   # the CRS of the map
     "The CRS of a scene, or the one that the user named for a scene without; raises `ConfigError` and `DataError`"
+    if found:
+        check_own_crs(name, found)
     if found and given:
         raise ConfigError(f'crs: {name} names its CRS, {crs_name(found)}: '
                           'leave --crs out, which is for a scene without one')
@@ -783,9 +795,17 @@ class FinishedRows:
         "Write the settings of the map beside its rows"
         write_atomic(self.folder/'made.json', json.dumps(self.settings))
 
+    def has_rows(self) -> bool:
+        "Whether any part is there, finished or damaged"
+        return any(self.folder.glob('[0-9]*'))
+
+    def remove_settings(self) -> None:
+        "Remove what `write_settings` wrote"
+        (self.folder/'made.json').unlink(missing_ok=True)
+
     def differing_settings(self) -> list[str]:
         "Names of settings with which the rows in the folder were made otherwise"
-        if not any(self.folder.glob('[0-9]*')):
+        if not self.has_rows():
             return []
         try:
             return other_settings(read_json(self.folder/'made.json', self.folder), self.settings)
@@ -1091,6 +1111,25 @@ def finish_rows(job:MapJob,
     with closing(predict_rows(job, wanted, signals)) as found:
         behind(keep, found)
 
+# windows of a map whose time is estimated before the first of them
+MANY_WINDOWS = 2000
+
+def announce_duration(job:MapJob,
+                      share:float    # of the map that is not finished
+                     ) -> None:
+    "Say how long a map of many windows takes, by the time of two batches of zeros"
+    scene = job.scene
+    windows = share * math.prod(len(window_starts(side, scene.tile)) for side in (scene.height, scene.width))
+    if windows < MANY_WINDOWS:
+        return
+    x = torch.zeros(job.batch, len(scene.stats.channels), scene.tile, scene.tile)
+    for _ in range(2):
+        start = time.monotonic()
+        window_logits(job.model, x, parse_views(job.views).symmetries).cpu()
+    seconds = windows / job.batch * (time.monotonic() - start)
+    logger.info(f'{windows:,.0f} windows of {scene.tile} × {scene.tile} pixels: about '
+                f'{tqdm.format_interval(seconds)} by the speed of one batch, without reading and writing')
+
 def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -> None:
     "Run the windows of the rows that are missing, and write the map and its note; raises `RunError` on a full disk"
     try:
@@ -1099,6 +1138,7 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
         count = len(finished.parts)
         if len(missing) < count:
             logger.info(f'{count - len(missing)} of {count} rows of windows are done already')
+        announce_duration(job, len(missing) / count)
         finish_rows(job, finished, missing, signals)
         write_map(out, job.scene.grid, finished)
         note = write_note(out, job)
@@ -1107,6 +1147,13 @@ def make_map(out:Path, job:MapJob, finished:FinishedRows, signals:StopSignals) -
     except KeyboardInterrupt:
         logger.info('finished rows are kept: the same command resumes from them')
         raise
+    except DataError as error:
+        # exit code 2 promises that nothing was written
+        if not finished.has_rows():
+            finished.remove_settings()
+            raise
+        raise RunError(f'{error}. Finished rows are kept: the same command resumes from them where the file can be '
+                       'read again; a file that was repaired needs --force') from None
     except OSError as error:
         raise RunError(f'{error}. Fix that, and the same command resumes from the finished rows') from None
 

@@ -40,10 +40,9 @@ class FleetActor:
 
 # %% ../nbs/08l_ray.ipynb #ccluster
 def import_ray() -> ModuleType:
-    "Ray, without usage statistics and, without a cluster, on the loopback interface. Raises `ConfigError`"
+    "Ray; without a cluster, on the loopback interface. Raises `ConfigError`"
     if find_spec('ray') is None:
         raise ConfigError("engine: ray is not installed: pip install 'rtsseg[ray]'")
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     if 'RAY_ADDRESS' not in os.environ:
         os.environ.setdefault('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER', '0')
     import ray

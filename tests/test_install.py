@@ -175,3 +175,40 @@ def test_a_config_of_the_wheel_is_found_by_its_name(environment, tmp_path, names
     "Its relative paths lead to the folder of the call, not into the installed library"
     code = f'from rtsseg.config import load; cfg = load(*{names}); print(cfg.model.encoder, cfg.runs.resolve())'
     assert run(environment/'python', '-c', code, cwd=tmp_path).split() == ['tu-test_efficientnet', str(tmp_path/'runs')]
+
+# ---------------------------------------------------------------- the container
+
+def instructions():
+    "Those of the Dockerfile, with continued lines joined: [(name, argument)]"
+    text = re.sub(r'\\\n', ' ', (ROOT/'Dockerfile').read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith('#')]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+def test_the_container_runs_as_an_unprivileged_user():
+    "What is installed, copied and run after the system's packages"
+    names = [name for name, _ in instructions()]
+    user, = (argument for name, argument in instructions() if name == 'USER')
+    assert user not in ('root', '0')
+    as_user = instructions()[names.index('USER'):]
+    assert all(argument.startswith(f'--chown={user} ') for name, argument in as_user if name == 'COPY')
+    assert as_user[-1][0] == 'CMD'
+
+def test_the_environment_of_the_container_is_a_layer_of_the_lock_alone():
+    "Before the sources are copied, so that a change of them does not install it again"
+    copies = [argument.split()[1:] for name, argument in instructions() if name == 'COPY']
+    assert copies == [['requirements.txt', './'], ['.', '.']]
+    commands = [argument for name, argument in instructions() if name == 'RUN']
+    assert '--require-hashes -r requirements.txt' in commands[-2]
+    assert commands[-1] == 'make install'
+
+def test_the_commands_of_the_dockerfile_are_shell_and_make():
+    "Without a container engine: their syntax, and that make knows its targets"
+    for name, argument in instructions():
+        if name == 'RUN':
+            run('bash', '-n', '-c', argument)
+    for target in ('install', 'demo', 'test'):
+        run('make', '--dry-run', target, cwd=ROOT)
+
+def test_the_container_gets_no_environment_or_data_of_the_checkout():
+    ignored = (ROOT/'.dockerignore').read_text().split()
+    assert {'.venv', 'data', 'runs'} <= set(ignored)

@@ -524,18 +524,56 @@ def test_42_wrong_arguments_are_named_together(model, tmp_path, capsys):
     assert re.match("error: views: 'all' is not one of .*\nbatch: 0", capsys.readouterr().err)
 
 def test_42_a_scene_with_a_damaged_block(model, tmp_path):
-    "The message names the block; rows that were finished before it are kept"
+    "The message names the block; rows that were finished before it are kept, and exit code 3 says so"
     path, _ = scene(tmp_path/'scene.tif', 400, 70)
-    content = bytearray(path.read_bytes())
-    at = int(len(content) * .7)
-    content[at:at + 400] = bytes(400)
-    path.write_bytes(content)
+    damage_block(path, .7)
     out = tmp_path/'map.tif'
-    why = r'rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+'
-    with pytest.raises(DataError, match=why):
+    why = r'rows \d+ to \d+: image .*scene.tif, band 1: IReadBlock failed at X offset 0, Y offset \d+.*rows are kept'
+    with pytest.raises(RunError, match=why) as error:
         predict(model, path, out)
+    assert error.value.code == 3
     assert not out.exists()
     assert len(finished(out)) > 3
+
+def test_42_a_scene_whose_first_block_is_damaged(model, tmp_path):
+    "Nothing was finished: exit code 2, and nothing is left beside the map"
+    path, _ = scene(tmp_path/'scene.tif', 400, 70)
+    damage_block(path, .1)
+    out = tmp_path/'map.tif'
+    with pytest.raises(DataError, match='IReadBlock failed at X offset 0, Y offset 0') as error:
+        predict(model, path, out)
+    assert error.value.code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ['scene.tif']
+
+def damage_block(path, share):
+    "Overwrite some bytes of a file with zeros, at a share of its length"
+    content = bytearray(path.read_bytes())
+    at = int(len(content) * share)
+    content[at:at + 400] = bytes(400)
+    path.write_bytes(content)
+
+@pytest.mark.parametrize('crs, kind', [
+    ('LOCAL_CS["plot",UNIT["metre",1],AXIS["x",EAST],AXIS["y",NORTH]]', 'Engineering CRS'),
+    ('EPSG:26910+5703', 'Compound CRS'),
+    ('EPSG:4979', 'Geographic 3D CRS'),
+])
+@pytest.mark.parametrize('given', ['', 'none'])
+def test_42_a_scene_whose_crs_is_not_that_of_a_map(model, tmp_path, crs, kind, given):
+    "As a tile, it is refused by the name of its file, whatever --crs says; nothing is written"
+    path = write_scene(tmp_path/'scene.tif', noise(70, 70), crs=crs)
+    with pytest.raises(DataError, match=f"crs: scene.tif: .* is not a map's .*{kind}.*gdalwarp"):
+        predict(model, path, tmp_path/'map.tif', crs=given)
+    assert [file.name for file in tmp_path.iterdir()] == ['scene.tif']
+
+def test_42_a_map_of_many_windows_says_how_long_it_takes(model, tmp_path, monkeypatch, caplog):
+    "Before the first window, and again less for what is left; a short map says nothing of it"
+    path, _ = scene(tmp_path/'scene.tif', 200, 200)
+    with caplog.at_level('INFO'):
+        predict(model, path, tmp_path/'short.tif')
+        assert 'by the speed of one batch' not in caplog.text
+        monkeypatch.setattr(rtsseg.prediction, 'MANY_WINDOWS', 30)
+        predict(model, path, tmp_path/'long.tif')
+    assert '36 windows of 64 × 64 pixels: about ' in caplog.text
 
 @pytest.mark.parametrize('share', [.3, .6, .9, .999])
 def test_42_a_full_disk_under_the_map(model, tmp_path, share):
