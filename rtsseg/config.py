@@ -326,7 +326,8 @@ class LoopConfig(Strict):
     device: Annotated[Literal['auto', 'cpu', 'cuda'], Undeciding()] = Field(
         'auto', description='auto takes a GPU where there is one')
     threads: Annotated[PositiveInt | None, Undeciding(), Since('0.3')] = Field(
-        None, description='CPU threads; null: OMP_NUM_THREADS, else all cores. Bits repeat for equal numbers of them')
+        None, description='CPU threads; null: OMP_NUM_THREADS, else the cores (at most 8 if deterministic). '
+                          'Equal numbers give equal bits')
     precision: Literal['fp16', 'bf16', 'fp32'] = Field(
         'fp16', description='mixed precision; a CPU computes in fp32 unless this is bf16')
     epochs: PositiveInt = Field(300, description='most epochs')
