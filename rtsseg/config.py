@@ -6,18 +6,19 @@
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonNegativeInt', 'ScheduleName', 'OF_TWO_PHASES',
            'LOOP_UNREAD', 'Span', 'SPLIT_FOLDERS', 'NamePattern', 'Source', 'Percent', 'Percentiles', 'RisingPair',
            'Ratio', 'JudgedRatio', 'GUIDE_CURRICULUM', 'LossName', 'MOST_MEMBERS', 'SYMMETRIES', 'VIEWS_PATTERN',
-           'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD', 'AUGMENT_UNREAD',
-           'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS', 'MAX_CONFIG_DEPTH',
-           'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc', 'PathOrName',
-           'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA', 'EarlyStopping',
-           'Checkpoints', 'Loader', 'Stage', 'Unfreezing', 'check_first_stage', 'Unread', 'differing_settings',
-           'unread_lines', 'schedules', 'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource',
-           'FieldSource', 'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data',
-           'Transform', 'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Hue', 'Noise', 'Clahe', 'RandomScale',
-           'CopyPaste', 'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler',
-           'check_no_repeats', 'Loss', 'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics',
-           'Calibrate', 'Infer', 'Card', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings',
-           'RtsConfig', 'system_names', 'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml',
+           'Probability', 'GUIDE_THRESHOLDS', 'RunName', 'SHOWN_SETTINGS', 'TRANSFORMS', 'WARPS', 'LOSS_UNREAD',
+           'AUGMENT_UNREAD', 'DATA_UNREAD', 'RTS_UNREAD', 'BUILT_IN_SYSTEMS', 'MAX_CONFIG_CHARACTERS',
+           'MAX_CONFIG_DEPTH', 'SHARED_PARAMETERS', 'ConfigError', 'Strict', 'Undeciding', 'Since', 'PostHoc',
+           'PathOrName', 'raise_together', 'check_rising', 'check_gapless', 'LearningRate', 'Optimizer', 'EMA',
+           'EarlyStopping', 'Checkpoints', 'Loader', 'Stage', 'Unfreezing', 'check_first_stage', 'Unread',
+           'differing_settings', 'changed_fields', 'setting_values', 'unread_lines', 'schedules',
+           'ends_before_stopping', 'LoopConfig', 'ToySource', 'check_span', 'TableSource', 'FieldSource',
+           'check_name_pattern', 'ImagesSource', 'MultiResolution', 'Crops', 'check_percentiles', 'Data', 'Transform',
+           'ShiftScaleRotate', 'Elastic', 'Shear', 'Limit', 'Hue', 'Noise', 'Clahe', 'RandomScale', 'CopyPaste',
+           'Augment', 'parse_ratio', 'parse_judged_ratio', 'ratio_text', 'CurriculumRow', 'Sampler', 'check_no_repeats',
+           'Loss', 'Model', 'Member', 'Views', 'parse_views', 'check_view_text', 'Metrics', 'Calibrate', 'Infer',
+           'Card', 'TrackerConfig', 'RunConfig', 'lacks', 'is_never_drawn', 'transform_settings', 'RtsConfig',
+           'system_names', 'find_system', 'short_visible', 'check_yaml_events', 'parse_yaml', 'read_yaml',
            'package_folder', 'config_folder', 'config_names', 'find_config', 'merge_trees', 'parse_override',
            'nodes_in', 'path_places', 'holds_path', 'absolute_paths', 'Setting', 'locate', 'validation_errors',
            'concerns_removed', 'find_mistakes', 'names_at', 'explain_mistake', 'unprintable_places', 'read_layers',
@@ -29,11 +30,13 @@ __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeFloat', 'PositiveInt', 'NonN
 # %% ../nbs/00b_config.ipynb #iconfig
 import ast
 import copy
+import html
 import io
 import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -59,7 +62,7 @@ from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
 
-from .console import RtssegError, nearest, visible
+from .console import RtssegError, first_lines, nearest, visible
 from .files import write_atomic
 
 # %% ../nbs/00b_config.ipynb #62b76bca1
@@ -266,14 +269,30 @@ def differing_settings(value:Any,        # a tree, or a value in it
     elif value != default:
         yield path
 
+def changed_fields(cfg:BaseModel    # the tree
+                  ) -> list[str]:    # dotted names
+    "The settings that differ from their default"
+    changed = []
+    for name, field in type(cfg).model_fields.items():
+        changed += differing_settings(getattr(cfg, name), field.get_default(call_default_factory=True), name)
+    return changed
+
+def setting_values(cfg:BaseModel, names:Iterable[str]    # dotted
+                  ) -> dict[str, str]:
+    "What some settings are, as YAML would write them in a line"
+    plain, found = cfg.model_dump(mode='json'), {}
+    for name in names:
+        value = plain
+        for part in name.split('.'):
+            value = value[part]
+        found[name] = json.dumps(value, ensure_ascii=False)
+    return found
+
 def unread_lines(cfg:BaseModel,             # the tree
                  rules:list[Unread]         # the first that names a setting counts
                 ) -> list[str]:             # a line for each choice that leaves changed settings unread
     "Name the settings that differ from their default and change nothing"
-    changed = []
-    for name, field in type(cfg).model_fields.items():
-        changed += differing_settings(getattr(cfg, name), field.get_default(call_default_factory=True), name)
-    lines = []
+    lines, changed = [], changed_fields(cfg)
     for rule in rules:
         if not rule.holds(cfg):
             continue
@@ -917,6 +936,9 @@ class TrackerConfig(Strict):
 
 RunName = Annotated[str, Field(pattern=r'^[A-Za-z0-9][A-Za-z0-9._-]*$')]
 
+# settings that the short form of a config names at most
+SHOWN_SETTINGS = 8
+
 class RunConfig(LoopConfig):
     "What every run has, whatever its system: the loop, a name, a folder and a tracker"
     system: Annotated[str, Since('0.2')] = Field('rts', description='what the run is about: the name of a system')
@@ -935,6 +957,23 @@ class RunConfig(LoopConfig):
     def files(self) -> tuple[Path, ...]:
         "The files that a command read the config from; empty where it was made in code"
         return self._files
+
+    def __repr__(self) -> str:
+        values = setting_values(self, changed_fields(self))
+        lines = [f'  {name}: {textwrap.shorten(value, 90)}' for name, value in values.items()]
+        head = f'{type(self).__name__}: {len(values)} settings differ from their defaults'
+        return '\n'.join([head, *first_lines(lines, SHOWN_SETTINGS)])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        values = setting_values(self, changed_fields(self))
+        defaults = setting_values(type(self)(), values)
+        rows = [''.join(f'<td style="text-align:left">{html.escape(textwrap.shorten(text, 90))}</td>'
+                        for text in (name, value, defaults[name])) for name, value in values.items()]
+        head = '<tr><th>setting</th><th>here</th><th>default</th></tr>'
+        return (f'<p><b>{type(self).__name__}</b>: {len(values)} settings differ from their defaults</p>'
+                f'<table>{head}{"".join(f"<tr>{row}</tr>" for row in rows)}</table>')
 
 # %% ../nbs/00b_config.ipynb #unread02
 TRANSFORMS = tuple(name for name, field in Augment.model_fields.items() if isinstance(field.default, Transform))

@@ -52,6 +52,10 @@ class RtssegError(Exception):
     def __init__(self, message):
         super().__init__(visible(message))
 
+    def _render_traceback_(self) -> list[str]:
+        "What Jupyter shows: the message, as a command prints it, in place of a traceback"
+        return [f'{self.prefix}{self}']
+
 class DataError(RtssegError, ValueError):
     "Invalid data: the message names file, row (tile_id) and field, one line per problem"
     # of a table: the rows without a problem

@@ -24,7 +24,7 @@ from .config import ConfigError, RunConfig, find_system, judged_as, load, to_yam
 from .console import logger
 from .files import SEAL, write_atomic
 from .launch import StopSignals, drop_rank_variables, run_attached, run_detached, trainer_environment
-from .log import KeepTables, Log
+from .log import KeepTables, LivePlot, Log
 from .loop import TrainingState, fit
 from .processes import first_decides, key_seed, make_accelerator
 from rtsseg.resume import (
@@ -114,7 +114,8 @@ def opened(run:PreparedRun) -> Iterator[Opened]:
 # %% ../nbs/05_train.ipynb #ctrtrain
 def train(cfg:RunConfig,             # the whole tree
           observers:Iterable=(),     # further objects with hooks (see `HOOKS`)
-          parent:str=''              # folder of the search that this run belongs to, for the tracker
+          parent:str='',             # folder of the search that this run belongs to, for the tracker
+          plot:bool=False            # draw the curves in a notebook, again at each validation
          ) -> Path:                  # the run folder, with `model/` in it
     """Train in this process, or resume where this run stands
 
@@ -139,8 +140,9 @@ def train(cfg:RunConfig,             # the whole tree
             # first who asks the run to stop, then who watches the data, then who writes down
             watching = [*run.feed.observers(), *run.system.observers(run.cfg, run.feed)]
             own = [signals, *watching, Log(run.folder, run.system, found.differs), KeepTables(run.folder)]
+            shown = [LivePlot(run.folder)] if plot else []
             mirror = [tracker] if tracker else []
-            result = fit_or_explain(run, [*own, *mirror, *observers])
+            result = fit_or_explain(run, [*own, *shown, *mirror, *observers])
             if is_first_process() and result.finished:
                 export_best(run, result, found.environment)
             finished = result.finished

@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # those of the lock; crf needs a compiler
 EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'notebooks', 'dev']
 # packages whose import has another name
-IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
+IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2',
+               'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
-OPTIONAL = {'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray',
-            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb'}
+OPTIONAL = {'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search',
+            'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
