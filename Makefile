@@ -4,7 +4,8 @@
 # make quick    under a minute: the house rules, and the chapters that differ from main
 # make soak     a training run that is killed 200 times and still ends in the same bytes
 # make bench    the benchmarks, and the table in benchmarks/README.md
-# make docs     the site (needs Quarto)
+# make docs     the site (needs Quarto 1.7)
+# make check-docs  whether every local link of the site leads somewhere
 # make sync     write everything that is generated from notebooks and tests
 # make lock     write requirements.txt from settings.ini; versions in it stay where they still fit
 # make clean    remove what the above made, except .venv, data and runs
@@ -24,7 +25,7 @@ export OMP_WAIT_POLICY := passive
 export PYTHONHASHSEED := 42
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo seeds test style synced notebooks pytest quick soak bench docs sync readme lock clean
+.PHONY: install demo seeds test style synced notebooks pytest quick soak bench docs check-docs sync readme lock clean
 install: $(STAMP)
 
 # The lock names the CUDA libraries that PyTorch's default wheel needs. A CPU wheel needs none of them.
@@ -95,10 +96,14 @@ bench: $(STAMP)
 	python benchmarks/run.py $(SCRIPTS)
 
 docs: $(STAMP)
-	$(if $(shell command -v quarto),,$(error the site needs Quarto 1.7 or later: https://quarto.org/docs/get-started))
+	$(if $(shell command -v quarto),,$(error the site needs Quarto 1.7 or later: `.venv/bin/pip install quarto-cli` \
+	  fetches it where the network allows; or https://quarto.org/docs/get-started))
 	@touch README.md   # else nbdev writes its own
 	PYTHONPATH=. nbdev_docs
 	@echo "_docs/index.html"
+
+check-docs: $(STAMP)
+	python pages.py --check _docs
 
 sync readme: $(STAMP)
 	@.venv/bin/python sync.py
@@ -110,7 +115,7 @@ lock:
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.txt
 
 clean:
-	rm -rf _proc _docs build dist nbs/nbdev.yml nbs/sidebar.yml nbs/mlruns nbs/mlflow.db
+	rm -rf _proc _docs build dist nbs/nbdev.yml nbs/mlruns nbs/mlflow.db
 	find . -path ./.venv -prune -o \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache -o -name .hypothesis -o -name .ruff_cache \) \
 	  -type d -print0 | xargs -0 rm -rf

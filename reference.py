@@ -92,9 +92,17 @@ def methods(node):
             rows.append((f'{statement.name}()', source(statement.returns), '', about))
     return rows
 
+def signature(node):
+    "How a definition is called or made, as a block of code"
+    if isinstance(node, ast.ClassDef):
+        bases = ', '.join(map(source, node.bases))
+        return f'class {node.name}({bases})' if bases else f'class {node.name}'
+    returns = f' -> {source(node.returns)}' if node.returns else ''
+    return f'{node.name}({source(node.args)}){returns}'
+
 def describe(node, definition):
     "What a definition takes and returns, as Markdown"
-    parts = [ast.get_docstring(node) or '']
+    parts = [f'```python\n{signature(node)}\n```', ast.get_docstring(node) or '']
     if isinstance(node, FUNCTIONS):
         parts.append(table('parameter', parameters(node, docments(definition))))
     else:
@@ -109,8 +117,19 @@ def definitions(cell):
     kinds = *FUNCTIONS, ast.ClassDef
     return [node for node in ast.parse(cell.source).body if isinstance(node, kinds) and node.name[0] != '_']
 
+TEST = re.compile(r'^\s*(?:assert |test_\w+\(|expect_fail\()', re.MULTILINE)
+
+def is_test(cell):
+    "Whether a cell asserts something, and shows nothing"
+    return bool(TEST.search(cell.source)) and not cell.outputs
+
+def fold(cell, summary):
+    "Let the site show a cell as one line that opens"
+    cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
+
 class add_reference(Processor):
-    "Puts the entries of the definitions behind their cells, and links names of the library"
+    """Puts the entries of the definitions before their cells, which are folded as tests are, and links names of the
+    library"""
 
     def begin(self):
         path = Path(self.nb.path_).resolve()
@@ -118,7 +137,6 @@ class add_reference(Processor):
         module = re.search(r'#\| *default_exp +([\w.]+)', path.read_text())
         cells = []
         for cell in self.nb.cells:
-            cells.append(cell)
             if cell.cell_type == 'markdown':
                 cell.source = link_names(cell.source, folder)
             elif module and 'export' in cell.directives_:
@@ -127,4 +145,8 @@ class add_reference(Processor):
                     text = link_names(describe(node, getattr(exported, node.name)), folder)
                     heading = f'### `{node.name}` {{#{node.name.lower()}}}'
                     cells.append(mk_cell(f'{heading}\n\n{text}', 'markdown'))
+                fold(cell, 'Source')
+            elif is_test(cell):
+                fold(cell, 'Tests')
+            cells.append(cell)
         self.nb.cells = cells

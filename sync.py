@@ -1,4 +1,4 @@
-"""Write everything that is generated from notebooks and tests: modules, README, JSON schema, page of faults
+"""Write everything that is generated from notebooks and tests: modules, README, JSON schema, pages of the site
 
 `python sync.py` writes it. `python sync.py --check` writes it into a copy of the tree, and lists what differs."""
 import ast
@@ -117,7 +117,13 @@ def survives(root):
 
 def sync(root):
     "Write all generated files of a tree"
-    for command in ([BIN/'nbdev_export'], [BIN/'nbdev_clean'], [sys.executable, '-c', WRITE_SCHEMA]):
+    commands = [
+        [BIN/'nbdev_export'],
+        [BIN/'nbdev_clean'],
+        [sys.executable, '-c', WRITE_SCHEMA],
+        [sys.executable, 'pages.py'],
+    ]
+    for command in commands:
         subprocess.run(command, cwd=root, env=ENVIRONMENT, check=True)
     readme(root)
     survives(root)

@@ -523,13 +523,36 @@ def test_the_site_can_be_built(site):
             assert (site/'_proc'/link['href']).is_file()
     assert any(part.get('website', {}).get('title') == 'rtsseg' for part in parts)
 
+def pages_below(contents):
+    "The pages of a sidebar, sections opened"
+    for entry in contents:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from pages_below(entry['contents'])
+
 @pytest.mark.slow
-def test_the_sidebar_lists_all_chapters(site):
+def test_the_sidebar_lists_all_pages(site):
+    "Each once: notebooks, and pages in Markdown"
     sidebars = [part.get('website', {}).get('sidebar', {}) for part in site_settings(site)[1]]
-    listed = next(sidebar['contents'] for sidebar in sidebars if 'contents' in sidebar)
-    top = [path.name for path in notebooks if path.parent.name == 'nbs']
-    assert top[0] == 'index.ipynb'
-    assert [entry for entry in listed if isinstance(entry, str)] == top
+    listed = [*pages_below(next(sidebar['contents'] for sidebar in sidebars if 'contents' in sidebar))]
+    assert listed[0] == 'index.ipynb'
+    pages = [*notebooks, *(ROOT/'nbs').rglob('*.qmd')]
+    assert sorted(listed) == sorted(path.relative_to(ROOT/'nbs').as_posix() for path in pages)
+
+@pytest.mark.slow
+@each_chapter
+def test_code_and_tests_are_folded_behind_what_they_define(site, path):
+    "Each exported cell comes after the entries of its definitions, and opens on a click; so do cells of tests"
+    cells = site_cells(site, path)
+    for at, cell in enumerate(cells):
+        if cell.source.startswith('#| code-fold: true\n#| code-summary: "Source"'):
+            public = [node.name for node in ast.parse(cell.source).body
+                      if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_']
+            before = '\n'.join(entry.source for entry in cells[at - len(public):at])
+            assert all(f'{{#{name.lower()}}}' in before for name in public)
+    folded = sum('#| code-summary: "Source"' in cell.source for cell in cells)
+    assert folded == sum('export' in directives(cell) for cell in code_cells(path))
 
 @pytest.mark.slow
 @each_notebook

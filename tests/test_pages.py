@@ -1,0 +1,47 @@
+"The pages that follow from the code: every setting, every command; and the check of links in a rendered site"
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rtsseg.cli import COMMANDS
+from rtsseg.config import BUILT_IN_SYSTEMS, find_system
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import pages  # noqa: E402
+
+sys.path.pop(0)
+
+def fields(tree, prefix=''):
+    "Dotted names of all fields of a tree, sections opened"
+    for name in type(tree).model_fields:
+        value = getattr(tree, name)
+        if hasattr(type(value), 'model_fields'):
+            yield from fields(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}'
+
+@pytest.mark.parametrize('system', BUILT_IN_SYSTEMS)
+def test_the_page_of_settings_has_every_field(system):
+    "Of each system: among those that all runs have, or among its own"
+    page = (ROOT/'nbs/configuration.qmd').read_text()
+    tables = dict(re.findall(r'^## (.+?)\n(.*?)(?=^## |\Z)', page, re.S | re.M))
+    seen = tables['Every run'] + tables[f'System {system}']
+    assert [name for name in fields(find_system(system).Config()) if f'| `{name}` |' not in seen] == []
+
+def test_the_page_of_commands_has_every_argument():
+    page = (ROOT/'nbs/commands.qmd').read_text()
+    assert re.findall(r'^## rtsseg (\S+)$', page, re.M) == list(COMMANDS)
+    assert '| `--config` | `toy` | YAML file, or a name in configs/' in page
+
+def test_broken_links_are_found(tmp_path, capsys):
+    "A missing file, a missing anchor and a missing picture; other hosts are not asked"
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'a.html').write_text('''<h2 id="here">x</h2><a href="sub/b.html#there">y</a><a href="#here">z</a>
+        <a href="https://example.org/none">out</a><a href="gone.html">1</a><a href="sub/b.html#gone">2</a>
+        <img src="gone.png">''')
+    (tmp_path/'sub/b.html').write_text('<h2 id="there">x</h2><a href="../a.html">up</a>')
+    assert pages.broken_links(tmp_path) == ['a.html: gone.html', 'a.html: sub/b.html#gone', 'a.html: gone.png']
+    assert '2 pages, 7 links, 3 broken' in capsys.readouterr().out
