@@ -15,7 +15,7 @@ NBS = ROOT/'nbs'
 # ---------------------------------------------------------------- the sidebar
 
 START = ['index.ipynb', 'glossary.qmd']
-REFERENCE = ['configuration.qmd', 'commands.qmd', 'survives.qmd', 'add_a_system.qmd']
+REFERENCE = ['configuration.qmd', 'commands.qmd', 'survives.qmd', 'supply_chain.qmd', 'add_a_system.qmd']
 # by the first two digits of a chapter
 WINGS = {
     '00': 'Files, config and runs',
