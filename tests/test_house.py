@@ -58,9 +58,11 @@ def by_number(path):
 
 notebooks = [path for path in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts]
 notebooks.sort(key=by_number)
-chapters = [path for path in notebooks if path.stem != 'index']
+tutorials = [path for path in notebooks if path.parent.name == 'tutorials']
+chapters = [path for path in notebooks if path.stem != 'index' and path not in tutorials]
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda path: path.stem)
 each_chapter = pytest.mark.parametrize('path', chapters, ids=lambda path: path.stem)
+each_tutorial = pytest.mark.parametrize('path', tutorials, ids=lambda path: path.stem)
 
 # the numbers of the chapters are the import order
 ORDER = [module(path) for path in chapters if path.parent.name == 'nbs']
@@ -104,6 +106,15 @@ def test_a_chapter_opens_with_a_picture(path):
     assert re.fullmatch(r'#\| default_exp \S+\n#\| hide', cells[0].source)
     exported = [at for at, cell in enumerate(cells) if 'export' in directives(cell)]
     assert any(has_picture(cell) for cell in cells[:exported[0]])
+
+@each_tutorial
+def test_a_tutorial_is_short_and_shows_what_it_does(path):
+    "About ten steps, a picture, and checks of what the text says; it exports nothing"
+    cells = code_cells(path)
+    assert not any({'export', 'default_exp'} & directives(cell) for cell in cells)
+    assert 8 <= len([cell for cell in cells if 'hide' not in directives(cell)]) <= 14
+    assert any(has_picture(cell) for cell in cells)
+    assert any(isinstance(node, ast.Assert) for cell in cells for node in ast.walk(ast.parse(cell.source)))
 
 @each_chapter
 def test_exported_code_names_what_it_imports(path):
@@ -449,10 +460,11 @@ def test_links_and_pictures_of_the_readme_are_there():
         assert not target.endswith('.png') or (ROOT/target).stat().st_size < 150_000, target
 
 def test_readme_lists_chapters_and_commands():
-    for path in chapters:
+    "And tutorials"
+    for path in chapters + tutorials:
         title, description = nbformat.read(path, 4).cells[0].source.split('\n')
         row = f'| [{title[2:]}]({path.relative_to(ROOT).as_posix()}) | {description[2:]} |'
-        assert row in readme(), f'the table of chapters lacks {row}'
+        assert row in readme(), f'the tables of tutorials and chapters lack {row}'
     for command in scripts:
         assert command in readme()
 
