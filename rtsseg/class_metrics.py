@@ -6,7 +6,7 @@
 __all__ = ['UNLABELLED', 'MOST_PACKED', 'BOUNDARY_PARTS', 'squares', 'class_boundaries', 'near_ignored', 'label_bits',
            'pack_pairs', 'count_pairs', 'pair_counts', 'boundary_counts_of', 'packed_bands', 'separate_bands',
            'ClassCounts', 'count_image', 'check_labels', 'count_columns', 'counts_to_row', 'sum_counts', 'ratio',
-           'mean_of_defined', 'boundary_iou_of_classes', 'scores_of_counts']
+           'mean_of_defined', 'boundary_iou_of_classes', 'scores_of_counts', 'class_scores', 'boundary_score']
 
 # %% ../nbs/03i_class_metrics.ipynb #clmexports
 from collections.abc import Sequence
@@ -205,3 +205,15 @@ def scores_of_counts(counts:ClassCounts,
     for width, bands in counts.boundary.items():
         scores[f'biou_{width}'] = mean_of_defined(boundary_iou_of_classes(bands))
     return scores | {f'iou_{name}': float(iou) for name, iou in zip(names, class_iou(matrix), strict=True)}
+
+def class_scores(table:pd.DataFrame,              # with the columns of `count_columns`
+                 names:Sequence[str],             # of the classes
+                 weights:np.ndarray|None=None     # how often each row counts; None: once
+                ) -> dict[str, float]:
+    "mIoU, accuracies, boundary IoU and the IoU of each class, of all rows together"
+    return scores_of_counts(sum_counts(table, weights), names)
+
+def boundary_score(scores:dict[str, float]) -> float:
+    "Boundary IoU, mean over its widths; NaN where none is measured"
+    widths = [value for name, value in scores.items() if name.startswith('biou_')]
+    return float(np.mean(widths)) if widths else float('nan')

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'confusion_figure', 'shares_figure', 'largest_other', 'worst_classes',
-           'class_blocks', 'Look', 'look_before', 'Least', 'boundary_score', 'is_kept', 'looks_table']
+           'class_blocks', 'Look', 'look_before', 'Least', 'is_kept', 'looks_table', 'judge_look', 'looks_blocks']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .bootstrap import Estimate
-from .class_metrics import ratio
+from .bootstrap import Estimate, draw_groups
+from .class_metrics import boundary_score, class_scores, ratio
 from .page import Number, Picture, Table, Text
+from .system import SampleTable, table_path
 
 # %% ../nbs/06i_class_report.ipynb #crpfigurecode
 # above this share a cell is dark, and its text light
@@ -98,11 +101,6 @@ class Least(NamedTuple):
     views: float        # mIoU, by views that cost more than one pass
     outlines: float     # boundary IoU, by outlines that are drawn again
 
-def boundary_score(scores:dict[str, float]) -> float:
-    "Boundary IoU, mean over its widths; NaN where none is measured"
-    widths = [value for name, value in scores.items() if name.startswith('biou_')]
-    return float(np.mean(widths)) if widths else float('nan')
-
 def is_kept(views:str,       # other than none
             look:Look,       # through them
             before:Look,     # what it is compared with
@@ -142,3 +140,31 @@ def looks_table(looks:dict[str, Look],    # by name of the views; `none` among t
             'over one view, a clean-up where its gain is more than chance, and outlines drawn again where boundary '
             f'IoU, the mean over its widths, gains more than {100 * least.outlines:g} points')
     return Table(head, rows, [rule])
+
+def judge_look(tables:list[SampleTable],    # of one way of looking, one a seed
+               names:list[str],              # of the classes
+               draws:int                     # bootstrap replicates
+              ) -> Look:
+    "Scores of a way of looking, and replicates of its mIoU over groups: means over seeds"
+    each = [class_scores(table.frame, names) for table in tables]
+    drawn, group = draw_groups(tables[0]['group'], draws)
+    scored = [[class_scores(table.frame, names, times[group])['miou'] for times in drawn] for table in tables]
+    return Look({name: float(np.mean([scores[name] for scores in each])) for name in each[0]}, np.mean(scored, 0))
+
+def looks_blocks(results:Any,            # `Results`
+                 ways:Sequence[str]      # names of views that an evaluation may have
+                ) -> list:
+    "Tables that compare the ways in which validation was looked at, and test; [] where validation was in one way"
+    cfg, blocks = results.first.cfg, []
+    for split in dict.fromkeys(['val', results.split]):
+        looks = {}
+        for views in ways:
+            paths = [table_path(run.folder, split, views) for run in results.runs]
+            if all(path.exists() for path in paths):
+                looks[views] = judge_look([SampleTable.read(path) for path in paths], cfg.data.names,
+                                          cfg.metrics.replicates)
+        if 'none' in looks and len(looks) > 1:
+            least = Least(cfg.metrics.least_gain, cfg.refine.least_gain)
+            table = looks_table(looks, least, cfg.pass_views, judges=split == 'val')
+            blocks.append(replace(table, title=split))
+    return blocks

@@ -146,7 +146,7 @@ WINGS = {
              'label_losses routed distil refine',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
-            'evaluation plan routed_runs blend',
+            'evaluation plan routed_runs blend land_words outline_trial class_ensemble',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
