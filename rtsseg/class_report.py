@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'confusion_figure', 'shares_figure', 'largest_other', 'worst_classes',
-           'class_blocks', 'Look', 'look_before', 'Least', 'is_kept', 'looks_table', 'judge_look', 'looks_blocks']
+           'class_blocks', 'Look', 'look_before', 'Least', 'is_kept', 'interval_text', 'looks_table', 'judge_look',
+           'looks_blocks']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from .bootstrap import Estimate, draw_groups
+from .bootstrap import MIN_GROUPS, Estimate, draw_groups
 from .class_metrics import boundary_score, class_scores, ratio
 from .page import Number, Picture, Table, Text
 from .system import SampleTable, table_path
@@ -89,7 +90,7 @@ def class_blocks(confusion:np.ndarray,              # (classes, classes): rows t
 class Look(NamedTuple):
     "How a split scores when it is looked at in one way"
     scores: dict[str, float]       # `miou`, `biou_<width>`
-    replicates: np.ndarray         # (n,): mIoU with groups drawn with replacement, alike for all ways
+    replicates: np.ndarray         # (n,): mIoU with groups drawn with replacement, alike for all ways; (0,): too few
 
 def look_before(views:str) -> str:
     "What a way of looking is compared with: the same map before it was cleaned up or refined, or one view"
@@ -106,13 +107,22 @@ def is_kept(views:str,       # other than none
             before:Look,     # what it is compared with
             least:Least
            ) -> bool:
-    "Views and outlines gain more than the least of their own measure; of a clean-up the 95% interval lies above 0"
+    "Views and outlines gain more than the least of their own measure; the 95% interval of a clean-up lies above 0"
     finished = views.partition('-')[2]
     if finished == 'refined':
         return boundary_score(look.scores) - boundary_score(before.scores) > least.outlines
     if finished:
-        return bool(np.quantile(look.replicates - before.replicates, .025) > 0)
+        gains = look.replicates - before.replicates
+        return bool(len(gains) and np.quantile(gains, .025) > 0)
     return look.scores['miou'] - before.scores['miou'] > least.views
+
+def interval_text(gains:np.ndarray    # replicates of a gain of mIoU
+                 ) -> str:            # as '+0.20 to +1.10', points
+    "The 95% interval of a gain; – without replicates"
+    if not len(gains):
+        return '–'
+    low, high = 100 * np.quantile(gains, [.025, .975])
+    return f'{low:+.2f} to {high:+.2f}'
 
 def looks_table(looks:dict[str, Look],    # by name of the views; `none` among them
                 least:Least,
@@ -129,17 +139,18 @@ def looks_table(looks:dict[str, Look],    # by name of the views; `none` among t
             rows.append([*row, '', '', ''])
             continue
         gain, gains = look.scores['miou'] - before.scores['miou'], look.replicates - before.replicates
-        low, high = 100 * np.quantile(gains, [.025, .975])
         verdict = 'kept' if is_kept(views, look, before, least) else 'not kept'
-        rows.append([*row, Number(100 * gain), f'{low:+.2f} to {high:+.2f}', verdict])
+        rows.append([*row, Number(100 * gain), interval_text(gains), verdict])
     head = ['views', *(f'{name}, %' for name in columns), 'gain, points', '95% of the gain', 'worth it']
+    few = [] if len(looks['none'].replicates) else [f'no interval of a gain: fewer than {MIN_GROUPS} groups, and none '
+                                                    'means that a clean-up is not kept']
     if not judges:
         note = 'this split chooses nothing: what is kept was decided on validation'
-        return Table(head[:-1], [row[:-1] for row in rows], [note])
+        return Table(head[:-1], [row[:-1] for row in rows], [note, *few])
     rule = (f'the gain is that of mIoU. Views are kept where they gain more than {100 * least.views:g} points of it '
             'over one view, a clean-up where its gain is more than chance, and outlines drawn again where boundary '
             f'IoU, the mean over its widths, gains more than {100 * least.outlines:g} points')
-    return Table(head, rows, [rule])
+    return Table(head, rows, [rule, *few])
 
 def judge_look(tables:list[SampleTable],    # of one way of looking, one a seed
                names:list[str],              # of the classes
@@ -148,6 +159,8 @@ def judge_look(tables:list[SampleTable],    # of one way of looking, one a seed
     "Scores of a way of looking, and replicates of its mIoU over groups: means over seeds"
     each = [class_scores(table.frame, names) for table in tables]
     drawn, group = draw_groups(tables[0]['group'], draws)
+    if drawn.shape[1] < MIN_GROUPS:
+        drawn = drawn[:0]
     scored = [[class_scores(table.frame, names, times[group])['miou'] for times in drawn] for table in tables]
     return Look({name: float(np.mean([scores[name] for scores in each])) for name in each[0]}, np.mean(scored, 0))
 

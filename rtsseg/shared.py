@@ -353,6 +353,7 @@ def metrics_table(results:Results, split:str) -> Table:
         notes.append(SEEDS_NOTE.format(n=len(results.runs), seeds=listed(results.seeds)))
     if n_groups >= MIN_GROUPS:
         notes.append(GROUPS_NOTE.format(n=n_groups, groups=groups))
+    notes += [line for name, line in results.system.terms.items() if any(each.startswith(name) for each in estimates)]
     seeds = [f'seed {seed}' for seed in results.seeds] if several else []
     return Table(['metric', split, *seeds], rows, notes)
 

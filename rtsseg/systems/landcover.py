@@ -344,7 +344,7 @@ class LandcoverFeed(Feed):
     "Images with a class for each pixel"
 
     def __init__(self, cfg:LandcoverConfig):
-        self.cfg, self.samples = cfg, ClassSamples.read(cfg.data.source)
+        self.cfg, self.samples = cfg, ClassSamples.read(cfg.data.source, cfg.data.values)
         self.source = self.samples.name
 
     @property
@@ -718,6 +718,10 @@ class Landcover(System):
     name = 'landcover'
     Config = LandcoverConfig
     group_name = 'images or groups of them'
+    terms = dict(miou='miou: IoU of each class, then their mean; IoU: pixels in both map and truth, of those in either',
+                 macc='macc: share of the pixels of a class that are right, then the mean over classes',
+                 accuracy='accuracy: share of all pixels that are right',
+                 biou_='biou_<width>: as miou, of pixels within so many of a boundary alone')
     views = LAND_VIEWS
 
     def feed(self, cfg:LandcoverConfig, prepare:bool=False) -> LandcoverFeed:
