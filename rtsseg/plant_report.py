@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLANT_TARGETS', 'TRIVIAL', 'TICKED', 'OPEN_BOX', 'SYSTEMATIC', 'TAIL_F1', 'GUIDE_STAGES', 'MOST_DISEASES',
-           'MOST_SPECIES', 'NAMED_CURVES', 'SPECIES_CAPTION', 'TAIL_CAPTION', 'is_trivial', 'targets_table',
-           'largest_mistake', 'tail_values', 'watched_diseases', 'tail_box', 'converged', 'starts_text',
-           'verification_table', 'stages_table', 'worst_species', 'shares_of_some', 'species_figure', 'species_blocks',
-           'diseases_table', 'loss_curves', 'disease_blocks', 'plant_sections']
+           'MOST_SPECIES', 'NAMED_CURVES', 'SPECIES_CAPTION', 'TAIL_CAPTION', 'WORST_SHOWN', 'THUMBNAIL',
+           'GALLERY_CAPTION', 'NO_PHOTOGRAPHS', 'is_trivial', 'targets_table', 'largest_mistake', 'tail_values',
+           'watched_diseases', 'tail_box', 'converged', 'starts_text', 'verification_table', 'stages_table',
+           'worst_species', 'shares_of_some', 'species_figure', 'species_blocks', 'diseases_table', 'loss_curves',
+           'disease_blocks', 'worst_errors', 'thumbnail', 'photo_blocks', 'plant_sections']
 
 # %% ../nbs/06j_plant_report.ipynb #plrexports
 import math
@@ -22,9 +23,11 @@ from .bootstrap import Estimate
 from .class_metrics import ratio
 from .class_report import largest_other, shares_figure
 from .config import RunConfig
-from .files import read_seal
-from .page import Deferred, Number, Picture, Table, Text
-from .photos import Taxonomy
+from .console import DataError
+from .files import FileError, inside, read_seal
+from .page import Deferred, ImageGrid, Number, Picture, Table, Text
+from .photo_feed import photo_part, resize_photo
+from .photos import Photo, Taxonomy
 from .plant_metrics import count_labels, disease_labels, f1_of_labels, images_of_labels, species_confusion
 from .results import Results, Run
 from .shared import split_tables, table_estimates, table_sections
@@ -256,6 +259,51 @@ def disease_blocks(run:Run, table:pd.DataFrame, taxonomy:Taxonomy) -> list:
         found.append(Deferred(lambda: [Picture(loss_curves(run.epochs), TAIL_CAPTION)]))
     return found
 
+# %% ../nbs/06j_plant_report.ipynb #plrgallerycode
+WORST_SHOWN, THUMBNAIL = 8, 112
+
+def worst_errors(table:pd.DataFrame,    # of one seed
+                 most:int=WORST_SHOWN
+                ) -> pd.DataFrame:      # its rows, the worst first
+    "Wrong images, one of each disease: a wrong species first, then by the rank of the truth"
+    wrong = table[table.disease != table.cascade_found]
+    wrong = wrong.assign(lost=wrong.species != wrong.species_found)
+    ordered = wrong.sort_values(['lost', 'rank', 'sample'], ascending=[False, False, True])
+    return ordered.drop_duplicates('disease').head(most)
+
+def thumbnail(pixels:np.ndarray,    # uint8 (H, W, 3)
+              caption:str,
+              side:int=THUMBNAIL    # pixels
+             ) -> Picture:
+    "A small picture"
+    fig = Figure((side / 100, side / 100), dpi=100)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.imshow(pixels)
+    ax.axis('off')
+    return Picture(fig, caption, dpi=100)
+
+GALLERY_CAPTION = ('Wrong images, one of each disease: those whose species is wrong first, then those whose disease '
+                   'came last in the head of its species.')
+
+NO_PHOTOGRAPHS = 'The photographs do not exist any more where the config says that they are.'
+
+def photo_blocks(run:Run, table:pd.DataFrame, taxonomy:Taxonomy) -> list:
+    "Photographs of the worst errors of a seed; a line where they are not there"
+    source = run.cfg.data.source
+    root = source if source.is_dir() else source.parent
+    pictures, worst = [], worst_errors(table)
+    for row in worst.itertuples():
+        true, found = (taxonomy.classes[number] for number in (row.disease, row.cascade_found))
+        try:
+            photo = Photo(inside(root/row.sample, root).read_bytes(), row.sample)
+            pixels = resize_photo(photo_part(photo, (0, 0, *photo.size), THUMBNAIL, 1), THUMBNAIL)
+        except (OSError, DataError, FileError):
+            continue
+        pictures.append(thumbnail(pixels, f'{": ".join(true)}, taken for {": ".join(found)} ({row.sample})'))
+    if not len(worst):
+        return [Text('No image is wrong.')]
+    return [Text(GALLERY_CAPTION), ImageGrid(pictures)] if pictures else [Text(NO_PHOTOGRAPHS, 'soft')]
+
 # %% ../nbs/06j_plant_report.ipynb #plrsectionscode
 def plant_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
     "What the report of a run on plants shows"
@@ -271,7 +319,10 @@ def plant_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
              'Verification': [Text('On the val split.'), verification_table(run, judged[0], numbers, taxonomy)],
              'Species': [Text(f'On the {split} split.'), *species_blocks(confusion, taxonomy.species)],
              'Diseases': [Text(f'On the {split} split, by the head of the true species.'),
-                          *disease_blocks(run, frame, taxonomy)]} | sections
+                          *disease_blocks(run, frame, taxonomy)],
+             'Gallery': [Deferred(lambda: photo_blocks(run, tables[0].frame, taxonomy))]}
+    following = sections.pop('What next', [])
+    found |= sections
     if run.cfg.stages and not run.ensemble:
         found['Stages'] = [stages_table(run.cfg, run.epochs)]
-    return found
+    return found | ({'What next': following} if following else {})

@@ -166,6 +166,7 @@ class System:
     views = ('none',)           # ways to look at a sample in an evaluation, as flips that are averaged
     group_name = 'groups'       # what intervals draw, in words
     terms = {}                  # how names of metrics begin: a line on what they mean, for a report
+    uses = {}                   # commands that use a model directory: their other arguments, for a report
 
     def feed(self, cfg:RunConfig,
              prepare:bool=False    # for training: make data that are missing, and refuse splits that cannot train

@@ -150,7 +150,8 @@ WINGS = {
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
-            'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
+            'claims scenelist fleet joins relearn mosaic rayengine cost class_export class_predict '
+            'tour',
     'search': 'variants ablation tuning sequence',
     'commands': 'cli',
 }

@@ -12,7 +12,7 @@ __all__ = ['ClassLossName', 'LAND_VIEWS', 'LANDCOVER_UNREAD', 'SEGFORMER', 'MAP_
 # %% ../../nbs/systems/landcover.ipynb #lcexports
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ..blend import LogitBlend
 from ..class_checks import seven_checks
@@ -406,6 +406,14 @@ class LandcoverFeed(Feed):
         self.compare_settings(packed)
         return self.whole(name, packed.mean, packed.std)
 
+    def some(self, split:str, packed:'PackedLandcover',
+             samples:list[str]    # their names
+            ) -> tuple[Iterator[dict], list[str]]:    # batches of one whole image each, and names of their maps
+        "Some images of a split, normalised as the packed model wants it"
+        tiles = self.tiles(split, packed.mean, packed.std)
+        row_of = {sample: row for row, sample in enumerate(tiles.samples.table['sample'])}
+        return (default_collate([tiles[row_of[name]]]) for name in samples), [f'{name}.png' for name in samples]
+
     def compare_settings(self, packed:'PackedLandcover') -> None:
         "Refuse a model of other classes, and say where one is judged in other windows or at other boundaries"
         known, here, where = packed.cfg.data.names, self.cfg.data.names, f'{packed.folder.name} on {self.source}'
@@ -667,13 +675,16 @@ def map_names(images:list[str]    # paths of images
         return names
     return [Path(image).with_suffix('.png').as_posix() for image in images]
 
-def map_archive(packed:'PackedLandcover', feed:LandcoverFeed, ask:Pass) -> bytes:
-    "A zip of uint8 PNGs, one for each image of a split: the classes from 0 on"
+def map_archive(packed:'PackedLandcover', feed:LandcoverFeed, ask:Pass,
+                batches:Iterable[dict],    # of whole images
+                names:list[str]            # of their maps
+               ) -> bytes:
+    "A zip of uint8 PNGs, one for each image: the classes from 0 on"
     task, device, out = task_of_pass(packed, feed, ask), ask.accelerator.device, io.BytesIO()
-    model, names = packed.model.to(device), iter(map_names(feed.samples.of(ask.split).table.image.tolist()))
+    model, names = packed.model.to(device), iter(names)
     # PNGs are compressed already
     with ZipFile(out, 'w') as archive, torch.inference_mode():
-        for batch in progress(feed.split(ask.split, packed), f'maps of {ask.split}'):
+        for batch in batches:
             with ask.accelerator.autocast():
                 logits = task.forward(model, batch | dict(image=batch['image'].to(device)))
             for labels in task.maps(logits.float(), batch):
@@ -718,6 +729,7 @@ class Landcover(System):
     name = 'landcover'
     Config = LandcoverConfig
     group_name = 'images or groups of them'
+    uses = {'rtsseg-predict': '--scene <folder of images> --out labels', 'rtsseg-export': '--out exported'}
     terms = dict(miou='miou: IoU of each class, then their mean; IoU: pixels in both map and truth, of those in either',
                  macc='macc: share of the pixels of a class that are right, then the mean over classes',
                  accuracy='accuracy: share of all pixels that are right',
@@ -766,8 +778,8 @@ class Landcover(System):
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, then the classes, worst first, and where they went"
-        from rtsseg.class_report import class_blocks, looks_blocks
-        from rtsseg.page import Text
+        from rtsseg.class_report import class_blocks, looks_blocks, map_blocks
+        from rtsseg.page import Deferred, Text
         from rtsseg.shared import split_tables, table_estimates, table_sections
         tables = split_tables(results, results.split)
         confusion = sum(sum_counts(table.frame).confusion for table in tables)
@@ -781,7 +793,8 @@ class Landcover(System):
         texts = [Text(trial_text(trial, refine)) for trial, refine in trials if trial]
         if texts:
             looks['Refinement'] = texts
-        return {'Headline': sections.pop('Headline'), 'Classes': classes} | looks | sections
+        gallery = {'Gallery': [Deferred(lambda: map_blocks(results))]}
+        return {'Headline': sections.pop('Headline'), 'Classes': classes} | gallery | looks | sections
 
     def experiment(self, cfg:LandcoverConfig, views:str, scores:dict[str, float],
                    held:dict[str, float]|None=None) -> dict[str, Any]:
@@ -806,11 +819,14 @@ class Landcover(System):
         return observe_samples(task_of_pass(packed, feed, ask), packed, feed, ask)
 
     def attachments(self, packed:PackedLandcover, feed:LandcoverFeed, ask:Pass, table:SampleTable) -> dict[str, bytes]:
-        "Maps of a split that has images without masks: what its publisher judges; nothing for any other split"
+        "Maps of a split that has images without masks: what its publisher judges; of any other split the worst ones"
+        from rtsseg.class_report import WORST_MAPS, worst_images
         part = feed.samples.of(ask.split).table
-        if (part['mask'] != '').all():
-            return {}
-        return {MAP_ARCHIVE: map_archive(packed, feed, ask)}
+        if (part['mask'] == '').any():
+            batches = progress(feed.split(ask.split, packed), f'maps of {ask.split}')
+            return {MAP_ARCHIVE: map_archive(packed, feed, ask, batches, map_names(part.image.tolist()))}
+        samples = [table['sample'][row] for row in worst_images(table.frame)]
+        return {WORST_MAPS: map_archive(packed, feed, ask, *feed.some(ask.split, packed, samples))}
 
     def refine(self, folder:Path, cfg:LandcoverConfig, model:Path|None=None) -> Trial:
         "Try the refiner of a config on validation images, unless the same trial is kept there; raises `ConfigError`"

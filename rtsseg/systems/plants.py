@@ -349,6 +349,7 @@ class Plants(System):
     name = 'plants'
     Config = PlantsConfig
     group_name = 'plants'
+    uses = {'rtsseg-predict': '--scene <folder of images> --out labels', 'rtsseg-export': '--out exported'}
     terms = dict(species_top1='species_top1: share of images whose species is right',
                  species_macro_f1='species_macro_f1: F1 of each species, then their mean',
                  disease_top1='disease_top1, disease_top3: the disease is first, or among three, in the head of the '
