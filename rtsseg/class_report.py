@@ -225,8 +225,8 @@ def map_figure(image:np.ndarray, true:np.ndarray, found:np.ndarray, classes:int)
 
 NO_MAPS = 'The images, or the maps that rtsseg-evaluate keeps of the worst of them, are not there.'
 
-MAPS_TEXT = ('Images of the {split} split with the lowest share of right pixels, seed {seed}: the image, its mask (what '
-             'is ignored is black), the map, and in black where both differ.')
+MAPS_TEXT = ('Images of the {split} split with the lowest share of right pixels, seed {seed}: the image, its mask '
+             '(what is ignored is black), the map, and in black where both differ.')
 
 def map_blocks(results:Any) -> list:    # of `Results`
     "Pictures of the worst images of the first seed; a line where what they need is not there"

@@ -358,8 +358,8 @@ def metrics_table(results:Results, split:str) -> Table:
     seeds = [f'seed {seed}' for seed in results.seeds] if several else []
     return Table(['metric', split, *seeds], rows, notes)
 
-TEST_NEXT = ('These numbers are of the split on which the model was chosen, so they flatter it. When nothing is left to '
-             'choose, the test split is read once:')
+TEST_NEXT = ('These numbers are of the split on which the model was chosen, so they flatter it. When nothing is left '
+             'to choose, the test split is read once:')
 
 USE_NEXT = 'The model on new images, and as files for programs without this library:'
 

@@ -214,8 +214,8 @@ def test_commands_serve_it(land, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     page, = tmp_path.glob('runs/landcover_toy/*/seed42/report.html')
     text = page.read_text()
-    assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou', 'What next', '--split test',
-                                     'lowest share of right pixels'))
+    assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou', 'What next',
+                                         '--split test', 'lowest share of right pixels'))
     assert text.count('data:image/png') >= 3
 
 def test_it_labels_a_folder_of_images(lively, land, tmp_path):

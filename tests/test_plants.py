@@ -240,7 +240,9 @@ def test_commands_serve_it(leaves, tmp_path):
     page, = tmp_path.glob('runs/plants_toy/*/seed42/report.html')
     text = page.read_text()
     assert all(word in text for word in ('species_top1', 'tail_macro_f1', '≥ 0.95', 'all disease heads converge',
-                                         'A2 backbone and species head', 'most often taken for'))
+                                         'A2 backbone and species head', 'most often taken for', 'What next',
+                                         'always 1: no',
+                                         'Wrong images, one of each disease', 'cascade: species and disease'))
 
 def test_a_world_is_made_where_the_config_says_so(tmp_path):
     data = dict(source=tmp_path/'new'/'photos.csv', taxonomy=tmp_path/'new'/'taxonomy.json', side=32,
@@ -423,7 +425,8 @@ def test_it_labels_a_folder_of_photographs(undisturbed, leaves, tmp_path):
         (tmp_path/'photos'/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(leaves/name, tmp_path/'photos'/name)
     (tmp_path/'photos'/'broken.jpg').write_bytes(b'no photograph')
-    done = shell('rtsseg-predict', '--model', undisturbed/'model', '--scene', tmp_path/'photos', '--out', tmp_path/'out')
+    given = '--model', undisturbed/'model', '--scene', tmp_path/'photos', '--out', tmp_path/'out'
+    done = shell('rtsseg-predict', *given)
     assert done.returncode == 0 and 'broken.jpg' in done.stdout + done.stderr
     found = pd.read_csv(tmp_path/'out'/'plants.csv').set_index('path').loc[table['sample']]
     classes = system.unpack(undisturbed/'model').taxonomy.classes
