@@ -1086,6 +1086,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.files.seal_problem': ('files.html#seal_problem', 'rtsseg/files.py'),
                               'rtsseg.files.sync_folder': ('files.html#sync_folder', 'rtsseg/files.py'),
                               'rtsseg.files.typed': ('files.html#typed', 'rtsseg/files.py'),
+                              'rtsseg.files.whole_folder': ('files.html#whole_folder', 'rtsseg/files.py'),
                               'rtsseg.files.write_atomic': ('files.html#write_atomic', 'rtsseg/files.py'),
                               'rtsseg.files.write_seal': ('files.html#write_seal', 'rtsseg/files.py'),
                               'rtsseg.files.write_sealed': ('files.html#write_sealed', 'rtsseg/files.py')},

@@ -8,10 +8,8 @@ __all__ = ['GUIDE_SHARES', 'FIT', 'ClassMember', 'ClassCandidate', 'class_candid
 
 # %% ../nbs/04y_class_ensemble.ipynb #cenexports
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from pydantic import Field
 from .blend import fit_share
 from .config import MOST_MEMBERS, ConfigError, Fraction, Member, to_yaml
 from .ensemble import run_of
-from .files import read_json, read_seal, typed, write_atomic
+from .files import read_json, read_seal, typed, whole_folder, write_atomic
 from .infer import described_member
 from .processes import make_accelerator
 from .runs import Environment, append_line, config_hash, environment, require_finished, run_config
@@ -138,13 +136,10 @@ def blend_models(system:Any,     # `Landcover`
     target = Path(out) if out else run
     if target.exists():
         raise ConfigError(f'{target.name} exists: remove it, or use it as it is')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
-        made = Path(temporary)/target.name
+    with whole_folder(target) as made:
         if run:
             write_blend_run(made, cfg, candidates)
         write_blend(system, made/'model' if run else made, cfg, candidates)
-        os.replace(made, target)
     return target
 
 def write_blend_run(folder:Path, cfg:Any, candidates:list[ClassCandidate]) -> None:
