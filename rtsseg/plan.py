@@ -676,7 +676,7 @@ def system_of_folder(folder:Path) -> str:
     if any(folder.glob(f'*/*/{IMAGE_FOLDER}')):
         return 'landcover'
     photos, problems = list_photo_folders(folder)
-    # images and masks side by side are no diseases
+    # folders of images and of masks do not name diseases
     has_masks = any(name.lower() in MASK_FOLDERS for name in photos.disease)
     return 'plants' if len(photos) and not problems and not has_masks else ''
 
