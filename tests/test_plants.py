@@ -241,7 +241,6 @@ def test_commands_serve_it(leaves, tmp_path):
     text = page.read_text()
     assert all(word in text for word in ('species_top1', 'tail_macro_f1', '≥ 0.95', 'all disease heads converge',
                                          'A2 backbone and species head', 'most often taken for', 'What next',
-                                         'always 1: no',
                                          'Wrong images, one of each disease', 'cascade: species and disease'))
 
 def test_a_world_is_made_where_the_config_says_so(tmp_path):
