@@ -15,7 +15,6 @@ __all__ = ['LOGITS', 'Runner', 'MOST_LOGIT_DIFFERENCE', 'TIMED_RUNS', 'CLASS_FOR
 # %% ../nbs/08p_class_export.ipynb #cexexports
 import io
 import json
-import os
 import shutil
 import time
 import warnings
@@ -35,7 +34,7 @@ from .class_tiles import ClassSamples, read_colours
 from .config import ConfigError, find_system, load
 from .console import DataError, logger, nearest
 from .export import MOST_DIFFERENCE, PIXELS, export_model, require_export_extra
-from .files import inside, seal_model, write_atomic
+from .files import inside, seal_model, whole_folder, write_atomic
 from .photo_feed import PhotoAugment, PhotoData, PhotoDataset
 from .routed import route
 from .runs import config_files
@@ -375,14 +374,10 @@ def export_classes(model_dir:str|Path,             # a model directory of land c
                           'images are there: name their folder or table, or leave int8 out of formats')
     compared = None if source is None else chosen_images(source, 'val')
     calibrated = chosen_images(source, 'train') if 'int8' in formats else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary, model_errors(model_dir):
-        folder = Path(temporary)/out.name
-        folder.mkdir()
+    with whole_folder(out) as folder, model_errors(model_dir):
         found = write_class_files(packed, folder, formats, compared, calibrated)
         shutil.copyfile(inside(model_dir/'README.md', model_dir), folder/'README.md')
         seal_model(folder)
-        os.replace(folder, out)
     for name, parity in found.items():
         times = f'{parity.milliseconds:.0f} ms a tile (PyTorch {parity.library:.0f} ms)'
         logger.info(f'{name}: {parity.megabytes:.1f} MB, {parity.agreement:.2%} of the pixels keep their class; '
@@ -537,10 +532,7 @@ def export_plants(model_dir:str|Path,                # a model directory of plan
     whole = PhotoNamer(packed.model, data.mean, data.std).eval()
     run, found = plant_module(whole), {}
     wanted, library = run(photos), milliseconds(run, photos[:1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary, model_errors(model_dir):
-        folder = Path(temporary)/out.name
-        folder.mkdir()
+    with whole_folder(out) as folder, model_errors(model_dir):
         for name, runner in plant_files(whole, folder, formats, torch.from_numpy(photos[:2]), calibration):
             path, exact = folder/CLASS_FORMATS[name], name in ('onnx', 'torchscript')
             found[path.name] = compare_plants(path, runner, photos, wanted, library, exact)
@@ -551,7 +543,6 @@ def export_plants(model_dir:str|Path,                # a model directory of plan
         for name in ('taxonomy.json', 'README.md'):
             shutil.copyfile(inside(model_dir/name, model_dir), folder/name)
         seal_model(folder)
-        os.replace(folder, out)
     for name, parity in found.items():
         times = f'{parity.milliseconds:.0f} ms a photograph (PyTorch {parity.library:.0f} ms)'
         logger.info(f'{name}: {parity.megabytes:.1f} MB, probabilities differ by up to {parity.difference:.2g}, '

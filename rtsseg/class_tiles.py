@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_CLASS', 'IMAGE_FOLDER', 'MASK_FOLDER', 'SAMPLE_COLUMNS', 'check_scales', 'ClassData', 'list_loveda', 'list_table',
-           'ClassSamples', 'ClassPair', 'read_class_mask', 'read_colours', 'errors_named', 'read_pair', 'check_pairs',
-           'crop_at_scale', 'draw_start', 'cut_padded', 'image_weights', 'ClassBatches', 'ClassTiles']
+           'ClassSamples', 'ClassPair', 'read_class_mask', 'read_colours', 'errors_named', 'read_pair', 'unread_pairs',
+           'check_pairs', 'crop_at_scale', 'draw_start', 'cut_padded', 'image_weights', 'ClassBatches', 'ClassTiles']
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlexports
 import hashlib
@@ -66,8 +66,8 @@ IMAGE_FOLDER, MASK_FOLDER = 'images_png', 'masks_png'
 SAMPLE_COLUMNS = ['sample', 'image', 'mask', 'split', 'scene', 'group']
 
 def list_loveda(root:Path    # {Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}
-               ) -> pd.DataFrame:
-    "The images of LoveDA's folders; raises `DataError` where an image of train or val has no mask"
+               ) -> tuple[pd.DataFrame, list[str]]:
+    "The images of LoveDA's folders, and what is wrong with the list, as an image of train or val without a mask"
     rows, problems = [], []
     for path in sorted(root.glob(f'*/*/{IMAGE_FOLDER}/*.png')):
         folder, scene = path.parts[-4], path.parts[-3]
@@ -81,12 +81,11 @@ def list_loveda(root:Path    # {Train,Val,Test}/{Urban,Rural}/{images_png,masks_
         has_mask, sample = mask.is_file(), f'{split}/{scene}/{path.stem}'
         rows.append(dict(sample=sample, image=path.relative_to(root).as_posix(), split=split, scene=scene,
                          mask=mask.relative_to(root).as_posix() if has_mask else '', group=sample))
-    raise_problems(root.name, list(dict.fromkeys(problems)))
-    return pd.DataFrame(rows, columns=SAMPLE_COLUMNS)
+    return pd.DataFrame(rows, columns=SAMPLE_COLUMNS), list(dict.fromkeys(problems))
 
 def list_table(path:Path    # a table: image, mask, split, and perhaps sample, scene and group
-              ) -> pd.DataFrame:
-    "The images of a table; raises `DataError`"
+              ) -> tuple[pd.DataFrame, list[str]]:
+    "The images of a table whose files are there, and what is wrong with the list; raises `DataError` without columns"
     table = read_table_file(path).fillna('').astype(str)
     missing = [name for name in ('image', 'mask', 'split') if name not in table]
     raise_problems(path.name, [f'no column {name!r}{nearest(name, table.columns)}' for name in missing])
@@ -97,15 +96,17 @@ def list_table(path:Path    # a table: image, mask, split, and perhaps sample, s
     strange = sorted(set(table.split) - {'train', 'val', 'test'})
     problems = [f'split {name!r}: train, val or test was expected{nearest(name, SPLIT_FOLDERS)}' for name in strange]
     problems += [f'sample {name!r}: listed twice' for name in table['sample'][table['sample'].duplicated()]]
+    usable = []
     for row in table.itertuples():
         named = [row.image, row.mask] if row.mask else [row.image]
-        problems += [f'{name}: no such file' for name in named if not (root/name).is_file()]
-        problems += [f'{name}: leads out of the folder' for name in named
-                     if not (root/name).resolve().is_relative_to(root.resolve())]
+        lost = [f'{name}: no such file' for name in named if not (root/name).is_file()]
+        lost += [f'{name}: leads out of the folder' for name in named
+                 if not (root/name).resolve().is_relative_to(root.resolve())]
         if not row.mask and row.split != 'test':
             problems.append(f'{row.image}: no mask, and only the test split may be without')
-    raise_problems(path.name, problems)
-    return table[SAMPLE_COLUMNS]
+        problems += lost
+        usable.append(not lost)
+    return table.loc[usable, SAMPLE_COLUMNS], problems
 
 @dataclass
 class ClassSamples:
@@ -115,12 +116,18 @@ class ClassSamples:
     name: str                # of the set, for messages
 
     @classmethod
-    def read(cls, source:Path) -> 'ClassSamples':
-        "List a folder or a table; raises `DataError`"
+    def read(cls,
+             source:Path,                    # a folder or a table
+             values:dict[int, int]|None=None # of masks; where the list is wrong, its files are read too, for one answer
+            ) -> 'ClassSamples':
+        "List a folder or a table; raises one `DataError` with all problems"
         if not source.exists():
             raise DataError(f'{source}: no such folder or table')
         root = source if source.is_dir() else source.parent
-        table = list_loveda(source) if source.is_dir() else list_table(source)
+        table, problems = list_loveda(source) if source.is_dir() else list_table(source)
+        if problems:
+            listed = cls(root, table.reset_index(drop=True), source.name)
+            raise_problems(source.name, problems + ([] if values is None else unread_pairs(listed, values)))
         if not len(table):
             raise DataError(f'{source}: no image: LoveDA has them in Train/Urban/{IMAGE_FOLDER}, and any other set '
                             'needs a table')
@@ -162,7 +169,10 @@ def read_class_mask(path:Path,
         present = np.unique(found).tolist()
         unknown = [value for value in present if value not in values]
         if unknown:
-            raise DataError(f'mask values {unknown[:6]} mean nothing in data.values, which knows {sorted(values)}')
+            meanings = ', '.join(f'{value}: …' for value in unknown[:6])
+            raise DataError(f'mask values {unknown[:6]} mean nothing in data.values, which knows {sorted(values)}: add '
+                            f'{{{meanings}}}, each with the place of its class in data.names, from 0 on, or with '
+                            f'{NO_CLASS} for pixels that count for nothing')
     if found.dtype != np.uint8:
         raise DataError(f'a mask is uint8, this one is {found.dtype}')
     meaning = np.full(256, NO_CLASS, np.uint8)
@@ -202,6 +212,16 @@ def read_pair(samples:ClassSamples,
         raise DataError(f"{entry['mask']}: {mask.shape[0]} × {mask.shape[1]} pixels, its image has "
                         f'{image.shape[0]} × {image.shape[1]}')
     return ClassPair(image, mask)
+
+def unread_pairs(samples:ClassSamples, values:dict[int, int]) -> list[str]:
+    "Read every pair once; why some cannot be, a line each"
+    problems = []
+    for row in progress(range(len(samples)), 'reading images'):
+        try:
+            read_pair(samples, row, values)
+        except DataError as e:
+            problems.append(str(e))
+    return problems
 
 def check_pairs(samples:ClassSamples, data:ClassData) -> np.ndarray:    # int64 (images, classes): pixels
     "Read every pair once and count its classes; raises one `DataError` with all problems"

@@ -489,8 +489,8 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
 
 @command()
 def rtsseg_predict(model:str='',          # model directory, as runs/…/model
-                   scene:str='',          # of any size: GeoTIFF with R, G, B as tiles have, or a file as in data.source
-                   out:str='',            # the map, a .tif; beside it comes a .tif.json
+                   scene:str='',          # GeoTIFF or a file as in data.source; landcover, plants: a folder of images
+                   out:str='',            # the map, a .tif, with a .tif.json; landcover, plants: a folder
                    extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
                    views:str='',          # as none, minimal, none@0.5 or none-max; '' takes the model's
                    crs:str='',            # of a scene that names none: as EPSG:3413, or none
@@ -502,8 +502,16 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    resample:bool=False,   # a scene of another resolution is resampled to that of training
                    date:str=''            # of the scene, YYYY-MM-DD, for overlaps; '' takes that of its tag
                   ) -> None:
-    "A map of calibrated probabilities from a scene; resumes where it was cut off"
+    "A map of calibrated probabilities from a scene, or labels of a folder of images; resumes where it was cut off"
     require(model=model, scene=scene, out=out)
+    from rtsseg.weights import model_errors
+    with model_errors(model):
+        system = system_of(Path(model))
+    if system != 'rts':
+        from rtsseg.class_predict import label_images
+        made = label_images(system, model, scene, out, views, device, force)
+        print(f'{out}: {made.images} images labelled, {len(made.unread)} could not be read')
+        return
     from rtsseg.mapfile import note_path
     from rtsseg.prediction import predict
     made = predict(model, scene, out, extra, views, crs, device, batch, force, registry, form, resample,

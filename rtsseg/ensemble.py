@@ -19,7 +19,7 @@ from typing import Any
 from .card import card_section, stated_sections, with_section
 from .config import MOST_MEMBERS, ConfigError, Member, RtsConfig, to_yaml
 from .console import read_each
-from .files import inside, read_json, read_seal, typed, write_atomic
+from .files import inside, read_json, read_seal, typed, whole_folder, write_atomic
 from rtsseg.infer import (
     CARD_HEAD,
     MACHINE_FIELDS,
@@ -219,12 +219,9 @@ def ensemble(models:Iterable[str|Path],     # run folders, or model directories
         # where the ledger of the test split is, whatever a config that was moved says
         cfg = cfg.model_copy(update=dict(runs=candidates[0].run.resolve().parents[2]))
     folder = ensemble_folder(cfg, candidates, out)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temporary:
-        made = Path(temporary)/folder.name
+    with whole_folder(folder) as made:
         if out:
             save_ensemble(made, cfg, candidates, environment())
         else:
             ensemble_run(made, cfg, candidates)
-        os.replace(made, folder)
     return folder

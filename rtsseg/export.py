@@ -14,7 +14,6 @@ __all__ = ['MOST_DIFFERENCE', 'GATE_TILES', 'GATE_BATCH', 'PIXELS', 'PROBABILITY
 # %% ../nbs/08e_export.ipynb #ex000007
 import io
 import json
-import os
 import re
 import shutil
 import warnings
@@ -38,7 +37,7 @@ from torch import nn
 from .calibration import Calibration, read_stored
 from .config import SYMMETRIES, ConfigError, RtsConfig, find_system, load, parse_views
 from .console import logger, nearest, progress
-from .files import check_seal, digest, inside, read_bytes, seal_model, write_atomic
+from .files import check_seal, digest, inside, read_bytes, seal_model, whole_folder, write_atomic
 from rtsseg.infer import (
     STATS,
     VIEWS,
@@ -468,14 +467,10 @@ def export_model(model_dir:str|Path,                           # a model directo
     with model_errors(model.folder):
         calibration = load_calibration(model.folder, views)
     job = ExportJob(model, views, calibration)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary:
-        folder = Path(temporary)/out.name
-        folder.mkdir()
+    with whole_folder(out) as folder:
         found = write_formats(job, folder, formats)
         shutil.copyfile(inside(model.folder/'README.md', model.folder), folder/'README.md')
         seal_model(folder)
-        os.replace(folder, out)
     for name, difference in found.items():
         logger.info(f'{name}: {(out/name).stat().st_size / 1e6:.1f} MB, at most {difference:.1g} from the library')
     return found

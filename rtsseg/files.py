@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_UNPACKED', 'FEW_VALUES', 'VALUES_OF_BYTE', 'SEAL', 'CALIBRATED', 'SEALED', 'NOT_YET', 'sync_folder',
-           'atomic_file', 'write_atomic', 'FileError', 'inside', 'read_bytes', 'bytes_of_texts', 'check_parquet',
-           'finite_number', 'object_without_repeats', 'parse_json', 'read_json', 'typed', 'digest', 'read_seal',
-           'write_seal', 'seal_model', 'seal_problem', 'check_seal', 'write_sealed']
+           'atomic_file', 'write_atomic', 'whole_folder', 'FileError', 'inside', 'read_bytes', 'bytes_of_texts',
+           'check_parquet', 'finite_number', 'object_without_repeats', 'parse_json', 'read_json', 'typed', 'digest',
+           'read_seal', 'write_seal', 'seal_model', 'seal_problem', 'check_seal', 'write_sealed']
 
 # %% ../nbs/00a_files.ipynb #ifiles
 import hashlib
@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
@@ -59,6 +60,17 @@ def write_atomic(path:str|Path,        # the target
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return path
+
+@contextmanager
+def whole_folder(target:Path    # does not exist
+                ) -> Iterator[Path]:    # an empty folder, which becomes the target at the end
+    "Write a folder that appears whole or, after an error, not at all"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as temporary:
+        made = Path(temporary)/target.name
+        made.mkdir()
+        yield made
+        os.replace(made, target)
 
 # %% ../nbs/00a_files.ipynb #c1f5078e
 class FileError(RtssegError, ValueError):

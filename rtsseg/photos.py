@@ -6,8 +6,8 @@
 __all__ = ['EXIF_ORIENTATION', 'REDUCED', 'UPRIGHT', 'JPEG_EXIF', 'JPEG_SCAN', 'JPEG_FRAMES', 'MAX_PHOTO_PIXELS', 'PHOTO_COLUMNS',
            'PHOTO_SPLITS', 'PHOTO_SUFFIXES', 'Taxonomy', 'taxonomy_problems', 'JpegHeader', 'jpeg_header',
            'exif_orientation', 'Photo', 'PhotoDeal', 'list_photo_folders', 'read_photo_list', 'row_problems',
-           'deal_photos', 'keyed_hash', 'name_plants', 'class_problems', 'PhotoTable', 'check_photos',
-           'names_that_occur']
+           'deal_photos', 'keyed_hash', 'name_plants', 'class_problems', 'PhotoTable', 'unread_photos',
+           'too_many_unread', 'check_photos', 'names_that_occur']
 
 # %% ../nbs/01r_photos.ipynb #phexports
 import hashlib
@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .config import SPLIT_FOLDERS
 from .console import DataError, nearest, progress, raise_problems, some_names
 from .files import FileError, inside, parse_json, read_bytes
 from .manifest import read_table_file
-from .stats import skip_unreadable
+from .stats import MAX_UNREADABLE, skip_unreadable, unreadable_lines
 
 # %% ../nbs/01r_photos.ipynb #phtaxcode
 class Taxonomy:
@@ -242,6 +242,8 @@ class Photo:
     def _open(self):
         try:
             return Image.open(io.BytesIO(self.data))
+        except UnidentifiedImageError:
+            raise self._error('of no format that Pillow knows') from None
         except Exception as e:
             raise self._error(' '.join(str(e).split())) from None
 
@@ -284,8 +286,8 @@ class PhotoDeal:
     plants: str=''           # a regular expression: its first group, in the stem of a file, names the plant
 
 def list_photo_folders(root:Path    # <split>/<species>/<disease>/*.jpg, or without the split
-                      ) -> pd.DataFrame:
-    "The photographs of folders, split '' where folders do not say it; raises `DataError`"
+                      ) -> tuple[pd.DataFrame, list[str]]:
+    "The photographs of folders, split '' where folders do not say it; and what is wrong with the folders"
     files = sorted(path.relative_to(root) for path in root.rglob('*') if path.suffix.lower() in PHOTO_SUFFIXES)
     # what an archive program or a notebook hides lies in no class
     files = [path for path in files if not any(part.startswith('.') for part in path.parts)]
@@ -304,8 +306,7 @@ def list_photo_folders(root:Path    # <split>/<species>/<disease>/*.jpg, or with
         if folder.is_dir() and not folder.name.startswith('.') and not any(sub.is_dir() for sub in folder.iterdir()):
             problems.append(f'species {folder.name!r}: without diseases: {folder.relative_to(root).as_posix()} has no '
                             "folders; a plant that has none is a class of its own, as 'healthy'")
-    raise_problems(root.name, problems)
-    return pd.DataFrame(rows, columns=PHOTO_COLUMNS)
+    return pd.DataFrame(rows, columns=PHOTO_COLUMNS), problems
 
 def read_photo_list(path:Path    # a table with path, species, disease, split and perhaps plant
                    ) -> pd.DataFrame:
@@ -421,18 +422,23 @@ class PhotoTable:
         if not source.exists():
             raise DataError(f'{source}: no such folder or table')
         root = source if source.is_dir() else source.parent
-        table = list_photo_folders(source) if source.is_dir() else read_photo_list(source)
+        table, problems = list_photo_folders(source) if source.is_dir() else (read_photo_list(source), [])
         if not len(table):
+            raise_problems(source.name, problems)
             raise DataError(f'{source}: no photograph ({", ".join(PHOTO_SUFFIXES)})')
         table['plant'] = name_plants(table, deal.plants)
         if not table.split.any() and source.is_dir():
             table['split'] = deal_photos(table, deal)
-        problems = row_problems(root, table)
+        problems += row_problems(root, table)
         filled = table[(table[['species', 'disease']] != '').all(axis=1)]
         raise_problems(source.name, problems if filled.empty else [])
         names = Taxonomy.read(taxonomy) if taxonomy else names_that_occur(filled)
-        raise_problems(source.name, problems + class_problems(filled, names))
-        return cls(root, table.sort_values('path').reset_index(drop=True), names, source.name)
+        problems += class_problems(filled, names)
+        photos = cls(root, table.sort_values('path').reset_index(drop=True), names, source.name)
+        if problems:
+            # what a pass over the files would find comes with it
+            raise_problems(source.name, problems + too_many_unread(list(unread_photos(photos).values()), len(photos)))
+        return photos
 
     def __len__(self):
         return len(self.table)
@@ -481,25 +487,37 @@ class PhotoTable:
         text = json.dumps([self.table.values.tolist(), list(self.taxonomy.diseases.items()), self.digests])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+def unread_photos(photos:PhotoTable) -> dict[int, str]:    # {row: why}
+    "Decode every photograph once: those that cannot be"
+    unread = {}
+    for row in progress(range(len(photos)), 'reading photographs'):
+        try:
+            photos.photo(row).pixels()
+        except DataError as e:
+            unread[row] = str(e)
+    return unread
+
+def too_many_unread(unread:list[str],    # a line each
+                    n:int                # photographs in all
+                   ) -> list[str]:       # the same lines, and one before them; [] where they are few
+    "What is wrong where more photographs than `MAX_UNREADABLE` cannot be decoded"
+    return unreadable_lines(unread, n, 'photographs') if len(unread) > MAX_UNREADABLE * n else []
+
 def check_photos(photos:PhotoTable) -> list[int]:
     """Decode every photograph once; the rows of those that cannot be, which a run leaves out
 
     Raises one `DataError` where they are more than `MAX_UNREADABLE` of the list, or a file is in two splits."""
-    first, problems, lost, unread = {}, [], [], []
-    splits, digests = photos.table.split, photos.digests
-    for row in progress(range(len(photos)), 'reading photographs'):
-        other = first.setdefault(digests[row], row)
+    first, problems, unread = {}, [], unread_photos(photos)
+    splits = photos.table.split
+    for row, digest in enumerate(photos.digests):
+        other = first.setdefault(digest, row)
         if splits[other] != splits[row]:
             problems.append(f'{photos.paths[row]} in {splits[row]} is the same file as {photos.paths[other]} in '
                             f'{splits[other]}')
-        try:
-            photos.photo(row).pixels()
-        except DataError as e:
-            lost.append(row)
-            unread.append(str(e))
-    raise_problems(photos.name, problems)
-    skip_unreadable(photos.name, unread, len(photos), 'photographs')
-    return lost
+    lines = list(unread.values())
+    raise_problems(photos.name, problems + too_many_unread(lines, len(photos)) if problems else [])
+    skip_unreadable(photos.name, lines, len(photos), 'photographs')
+    return list(unread)
 
 def names_that_occur(table:pd.DataFrame) -> Taxonomy:
     "The taxonomy of a list: its species and their diseases, sorted"

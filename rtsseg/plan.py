@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['TINY', 'NETWORKS', 'ENOUGH_STEPS', 'MANY_STEPS', 'SIDES', 'EPOCHS', 'BATCH', 'MAX_WEIGHT', 'FEW_STEPS',
-           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'BF16_GAIN', 'LIGHT_AUGMENTATION', 'Fingerprint', 'object_boxes',
-           'longer_sides', 'MaskTotals', 'count_splits', 'take_fingerprint', 'Machine', 'this_machine', 'step_seconds',
-           'Choice', 'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network',
+           'STEPS_PER_EPOCH', 'MAX_WORKERS', 'BF16_GAIN', 'LIGHT_AUGMENTATION', 'FIRST_CONFIGS', 'Fingerprint',
+           'object_boxes', 'longer_sides', 'MaskTotals', 'count_splits', 'take_fingerprint', 'Machine', 'this_machine',
+           'step_seconds', 'Choice', 'Network', 'plan_bands', 'plan_splits', 'crop_sides', 'plan_tiles', 'with_network',
            'largest_network', 'is_fast', 'plan_network', 'why_network', 'plan_start', 'plan_sampling', 'count_kinds',
            'plan_full_batch', 'plan_monitor', 'plan_epochs', 'plan_rates', 'check_time', 'plan_machine', 'plan_batch',
            'plan_threads', 'plan_precision', 'plan_views', 'given_settings', 'nested', 'RunPlan', 'make_plan',
-           'read_images', 'as_yaml', 'plan_text', 'write_plan', 'first_choices', 'plan_source']
+           'read_images', 'as_yaml', 'plan_text', 'write_plan', 'first_choices', 'system_of_folder',
+           'refuse_other_systems', 'plan_source']
 
 # %% ../nbs/05c_plan.ipynb #iplan
 import io
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,13 +35,15 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from .budget import Pace, StagePace, fit_to_minutes
 from .check import largest_batch, synthetic_batches
+from .class_tiles import IMAGE_FOLDER
 from .config import ConfigError, RtsConfig, load, read_layers
 from .console import DataError, progress, some_names
 from .files import write_atomic
-from .folders import guess_source
+from .folders import MASK_FOLDERS, guess_source
 from .losses import make_loss
 from .manifest import Manifest
 from .models import build
+from .photos import list_photo_folders
 from .prepare import find_manifest
 from .pretrained import are_at_hand
 from .processes import make_accelerator
@@ -634,6 +638,7 @@ def write_plan(out:str|Path,               # the YAML file
               ) -> RunPlan:
     "Plan a run and write its config; raises `ConfigError` and `DataError`, and then writes nothing"
     out, machine = Path(out), this_machine(device)
+    refuse_other_systems(files, overrides, folder)
     if not 0 < minutes < inf:
         raise ConfigError(f'minutes: {minutes:g} was given, and training takes longer than nothing, but ends')
     if out.exists() and not force:
@@ -662,6 +667,31 @@ def first_choices(plan:RunPlan,     # what was given
     if not plan.is_given('data.manifest'):
         raise ConfigError('nothing to plan for: --folder names images and masks, or --manifest a table of tiles')
     return choices
+
+# of other systems: a config to begin with
+FIRST_CONFIGS = dict(landcover='landcover/baseline', plants='plants/guide')
+
+def system_of_folder(folder:Path) -> str:
+    "The system whose images lie in a folder: '' for images with masks of one class"
+    if any(folder.glob(f'*/*/{IMAGE_FOLDER}')):
+        return 'landcover'
+    photos, problems = list_photo_folders(folder)
+    # folders of images and of masks do not name diseases
+    has_masks = any(name.lower() in MASK_FOLDERS for name in photos.disease)
+    return 'plants' if len(photos) and not problems and not has_masks else ''
+
+def refuse_other_systems(files:Iterable[str|Path], overrides:Iterable[str], folder:str) -> None:
+    "Raise `ConfigError` for configs and images of other systems, and name what takes them"
+    layers, _ = read_layers(files, overrides)
+    asked = ['' if tree.get('system', 'rts') == 'rts' else tree['system'] for tree, _ in layers]
+    system = next(filter(None, asked), '') or (system_of_folder(Path(folder)) if folder else '')
+    if not system:
+        return
+    first = FIRST_CONFIGS.get(system, system)
+    source = f' --override data.source={shlex.quote(folder)}' if folder else ''
+    raise ConfigError(f'plan writes configs for tiles with one rare class (system rts), and this is for the system '
+                      f'{system}: begin with its own config, rtsseg check --config {first}{source}, then rtsseg train '
+                      'with the same arguments')
 
 def plan_source(folder:str,
                 given:dict      # fields of data.source, as they were written

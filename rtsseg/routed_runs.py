@@ -88,7 +88,8 @@ class HeadWatch(Strict):
     "Guide 001, Edge Cases: loss divergence on rare diseases"
     ratio: float = Field(1.5, gt=1, description='a disease diverges where its training loss exceeds that of guessing, '
                                                 'and its lowest of the stage times this …')
-    epochs: PositiveInt = Field(2, description='… in so many epochs in a row')
+    epochs: PositiveInt = Field(2, description='… in so many epochs in a row …')
+    images: PositiveInt = Field(20, description='… or in more of them, until they hold so many training images of it')
     slow: float | None = Field(
         None, gt=0, lt=1, description='the rate of the head of a disease that diverges is multiplied by this from then '
                                       'on; null: it is named, and no rate changes')
@@ -104,10 +105,13 @@ def first_divergence(rows:list[dict],                  # of the log, in order
                      column:str,                       # the loss of a disease
                      guess:float,                      # of `guessing_loss`
                      stage_of:Callable[[int], int],    # epoch → a number of its stage
-                     watch:HeadWatch
+                     watch:HeadWatch,
+                     images:int                        # training images of the disease
                     ) -> int|None:                     # an epoch; None for a disease that does not
     "When the loss of a disease diverges"
     stage, lowest, in_a_row = None, math.inf, 0
+    # the mean loss of few images is mostly chance, and by chance alone it is rarely high often
+    needed = max(watch.epochs, math.ceil(watch.images / images))
     for row in rows:
         # its head does not train in this epoch, or nothing of it was drawn
         if not row.get('lr/diseases') or column not in row:
@@ -116,7 +120,7 @@ def first_divergence(rows:list[dict],                  # of the log, in order
         if stage_of(row['epoch']) != stage:
             stage, lowest, in_a_row = stage_of(row['epoch']), math.inf, 0
         in_a_row = in_a_row + 1 if value > max(guess, watch.ratio * lowest) else 0
-        if not math.isfinite(value) or in_a_row == watch.epochs:
+        if not math.isfinite(value) or in_a_row == needed:
             return row['epoch']
         lowest = min(lowest, value)
     return None

@@ -165,6 +165,12 @@ class Row:
             target=self.target, FPS=self.speed, change=self.verdict.change, sigma=self.verdict.sigma,
             verdict=self.verdict.text, run=self.run)
 
+    def line(self) -> str:
+        "What is printed when a step is done: the verdict and the numbers; the table has the rest"
+        numbers = [f'{name} {shown(value)}' for name, value in self.cells().items()
+                   if isinstance(value, float) and not math.isnan(value)]
+        return ', '.join([f'{self.step}: {self.verdict.text}', *numbers])
+
 def measured_speed(folder:Path,      # a run folder
                    split:str, views:str
                   ) -> float:        # samples a second
@@ -342,7 +348,7 @@ class SequenceRunner:
 
     def _add(self, row):
         self.rows.append(row)
-        print(', '.join(f'{name} {shown(value)}' for name, value in row.cells().items()), flush=True)
+        print(row.line(), flush=True)
 
 def sequence_folder(cfg:RunConfig, file:Path, steps:list[Step]) -> Path:
     "Where a sequence is kept: another baseline or other steps have another folder"

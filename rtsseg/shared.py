@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GREYS', 'ENSEMBLE_TEXT', 'OTHER_ENVIRONMENT', 'CODE_OF_NUMBERS', 'NEVER_LOOKED', 'LOOKS_TEXT', 'FORCED_LOOKS',
-           'UNCOMMITTED', 'TRAINING_CAPTION', 'SEEDS_NOTE', 'GROUPS_NOTE', 'SAMPLES_NOTE', 'REPLICATES', 'draw_column',
-           'columns_of', 'logged_curves', 'draw_losses', 'draw_scores', 'draw_rates', 'shade_frozen', 'curriculum',
-           'mark_curriculum', 'finish_panel', 'training_figure', 'members_table', 'training_blocks', 'training_table',
-           'code_state', 'environment_table', 'run_commands', 'commands', 'code_of_numbers', 'ledger_notes',
-           'look_notes', 'shared_notes', 'shared_sections', 'numbers_blocks', 'split_table', 'split_tables',
-           'seed_numbers', 'table_estimates', 'metrics_table', 'table_sections', 'monitor_table', 'settings_table']
+           'UNCOMMITTED', 'TRAINING_CAPTION', 'SEEDS_NOTE', 'GROUPS_NOTE', 'SAMPLES_NOTE', 'REPLICATES', 'TEST_NEXT',
+           'USE_NEXT', 'draw_column', 'columns_of', 'logged_curves', 'draw_losses', 'draw_scores', 'draw_rates',
+           'shade_frozen', 'curriculum', 'mark_curriculum', 'finish_panel', 'training_figure', 'members_table',
+           'training_blocks', 'training_table', 'code_state', 'environment_table', 'run_commands', 'commands',
+           'code_of_numbers', 'ledger_notes', 'look_notes', 'shared_notes', 'shared_sections', 'numbers_blocks',
+           'split_table', 'split_tables', 'seed_numbers', 'table_estimates', 'metrics_table', 'next_commands',
+           'next_blocks', 'table_sections', 'monitor_table', 'settings_table']
 
 # %% ../nbs/06d_shared.ipynb #ishared
 import json
@@ -353,15 +354,37 @@ def metrics_table(results:Results, split:str) -> Table:
         notes.append(SEEDS_NOTE.format(n=len(results.runs), seeds=listed(results.seeds)))
     if n_groups >= MIN_GROUPS:
         notes.append(GROUPS_NOTE.format(n=n_groups, groups=groups))
+    notes += [line for name, line in results.system.terms.items() if any(each.startswith(name) for each in estimates)]
     seeds = [f'seed {seed}' for seed in results.seeds] if several else []
     return Table(['metric', split, *seeds], rows, notes)
+
+TEST_NEXT = ('These numbers are of the split on which the model was chosen, so they flatter it. When nothing is left '
+             'to choose, the test split is read once:')
+
+USE_NEXT = 'The model on new images, and as files for programs without this library:'
+
+def next_commands(run:Run, split:str    # that the report shows
+                 ) -> list[str]:
+    "What can be typed after this report"
+    folder = shell_path(run.folder)
+    if split != 'test':
+        return [f'rtsseg-evaluate --run {folder} --split test', f'rtsseg-report --run {folder}']
+    return [f'{command} --model {folder}/model {rest}' for command, rest in run.system.uses.items()]
+
+def next_blocks(results:Results) -> list:
+    "The next command, and why"
+    run = results.first
+    lines = next_commands(run, results.split)
+    words = USE_NEXT if results.split == 'test' else TEST_NEXT
+    return [Text(words), Code('\n'.join(lines))] if lines else []
 
 def table_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
     "The sections of a system whose table has a row per sample"
     sections = {'Headline': [metrics_table(results, results.split)]}
     if results.split == 'test':
         sections['Validation'] = [metrics_table(results, 'val')]
-    return sections
+    following = next_blocks(results)
+    return sections | ({'What next': following} if following else {})
 
 # %% ../nbs/06d_shared.ipynb #cshared8
 def monitor_table(results:list[Results]    # one for each configuration

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import ConfigError, RunConfig, find_system, parse_overrides, settings
-from .console import DataError, logger, nearest, progress
+from .console import DataError, closest, logger, progress
 from .files import check_parquet, write_atomic
 from .runs import judge_run, keep_post_hoc, require_finished, require_folder, run_folder
 
@@ -165,6 +165,8 @@ class System:
     Config = RunConfig          # the typed tree of a run
     views = ('none',)           # ways to look at a sample in an evaluation, as flips that are averaged
     group_name = 'groups'       # what intervals draw, in words
+    terms = {}                  # how names of metrics begin: a line on what they mean, for a report
+    uses = {}                   # commands that use a model directory: their other arguments, for a report
 
     def feed(self, cfg:RunConfig,
              prepare:bool=False    # for training: make data that are missing, and refuse splits that cannot train
@@ -271,7 +273,7 @@ class System:
     def check_views(self, views:str) -> None:
         "Raise `ConfigError` for views that the system does not have"
         if views not in self.views:
-            raise ConfigError(f'views: {views!r} is not one of {", ".join(self.views)}{nearest(views, self.views)}')
+            raise ConfigError(f'views: {views!r} is not one of {", ".join(self.views)}{closest(views, self.views)}')
 
     def default_views(self, cfg:RunConfig) -> str:
         "The views that are meant where none are named"

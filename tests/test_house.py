@@ -157,11 +157,12 @@ WINGS = {
              'label_losses routed distil refine',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
-            'evaluation plan routed_runs blend',
+            'evaluation plan routed_runs blend land_words outline_trial class_ensemble',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
-            'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
+            'claims scenelist fleet joins relearn mosaic rayengine cost class_export class_predict '
+            'tour',
     'search': 'variants ablation tuning sequence',
     'commands': 'cli',
 }

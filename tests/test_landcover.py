@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,30 @@ def test_commands_serve_it(land, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     page, = tmp_path.glob('runs/landcover_toy/*/seed42/report.html')
     text = page.read_text()
-    assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou'))
+    assert all(word in text for word in ('most often taken for', 'agriculture', 'biou', 'miou', 'What next',
+                                         '--split test', 'lowest share of right pixels'))
+    assert text.count('data:image/png') >= 3
+
+def test_it_labels_a_folder_of_images(lively, land, tmp_path):
+    "The maps of an evaluation, from a model directory and files alone; what cannot be read is named"
+    images = shutil.copytree(land/'Val'/'Urban'/'images_png', tmp_path/'images')
+    (images/'broken.png').write_bytes(b'no image')
+    given = '--model', lively/'model', '--scene', images, '--out', tmp_path/'labels'
+    done = shell('rtsseg-predict', *given)
+    assert done.returncode == 0 and 'broken.png' in done.stdout + done.stderr
+    evaluate(lively, 'val')
+    names = {path.stem for path in images.glob('*.png')} - {'broken'}
+    with zipfile.ZipFile(lively/'evidence'/'val.worst.zip') as archive:
+        kept = {Path(name).stem: archive.read(name) for name in archive.namelist() if 'Urban' in name}
+    assert kept and {path.stem for path in (tmp_path/'labels').glob('*.png')} == names
+    for name, found in kept.items():
+        assert (tmp_path/'labels'/f'{name}.png').read_bytes() == found
+    # what is there is kept, and other views need another folder
+    first = (tmp_path/'labels'/f'{min(names)}.png').stat().st_mtime_ns
+    assert shell('rtsseg-predict', *given).returncode == 0
+    assert (tmp_path/'labels'/f'{min(names)}.png').stat().st_mtime_ns == first
+    refused = shell('rtsseg-predict', *given, '--views', 'flips')
+    assert refused.returncode == 2 and 'made with other views' in refused.stderr
 
 def test_its_model_is_exported(lively, tmp_path):
     "By the command of all systems: every file agrees with the library as far as its precision lets it"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -57,7 +58,7 @@ def config(leaves, runs, **more):
                  data=dict(source=leaves/'photos.csv', taxonomy=leaves/'taxonomy.json', side=32, made=None),
                  model=dict(backbone='test_efficientnet', weights=None), stage_weights_every=1,
                  # a loss that rises at all counts, so that heads are slowed
-                 watch=dict(ratio=1.001, epochs=1, slow=.1))
+                 watch=dict(ratio=1.001, epochs=1, images=1, slow=.1))
     return load(ROOT/'configs'/'plants'/'toy.yaml', **small | more)
 
 @pytest.fixture(scope='module')
@@ -239,7 +240,8 @@ def test_commands_serve_it(leaves, tmp_path):
     page, = tmp_path.glob('runs/plants_toy/*/seed42/report.html')
     text = page.read_text()
     assert all(word in text for word in ('species_top1', 'tail_macro_f1', '≥ 0.95', 'all disease heads converge',
-                                         'A2 backbone and species head', 'most often taken for'))
+                                         'A2 backbone and species head', 'most often taken for', 'What next',
+                                         'Wrong images, one of each disease', 'cascade: species and disease'))
 
 def test_a_world_is_made_where_the_config_says_so(tmp_path):
     data = dict(source=tmp_path/'new'/'photos.csv', taxonomy=tmp_path/'new'/'taxonomy.json', side=32,
@@ -413,6 +415,22 @@ classes = [(name, each) for name, own in taxonomy.items() for each in own]
 print(json.dumps([dict(species=list(taxonomy)[s], named=classes[d], sum=float(row.sum()), best=int(row.argmax()) == d)
                   for s, d, row in zip(species.tolist(), disease.tolist(), probability)]))
 '''
+
+def test_it_labels_a_folder_of_photographs(undisturbed, leaves, tmp_path):
+    "The species and diseases of an evaluation, from a model directory and files alone"
+    system = find_system('plants')
+    table = system.read_table(evaluate(undisturbed, 'val')).frame
+    for name in table['sample']:
+        (tmp_path/'photos'/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(leaves/name, tmp_path/'photos'/name)
+    (tmp_path/'photos'/'broken.jpg').write_bytes(b'no photograph')
+    given = '--model', undisturbed/'model', '--scene', tmp_path/'photos', '--out', tmp_path/'out'
+    done = shell('rtsseg-predict', *given)
+    assert done.returncode == 0 and 'broken.jpg' in done.stdout + done.stderr
+    found = pd.read_csv(tmp_path/'out'/'plants.csv').set_index('path').loc[table['sample']]
+    classes = system.unpack(undisturbed/'model').taxonomy.classes
+    assert [*zip(found.species, found.disease)] == [classes[number] for number in table.cascade_found]
+    assert found.species_probability.between(0, 1).all() and found.disease_probability.between(0, 1).all()
 
 def test_its_model_is_exported(undisturbed, tmp_path):
     "The file names what the library names in use, without it; every format stands in export.json with its parity"

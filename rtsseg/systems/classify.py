@@ -204,7 +204,7 @@ class Classifier(nn.Module):
     def __init__(self, name:str, classes:int, pretrained:bool=False):
         super().__init__()
         self.encoder = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        self.head = nn.Linear(self.encoder.num_features, classes)
+        self.head = nn.Linear(self.encoder.head_hidden_size, classes)
 
     def forward(self, image:torch.Tensor) -> torch.Tensor:
         "Logits float (N, classes) of images float (N, 3, H, W)"

@@ -295,7 +295,8 @@ class PlantsTask(Task):
         sizes = np.diff(self.taxonomy.offsets)
         for number, name in self.watched.items():
             guess = guessing_loss(sizes[self.taxonomy.species_of[number]], settings.gamma, settings.alpha)
-            epoch = first_divergence(history, f'train/disease/{name}', guess, stage_of, self.cfg.watch)
+            epoch = first_divergence(history, f'train/disease/{name}', guess, stage_of, self.cfg.watch,
+                                     int(self.images[number]))
             if epoch:
                 found[name] = epoch
         return found
@@ -348,6 +349,15 @@ class Plants(System):
     name = 'plants'
     Config = PlantsConfig
     group_name = 'plants'
+    uses = {'rtsseg-predict': '--scene <folder of images> --out labels', 'rtsseg-export': '--out exported'}
+    terms = dict(species_top1='species_top1: share of images whose species is right',
+                 species_macro_f1='species_macro_f1: F1 of each species, then their mean',
+                 disease_top1='disease_top1, disease_top3: the disease is first, or among three, in the head of the '
+                              'true species',
+                 cascade='cascade: species and disease are right, the disease by the head of the predicted species',
+                 macro_f1='macro_f1: F1 of each disease, then their mean, all alike however rare',
+                 tail_='tail_macro_f1, tail_weighted_f1: F1 of diseases with few training images (metrics.tail), '
+                       'their mean, and weighted by images')
 
     def feed(self, cfg:PlantsConfig, prepare:bool=False) -> PlantsFeed:
         "The photographs of the source, which are made first where the config says so; raises `DataError`"
