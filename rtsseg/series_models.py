@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['INPUTS', 'PERIODS', 'REACH', 'UNDER_CLOUD', 'MODELS', 'random_series', 'padded_series', 'day_code', 'masked_softmax',
            'dates_in_use', 'trim_padding', 'masked_mean', 'DualStreamUNET3D', 'ChannelNorm', 'FilmBlock', 'ImageBlock',
-           'by_twos', 'pooled', 'DateFusion', 'Film', 'StreamEncoder', 'DualEncoder', 'TimeAttention', 'collected',
-           'DateDecoder', 'DualUNet3D', 'SeriesModel', 'find_class', 'build_series', 'parts_of_series', 'try_series',
-           'as_planes', 'tile_logits']
+           'pooled', 'DateFusion', 'Film', 'StreamEncoder', 'DualEncoder', 'TimeAttention', 'collected', 'DateDecoder',
+           'DualUNet3D', 'SeriesModel', 'find_class', 'build_series', 'parts_of_series', 'try_series', 'blend_windows',
+           'window_logits_of']
 
 # %% ../nbs/04w_series_models.ipynb #smdexports
 import math
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn.functional import gelu, interpolate, layer_norm, pad, softplus
+from torch.nn.functional import interpolate, layer_norm, pad, relu, softplus
 
 from .config import ConfigError, PositiveInt, Strict
 from .console import nearest
-from .sliding import sliding_logits
+from .sliding import edge_weights
 
 # %% ../nbs/04w_series_models.ipynb #smdbatchcode
 INPUTS = 's1', 's2', 'static', 'present1', 'present2', 'valid1', 'valid2', 'day1', 'day2'
@@ -139,7 +138,7 @@ class FilmBlock(nn.Module):
                ) -> torch.Tensor:
         "(N, n_out, T, H, W)"
         for convolution, norm in zip(self.convolutions, self.norms):
-            x = gelu(norm(convolution(x))) * mask
+            x = relu(norm(convolution(x))) * mask
         return x
 
 class ImageBlock(nn.Sequential):
@@ -148,17 +147,14 @@ class ImageBlock(nn.Sequential):
     def __init__(self, n_in:int, n_out:int, dropout:float):
         layers = [nn.Dropout(dropout)]
         for n in (n_in, n_out):
-            layers += [nn.Conv2d(n, n_out, 3, padding=1), ChannelNorm(n_out), nn.GELU()]
+            layers += [nn.Conv2d(n, n_out, 3, padding=1), ChannelNorm(n_out), nn.ReLU()]
         super().__init__(*layers)
 
-def by_twos(x:torch.Tensor) -> torch.Tensor:    # (…, H // 2, 2, W // 2, 2)
-    "Squares of two by two pixels; an odd last row or column is left out"
-    height, width = (length // 2 for length in x.shape[-2:])
-    return x[..., :2 * height, :2 * width].unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
-
 def pooled(x:torch.Tensor) -> torch.Tensor:    # (…, H // 2, W // 2)
-    "The maximum of each square"
-    return by_twos(x).amax((-3, -1))
+    "The mean of each square of two by two pixels; an odd last row or column is left out"
+    height, width = (length // 2 for length in x.shape[-2:])
+    squares = x[..., :2 * height, :2 * width].unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
+    return squares.mean((-3, -1))
 
 # %% ../nbs/04w_series_models.ipynb #smdfusioncode
 class DateFusion(nn.Module):
@@ -201,7 +197,7 @@ class DateFusion(nn.Module):
         "Both on the dates of the main stream"
         groups = other.unflatten(1, (weights.shape[1], -1))
         met = torch.einsum('ngtj,ngcjhw->ngcthw', weights, groups).flatten(1, 2)
-        return gelu(self.norm(self.join(torch.cat([x, met], 1)))) * mask
+        return relu(self.norm(self.join(torch.cat([x, met], 1)))) * mask
 
 # %% ../nbs/04w_series_models.ipynb #smdencodercode
 class Film(NamedTuple):
@@ -322,7 +318,7 @@ class DateDecoder(nn.Module):
         "Logits"
         scores, shares = self.attention(scales[-1], film.day), [film.share]
         for _ in scales[1:]:
-            shares.append(by_twos(shares[-1]).mean((-3, -1)))
+            shares.append(pooled(shares[-1]))
         images = [collected(x, scores, share, film.present) for x, share in zip(scales, shares)]
         x = self.bottom(images[-1])
         for block, image in zip(self.blocks, reversed(images[:-1])):
@@ -356,7 +352,9 @@ class DualUNet3D(nn.Module):
             s, valid, day, present = trim_padding(*streams[name])
             mask, share = present[:, None, :, None, None].to(s.dtype), valid[:, None].to(s.dtype)
             layers = static[:, :, None].expand(-1, -1, s.shape[2], -1, -1) * mask
-            films[name] = Film(torch.cat([s, share, layers], 1), day, present, mask, share)
+            # convolutions of few channels are fastest so
+            x = torch.cat([s, share, layers], 1).contiguous(memory_format=torch.channels_last_3d)
+            films[name] = Film(x, day, present, mask, share)
         return self.decoder(self.encoder(films), films[self.encoder.names[0]])
 
 # %% ../nbs/04w_series_models.ipynb #smdchoosecode
@@ -438,28 +436,29 @@ def try_series(model:nn.Module,
                           f'{(1, classes, side, side)} was expected')
 
 # %% ../nbs/04w_series_models.ipynb #smdwholecode
-def as_planes(inputs:dict[str, torch.Tensor]    # of `INPUTS`
-             ) -> tuple[torch.Tensor, Callable]:    # (N, P, H, W); what turns a part of it into inputs again
-    "All that has rows and columns as one image"
-    films = {name: inputs[name].flatten(1, 2) for name in ('s1', 's2')}
-    films |= {name: inputs[name].float() for name in ('static', 'valid1', 'valid2')}
-    sizes = [film.shape[1] for film in films.values()]
+def blend_windows(logits:torch.Tensor,     # (M, K, side, side), of M windows
+                  corners:torch.Tensor,    # int64 (M, 2): row and column of each in the tile
+                  place:torch.Tensor,      # int64 (2,): those of the part that is wanted
+                  shape:tuple[int, int],   # of that part
+                  overlap:float            # share of a side that windows have in common
+                 ) -> torch.Tensor:        # float32 (1, K, height, width)
+    "Logits of a part of a tile from all windows that reach into it, without seams"
+    side, (height, width) = logits.shape[-1], shape
+    rise = edge_weights(side, side - round(side * overlap)).to(logits.device)
+    weight, total = rise[:, None] * rise, logits.new_zeros(shape, dtype=torch.float32)
+    blended = total.expand(logits.shape[1], -1, -1).clone()
+    for window, (top, left) in zip(logits.float(), (corners - place).tolist()):
+        rows, columns = slice(max(-top, 0), height - top), slice(max(-left, 0), width - left)
+        down, across = slice(max(top, 0), top + side), slice(max(left, 0), left + side)
+        blended[:, down, across] += (weight * window)[:, rows, columns]
+        total[down, across] += weight[rows, columns]
+    return (blended / total)[None]
 
-    def unpack(image):
-        found = dict(zip(films, image.split(sizes, 1)))
-        for name in ('s1', 's2'):
-            found[name] = found[name].reshape(*inputs[name].shape[:3], *image.shape[2:])
-        for name in ('valid1', 'valid2'):
-            found[name] = found[name] > .5
-        return {name: inputs[name] for name in INPUTS} | found
-
-    return torch.cat(list(films.values()), 1), unpack
-
-def tile_logits(model:nn.Module,
-                inputs:dict[str, torch.Tensor],    # of `INPUTS`; other names are left out
-                side:int,                          # of windows, pixels
-                stride:int                         # between windows
-               ) -> torch.Tensor:                  # float32 (N, classes, H, W)
-    "Logits of whole tiles from overlapping windows, without seams"
-    planes, unpack = as_planes(inputs)
-    return sliding_logits(lambda image: model(**unpack(image)), planes, side, stride)
+def window_logits_of(model:nn.Module,
+                     inputs:dict[str, torch.Tensor],    # of `INPUTS`, M windows; other names are left out
+                     batch_size:int                     # windows at a time
+                    ) -> torch.Tensor:                  # (M, K, side, side)
+    "Logits of many windows, some at a time"
+    inputs = {name: inputs[name] for name in INPUTS}
+    parts = zip(*(tensor.split(batch_size) for tensor in inputs.values()))
+    return torch.cat([model(**dict(zip(inputs, part))) for part in parts])
