@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'confusion_figure', 'shares_figure', 'largest_other', 'worst_classes',
-           'class_blocks', 'Look', 'look_before', 'Least', 'boundary_score', 'is_kept', 'looks_table']
+           'class_blocks', 'class_section', 'Look', 'look_before', 'Least', 'boundary_score', 'is_kept', 'looks_table']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from .bootstrap import Estimate
-from .class_metrics import ratio
+from .class_metrics import ratio, sum_counts
 from .page import Number, Picture, Table, Text
+from .shared import split_tables, table_estimates
 
 # %% ../nbs/06i_class_report.ipynb #crpfigurecode
 # above this share a cell is dark, and its text light
@@ -81,6 +82,16 @@ def class_blocks(confusion:np.ndarray,              # (classes, classes): rows t
     if not confusion.sum():
         return [Text('No pixel of this split has a label.')]
     return [worst_classes(confusion, names, estimates), Picture(confusion_figure(confusion, names), CONFUSION_CAPTION)]
+
+# %% ../nbs/06i_class_report.ipynb #crpsectioncode
+def class_section(results:Any,         # `Results`: the runs of one configuration, one a seed
+                  names:list[str]      # of the classes
+                 ) -> list:
+    "Blocks of a page about the classes, on the split of the headline"
+    tables = split_tables(results, results.split)
+    confusion = sum(sum_counts(table.frame).confusion for table in tables)
+    blocks = class_blocks(confusion, names, table_estimates(results, tables))
+    return [Text(f'On the {results.split} split.'), *blocks]
 
 # %% ../nbs/06i_class_report.ipynb #crpviewscode
 class Look(NamedTuple):

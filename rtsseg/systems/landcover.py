@@ -1007,14 +1007,10 @@ class Landcover(System):
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, then the classes, worst first, and where they went"
-        from rtsseg.class_report import class_blocks
+        from rtsseg.class_report import class_section
         from rtsseg.page import Text
-        from rtsseg.shared import split_tables, table_estimates, table_sections
-        tables = split_tables(results, results.split)
-        confusion = sum(sum_counts(table.frame).confusion for table in tables)
-        names = results.first.cfg.data.names
-        classes = class_blocks(confusion, names, table_estimates(results, tables))
-        classes = [Text(f'On the {results.split} split.'), *classes]
+        from rtsseg.shared import table_sections
+        classes = class_section(results, results.first.cfg.data.names)
         sections = table_sections(results)
         looks = looks_blocks(results)
         looks = {'Views and clean-up': looks} if looks else {}
