@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OWN_MODEL', 'TIMESERIES_UNREAD', 'LOSS_COLUMNS', 'BEST_MODEL', 'STATS_FILE', 'CLASSES_FILE', 'SERIES_CARD',
-           'SeriesLoss', 'SeriesMetrics', 'SearchPlan', 'TimeseriesConfig', 'SeriesFeed', 'monitored', 'series_scores',
-           'SeriesTask', 'KeepBestModel', 'SeriesFacts', 'PackedSeries', 'Timeseries']
+           'SeriesLoss', 'SeriesMetrics', 'SearchPlan', 'SeriesRate', 'SeriesStopping', 'SeriesEMA', 'TimeseriesConfig',
+           'SeriesFeed', 'monitored', 'series_scores', 'SeriesTask', 'KeepBestModel', 'SeriesFacts', 'PackedSeries',
+           'Timeseries']
 
 # %% ../../nbs/systems/timeseries.ipynb #tsrexports
 import io
@@ -23,13 +24,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from ..class_losses import cross_entropy_loss, pixel_weights
-from ..class_metrics import count_columns, count_image, counts_to_row, scores_of_counts, sum_counts
+from ..class_metrics import count_image, counts_to_row, scores_of_counts, sum_counts
 from rtsseg.config import (
     LOOP_UNREAD,
     EMA,
-    EarlyStopping,
     ConfigError,
+    EarlyStopping,
     LearningRate,
+    PositiveFloat,
     PositiveInt,
     PostHoc,
     RunConfig,
@@ -39,7 +41,7 @@ from rtsseg.config import (
     Undeciding,
     Unread,
 )
-from ..console import DataError, logger, nearest
+from ..console import DataError, nearest
 from ..files import read_json, typed, write_atomic
 from ..loop import Task
 from ..losses import IGNORE
@@ -84,8 +86,25 @@ class SeriesMetrics(Strict):
 
 class SearchPlan(Strict):
     "What rtsseg search does where its command does not say it"
-    space: Path = Field(Path('search.yaml'), description='file of what to try')
+    space: Path | None = Field(None, description='file of what to try; null: timeseries/search')
     trials: PositiveInt = Field(100, description='finished and pruned trials')
+
+class SeriesRate(LearningRate):
+    "Guide 003, the cosine: nothing is pretrained, so all parts learn alike"
+    base_lr: PositiveFloat = Field(1e-3, description='peak rate')
+    backbone_lr_multiplier: float = Field(1., ge=0, description='rate of the encoders = base_lr × this')
+    warmup_epochs: float = Field(1, ge=0, description='length of the linear warm-up, epochs')
+
+class SeriesStopping(EarlyStopping):
+    "Guide 003, the patience counter: each validation without a better one counts, from the first epoch on"
+    patience: PositiveInt | None = Field(10, description='epochs without improvement before training stops; null: never')
+    window: PositiveInt = Field(1, description='validations in the moving average')
+    min_delta: float = Field(0., ge=0, description='smallest gain that counts')
+    start_epoch: PositiveInt = Field(1, description='no stopping before this epoch')
+
+class SeriesEMA(EMA):
+    "Not in guide 003"
+    enabled: bool = Field(False, description='validate, choose and export averaged weights')
 
 OWN_MODEL = ('model.depth', 'model.filters', 'model.fusion', 'model.heads', 'model.dropout')
 
@@ -109,9 +128,9 @@ class TimeseriesConfig(RunConfig):
     epochs: PositiveInt = Field(100, description='most epochs')
     batch_size: PositiveInt = Field(8, description='patches per process and micro-batch')
     val_frequency: PositiveInt = Field(1, description='validate every N epochs, and after the last')
-    lr: LearningRate = LearningRate(base_lr=1e-3, backbone_lr_multiplier=1., warmup_epochs=1)
-    ema: EMA = EMA(enabled=False)
-    early_stopping: EarlyStopping = EarlyStopping(patience=10, window=1, min_delta=0., start_epoch=1)
+    lr: SeriesRate = SeriesRate()
+    ema: SeriesEMA = SeriesEMA()
+    early_stopping: SeriesStopping = SeriesStopping()
     data: SeriesData = SeriesData()
     augment: SeriesAugment = SeriesAugment()
     model: SeriesModel = SeriesModel()
@@ -388,9 +407,9 @@ class Timeseries(System):
         classes = class_section(results, results.first.cfg.data.class_names)
         return {'Headline': sections.pop('Headline'), 'Classes': classes} | sections
 
-    def search_plan(self, cfg:TimeseriesConfig) -> tuple[Path, int]:
+    def search_plan(self, cfg:TimeseriesConfig) -> tuple[str|Path, int]:
         "The search of the config"
-        return cfg.search.space, cfg.search.trials
+        return cfg.search.space or 'timeseries/search', cfg.search.trials
 
     def measured_by(self, cfg:TimeseriesConfig) -> tuple:
         "Metrics, loss and tiles, which comparable runs have in common"
