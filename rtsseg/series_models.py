@@ -122,7 +122,9 @@ class ChannelNorm(nn.LayerNorm):
                 x:torch.Tensor     # (N, C, …)
                ) -> torch.Tensor:
         "The same shape"
-        return layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+        last = x.ndim - 1
+        moved = layer_norm(x.movedim(1, last), self.normalized_shape, self.weight, self.bias, self.eps)
+        return moved.movedim(last, 1)
 
 class FilmBlock(nn.Module):
     "Two 3-D convolutions, after each of which padding is 0"
@@ -352,8 +354,10 @@ class DualUNet3D(nn.Module):
             s, valid, day, present = trim_padding(*streams[name])
             mask, share = present[:, None, :, None, None].to(s.dtype), valid[:, None].to(s.dtype)
             layers = static[:, :, None].expand(-1, -1, s.shape[2], -1, -1) * mask
-            # convolutions of few channels are fastest so
-            x = torch.cat([s, share, layers], 1).contiguous(memory_format=torch.channels_last_3d)
+            x = torch.cat([s, share, layers], 1)
+            # convolutions of few channels are fastest so; ONNX knows no such order
+            if not torch.jit.is_tracing():
+                x = x.contiguous(memory_format=torch.channels_last_3d)
             films[name] = Film(x, day, present, mask, share)
         return self.decoder(self.encoder(films), films[self.encoder.names[0]])
 
