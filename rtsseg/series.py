@@ -146,7 +146,8 @@ def open_store(path:Path) -> Any:    # an array or a group of zarr
         return zarr.open(path, mode='r')
     # metadata that is damaged may fail anywhere
     except Exception as e:
-        raise DataError(f'not a zarr store that can be opened: {type(e).__name__}: {" ".join(str(e).split())}') from None
+        words = ' '.join(str(e).replace(str(path), path.name).split())
+        raise DataError(f'not a zarr store that can be opened: {type(e).__name__}: {words}') from None
 
 def axes_of(array:Any,                   # of zarr
             has_bands:bool,

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['SERIES_SPLITS', 'check_dims', 'check_distinct', 'SeriesData', 'SeriesAugment', 'SeriesPart', 'SeriesReader',
            'patch_places', 'turned', 'padded', 'as_sample', 'SeriesPatches', 'SeriesBlock', 'split_axis', 'tile_blocks',
-           'SeriesTiles', 'only_item', 'train_series', 'series_in_order', 'series_hash']
+           'SeriesTiles', 'only_item', 'train_series', 'series_in_order']
 
 # %% ../nbs/02f_series_feed.ipynb #sfexports
-import hashlib
-import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import Fraction, Loader, NonNegativeInt, PositiveInt, Strict, Undeciding
 from .console import DataError
-from .files import digest
 from .order import KeyedBatches
 from .season import CROPS, SeasonWorld
 from .series import CUBE_DIMS, UNKNOWN, SeriesLayout, SeriesTile, find_tiles
-from .series_stats import SeriesStats, StatisticsDevice, series_stats, survey_tiles
+from .series_stats import SeriesStats, StatisticsDevice
 from .tiles import make_loader
 
 # %% ../nbs/02f_series_feed.ipynb #sfcfgcode
@@ -53,9 +50,12 @@ class SeriesData(Strict):
                                                '{tile}.zarr, for training')
     base_val_path: Annotated[Path, Undeciding()] = Field(Path('data/season/val'), description='the same for validation')
     base_test_path: Annotated[Path, Undeciding()] = Field(Path('data/season/test'), description='the same for the test')
-    train_tiles: list[str] = Field([], description='tiles of that folder for training; empty: all of them')
-    val_tiles: list[str] = Field([], description='tiles for validation; empty: all of the folder')
-    test_tiles: list[str] = Field([], description='tiles for the test; empty: all of the folder')
+    train_tiles: Annotated[list[str], AfterValidator(check_distinct)] = Field(
+        [], description='tiles of that folder for training; empty: all of them')
+    val_tiles: Annotated[list[str], AfterValidator(check_distinct)] = Field(
+        [], description='tiles for validation; empty: all of the folder')
+    test_tiles: Annotated[list[str], AfterValidator(check_distinct)] = Field(
+        [], description='tiles for the test; empty: all of the folder')
     s1: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         ['VV', 'VH', 'ANGLE'], min_length=1, description='variables of the first series: Sentinel-1')
     s2: Annotated[list[str], AfterValidator(check_distinct)] = Field(
@@ -72,7 +72,7 @@ class SeriesData(Strict):
     patch: PositiveInt = Field(64, description='side of what the model sees, pixels')
     overlap: float = Field(.25, ge=0, lt=1, description='least share of a side that patches have in common')
     budget_mb: Annotated[NonNegativeInt, Undeciding()] = Field(
-        1024, description='megabytes of scaled tiles that each process keeps in memory; larger tiles are read by chunks')
+        1024, description='megabytes of scaled tiles that each process keeps in memory; others are read by chunks')
     statistics_on: Annotated[StatisticsDevice, Undeciding()] = Field(
         'auto', description='what computes mean and standard deviation: auto takes a GPU where there is one')
     made: SeasonWorld | None = Field(None, description='draw a made-up season where the folders do not exist')
@@ -327,8 +327,8 @@ def tile_blocks(number:int, grid:tuple[int, int], side:int, overlap:float, most:
 class SeriesTiles(Dataset):
     """Blocks of the tiles of one split, in order: each sample is a batch of all windows that touch its block
 
-    Beside the fields of `SeriesPatches`, stacked: `whole` int64 (h, w), the target of the block, and `place` int64 (2,),
-    its corner in the tile. `sample`, `tile` and `group` are lists of one name."""
+    Beside the fields of `SeriesPatches`, stacked: `whole` int64 (h, w), the target of the block, and `place` int64
+    (2,), its corner in the tile. `sample`, `tile` and `group` are lists of one name."""
     # for `UnreadableTiles`
     noun, counts_as = 'blocks', 'without a label'
 
@@ -398,18 +398,13 @@ def only_item(items:list) -> Any:
 def train_series(reader:SeriesReader, data:SeriesData, augment:SeriesAugment, loader:Loader, batch_size:int,
                  seed:int    # of the run
                 ) -> DataLoader:
-    "Augmented patches, each once an epoch, in an order that seed and epoch decide"
+    "Augmented patches, each once an epoch, in an order that seed and epoch decide; raises `DataError` for too few"
     patches = SeriesPatches(reader, 'train', data, augment)
+    if len(patches) < batch_size:
+        raise DataError(f'series: {len(patches)} patches of {data.patch} pixels with a label for training, which make '
+                        f'no batch of {batch_size}')
     return make_loader(patches, loader, batch_sampler=KeyedBatches(len(patches), batch_size, seed))
 
 def series_in_order(reader:SeriesReader, data:SeriesData, split:str, loader:Loader) -> DataLoader:
     "The tiles of a split once, in order; a batch is all windows of a block"
     return make_loader(SeriesTiles(reader, split, data), loader, batch_size=1, collate_fn=only_item)
-
-def series_hash(tiles:list[SeriesTile]) -> str:    # 16 hexadecimal digits
-    "Hash of the list of tiles and of all files of their stores"
-    found = []
-    for tile in tiles:
-        files = sorted(file for path in tile.paths for file in path.rglob('*') if file.is_file())
-        found.append([tile.split, tile.name, [[file.name, digest(file)] for file in files]])
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
