@@ -1,17 +1,19 @@
-"""Classes of the made-up season: the library's model beside MONAI's UNet on stacked time, and beside less than all of it
+"""Classes of the made-up season: the library's model, MONAI's UNet on stacked time, and less than all of the season
 
     python benchmarks/timeseries.py [--seeds 42 43 44] [--epochs 40] [--kinds ours monai one_date radar camera]
 
-All sides train from configs/timeseries/toy.yaml on the same patches, with the same loss and rates. MONAI's UNet (2-D, all
-dates of both streams as channels) has about as many parameters, and as many epochs as take the same CPU seconds, which a
-first epoch measures. `one_date` sees the clearest optical date of each patch and the radar date next to it; `radar` and
-`camera` see one stream. Nobody stops early; the best mIoU over whole validation tiles of any epoch counts, for all kinds
-alike. Seeds vary weights and draws; the season stays. MONAI is no dependency: pip install --no-deps monai==1.6.1
+All sides train from configs/timeseries/toy.yaml on the same patches, with the same loss and rates. MONAI's UNet (2-D,
+all dates of both streams as channels) has about as many parameters, and as many epochs as take the same CPU seconds,
+which a first epoch measures. `one_date` sees the clearest optical date of each patch and the radar date next to it;
+`radar` and `camera` see one stream. Nobody stops early; for all kinds alike the best mIoU of any epoch counts, over
+whole validation tiles. Seeds vary weights and draws; the season stays. MONAI is no dependency:
+pip install --no-deps monai==1.6.1
 """
 import argparse
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -106,6 +108,13 @@ def side_of(kind, config, feed, seconds):
     _, _, first = trained(config(model=model, epochs=1))
     return trained(config(model=model, epochs=max(round(seconds / first), 1)))
 
+def settings_of(home, seed, epochs, **more):
+    "The toy's config on the season in a folder"
+    paths = {f'base_{split}_path': home/'season'/split for split in ('train', 'val', 'test')}
+    fixed = dict(runs=home/'runs', seed=seed, epochs=epochs, tracker=dict(kind='none'), data=paths | dict(made=None),
+                 early_stopping=dict(patience=None))
+    return load(TOY, **fixed | more)
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--seeds', type=int, nargs='+', default=[42, 43, 44])
@@ -116,14 +125,9 @@ def main():
     # where models of these kinds are found by their path
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     with TemporaryDirectory() as home:
-        root = make_season(f'{home}/season', load(TOY).data.made)
-        paths = {f'base_{split}_path': root/split for split in ('train', 'val', 'test')}
+        make_season(f'{home}/season', load(TOY).data.made)
         for seed in given.seeds:
-            def config(**more):
-                fixed = dict(runs=f'{home}/runs', seed=seed, tracker=dict(kind='none'), data=paths | dict(made=None),
-                             early_stopping=dict(patience=None))
-                return load(TOY, **fixed | dict(epochs=given.epochs) | more)
-
+            config = partial(settings_of, Path(home), seed, given.epochs)
             feed, found = find_system('timeseries').feed(config()), {}
             for kind in given.kinds:
                 seconds = found['ours'][2] if 'ours' in found else given.seconds

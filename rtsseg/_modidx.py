@@ -2919,6 +2919,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'rtsseg.series_feed': { 'rtsseg.series_feed.SeriesAugment': ('series_feed.html#seriesaugment', 'rtsseg/series_feed.py'),
                                     'rtsseg.series_feed.SeriesBlock': ('series_feed.html#seriesblock', 'rtsseg/series_feed.py'),
                                     'rtsseg.series_feed.SeriesData': ('series_feed.html#seriesdata', 'rtsseg/series_feed.py'),
+                                    'rtsseg.series_feed.SeriesData._one_series_at_least': ( 'series_feed.html#seriesdata._one_series_at_least',
+                                                                                            'rtsseg/series_feed.py'),
                                     'rtsseg.series_feed.SeriesData.folders': ( 'series_feed.html#seriesdata.folders',
                                                                                'rtsseg/series_feed.py'),
                                     'rtsseg.series_feed.SeriesData.layout': ('series_feed.html#seriesdata.layout', 'rtsseg/series_feed.py'),

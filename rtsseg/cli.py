@@ -788,8 +788,8 @@ def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sampl
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
-                  space:str='',               # YAML file of what to try, or a name in configs/; '': as the system has it
-                  trials:int|None=None,       # finished and pruned ones, of earlier calls too; none: as the system has it
+                  space:str='',               # YAML file of what to try, or a name in configs/; '': that of the system
+                  trials:int|None=None,       # finished and pruned ones, earlier calls included; none: as the system
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
                   storage:str='',             # URL of a database that machines share; '': a file in its folder
                   then:str='',                # test: evaluate the best trial on the test split, and write results.json

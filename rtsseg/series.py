@@ -267,12 +267,12 @@ class SeriesTile:
     @property
     def grid(self) -> tuple[int, int]:
         "Height and width, pixels"
-        return self.s1[0].grid
+        return self.layers[0].grid
 
     @property
     def steps(self) -> tuple[int, int]:
-        "How many dates both series have"
-        return self.s1[0].steps, self.s2[0].steps
+        "How many dates both series have; 0 for one without variables"
+        return tuple(layers[0].steps if layers else 0 for layers in (self.s1, self.s2))
 
     @property
     def layers(self) -> list[Layer]:
@@ -333,8 +333,9 @@ def tile_days(s1:list[Layer], s2:list[Layer]) -> tuple[np.ndarray, np.ndarray]:
     "Days of both series since 1 January of the first year; the number of a step where dates are unknown"
     found = [next((layer.dates for layer in layers if layer.dates is not None), None) for layers in (s1, s2)]
     years = [dates[0].astype('datetime64[Y]') for dates in found if dates is not None and len(dates)]
-    return tuple(np.arange(layers[0].steps, dtype=np.float32) if dates is None else
-                 days_of_year(dates, min(years)) for dates, layers in zip(found, (s1, s2), strict=True))
+    steps = [layers[0].steps if layers else 0 for layers in (s1, s2)]
+    return tuple(np.arange(count, dtype=np.float32) if dates is None else days_of_year(dates, min(years))
+                 for dates, count in zip(found, steps, strict=True))
 
 def open_tile(folder:Path,                # of a split
               name:str,                   # of the tile

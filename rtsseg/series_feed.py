@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch.utils.data import DataLoader, Dataset
 
 from .config import Fraction, Loader, NonNegativeInt, PositiveInt, Strict, Undeciding
@@ -57,10 +57,10 @@ class SeriesData(Strict):
     test_tiles: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         [], description='tiles for the test; empty: all of the folder')
     s1: Annotated[list[str], AfterValidator(check_distinct)] = Field(
-        ['VV', 'VH', 'ANGLE'], min_length=1, description='variables of the first series: Sentinel-1')
+        ['VV', 'VH', 'ANGLE'], description='variables of the first series: Sentinel-1; empty: it is left out')
     s2: Annotated[list[str], AfterValidator(check_distinct)] = Field(
-        ['B02', 'B03', 'B04', 'B08', 'B11', 'NDVI'], min_length=1,
-        description='variables of the second series: Sentinel-2')
+        ['B02', 'B03', 'B04', 'B08', 'B11', 'NDVI'],
+        description='variables of the second series: Sentinel-2; empty: it is left out')
     static: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         ['DEM'], description='variables without dates; may be empty')
     class_names: Annotated[list[str], AfterValidator(check_distinct)] = Field(
@@ -76,6 +76,12 @@ class SeriesData(Strict):
     statistics_on: Annotated[StatisticsDevice, Undeciding()] = Field(
         'auto', description='what computes mean and standard deviation: auto takes a GPU where there is one')
     made: SeasonWorld | None = Field(None, description='draw a made-up season where the folders do not exist')
+
+    @model_validator(mode='after')
+    def _one_series_at_least(self):
+        if not (self.s1 or self.s2):
+            raise ValueError('s1 and s2 are both empty: one of the series is needed')
+        return self
 
     @property
     def layout(self) -> SeriesLayout:
@@ -139,13 +145,12 @@ class SeriesReader:
     def read(self, number:int, rows:slice, columns:slice) -> SeriesPart:
         "A part from the stores; raises `DataError`"
         tile = self.tiles[number]
-        s1, valid1 = self.scaled(tile, tile.s1, rows, columns)
-        s2, valid2 = self.scaled(tile, tile.s2, rows, columns)
         target = tile.read_label(rows, columns).astype(np.uint8)
-        static = np.empty((0, *target.shape), np.float32)
-        if tile.static:
-            static = self.scaled(tile, tile.static, rows, columns)[0][:, 0]
-        return SeriesPart(s1, s2, static, valid1, valid2, target)
+        found = [self.scaled(tile, layers, rows, columns) if layers else
+                 (np.empty((0, steps, *target.shape), np.float32), np.empty((steps, *target.shape), bool))
+                 for layers, steps in ((tile.s1, 0), (tile.s2, 0), (tile.static, 1))]
+        (s1, valid1), (s2, valid2), (static, _) = found
+        return SeriesPart(s1, s2, static[:, 0], valid1, valid2, target)
 
     def scaled(self, tile:SeriesTile, layers:list, rows:slice, columns:slice) -> tuple[np.ndarray, np.ndarray]:
         "Scaled values (layers, T, h, w), and what was seen (T, h, w)"

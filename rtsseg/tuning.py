@@ -31,8 +31,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from .config import ConfigError, RunConfig, find_system
 from .calibration import calibrate
+from .config import ConfigError, RunConfig, find_system
 from .console import time_left
 from .evaluation import evaluate
 from .files import write_atomic

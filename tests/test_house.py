@@ -144,7 +144,7 @@ WINGS = {
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed series_feed',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
-             'label_losses routed distil refine',
+             'label_losses routed distil refine series_models',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend',

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import rtsseg.tuning
 from helpers.shell import ONE_THREAD, Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.checkpoint import load_state
+from rtsseg.class_export import CLASS_FORMATS, export_any, series_runner, series_session
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
@@ -28,10 +30,11 @@ from rtsseg.noise import measure_noise
 from rtsseg.reporting import report
 from rtsseg.runs import read_log, run_folder
 from rtsseg.season import SeasonWorld, make_season
-from rtsseg.series_models import DualStreamUNET3D, DualUNet3D, padded_series, random_series
+from rtsseg.series_models import INPUTS, DualStreamUNET3D, DualUNet3D, padded_series, random_series
 from rtsseg.systems.timeseries import SeriesTask
 from rtsseg.training import train
 from rtsseg.tuning import judge_best, search
+from rtsseg.variants import Range, read_axes
 from rtsseg.weights import ModelError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +59,8 @@ def paths(season):
 def config(season, runs, data=(), **more):
     "configs/timeseries/toy.yaml on a smaller season"
     small = dict(runs=runs, epochs=4, batch_size=4, tracker=dict(kind='none'), early_stopping=dict(patience=3),
-                 data=paths(season) | dict(patch=16, made=None) | dict(data), model=dict(depth=2, filters=4, dropout=.1), lr=dict(base_lr=5e-3, min_lr=1e-4))
+                 data=paths(season) | dict(patch=16, made=None) | dict(data), lr=dict(base_lr=5e-3, min_lr=1e-4),
+                 model=dict(depth=2, filters=4, dropout=.1))
     return load(CONFIGS/'toy.yaml', **small | more)
 
 @pytest.fixture(scope='module')
@@ -90,7 +94,8 @@ def test_killed_it_ends_in_the_same_bytes(season, undisturbed, tmp_path):
     assert weights_of(folder) == weights_of(undisturbed)
     assert (folder/'best_model.pth').read_bytes() == (undisturbed/'best_model.pth').read_bytes()
 
-@pytest.mark.parametrize('more', [dict(loader=dict(num_workers=2)), dict(data=dict(budget_mb=0))], ids=['workers', 'disk'])
+@pytest.mark.parametrize('more', [dict(loader=dict(num_workers=2)), dict(data=dict(budget_mb=0))],
+                         ids=['workers', 'disk'])
 def test_results_depend_neither_on_workers_nor_on_memory(season, undisturbed, tmp_path, more):
     folder = train(config(season, tmp_path, **more))
     assert weights_of(folder) == weights_of(undisturbed)
@@ -100,7 +105,8 @@ def test_two_processes_equal_one(season, tmp_path):
     "The same global batch, through the launcher of rtsseg-train: gloo"
     runs = {}
     for processes, batch in ((1, 4), (2, 2)):
-        cfg = config(season, tmp_path/f'runs{processes}', batch_size=batch, epochs=2, model=dict(depth=2, filters=4, dropout=0))
+        cfg = config(season, tmp_path/f'runs{processes}', batch_size=batch, epochs=2,
+                     model=dict(depth=2, filters=4, dropout=0))
         (tmp_path/'cfg.yaml').write_text(to_yaml(cfg))
         done = shell('rtsseg-train', '--config', tmp_path/'cfg.yaml', '--processes', processes, env=ONE_THREAD)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -117,7 +123,8 @@ def test_two_processes_equal_one(season, tmp_path):
 
 def test_it_stops_early_and_clips(season, tmp_path):
     "Patience counts epochs without a lower validation loss; the rate of 0.3 lets it rise"
-    cfg = config(season, tmp_path, epochs=12, early_stopping=dict(patience=1, min_delta=10.), optimizer=dict(clip_norm=.01))
+    cfg = config(season, tmp_path, epochs=12, early_stopping=dict(patience=1, min_delta=10.),
+                 optimizer=dict(clip_norm=.01))
     rows = read_log(train(cfg))
     assert len(rows) == 2 and rows[0]['grad_norm/max'] > .01
 
@@ -129,8 +136,8 @@ def test_a_stream_may_be_left_out(season, tmp_path, more):
 
 def test_the_placeholder_trains(season, tmp_path):
     cfg = load(CONFIGS/'toy.yaml', CONFIGS/'placeholder.yaml', runs=tmp_path, epochs=2, batch_size=4,
-               tracker=dict(kind='none'), early_stopping=dict(patience=2), data=paths(season) | dict(patch=16, made=None),
-               model=dict(depth=4, filters=32, dropout=.1))
+               tracker=dict(kind='none'), early_stopping=dict(patience=2),
+               data=paths(season) | dict(patch=16, made=None), model=dict(depth=4, filters=32, dropout=.1))
     rows = read_log(train(cfg))
     assert rows[1]['train/loss/cross_entropy'] < rows[0]['train/loss/cross_entropy']
     assert [line for line in cfg.doubtful_settings() if 'model' in line] == []
@@ -151,12 +158,15 @@ def test_a_model_of_a_user_takes_its_place(season, tmp_path):
 
 # ---------------------------------------------------------------- padding
 
-MODELS = [lambda: DualStreamUNET3D(2, 3, 1, 4),
-          *(lambda fusion=fusion: DualUNet3D(2, 3, 1, 4, depth=2, filters=4, fusion=fusion) for fusion in ('concat', 'attention'))]
+SMALLEST = dict(depth=2, filters=4)
+MODELS = [lambda: DualStreamUNET3D(2, 3, 1, 4), lambda: DualUNet3D(2, 3, 1, 4, fusion='concat', **SMALLEST),
+          lambda: DualUNet3D(2, 3, 1, 4, fusion='attention', **SMALLEST)]
+PAIRS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+MORE = st.tuples(st.integers(0, 19), st.integers(0, 19))
 
 @pytest.mark.parametrize('build', MODELS, ids=['placeholder', 'concat', 'attention'])
 @settings(deadline=None, max_examples=25)
-@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.tuples(st.integers(0, 19), st.integers(0, 19)), st.integers(0, 99))
+@given(PAIRS, MORE, st.integers(0, 99))
 def test_padding_changes_no_bit_of_a_logit(build, times, more, seed):
     torch.manual_seed(seed)
     model, batch = build().eval(), random_series((2, 3, 1), times, 8, seed=seed)
@@ -173,7 +183,8 @@ def test_padding_changes_no_bit_of_a_logit(build, times, more, seed):
 @given(st.integers(1, 6), st.integers(0, 12), st.integers(0, 99))
 def test_a_short_series_among_long_ones_gives_what_it_gives_alone(length, more, seed):
     torch.manual_seed(seed)
-    model, batch = DualUNet3D(2, 3, 1, 4, depth=2, filters=4).eval(), random_series((2, 3, 1), (4, length + more), 8, seed=seed)
+    model = DualUNet3D(2, 3, 1, 4, **SMALLEST).eval()
+    batch = random_series((2, 3, 1), (4, length + more), 8, seed=seed)
     for name in ('present2', 'valid2'):
         batch[name][1, length:] = False
     with torch.no_grad():
@@ -184,7 +195,7 @@ def test_a_gradient_never_comes_from_padding():
     batch = padded_series(random_series((2, 3, 1), (4, 5), 8), (3, 2))
     for name in ('s1', 's2'):
         batch[name].requires_grad_()
-    DualUNet3D(2, 3, 1, 4, depth=2, filters=4)(**batch).square().sum().backward()
+    DualUNet3D(2, 3, 1, 4, **SMALLEST)(**batch).square().sum().backward()
     assert not batch['s1'].grad[:, :, 4:].any() and not batch['s2'].grad[:, :, 5:].any()
     assert batch['s1'].grad.any() and batch['s2'].grad.any()
 
@@ -198,7 +209,8 @@ def test_class_weights_follow_their_formulas(season, tmp_path):
         cfg = config(season, tmp_path, loss=dict(class_weights=kind, beta=.999))
         found = np.array(find_system('timeseries').feed(cfg).weights)[occurs]
         assert found == pytest.approx(raw / raw.mean(), rel=1e-6)
-    assert set(find_system('timeseries').feed(config(season, tmp_path, loss=dict(class_weights='none'))).weights) == {1.}
+    alike = config(season, tmp_path, loss=dict(class_weights='none'))
+    assert set(find_system('timeseries').feed(alike).weights) == {1.}
 
 def test_ignored_pixels_do_not_count(season, tmp_path):
     cfg = config(season, tmp_path)
@@ -239,7 +251,7 @@ def test_tiles_in_blocks_give_the_numbers_of_whole_tiles(season, undisturbed):
     tables = []
     for budget in (1024, 0):
         feed = system.feed(load(undisturbed/'config.yaml', data=dict(budget_mb=budget)))
-        task, meter = SeriesTask(cfg, packed.weights), None
+        task = SeriesTask(cfg, packed.weights)
         meter = task.meter()
         with torch.no_grad():
             for batch in feed.split('val', packed):
@@ -284,6 +296,37 @@ def test_best_model_opens_with_pytorch_alone(undisturbed, tmp_path):
     packed = find_system('timeseries').unpack(undisturbed/'model')
     assert found.keys() == packed.model.state_dict().keys()
     assert all(tensor.equal(found[name]) for name, tensor in packed.model.state_dict().items())
+
+@pytest.mark.parametrize('formats', [['onnx'], ['torchscript']], ids=lambda formats: formats[0])
+def test_its_model_is_exported(season, undisturbed, tmp_path, formats):
+    "The file takes the values of stores; it gives the logits that an evaluation sees"
+    found = export_any(undisturbed/'model', tmp_path/'out', formats)
+    assert max(parity.difference for parity in found.values()) < 1e-4
+    system = find_system('timeseries')
+    packed, feed = system.unpack(undisturbed/'model'), system.feed(load(undisturbed/'config.yaml'))
+    batch = next(iter(feed.split('val', packed)))
+    tile = next(tile for tile in feed.tiles if tile.split == 'val')
+    top, left = batch['corner'][0].tolist()
+    place = slice(top, top + 16), slice(left, left + 16)
+    inputs = {name: batch[name][:1].numpy() for name in ('present1', 'present2', 'day1', 'day2')}
+    for name, layers in (('s1', tile.s1), ('s2', tile.s2), ('static', tile.static)):
+        values = tile.read(layers, *place)
+        if name == 'static':
+            inputs[name] = values[None, :, 0]
+            continue
+        inputs[name] = np.full(batch[name][:1].shape, -9999., np.float32)
+        inputs[name][0, :, :values.shape[1]] = values
+    path = tmp_path/'out'/CLASS_FORMATS[formats[0]]
+    run = series_session(path) if formats == ['onnx'] else series_runner(torch.jit.load(path))
+    with torch.no_grad():
+        wanted = packed.model(**{name: batch[name][:1] for name in INPUTS})
+    assert np.abs(run(inputs) - wanted.numpy()).max() < 1e-4
+
+def test_an_export_that_cannot_be_leaves_nothing_behind(undisturbed, tmp_path):
+    for asked in (dict(formats=['int8']), dict(images='somewhere')):
+        with pytest.raises(ConfigError, match='onnx and torchscript'):
+            export_any(undisturbed/'model', tmp_path/'out', **asked)
+    assert not (tmp_path/'out').exists()
 
 # ---------------------------------------------------------------- search
 
@@ -334,8 +377,8 @@ def test_a_trial_trains_in_two_processes(season, tmp_path, monkeypatch):
     log = (cfg.runs/trial.user_attrs['run']/'log.jsonl').read_text()
     assert '"processes": 2' in log
     hopeless = optuna.pruners.ThresholdPruner(upper=0.)
-    study = search(cfg.model_copy(update=dict(seed=1, epochs=30)), tmp_path/'space.yaml', 1, name='pruned', pruner=hopeless,
-                   processes=2)
+    cfg = cfg.model_copy(update=dict(seed=1, epochs=30))
+    study = search(cfg, tmp_path/'space.yaml', 1, name='pruned', pruner=hopeless, processes=2)
     assert [trial.state.name for trial in study.trials] == ['PRUNED']
 
 def test_nothing_is_tested_where_no_trial_ended(season, tmp_path):
@@ -344,7 +387,6 @@ def test_nothing_is_tested_where_no_trial_ended(season, tmp_path):
         judge_best(study, config(season, tmp_path), CONFIGS/'search.yaml')
 
 def test_ranges_are_those_of_the_published_work():
-    from rtsseg.variants import Range, read_axes
     axes = read_axes(CONFIGS/'search.yaml', find_system('timeseries').Config)
     def ends(name):
         axis = axes[name]
@@ -392,7 +434,6 @@ def test_both_streams_left_out_is_a_mistake(season, tmp_path):
         train(config(season, tmp_path/'runs', dict(s1=[], s2=[])))
 
 def test_a_damaged_model_is_refused(undisturbed, tmp_path):
-    import shutil
     shutil.copytree(undisturbed/'model', tmp_path/'model')
     (tmp_path/'model'/'normalization_stats.json').write_text('{}')
     with pytest.raises(ModelError, match='normalization_stats.json'):

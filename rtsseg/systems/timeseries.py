@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from ..class_losses import cross_entropy_loss, pixel_weights
 from ..class_metrics import count_image, counts_to_row, scores_of_counts, sum_counts
 from rtsseg.config import (
-    LOOP_UNREAD,
     EMA,
+    LOOP_UNREAD,
     ConfigError,
     EarlyStopping,
     LearningRate,
@@ -50,7 +50,6 @@ from rtsseg.series_feed import (
     SeriesAugment,
     SeriesData,
     SeriesReader,
-    series_hash,
     series_in_order,
     train_series,
 )
@@ -63,7 +62,14 @@ from rtsseg.series_models import (
     try_series,
     window_logits_of,
 )
-from ..series_stats import ClassWeighting, SeriesStats, series_class_weights, series_stats, survey_tiles
+from rtsseg.series_stats import (
+    ClassWeighting,
+    SeriesStats,
+    check_series,
+    series_class_weights,
+    series_hash,
+    series_stats,
+)
 from ..system import Feed, Pass, SampleMeter, SampleTable, System, observe_samples
 from ..tiles import UnreadableTiles
 from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
@@ -72,8 +78,8 @@ from ..weights import load_weights, model_errors, place_model, read_directory, s
 class SeriesLoss(Strict):
     "Guide 003, Class Weights"
     class_weights: ClassWeighting = Field(
-        'inverse', description='how much a pixel of each class counts: none, all alike; inverse, by one over the pixels '
-                               'of its class; effective, by one over their effective number (Cui et al. 2019)')
+        'inverse', description='how much a pixel of each class counts: none, all alike; inverse, one over the pixels '
+                               'of its class; effective, one over their effective number (Cui et al. 2019)')
     beta: float = Field(.9999, gt=0, lt=1, description='effective: the nearer to 1, the nearer to inverse')
     label_smoothing: float = Field(0., ge=0, lt=1, description='share of the target that all classes get alike')
 
@@ -97,7 +103,7 @@ class SeriesRate(LearningRate):
 
 class SeriesStopping(EarlyStopping):
     "Guide 003, the patience counter: each validation without a better one counts, from the first epoch on"
-    patience: PositiveInt | None = Field(10, description='epochs without improvement before training stops; null: never')
+    patience: PositiveInt | None = Field(10, description='epochs without improvement before it stops; null: never')
     window: PositiveInt = Field(1, description='validations in the moving average')
     min_delta: float = Field(0., ge=0, description='smallest gain that counts')
     start_epoch: PositiveInt = Field(1, description='no stopping before this epoch')
@@ -111,7 +117,8 @@ OWN_MODEL = ('model.depth', 'model.filters', 'model.fusion', 'model.heads', 'mod
 TIMESERIES_UNREAD = [
     *LOOP_UNREAD,
     Unread(OWN_MODEL, 'model.name is {cfg.model.name}', lambda cfg: cfg.model.name != 'DualUNet3D'),
-    Unread(('model.options',), 'model.name is {cfg.model.name}, which takes none', lambda cfg: ':' not in cfg.model.name),
+    Unread(('model.options',), 'model.name is {cfg.model.name}, which takes none',
+           lambda cfg: ':' not in cfg.model.name),
     Unread(('model.fusion',), 'one of data.s1 and data.s2 is empty', lambda cfg: not (cfg.data.s1 and cfg.data.s2)),
     Unread(('loss.beta',), 'loss.class_weights is {cfg.loss.class_weights}',
            lambda cfg: cfg.loss.class_weights != 'effective'),
@@ -176,7 +183,7 @@ class SeriesFeed(Feed):
     @cached_property
     def surveys(self) -> list:
         "What one pass over each tile saw; raises one `DataError` with all problems"
-        return survey_tiles(self.tiles, self.cfg.data.statistics_on)
+        return check_series(self.tiles, self.cfg.data.class_names, self.cfg.data.statistics_on)
 
     def classes_of(self, split:str) -> np.ndarray:    # int64 (classes,)
         "Pixels of each class"
@@ -195,8 +202,7 @@ class SeriesFeed(Feed):
 
     def check(self) -> None:
         "Read every tile once; raises one `DataError` with all problems"
-        if not self.classes_of('train').any():
-            raise DataError(f'{self.source}: no labelled pixel in the tiles for training')
+        self.surveys  # noqa: B018
 
     @cached_property
     def built(self) -> tuple[DataLoader, DataLoader]:
@@ -231,9 +237,9 @@ class SeriesFeed(Feed):
         return sum(tile.split == split for tile in self.tiles)
 
     def warnings(self) -> list[str]:
-        "Classes that a split lacks"
+        "Classes that val or test lack"
         lines = []
-        for split in ('train', 'val', 'test'):
+        for split in ('val', 'test'):
             pixels = self.classes_of(split) if self.size(split) else np.array([])
             absent = [name for name, count in zip(self.cfg.data.class_names, pixels) if not count]
             if absent:
