@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['LABEL', 'UNKNOWN', 'CUBE_DIMS', 'DIM_NAMES', 'DATE_KEYS', 'SECONDS_IN', 'BLOCK_BYTES', 'SeriesLayout', 'parse_dates',
-           'days_of_year', 'Layer', 'read_array', 'by_array', 'read_layers', 'open_store', 'axes_of', 'band_names',
+           'days_of_year', 'Layer', 'read_array', 'by_array', 'read_variables', 'open_store', 'axes_of', 'band_names',
            'stored_dates', 'TileFiles', 'SeriesTile', 'series_problems', 'grid_problems', 'tile_days', 'open_tile',
            'tile_names', 'find_tiles', 'block_shape', 'layer_blocks']
 
 # %% ../nbs/01u_series.ipynb #srexports
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .console import DataError, nearest, raise_problems, some_names
+from .files import digest
 from .season import import_zarr
 
 # %% ../nbs/01u_series.ipynb #srlayoutcode
@@ -31,7 +35,7 @@ DIM_NAMES = dict(t='time', date='time', latitude='y', lat='y', northing='y', row
 
 class SeriesLayout(NamedTuple):
     "What tiles hold"
-    s1: tuple[str, ...]              # variables of the first series
+    s1: tuple[str, ...]              # variables of the first series; one of both may have none
     s2: tuple[str, ...]              # variables of the second one
     static: tuple[str, ...] = ()     # variables without dates
     classes: int = 2                 # labels are below it …
@@ -124,7 +128,7 @@ def by_array(layers:list[Layer]) -> list[list[int]]:
         groups.setdefault(id(layer.array), []).append(number)
     return list(groups.values())
 
-def read_layers(layers:list[Layer],
+def read_variables(layers:list[Layer],
                 rows:slice,
                 columns:slice,
                 steps:slice=slice(None)
@@ -274,6 +278,16 @@ class SeriesTile:
         "How many dates both series have; 0 for one without variables"
         return tuple(layers[0].steps if layers else 0 for layers in (self.s1, self.s2))
 
+    @cached_property
+    def digest(self) -> str:
+        "SHA-256 of the contents of its stores, without its name"
+        found = []
+        for path in self.paths:
+            store = path.name.removeprefix(self.name)
+            files = sorted(file for file in path.rglob('*') if file.is_file())
+            found += [[store, file.relative_to(path).as_posix(), digest(file)] for file in files]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
     @property
     def layers(self) -> list[Layer]:
         "All variables but the label"
@@ -282,12 +296,12 @@ class SeriesTile:
     def read(self, layers:list[Layer], rows:slice, columns:slice, steps:slice=slice(None)) -> np.ndarray:
         "float32 (layers, T, h, w); T is 1 for variables without time. Raises `DataError`"
         try:
-            return read_layers(layers, rows, columns, steps)
+            return read_variables(layers, rows, columns, steps)
         except DataError as e:
             raise DataError(f'tile {self.name!r}, {e}') from None
 
     def read_label(self, rows:slice=slice(None), columns:slice=slice(None)) -> np.ndarray:    # int64 (h, w)
-        "The classes of a part, 255 where it is unknown; raises `DataError`, also for labels that are no class"
+        "The classes of a part, 255 where it is unknown; raises `DataError`, also for labels outside the classes"
         try:
             label = read_array([self.label], rows, columns)[0, 0].astype(np.int64)
         except DataError as e:
@@ -333,9 +347,11 @@ def tile_days(s1:list[Layer], s2:list[Layer]) -> tuple[np.ndarray, np.ndarray]:
     "Days of both series since 1 January of the first year; the number of a step where dates are unknown"
     found = [next((layer.dates for layer in layers if layer.dates is not None), None) for layers in (s1, s2)]
     years = [dates[0].astype('datetime64[Y]') for dates in found if dates is not None and len(dates)]
-    steps = [layers[0].steps if layers else 0 for layers in (s1, s2)]
-    return tuple(np.arange(count, dtype=np.float32) if dates is None else days_of_year(dates, min(years))
-                 for dates, count in zip(found, steps, strict=True))
+    days = []
+    for dates, layers in zip(found, (s1, s2), strict=True):
+        steps = layers[0].steps if layers else 0
+        days.append(np.arange(steps, dtype=np.float32) if dates is None else days_of_year(dates, min(years)))
+    return tuple(days)
 
 def open_tile(folder:Path,                # of a split
               name:str,                   # of the tile

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERIES_SPLITS', 'check_dims', 'check_distinct', 'SeriesData', 'SeriesAugment', 'SeriesPart', 'SeriesReader',
-           'patch_places', 'turned', 'padded', 'as_sample', 'SeriesPatches', 'SeriesBlock', 'split_axis', 'tile_blocks',
-           'SeriesTiles', 'only_item', 'train_series', 'series_in_order']
+           'patch_places', 'turn_square', 'padded', 'as_sample', 'SeriesPatches', 'SeriesBlock', 'split_axis',
+           'tile_blocks', 'SeriesTiles', 'only_item', 'train_series', 'series_in_order']
 
 # %% ../nbs/02f_series_feed.ipynb #sfexports
 import math
@@ -57,10 +57,10 @@ class SeriesData(Strict):
     test_tiles: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         [], description='tiles for the test; empty: all of the folder')
     s1: Annotated[list[str], AfterValidator(check_distinct)] = Field(
-        ['VV', 'VH', 'ANGLE'], description='variables of the first series: Sentinel-1; empty: it is left out')
+        ['VV', 'VH', 'ANGLE'], description='variables of the first series, Sentinel-1; may be empty')
     s2: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         ['B02', 'B03', 'B04', 'B08', 'B11', 'NDVI'],
-        description='variables of the second series: Sentinel-2; empty: it is left out')
+        description='variables of the second series, Sentinel-2; may be empty where s1 is not')
     static: Annotated[list[str], AfterValidator(check_distinct)] = Field(
         ['DEM'], description='variables without dates; may be empty')
     class_names: Annotated[list[str], AfterValidator(check_distinct)] = Field(
@@ -78,9 +78,9 @@ class SeriesData(Strict):
     made: SeasonWorld | None = Field(None, description='draw a made-up season where the folders do not exist')
 
     @model_validator(mode='after')
-    def _one_series_at_least(self):
+    def _has_a_series(self):
         if not (self.s1 or self.s2):
-            raise ValueError('s1 and s2 are both empty: one of the series is needed')
+            raise ValueError('s1 and s2 are both empty: one of them needs variables')
         return self
 
     @property
@@ -146,11 +146,11 @@ class SeriesReader:
         "A part from the stores; raises `DataError`"
         tile = self.tiles[number]
         target = tile.read_label(rows, columns).astype(np.uint8)
-        found = [self.scaled(tile, layers, rows, columns) if layers else
-                 (np.empty((0, steps, *target.shape), np.float32), np.empty((steps, *target.shape), bool))
-                 for layers, steps in ((tile.s1, 0), (tile.s2, 0), (tile.static, 1))]
-        (s1, valid1), (s2, valid2), (static, _) = found
-        return SeriesPart(s1, s2, static[:, 0], valid1, valid2, target)
+        # of variables without any
+        nothing = np.zeros((0, 0, *target.shape), np.float32), np.zeros((0, *target.shape), bool)
+        (s1, valid1), (s2, valid2), (static, _) = (self.scaled(tile, layers, rows, columns) if layers else nothing
+                                                   for layers in (tile.s1, tile.s2, tile.static))
+        return SeriesPart(s1, s2, static.reshape(-1, *target.shape), valid1, valid2, target)
 
     def scaled(self, tile:SeriesTile, layers:list, rows:slice, columns:slice) -> tuple[np.ndarray, np.ndarray]:
         "Scaled values (layers, T, h, w), and what was seen (T, h, w)"
@@ -173,7 +173,7 @@ def patch_places(length:int,      # of the tile along an axis, pixels
     count = math.ceil(last / max(round(side * (1 - overlap)), 1)) + 1
     return [round(place) for place in np.linspace(0, last, count).tolist()]
 
-def turned(array:np.ndarray,      # (…, h, w)
+def turn_square(array:np.ndarray,      # (…, h, w)
            is_flipped:bool,
            quarters:int           # turns by 90°, against the clock
           ) -> np.ndarray:        # a view
@@ -194,10 +194,10 @@ def as_sample(part:SeriesPart,               # a part of a tile
               tile:SeriesTile,
               side:int,                      # of a patch, pixels
               longest:list[int],             # dates of the longest series of both sensors
-              move:tuple[bool, int]=(False, 0)    # of `turned`
+              move:tuple[bool, int]=(False, 0)    # of `turn_square`
              ) -> dict[str, torch.Tensor]:
     "The tensors of a patch; see `SeriesPatches`"
-    part, sample = SeriesPart(*(turned(array, *move) for array in part)), {}
+    part, sample = SeriesPart(*(turn_square(array, *move) for array in part)), {}
     for number, (values, valid) in enumerate(((part.s1, part.valid1), (part.s2, part.valid2)), 1):
         steps = longest[number - 1]
         sample[f's{number}'] = padded(values, (len(values), steps, side, side))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StatisticsDevice', 'ClassWeighting', 'has_cupy', 'upload_with', 'known_moments', 'TileSurvey', 'survey_tile',
-           'label_counts', 'survey_tiles', 'SeriesStats', 'series_stats', 'tile_digest', 'series_hash', 'check_series',
+           'label_counts', 'survey_tiles', 'SeriesStats', 'series_stats', 'series_hash', 'check_series',
            'series_class_weights']
 
 # %% ../nbs/01v_series_stats.ipynb #svexports
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .console import DataError, progress, raise_problems
-from .files import FileError, digest, parse_json, read_bytes, typed, write_atomic
+from .files import FileError, parse_json, read_bytes, typed, write_atomic
 from .series import UNKNOWN, SeriesTile, layer_blocks
 from .stats import Moments, merge_moments
 
@@ -176,22 +176,12 @@ def series_stats(tiles:list[SeriesTile],        # of all splits
                        [int(m.n) for m in total.values()], longest, [tile.name for tile in train])
 
 # %% ../nbs/01v_series_stats.ipynb #svcheckcode
-def tile_digest(tile:SeriesTile) -> str:    # hexadecimal
-    "SHA-256 of the contents of a tile's stores, without its name"
-    found = []
-    for path in tile.paths:
-        store = path.name.removeprefix(tile.name)
-        files = sorted(file for file in path.rglob('*') if file.is_file())
-        found += [[store, file.relative_to(path).as_posix(), digest(file)] for file in files]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
 def series_hash(tiles:list[SeriesTile]) -> str:    # 16 hexadecimal digits
     "Hash of the list of tiles and of the contents of their stores"
-    found = [[tile.split, tile.name, tile_digest(tile)] for tile in tiles]
+    found = [[tile.split, tile.name, tile.digest] for tile in tiles]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 def check_series(tiles:list[SeriesTile],      # of all splits
-                 class_names:list[str],
                  device:StatisticsDevice='auto'
                 ) -> list[TileSurvey]:
     "Read every tile once; raises one `DataError` with all that is wrong"
@@ -199,13 +189,12 @@ def check_series(tiles:list[SeriesTile],      # of all splits
     for tile in progress(tiles, 'checking series'):
         found.append(survey_tile(tile, upload))
         problems += found[-1].problems
-        other = first.setdefault(tile_digest(tile), tile)
+        other = first.setdefault(tile.digest, tile)
         if other.split != tile.split:
             problems.append(f'tile {tile.name!r} in {tile.split} has the same content as {other.name!r} in '
                             f'{other.split}')
-    counts = sum(one.classes for one, tile in zip(found, tiles, strict=True) if tile.split == 'train')
-    problems += [f'class {name!r}: no pixel of the training tiles has it'
-                 for name, count in zip(class_names, counts, strict=True) if not count]
+    if not any(one.classes.any() for one, tile in zip(found, tiles, strict=True) if tile.split == 'train'):
+        problems.append('no pixel of the training tiles has a class')
     raise_problems('series', problems)
     return found
 

@@ -35,7 +35,6 @@ from rtsseg.series_stats import (
     series_class_weights,
     series_stats,
     survey_tiles,
-    tile_digest,
     upload_with,
 )
 from rtsseg.stats import merge_moments
@@ -73,7 +72,7 @@ def problems_of(root, *also, **more):
     "What opening, and then reading, finds"
     data = data_of(root, **more)
     with pytest.raises(DataError) as caught:
-        check_series(data.tiles(), data.class_names, 'cpu')
+        check_series(data.tiles(), 'cpu')
     return str(caught.value).splitlines()
 
 def only_problem(root, *words, **more):
@@ -206,12 +205,10 @@ def test_the_same_tile_under_two_names(copied):
         shutil.copytree(path, copied/'test'/path.name.replace('train00', 'other'))
     only_problem(copied, "tile 'other' in test has the same content as 'train00' in train")
 
-def test_a_class_without_a_training_pixel(copied):
+def test_training_tiles_without_any_label(copied):
     for path in sorted((copied/'train').glob('*_label.zarr')):
-        label = values_of(path)[0]
-        label[label == 2] = 1
-        rewritten(path, label)
-    only_problem(copied, "class 'pasture': no pixel of the training tiles has it")
+        rewritten(path, np.full_like(values_of(path)[0], 255))
+    only_problem(copied, 'no pixel of the training tiles has a class')
 
 def test_a_folder_that_does_not_exist_or_holds_nothing(copied, tmp_path):
     (tmp_path/'empty').mkdir()
@@ -231,6 +228,11 @@ def test_names_are_given_once():
     for field in ('s1', 's2', 'static', 'train_tiles', 'class_names'):
         with pytest.raises(ValueError, match='named twice'):
             SeriesData(**{field: ['a', 'b', 'a']})
+
+def test_one_series_may_be_empty_and_both_not():
+    assert SeriesData(s1=[]).layout.s1 == ()
+    with pytest.raises(ValueError, match='both empty'):
+        SeriesData(s1=[], s2=[])
 
 def test_a_constant_variable_has_no_scale(copied):
     for tile in ('train00', 'train01', 'train02'):
@@ -573,6 +575,27 @@ def test_a_tile_that_is_smaller_than_a_patch(parts):
     assert not sample['valid2'][:, 40:].any() and not sample['s2'][..., 40:].any()
     assert (sample['target'] != 255).sum() == (drawn['target'] != 255).sum()
 
+@pytest.mark.parametrize('empty', ['s1', 's2', 'static'])
+def test_variables_of_one_kind_may_be_left_out(parts, season, empty):
+    "The others are as they were"
+    data = data_of(season, **{empty: []})
+    tiles = data.tiles()
+    stats = series_stats(tiles, survey_tiles(tiles, 'cpu'))
+    patches, whole = patches_of((data, tiles, stats)), patches_of(parts)
+    for key in (2, (1, 1, 2, 0)):
+        sample, expected = patches[key], whole[key]
+        for name, value in sample.items():
+            if name in ('row', 'sample', 'tile', 'group') or name[-1] != empty[-1]:
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[name])) if not isinstance(
+                    value, str) else value == expected[name]
+        assert sample[empty].numel() == 0 and sample[empty].shape[-2:] == (16, 16)
+    if empty != 'static':
+        number = empty[1]
+        assert sample[f'present{number}'].shape == (0,) and sample[f'day{number}'].shape == (0,)
+        assert sample[empty].shape == (0, 0, 16, 16) and sample[f'valid{number}'].shape == (0, 16, 16)
+    batch = next(iter(series_in_order(patches.reader, data, 'val', Loader(num_workers=0))))
+    assert batch[empty].numel() == 0 and len(batch[empty]) == len(batch['corner'])
+
 def test_an_unreadable_patch_is_noted(copied):
     data = data_of(copied)
     tiles = data.tiles()
@@ -633,7 +656,7 @@ def test_the_season_is_a_function_of_its_seed(tmp_path):
     small = SeasonWorld(side=16, train=1, val=1, test=1)
     worlds = [make_season(tmp_path/name, small.model_copy(update=dict(seed=seed)))
               for name, seed in (('a', 1), ('b', 1), ('c', 2))]
-    first, again, other = ([tile_digest(tile) for tile in data_of(root).tiles()] for root in worlds)
+    first, again, other = ([tile.digest for tile in data_of(root).tiles()] for root in worlds)
     assert first == again and len(set(first) | set(other)) == 6
 
 def test_a_season_that_was_cut_short_is_made_whole(tmp_path):
@@ -643,7 +666,7 @@ def test_a_season_that_was_cut_short_is_made_whole(tmp_path):
     shutil.copytree(whole/'val', tmp_path/'cut'/'.val.part')
     shutil.rmtree(tmp_path/'cut'/'.val.part'/'val00_VV.zarr')
     cut = make_season(tmp_path/'cut', small)
-    found, expected = ([tile_digest(tile) for tile in data_of(root).tiles()] for root in (cut, whole))
+    found, expected = ([tile.digest for tile in data_of(root).tiles()] for root in (cut, whole))
     assert found == expected
     assert not (cut/'.val.part').exists()
 
