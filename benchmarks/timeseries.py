@@ -6,7 +6,7 @@ All sides train from configs/timeseries/toy.yaml on the same patches, with the s
 all dates of both streams as channels) has about as many parameters, and as many epochs as take the same CPU seconds,
 which a first epoch measures. `one_date` sees the clearest optical date of each patch and the radar date next to it;
 `radar` and `camera` see one stream. Nobody stops early; for all kinds alike the best mIoU of any epoch counts, over
-whole validation tiles. Seeds vary weights and draws; the season stays. MONAI is no dependency:
+whole validation tiles. Seeds vary weights and draws; the season stays. MONAI comes with
 pip install --no-deps monai==1.6.1
 """
 import argparse

@@ -583,7 +583,8 @@ class SeriesLabeller(nn.Module):
         scaled = (values - getattr(self, f'mean_{name}')) / getattr(self, f'std_{name}')
         return scaled.where(known, 0.), known
 
-    def forward(self, s1, s2, static, present1, present2, day1, day2) -> torch.Tensor:
+    def forward(self, s1:torch.Tensor, s2:torch.Tensor, static:torch.Tensor, present1:torch.Tensor,
+                present2:torch.Tensor, day1:torch.Tensor, day2:torch.Tensor) -> torch.Tensor:
         "Logits (1, classes, side, side) of `SERIES_INPUTS`"
         (s1, known1), (s2, known2) = self.scaled('s1', s1), self.scaled('s2', s2)
         valid1, valid2 = (known.float().sum(1) > 0 for known in (known1, known2))

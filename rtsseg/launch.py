@@ -202,8 +202,7 @@ class Relay:
 def run_attached(program:list[str],      # the trainer
                  processes:int,          # how many of them
                  env:dict[str, str],     # of `trainer_environment`
-                 watch:Callable[[Callable[[], None], threading.Event], None]|None=None    # runs beside them, with what
-                                                             # asks them to stop, and what is set once they have ended
+                 watch:Callable|None=None    # runs beside them; gets what asks them to stop, and an event: they ended
                 ) -> None:
     "Run the processes to their end and relay their output; raises `RunError`, and `Stopped` where the run can resume"
     stdin, hold = os.pipe()

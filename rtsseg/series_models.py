@@ -52,9 +52,10 @@ def padded_series(inputs:dict[str, torch.Tensor],    # of `INPUTS`
     return found
 
 # %% ../nbs/04w_series_models.ipynb #smdtimecode
-PERIODS = tuple(730.5 / 2**k for k in range(6))    # days
+# days
+PERIODS = tuple(730.5 / 2**k for k in range(6))
 
-# days over which the influence of a date falls to 1 / e, before anything is learnt: the repeat of Sentinel-1
+# days over which the influence of a date falls to 1 / e at the start: the repeat of Sentinel-1
 REACH = 12.
 
 def day_code(day:torch.Tensor    # (N, T)
@@ -104,7 +105,9 @@ class DualStreamUNET3D(nn.Module):
         super().__init__()
         self.convolution = nn.Conv3d(s1 + s2 + static, classes, 3, padding=1)
 
-    def forward(self, s1, s2, static, present1, present2, valid1, valid2, day1, day2) -> torch.Tensor:
+    def forward(self, s1:torch.Tensor, s2:torch.Tensor, static:torch.Tensor, present1:torch.Tensor,
+                present2:torch.Tensor, valid1:torch.Tensor, valid2:torch.Tensor, day1:torch.Tensor, day2:torch.Tensor
+               ) -> torch.Tensor:
         "Logits (N, classes, H, W) of `INPUTS`"
         s1, _, _, present1 = trim_padding(s1, valid1, day1, present1)
         s2, _, _, present2 = trim_padding(s2, valid2, day2, present2)
@@ -347,7 +350,9 @@ class DualUNet3D(nn.Module):
         self.encoder = DualEncoder(s1, s2, static, widths, fusion, heads)
         self.decoder = DateDecoder(widths, classes, heads, dropout)
 
-    def forward(self, s1, s2, static, present1, present2, valid1, valid2, day1, day2) -> torch.Tensor:
+    def forward(self, s1:torch.Tensor, s2:torch.Tensor, static:torch.Tensor, present1:torch.Tensor,
+                present2:torch.Tensor, valid1:torch.Tensor, valid2:torch.Tensor, day1:torch.Tensor, day2:torch.Tensor
+               ) -> torch.Tensor:
         "Logits (N, classes, H, W) of `INPUTS`"
         streams, films = {'1': (s1, valid1, day1, present1), '2': (s2, valid2, day2, present2)}, {}
         for name in self.encoder.names:

@@ -183,7 +183,7 @@ class SeriesFeed(Feed):
     @cached_property
     def surveys(self) -> list:
         "What one pass over each tile saw; raises one `DataError` with all problems"
-        return check_series(self.tiles, self.cfg.data.class_names, self.cfg.data.statistics_on)
+        return check_series(self.tiles, self.cfg.data.statistics_on)
 
     def classes_of(self, split:str) -> np.ndarray:    # int64 (classes,)
         "Pixels of each class"
