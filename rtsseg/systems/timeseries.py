@@ -237,9 +237,9 @@ class SeriesFeed(Feed):
         return sum(tile.split == split for tile in self.tiles)
 
     def warnings(self) -> list[str]:
-        "Classes that val or test lack"
+        "Classes that a split lacks"
         lines = []
-        for split in ('val', 'test'):
+        for split in ('train', 'val', 'test'):
             pixels = self.classes_of(split) if self.size(split) else np.array([])
             absent = [name for name, count in zip(self.cfg.data.class_names, pixels) if not count]
             if absent:
