@@ -108,7 +108,8 @@ check-docs: $(STAMP)
 sync readme: $(STAMP)
 	@.venv/bin/python sync.py
 
-# without crf, which the index has as source alone: it would need a compiler on each machine
+# without crf, which the index has as source alone: it would need a compiler on each machine; without cupy, which
+# needs a GPU
 LOCKED := search track export ray wandb sam webdataset series dicom notebooks dev
 lock:
 	uv pip compile setup.py $(LOCKED:%=--extra %) --universal --python-version 3.11 --generate-hashes \

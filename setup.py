@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'series', 'dicom', 'notebooks',
-          'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'series', 'cupy', 'dicom',
+          'notebooks', 'dev']
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'WORST_MAPS', 'WORST_IMAGES', 'MAP_SIDE', 'NO_MAPS', 'MAPS_TEXT', 'confusion_figure',
-           'shares_figure', 'largest_other', 'worst_classes', 'class_blocks', 'Look', 'look_before', 'Least', 'is_kept',
-           'interval_text', 'looks_table', 'judge_look', 'looks_blocks', 'worst_images', 'colours_of', 'map_figure',
-           'map_blocks']
+           'shares_figure', 'largest_other', 'worst_classes', 'class_blocks', 'class_section', 'Look', 'look_before',
+           'Least', 'is_kept', 'interval_text', 'looks_table', 'judge_look', 'looks_blocks', 'worst_images',
+           'colours_of', 'map_figure', 'map_blocks']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .bootstrap import MIN_GROUPS, Estimate, draw_groups
-from .class_metrics import boundary_score, class_scores, ratio
+from .class_metrics import boundary_score, class_scores, ratio, sum_counts
 from .class_tiles import NO_CLASS, ClassSamples, read_pair
 from .console import DataError
 from .files import inside
 from .page import Number, Picture, Table, Text
+from .shared import split_tables, table_estimates
 from .system import SampleTable, table_path
 
 # %% ../nbs/06i_class_report.ipynb #crpfigurecode
@@ -93,6 +94,16 @@ def class_blocks(confusion:np.ndarray,              # (classes, classes): rows t
     if not confusion.sum():
         return [Text('No pixel of this split has a label.')]
     return [worst_classes(confusion, names, estimates), Picture(confusion_figure(confusion, names), CONFUSION_CAPTION)]
+
+# %% ../nbs/06i_class_report.ipynb #crpsectioncode
+def class_section(results:Any,         # `Results`: the runs of one configuration, one a seed
+                  names:list[str]      # of the classes
+                 ) -> list:
+    "Blocks of a page about the classes, on the split of the headline"
+    tables = split_tables(results, results.split)
+    confusion = sum(sum_counts(table.frame).confusion for table in tables)
+    blocks = class_blocks(confusion, names, table_estimates(results, tables))
+    return [Text(f'On the {results.split} split.'), *blocks]
 
 # %% ../nbs/06i_class_report.ipynb #crpviewscode
 class Look(NamedTuple):

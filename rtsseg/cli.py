@@ -796,20 +796,30 @@ def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sampl
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
-                  space:str='search/lr_loss', # YAML file of what to try, or a name in configs/
-                  trials:int=20,              # finished and pruned trials, earlier calls included
+                  space:str='',               # YAML file of what to try, or a name in configs/; '': that of the system
+                  trials:int|None=None,       # finished and pruned ones, earlier calls included; none: as the system
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
-                  storage:str=''              # URL of a database that machines share; '': a file in its folder
+                  storage:str='',             # URL of a database that machines share; '': a file in its folder
+                  then:str='',                # test: evaluate the best trial on the test split, and write results.json
+                  processes:int=1             # GPUs, or CPU processes, on which each trial trains
                  ) -> None:
     "Search for good settings; started again, it resumes. Several at a time on one database share the work"
-    from rtsseg.config import find_config
+    from rtsseg.config import ConfigError, find_config, find_system
+    if then not in ('', 'test'):
+        raise ConfigError(f'then: {then!r} was given, and only test is known')
     cfg = shared.settings()
-    from rtsseg.tuning import search, show_search
+    plan = find_system(cfg.system).search_plan(cfg)
+    space, trials = space or plan[0], plan[1] if trials is None else trials
+    from rtsseg.tuning import judge_best, search, show_search
     if not any('deterministic' in text for text in shared.all_overrides()):
         cfg = cfg.model_copy(update=dict(deterministic=False))
         print('deterministic kernels are off for a search (guide 2.2); --override deterministic=true turns them on',
               flush=True)
-    print(show_search(search(cfg, find_config(space)[0], trials, study, storage), cfg, shared.config))
+    space = find_config(space)[0]
+    found = search(cfg, space, trials, study, storage, processes=processes)
+    print(show_search(found, cfg, shared.config))
+    if then:
+        print(judge_best(found, cfg, space))
 
 @command(resumes=True, without=('seed',))
 def rtsseg_ablate(shared:RunArguments=RunArguments(),

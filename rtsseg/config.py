@@ -1120,6 +1120,7 @@ BUILT_IN_SYSTEMS = {
     'classify': 'rtsseg.systems.classify:Classify',
     'landcover': 'rtsseg.systems.landcover:Landcover',
     'plants': 'rtsseg.systems.plants:Plants',
+    'timeseries': 'rtsseg.systems.timeseries:Timeseries',
 }
 
 def system_names() -> list[str]:

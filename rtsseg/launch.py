@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import IO, Any
@@ -200,7 +201,8 @@ class Relay:
 # %% ../nbs/04h_launch.ipynb #clarun
 def run_attached(program:list[str],      # the trainer
                  processes:int,          # how many of them
-                 env:dict[str, str]      # of `trainer_environment`
+                 env:dict[str, str],     # of `trainer_environment`
+                 watch:Callable|None=None    # runs beside them; gets what asks them to stop, and an event: they ended
                 ) -> None:
     "Run the processes to their end and relay their output; raises `RunError`, and `Stopped` where the run can resume"
     stdin, hold = os.pipe()
@@ -215,12 +217,17 @@ def run_attached(program:list[str],      # the trainer
         lines = open(output, errors='replace', newline='\n')
         reader = threading.Thread(target=relay.read, args=(lines, lifeline), daemon=True)
         reader.start()
+        ended = threading.Event()
+        watcher = threading.Thread(target=watch or (lambda *_: None), args=(lifeline.close, ended), daemon=True)
+        watcher.start()
         try:
             code = wait_for_processes(ranks)
             # a process that prepares batches may outlive its trainer and keep the pipe open
             reader.join(GRACE_SECONDS)
         finally:
             lifeline.close()
+            ended.set()
+            watcher.join()
             status_line.clear()
     raise_outcome(code, relay, signals.why)
     signals.raise_late()

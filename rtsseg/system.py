@@ -232,6 +232,10 @@ class System:
         "What two configs must have in common for their results to be compared"
         return getattr(cfg, 'metrics', None)
 
+    def search_plan(self, cfg:RunConfig) -> tuple[str|Path, int]:
+        "What a search tries, and in how many trials, where its command does not say it"
+        return 'search/lr_loss', 20
+
     def check_variant(self, cfg:RunConfig, feed:Feed) -> None:
         "Try in a second what a config may fail at, before a search trains it; raises `ConfigError` and `DataError`"
         self.model(cfg, feed)

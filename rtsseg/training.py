@@ -11,7 +11,7 @@ __all__ = ['PreparedRun', 'build_model', 'prepare_run', 'Opened', 'is_first_proc
 import gc
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +220,8 @@ def force_config(cfg:RunConfig     # the whole tree
 # %% ../nbs/05_train.ipynb #92519d231
 def launch(cfg:RunConfig,          # the whole tree
            processes:int=1,        # GPUs, or CPU processes, to train on
-           detach:bool=False       # return at once, and let the run outlive this process
+           detach:bool=False,      # return at once, and let the run outlive this process
+           watch:Callable|None=None    # for `run_attached`
           ) -> Path:               # the run folder
     "Train in a process and session of its own and show its output; raises `RunError` unless the run is done at the end"
     drop_rank_variables()
@@ -241,7 +242,7 @@ def launch(cfg:RunConfig,          # the whole tree
         run_detached([*program, '--processes', str(processes)], env, log)
         print(f'the run continues by itself; its output goes to {os.path.relpath(log)}', flush=True)
     else:
-        run_attached([*program, '--inline'], processes, env)
+        run_attached([*program, '--inline'], processes, env, watch)
     return run.folder
 
 def start_training(cfg:RunConfig,          # the whole tree

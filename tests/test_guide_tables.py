@@ -139,12 +139,43 @@ PLANT_LINES = {
     'Verification': ['box'],
 }
 
+def capitalised(guide):
+    "The lines of a guide in plain text that name a part of it: few words, all but the small ones with a capital"
+    words = r'(?:[A-Z][a-z]+|and|with|&)'
+    return {line: line for line in re.findall(rf'^([A-Z][a-z]+(?: {words})*):?$', guide, re.M)}
+
+TIMESERIES_LINES = {
+    'Overview': ['Sentinel-1 and Sentinel-2', 'several GPUs', 'Optuna'],
+    'Data Loading & Preprocessing': ['zarr', 'by chunks', 'patches'],
+    'Data Preprocessing': ['padded'],
+    'Normalization & Statistics': ['CuPy', 'z-scores', 'fill'],
+    'Padding': ['max_T'],
+    'Class Weights': ['compute_class_weights'],
+    'Model Definition': ['placeholder'],
+    'Model': ['concatenated, a 3-D convolution', 'in its place'],
+    'Model and Training': ['same bytes'],
+    'Distributed Training': ['NCCL', 'DDP', 'patience', 'clipping', 'cosine', 'best_model.pth'],
+    'Requirements': ['PyTorch, CuPy, zarr, Optuna, NumPy'],
+    'Repository Structure': ['main.py'],
+    'Usage': ['one command'],
+    'Configure Paths and Tile Identifiers': ['base_train_path … test_tiles'],
+    'Run Hyperparameter Optimization and Training': ['python main.py'],
+    'Hyperparameter Optimization': ['layers, rate, batch size'],
+    'Hyperparameter Optimization with Optuna': ['resumes'],
+    'Objective Function': ['best validation loss'],
+    'Study Persistence': ['study.db', 'study.pkl'],
+    'Evaluation': ['loss and accuracy', 'results.json: best settings, test metrics, configuration'],
+    'Detailed Workflow': ['printed'],
+}
+
 TABLES = [
     GuideTable('guide.qmd', '000', numbered, find_system('rts').Config, None, 'experiments/*.yaml', RTS_LINES),
     GuideTable('guide_landcover.qmd', '002', numbered_by_stage, partial(load, CONFIGS/'landcover'/'baseline.yaml'),
                RunConfig, 'landcover/*/*.yaml', LANDCOVER_LINES),
     GuideTable('guide_plants.qmd', '001', titled, partial(load, CONFIGS/'plants'/'guide.yaml'), RunConfig,
                'plants/experiments/*.yaml', PLANT_LINES),
+    GuideTable('guide_timeseries.qmd', '003', capitalised, partial(load, CONFIGS/'timeseries'/'base.yaml'), RunConfig,
+               'timeseries/*.yaml', TIMESERIES_LINES),
 ]
 each_table = pytest.mark.parametrize('table', TABLES, ids=lambda table: table.page)
 

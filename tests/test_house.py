@@ -150,11 +150,12 @@ def test_no_trace_of_a_machine():
 WINGS = {
     'core': 'console files config runs',
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
-            'toy pretrained windows prepare stage card class_world leaf_world photos shards',
-    'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
+            'toy pretrained windows prepare stage card class_world leaf_world photos shards season '
+            'series series_stats',
+    'feed': 'sampler augment tiles mixing order class_tiles photo_feed series_feed',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
-             'label_losses routed distil refine',
+             'label_losses routed distil refine series_models',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend land_words outline_trial class_ensemble',

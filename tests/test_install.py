@@ -17,14 +17,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-# those of the lock; crf needs a compiler
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'notebooks', 'dev']
+# those of the lock; crf needs a compiler, and cupy a GPU
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'series', 'dicom', 'notebooks', 'dev']
 # packages whose import has another name
-IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2',
-               'ruamel': 'ruamel-yaml'}
+IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cupy': 'cupy-cuda13x', 'cv2': 'opencv-python-headless',
+               'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
-OPTIONAL = {'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search',
-            'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb'}
+OPTIONAL = {'cupy-cuda13x': 'cupy', 'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export',
+            'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb', 'zarr': 'series'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
@@ -139,7 +139,7 @@ def test_the_wheel_holds_the_library_and_its_configs(built):
     configs = {f'rtsseg/configs/{name}' for name in files_below('configs')}
     assert 'rtsseg/py.typed' in library
     assert {name for name in held if '.dist-info/' not in name} == library | configs
-    assert sorted(metadata.get_all('Provides-Extra')) == sorted([*EXTRAS, 'crf'])
+    assert sorted(metadata.get_all('Provides-Extra')) == sorted([*EXTRAS, 'crf', 'cupy'])
     needed = [Requirement(line) for line in metadata.get_all('Requires-Dist')]
     core = {canonicalize_name(requirement.name) for requirement in needed if not requirement.marker}
     assert core == names('requirements')

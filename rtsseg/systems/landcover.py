@@ -42,7 +42,7 @@ from rtsseg.class_losses import (
     pixel_weights,
     signed_distance,
 )
-from ..class_metrics import class_scores, count_image, counts_to_row, sum_counts
+from ..class_metrics import class_scores, count_image, counts_to_row
 from rtsseg.class_tiles import (
     ClassBatches,
     ClassData,
@@ -778,14 +778,10 @@ class Landcover(System):
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, then the classes, worst first, and where they went"
-        from rtsseg.class_report import class_blocks, looks_blocks, map_blocks
+        from rtsseg.class_report import class_section, looks_blocks, map_blocks
         from rtsseg.page import Deferred, Text
-        from rtsseg.shared import split_tables, table_estimates, table_sections
-        tables = split_tables(results, results.split)
-        confusion = sum(sum_counts(table.frame).confusion for table in tables)
-        names = results.first.cfg.data.names
-        classes = class_blocks(confusion, names, table_estimates(results, tables))
-        classes = [Text(f'On the {results.split} split.'), *classes]
+        from rtsseg.shared import table_sections
+        classes = class_section(results, results.first.cfg.data.names)
         sections = table_sections(results)
         looks = looks_blocks(results, self.views)
         looks = {'Views and clean-up': looks} if looks else {}
