@@ -656,10 +656,7 @@ def export_series(model_dir:str|Path,      # a model directory of time series
     whole, tried = SeriesLabeller(packed).eval(), [invented_series(packed, seed) for seed in range(4)]
     example, run = tuple(torch.from_numpy(tried[0][name]) for name in SERIES_INPUTS), series_runner(whole)
     wanted, library = np.concatenate([run(inputs) for inputs in tried]), milliseconds(run, tried[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as temporary, model_errors(model_dir):
-        folder = Path(temporary)/out.name
-        folder.mkdir()
+    with whole_folder(out) as folder, model_errors(model_dir):
         for name in formats:
             path = folder/CLASS_FORMATS[name]
             runner = write_series_file(name, whole, example, path)
@@ -671,7 +668,6 @@ def export_series(model_dir:str|Path,      # a model directory of time series
         write_atomic(folder/'export.json', json.dumps(about, indent=1))
         shutil.copyfile(inside(model_dir/'README.md', model_dir), folder/'README.md')
         seal_model(folder)
-        os.replace(folder, out)
     for name, parity in found.items():
         logger.info(f'{name}: {parity.megabytes:.1f} MB, logits differ by up to {parity.difference:.2g}; '
                     f'{parity.milliseconds:.0f} ms a window (PyTorch {parity.library:.0f} ms)')

@@ -24,7 +24,8 @@ IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cupy': 'cupy-cuda13x', 'c
                'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
 OPTIONAL = {'cupy-cuda13x': 'cupy', 'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export',
-            'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb', 'zarr': 'series'}
+            'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam',
+            'wandb': 'wandb', 'zarr': 'series'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
