@@ -395,7 +395,8 @@ def test_a_search_prunes_and_leaves_an_overlay(cfg, tiny, tmp_path, capsys):
     assert str(tmp_path) not in printed
     folder = cfg.runs/'search'/'tiny-space'
     # importances need two finished trials
-    assert {path.name for path in folder.iterdir()} == {'study.db', 'trials.csv', 'best.yaml', 'history.png'}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {'study.db', 'study.pkl', 'trials.csv', 'best.yaml', 'history.png'}
     assert pd.read_csv(folder/'trials.csv')['note'].to_list()[1:] == ['pruned at epoch 1'] * 2
     best = load(tiny[1], folder/'best.yaml', runs=cfg.runs)
     assert best == load(cfg.runs/study.trials[0].user_attrs['run']/'config.yaml')
