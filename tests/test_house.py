@@ -143,10 +143,10 @@ WINGS = {
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
     'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
-             'label_losses routed distil refine',
+             'label_losses routed distil refine registration risk_models',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
-            'evaluation plan routed_runs blend',
+            'evaluation plan routed_runs blend exam_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
