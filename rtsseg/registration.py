@@ -9,7 +9,6 @@ __all__ = ['AFFINE_PLACES', 'pixel_grid', 'warp', 'resize_flow', 'then', 'affine
 
 # %% ../nbs/04x_registration.ipynb #regexports
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field

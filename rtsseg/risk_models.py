@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -55,7 +55,7 @@ class RiskModel(Strict):
     beta_coeff: float = Field(1e-4, ge=0, description='OA-BreaCR: weight of the order of embeddings')
     margin: float = Field(2., ge=0, description='OA-BreaCR: by how much a later year must lie farther away')
     flip_right: bool = Field(
-        False, description='VMRA-MaR: mirror the right breast before it is compared; false where images face one way')
+        True, description='VMRA-MaR: mirror the right breast before it is compared; false where images face one way')
     gradient_checkpointing: bool = Field(
         False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
 

@@ -148,7 +148,7 @@ WINGS = {
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend exam_runs',
     'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
-             'class_report plant_report reporting',
+             'class_report plant_report risk_report reporting',
     'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
     'search': 'variants ablation tuning sequence',
