@@ -1082,6 +1082,8 @@ BUILT_IN_SYSTEMS = {
     'classify': 'rtsseg.systems.classify:Classify',
     'landcover': 'rtsseg.systems.landcover:Landcover',
     'plants': 'rtsseg.systems.plants:Plants',
+    'registration': 'rtsseg.systems.registration:Registration',
+    'survival': 'rtsseg.systems.survival:Survival',
 }
 
 def system_names() -> list[str]:
