@@ -8,7 +8,7 @@ __all__ = ['ModelName', 'DistanceName', 'ALIGNED_BY_IMAGES', 'WITH_PRIORS', 'FIR
            'load_encoder', 'where_present', 'AttentionBlock', 'AttentionPool', 'Hazards', 'time_code', 'still',
            'strongest', 'RiskNet', 'pair_of_exams', 'Mirai', 'Aligned', 'ImgFeatAlign', 'LMVNet', 'AttentionMap',
            'cumulative_logits', 'OABreaCR', 'known_outcomes', 'mean_variance', 'normal_distances', 'embedding_losses',
-           'Memory', 'VMRAMaR', 'build_risk', 'risk_parts', 'masked_bce']
+           'Memory', 'VMRAMaR', 'build_risk', 'risk_parts', 'masked_bce', 'kept_for_backward']
 
 # %% ../nbs/04y_risk_models.ipynb #rkmexports
 import math
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .config import ConfigError, PositiveInt, Strict
 from .console import nearest
-from .models import checkpoint_blocks, read_tensors
+from .models import checkpoint_blocks, read_tensors, repeated_blocks
 from .registration import MammoRegNet, convolve, resize_flow, warp, zeroed
 
 # %% ../nbs/04y_risk_models.ipynb #rkmconfig
@@ -580,3 +580,27 @@ def masked_bce(logits:torch.Tensor,    # (N, years), cumulative
     "Binary cross-entropy of the risk by each year; 0 where nothing is known"
     loss = F.binary_cross_entropy_with_logits(logits.float(), y_seq.float(), reduction='none')
     return (loss * y_mask).sum() / y_mask.sum().clamp_min(1)
+
+# %% ../nbs/04y_risk_models.ipynb #rkmmem
+def kept_for_backward(model:RiskNet,
+                      image:torch.Tensor, present:torch.Tensor, gap:torch.Tensor     # a batch
+                     ) -> int:    # bytes
+    "What one forward pass keeps for the backward pass, without the weights"
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        # held, so that no other tensor takes the same place
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    def keep_input(block, inputs):
+        keep(inputs[0])
+
+    blocks = repeated_blocks(model.encoder) if model.cfg.gradient_checkpointing else []
+    hooks = [block.register_forward_pre_hook(keep_input) for block in blocks]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(image, present, gap)
+    for hook in hooks:
+        hook.remove()
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
