@@ -139,7 +139,7 @@ def test_a_run_begins_from_a_file_of_the_folder(world, undisturbed, tmp_path):
 
 def test_a_report_shows_years_risk_and_attention(undisturbed):
     evaluate(undisturbed, 'val')
-    done = shell('rtsseg-report', '--run', undisturbed, '--split', 'val')
+    done = shell('rtsseg-report', '--run', undisturbed)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (undisturbed/'report.html').read_text()
     assert all(word in text for word in ('c_index', 'auc_1', 'auc_5', 'ROC by year', 'Kaplan–Meier by risk', 'Calibration',
@@ -270,12 +270,12 @@ def format_value(value):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_in_two_processes(world, tmp_path):
-    "The guide's command by accelerate, on two CPU processes; then resumed from its checkpoint with an epoch more"
+    "The guide's command by accelerate, whose launcher of several GPUs starts two processes on a CPU as well; then resumed from its checkpoint with an epoch more"
     given = dict(model='Mirai', csv_file=world/'exams.csv', data_root=world, path_out_dir=tmp_path/'out'/'risk',
                  num_epochs=1, batch_size=4, warmup_steps=2, encoder='test_byobnet', num_heads=4)
     small = ['data.height=48', 'data.width=32', 'device=cpu', 'loader.num_workers=0', 'tracker.kind=none',
              'checkpoint.every=1']
-    program = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', ROOT/'main_train.py',
+    program = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', ROOT/'main_train.py',
                *line(**given), *(text for override in small for text in ('--override', override))]
     done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
