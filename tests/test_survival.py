@@ -199,6 +199,18 @@ def test_a_rate_for_pretrained_weights_without_them_is_doubted():
     assert any('paths.mirai_encoder is null' in line and '0.1 × the rate' in line for line in lines)
     assert load(SURVIVAL/'base.yaml', SURVIVAL/'oa_breacr.yaml').doubtful_settings() == []
 
+def test_augmentations_are_those_of_the_guide(world):
+    "Guide 004, Data Augmentation; validation sees images as they are"
+    cfg = load(SURVIVAL/'base.yaml')
+    augment, size = cfg.augment, (cfg.data.height, cfg.data.width)
+    assert (augment.crop.height * size[0], augment.crop.width * size[1]) == pytest.approx((1946, 1581))
+    assert (augment.crop.p, augment.affine.p, augment.jitter.p, augment.gamma.p) == (.2, .5, .5, .5)
+    assert (augment.affine.translation, augment.affine.scale) == (.1, (1, 1.1))
+    assert (augment.jitter.brightness, augment.jitter.contrast, augment.gamma.gamma) == (.4, .4, (.8, 1.2))
+    small = load(SURVIVAL/'toy.yaml', data=data(world))
+    train, val = find_system('survival').feed(small).loaders()
+    assert train.dataset.dataset.augment.enabled and not val.dataset.augment.enabled
+
 # ---------------------------------------------------------------- the guide's command
 
 # the tables of the guide: flag and default

@@ -37,6 +37,7 @@ from ..loop import Task
 from ..phantom import make_phantom_world
 from ..registration import MammoRegNet, RegNet, local_ncc, registration_losses, warp
 from ..system import Feed, SampleMeter, SampleTable, System
+from ..tiles import UnreadableTiles
 from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
 
 # %% ../../nbs/systems/registration.ipynb #rgsconfig
@@ -155,6 +156,11 @@ class RegistrationFeed(Feed):
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         "Augmented training batches, and the validation split in order"
         return self.built
+
+    def observers(self) -> list:
+        "Who counts exams with images that cannot be decoded, and stops a run in which they are too many"
+        train, val = self.built
+        return [UnreadableTiles(train.dataset.dataset, val.dataset)]
 
     def split(self, name:str, packed:'PackedRegistration') -> DataLoader:
         "Every exam of a split once, in order, prepared as the model was trained"

@@ -69,6 +69,7 @@ from ..risk_report import LOOKS, pack_looks
 from ..runs import run_folder
 from ..survival_metrics import risk_columns, survival_scores
 from ..system import Feed, Pass, SampleMeter, SampleTable, System
+from ..tiles import UnreadableTiles
 from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
 
 # %% ../../nbs/systems/survival.ipynb #srvconfig
@@ -103,6 +104,8 @@ def is_not(*models:str) -> Any:
 
 RISK_UNREAD = [
     *LOOP_UNREAD,
+    Unread(tuple(f'augment.{name}' for name in ExamAugment.model_fields if name != 'enabled'),
+           'augment.enabled is false', lambda cfg: not cfg.augment.enabled),
     Unread(('model.embedding',), 'model.name is {cfg.model.name}', is_not('Mirai')),
     Unread(('model.grid',), 'model.name is {cfg.model.name}', is_not('LMV-Net', 'VMRA-MaR')),
     Unread(('model.flip_right',), 'model.name is {cfg.model.name}', is_not('VMRA-MaR')),
@@ -185,6 +188,11 @@ class SurvivalFeed(Feed):
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         "Augmented training batches, and the validation split in order"
         return self.built
+
+    def observers(self) -> list:
+        "Who counts exams with images that cannot be decoded, and stops a run in which they are too many"
+        train, val = self.built
+        return [UnreadableTiles(train.dataset.dataset, val.dataset)]
 
     def in_order(self, split:str) -> DataLoader:
         "Every exam of a split once, in order, as it is"
