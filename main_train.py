@@ -1,10 +1,10 @@
-"The command of guide 004: python main_train.py --model LMV-Net …, or accelerate launch main_train.py … for several GPUs"
+"The command of guide 004: python main_train.py --model LMV-Net …, or accelerate launch main_train.py …"
 import sys
 
 from rtsseg.cli import call, set_hash_seed
 
 def train():
-    "Imported late: --help and a mistake in a flag need no torch"
+    "What the flags of this program mean"
     from rtsseg.systems.survival import train_by_flags
     train_by_flags(sys.argv[1:])
 

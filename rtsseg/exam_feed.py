@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .config import Fraction, Loader, PositiveFloat, PositiveInt, RisingPair, Strict, Undeciding
 from .console import DataError
-from .exams import VIEWS, ExamTable
+from .exams import EXAM_VIEWS, ExamTable
 from .mixing import KeyedSamples
 from .order import KeyedBatches
 from .phantom import PhantomWorld
@@ -36,7 +36,8 @@ class ExamAffine(Strict):
     "A move, and a larger scale"
     p: Fraction = Field(.5, description='probability')
     translation: Fraction = Field(.1, description='largest move, share of a side, either way')
-    scale: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field((1., 1.1), description='range of the scale')
+    scale: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field(
+        (1., 1.1), description='range of the scale')
 
 class ExamJitter(Strict):
     "Other brightness and contrast"
@@ -47,7 +48,8 @@ class ExamJitter(Strict):
 class ExamGamma(Strict):
     "Another curve of brightness"
     p: Fraction = Field(.5, description='probability')
-    gamma: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field((.8, 1.2), description='range of the exponent')
+    gamma: Annotated[tuple[PositiveFloat, PositiveFloat], RisingPair] = Field(
+        (.8, 1.2), description='range of the exponent')
 
 class ExamAugment(Strict):
     "Guide 004, data augmentation: on training data alone"
@@ -157,7 +159,7 @@ class ExamDataset(Dataset):
         row, table, labels = self.rows[place], self.exams.table, self.labels
         exams = [row, *self.exams.priors[row][:self.data.priors]]
         size = self.data.height, self.data.width
-        image = torch.zeros(1 + self.data.priors, len(VIEWS), 1, *size)
+        image = torch.zeros(1 + self.data.priors, len(EXAM_VIEWS), 1, *size)
         present, gap = torch.zeros(image.shape[:2], dtype=torch.bool), torch.zeros(len(image))
         for number, exam in enumerate(exams):
             gap[number] = int(table.study_year[row] - table.study_year[exam])
@@ -185,7 +187,7 @@ class ExamDataset(Dataset):
                 continue
             if is_drawn:
                 moved = move_exam_image(pixels, cfg, np.random.default_rng((*key, number, view)), size)
-                found[view] = light_exam_image(moved, cfg, np.random.default_rng((*key, number, len(VIEWS))))
+                found[view] = light_exam_image(moved, cfg, np.random.default_rng((*key, number, len(EXAM_VIEWS))))
             else:
                 found[view] = resize_exam_image(pixels, size)
         return found

@@ -148,7 +148,7 @@ class GuideFolder:
             path.symlink_to(os.path.relpath(self.files/name, self.view.resolve()))
 
     def write(self, run:TrainingState, name:str, state:dict) -> None:
-        "Write a checkpoint and show it; where the disk refuses, the run goes on without it"
+        "Write a checkpoint and show it; where the disk refuses, the run does without it"
         try:
             write_atomic(self.files/name, pth_bytes(run, state, run.best.get('value', float('nan'))))
             self.link(name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROWING', 'GROWTH', 'STABLE_RADIUS', 'GROWING_RADIUS', 'RADIUS_SPREAD', 'LARGEST_RADIUS', 'STABLE_HAZARD',
            'GROWING_HAZARD', 'BY_DENSITY', 'BY_GROWTH', 'BY_RADIUS', 'DENSITY_SHARES', 'SHIFT', 'SCALE', 'BEND',
-           'VAL_SHARE', 'TEST_SHARE', 'PhantomWorld', 'Spot', 'Patient', 'draw_spot', 'draw_patient', 'smooth_noise',
+           'VAL_SHARE', 'TEST_SHARE', 'PhantomWorld', 'Spot', 'Patient', 'draw_spot', 'draw_patient', 'breast_noise',
            'Breast', 'breast_mask', 'draw_anatomy', 'add_spots', 'draw_flow', 'warp_image', 'exam_flow', 'render_view',
            'render_exam', 'known_pair', 'deal_phantoms', 'exam_rows', 'truth_row', 'make_phantom_world']
 
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from .config import NonNegativeInt, PositiveInt, Strict
 from .console import progress
-from .exams import EXAM_COLUMNS, VIEWS
+from .exams import EXAM_COLUMNS, EXAM_VIEWS
 from .files import write_atomic
 
 # %% ../nbs/01x_phantom.ipynb #pwhistorycode
@@ -103,7 +103,7 @@ def draw_patient(world:PhantomWorld, number:int) -> Patient:
     return whole._replace(years=years, cancer=cancer, last=last)
 
 # %% ../nbs/01x_phantom.ipynb #pwbreastcode
-def smooth_noise(rng:np.random.Generator, shape:tuple[int, int], sigma:float    # pixels
+def breast_noise(rng:np.random.Generator, shape:tuple[int, int], sigma:float    # pixels
                 ) -> np.ndarray:    # float32 (H, W), standard deviation 1
     "Smooth noise without a scale of its own"
     noise = cv2.GaussianBlur(rng.standard_normal(shape, np.float32), (0, 0), sigma)
@@ -127,18 +127,18 @@ def breast_mask(breast:Breast, shape:tuple[int, int]) -> np.ndarray:    # float3
     across = ((rows + .5) / shape[0] - .5 - breast.tilt * depth) / breast.half
     return np.clip(1 - np.sqrt(np.square(depth) + np.square(across)), 0, None).astype(np.float32)
 
-def draw_anatomy(world:PhantomWorld, patient:Patient, view:int    # place in `VIEWS`
+def draw_anatomy(world:PhantomWorld, patient:Patient, view:int    # place in `EXAM_VIEWS`
                 ) -> tuple[Breast, np.ndarray]:    # float32 (H, W), 0 to 1
     "A breast without spots: what all exams of a patient have in common"
     rng = np.random.default_rng((world.seed, patient.number, 1, view))
-    shape, is_oblique = (world.height, world.width), VIEWS[view][1] == 'MLO'
+    shape, is_oblique = (world.height, world.width), EXAM_VIEWS[view][1] == 'MLO'
     # both views of a breast are about as large
     size = np.random.default_rng((world.seed, patient.number, 2)).uniform(.85, 1.1)
     breast = Breast(size * rng.uniform(.74, .8), size * rng.uniform(.38, .42), rng.uniform(.06, .1) * is_oblique)
     inside = breast_mask(breast, shape)
     level = (1.3, .6, -.1, -.8)[patient.density - 1]
-    dense = 1 / (1 + np.exp((level - smooth_noise(rng, shape, world.width / 14)) / .25))
-    image = .2 + .25 * dense * np.minimum(4 * inside, 1) + .02 * smooth_noise(rng, shape, world.width / 50)
+    dense = 1 / (1 + np.exp((level - breast_noise(rng, shape, world.width / 14)) / .25))
+    image = .2 + .25 * dense * np.minimum(4 * inside, 1) + .02 * breast_noise(rng, shape, world.width / 50)
     image *= np.minimum(inside * 14, 1)
     if is_oblique:
         rows, columns = np.mgrid[:shape[0], :shape[1]]
@@ -148,7 +148,7 @@ def draw_anatomy(world:PhantomWorld, patient:Patient, view:int    # place in `VI
 def add_spots(world:PhantomWorld, patient:Patient, exam:int, view:int, breast:Breast, image:np.ndarray) -> None:
     "Paint the spots of an exam into a breast"
     rows, columns = np.mgrid[:world.height, :world.width].astype(np.float32)
-    side, is_oblique = VIEWS[view][0] == 'R', VIEWS[view][1] == 'MLO'
+    side, is_oblique = EXAM_VIEWS[view][0] == 'R', EXAM_VIEWS[view][1] == 'MLO'
     for spot in patient.spots:
         if spot.side != side:
             continue
@@ -168,7 +168,7 @@ def draw_flow(rng:np.random.Generator, shape:tuple[int, int],    # height and wi
     height, width = shape
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
     shift, scale = rng.uniform(-SHIFT, SHIFT, 2) * width, rng.uniform(-SCALE, SCALE)
-    bends = [smooth_noise(rng, shape, width / 5) for _ in range(2)]
+    bends = [breast_noise(rng, shape, width / 5) for _ in range(2)]
     # the breast stays at the chest wall
     flow = np.stack([scale * columns, shift[1] + scale * (rows - height / 2)], -1)
     flow[..., 0] += shift[0] * np.minimum(columns / width * 4, 1)
@@ -195,12 +195,12 @@ def render_view(world:PhantomWorld, patient:Patient, exam:int, view:int) -> np.n
     rng = np.random.default_rng((world.seed, patient.number, 4, exam, view))
     # exposure, and grain of the detector
     image = rng.uniform(.85, 1.15) * image + .012 * rng.standard_normal(image.shape, np.float32) * (image > 0)
-    image = image[:, ::-1] if VIEWS[view][0] == 'R' else image
+    image = image[:, ::-1] if EXAM_VIEWS[view][0] == 'R' else image
     return np.round(np.clip(image, 0, 1) * 65535).astype(np.uint16)
 
 def render_exam(world:PhantomWorld, patient:Patient, exam:int) -> list[np.ndarray]:    # uint16 (H, W) of each view
     "All images of an exam"
-    return [render_view(world, patient, exam, view) for view in range(len(VIEWS))]
+    return [render_view(world, patient, exam, view) for view in range(len(EXAM_VIEWS))]
 
 def known_pair(world:PhantomWorld, number:int, view:int=0,
                strength:float=1.    # of the warp
@@ -233,13 +233,14 @@ def exam_rows(patient:Patient, exam:int, split:str) -> list[dict]:
                diagnosed_date_year='' if cancer is None else cancer, split=split, density=patient.density,
                Time_to_Cancer_Years='' if cancer is None else cancer - year)
     return [row | dict(ImageLaterality=side, view=view, path=f'{split}/{name}_{side}_{view}_{year}.png')
-            for side, view in VIEWS]
+            for side, view in EXAM_VIEWS]
 
 def truth_row(patient:Patient, exam:int) -> dict:
-    "What is true of an exam and no model is told"
+    "What is true of an exam, which models do not see"
     spot = patient.spots[0]
     return dict(patient_id=f'p{patient.number:05}', exam_id=f'p{patient.number:05}e{exam}', growth=spot.growth,
-                radius=patient.radius(spot, exam), side=VIEWS[2 * spot.side][0], log_hazard=patient.log_hazard(exam))
+                radius=patient.radius(spot, exam), side=EXAM_VIEWS[2 * spot.side][0],
+                log_hazard=patient.log_hazard(exam))
 
 def make_phantom_world(folder:Path, world:PhantomWorld) -> Path:    # the list, exams.csv
     "Write images, the list and truth.csv; the list comes last, so that it stands for a whole world"

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .config import ConfigError, PositiveInt, Strict
 from .console import nearest
 from .models import checkpoint_blocks, read_tensors, repeated_blocks
-from .registration import MammoRegNet, convolve, resize_flow, warp, zeroed
+from .registration import MammoRegNet, convolve, resize_flow, warp_by, zeroed
 
 # %% ../nbs/04y_risk_models.ipynb #rkmconfig
 ModelName = Literal['Mirai', 'OA-BreaCR', 'VMRA-MaR', 'ImgFeatAlign', 'LMV-Net']
@@ -196,7 +196,7 @@ def time_code(gap:torch.Tensor,     # years, any shape
     return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, channels % 2))
 
 # %% ../nbs/04y_risk_models.ipynb #rkmbase
-# left and right breast, from above and obliquely: the order of `rtsseg.exams.VIEWS`
+# left and right breast, from above and obliquely: the order of `rtsseg.exams.EXAM_VIEWS`
 SIDES_OF_VIEWS, KINDS_OF_VIEWS = (0, 0, 1, 1), (0, 1, 0, 1)
 
 def still(net:nn.Module) -> nn.Module:
@@ -291,7 +291,7 @@ class Aligned(RiskNet):
         maps, both = self.maps(image, present), present.all(1)
         flow = self.flows(image, both)
         size = tuple(maps.shape[-2:])
-        prior = warp(maps[:, 1].flatten(0, 1), resize_flow(flow.flatten(0, 1), size)).view_as(maps[:, 1])
+        prior = warp_by(maps[:, 1].flatten(0, 1), resize_flow(flow.flatten(0, 1), size)).view_as(maps[:, 1])
         code = self.when(time_code(gap[:, 1], self.channels))[:, None, :, None, None]
         change = (maps[:, 0] - prior).abs() + code
         there = torch.stack([present[:, 0], present[:, 1], both], 2)
@@ -404,8 +404,8 @@ class OABreaCR(RiskNet):
         current, seen = self.look(maps[:, 0])
         prior, seen_before = self.look(maps[:, 1])
         flow = self.flow(torch.cat([seen, seen_before], 1))
-        left = (seen - warp(seen_before, flow)).square().mean((1, 2, 3))
-        change, _ = self.look((maps[:, 0] - warp(maps[:, 1], flow)).abs())
+        left = (seen - warp_by(seen_before, flow)).square().mean((1, 2, 3))
+        change, _ = self.look((maps[:, 0] - warp_by(maps[:, 1], flow)).abs())
         return torch.stack([current, prior, change], 1), left, seen
 
     def forward(self, image:torch.Tensor, present:torch.Tensor, gap:torch.Tensor) -> dict[str, torch.Tensor]:

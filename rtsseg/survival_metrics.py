@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIED', 'sums_below', 'PairCounts', 'as_weights', 'count_comparable', 'concordance', 'StepCurve', 'kaplan_meier',
-           'last_leaving', 'uno_concordance', 'moments_of_years', 'year_auc', 'brier', 'integrated_brier',
+           'last_leaving', 'uno_concordance', 'moments_of_years', 'year_auc', 'brier_at', 'integrated_brier',
            'risk_groups', 'calibration_by_group', 'expected_over_observed', 'risk_columns', 'score_names',
            'survival_scores']
 
@@ -161,7 +161,7 @@ def year_auc(time:np.ndarray, event:np.ndarray, risk:np.ndarray,
     return float((ill * (np.cumsum(well) - well / 2)).sum() / total) if total else float('nan')
 
 # %% ../nbs/03l_survival_metrics.ipynb #svbriercode
-def brier(train_time:np.ndarray, train_event:np.ndarray,    # of those that tell who is watched for how long
+def brier_at(train_time:np.ndarray, train_event:np.ndarray,    # of those that tell who is watched for how long
           time:np.ndarray, event:np.ndarray,
           risk:np.ndarray,                          # float (n,): of an event up to `at`
           at:float,
@@ -246,7 +246,8 @@ def survival_scores(table:pd.DataFrame,               # time, event, and `risk_c
     scores |= {f'auc_{year}': year_auc(time, event, risks[:, year - 1], year, weights) for year in each}
     # after the events of a year, before those who leave at its end
     ends = [year - .25 for year in each]
-    briers = [brier(moments, event, moments, event, risks[:, k], end, weights, weights) for k, end in enumerate(ends)]
+    briers = [brier_at(moments, event, moments, event, risks[:, k], end, weights, weights)
+              for k, end in enumerate(ends)]
     scores |= {f'brier_{year}': score for year, score in zip(each, briers, strict=True)}
     if years > 1:
         scores['brier'] = integrated_brier(briers, ends)

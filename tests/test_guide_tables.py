@@ -150,7 +150,8 @@ RISK_LINES = {
     'Prerequisites': ['before a run'],
     'Environment': ['Accelerate', 'Weights & Biases', 'Kornia'],
     'Data': ['CSV', 'splits', 'EMBED or CSAW'],
-    'Model configuration': ['YAML', 'dropout', 'num_attn_blocks', 'distance', 'alpha_coeff', 'margin', 'without a file'],
+    'Model configuration': ['YAML', 'dropout', 'num_attn_blocks', 'distance', 'alpha_coeff', 'margin',
+                            'without a file'],
     'Registration model': ['MammoRegNet', 'each data set', 'ImgFeatAlign and LMV-Net say so'],
     'Running Training': ['shell script', 'accelerate launch'],
     'CLI Arguments': ['both tables'],
@@ -187,8 +188,8 @@ TABLES = [
                RunConfig, 'landcover/*/*.yaml', LANDCOVER_LINES),
     GuideTable('guide_plants.qmd', '001', titled, partial(load, CONFIGS/'plants'/'guide.yaml'), RunConfig,
                'plants/experiments/*.yaml', PLANT_LINES),
-    GuideTable('guide_survival.qmd', '004', titled_by_pictures, partial(load, CONFIGS/'survival'/'base.yaml'), RunConfig,
-               'survival/*.yaml', RISK_LINES),
+    GuideTable('guide_survival.qmd', '004', titled_by_pictures, partial(load, CONFIGS/'survival'/'base.yaml'),
+               RunConfig, 'survival/*.yaml', RISK_LINES),
 ]
 each_table = pytest.mark.parametrize('table', TABLES, ids=lambda table: table.page)
 

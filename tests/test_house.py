@@ -141,7 +141,8 @@ WINGS = {
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
             'toy pretrained windows prepare stage card class_world leaf_world photos shards exams phantom',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed exam_feed',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup survival_metrics',
+    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup '
+               'survival_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
              'label_losses routed distil refine registration risk_models',
     'seam': 'system',

@@ -23,7 +23,7 @@ EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'not
 IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
 OPTIONAL = {'mlflow': 'track', 'onnx': 'export', 'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray',
-            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb'}
+            'pydensecrf2': 'crf', 'transformers': 'sam', 'wandb': 'wandb', 'pydicom': 'dicom'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')

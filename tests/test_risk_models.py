@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
-from rtsseg.registration import MammoRegNet, RegNet, affine_flow, resize_flow, then, warp
+from rtsseg.registration import MammoRegNet, RegNet, affine_flow, resize_flow, then, warp_by
 from rtsseg.risk_models import (
     ALIGNED_BY_IMAGES,
     RISK_MODELS,
@@ -117,7 +117,7 @@ def test_the_asymmetry_is_of_the_same_kind_of_view():
 
 @pytest.mark.parametrize('name', ALIGNED_BY_IMAGES)
 def test_the_registration_stands_still(name):
-    "It is no parameter, it is saved with the model, and a step moves nothing of it"
+    "It has no parameters, is saved with the model, and a step moves nothing of it"
     model = model_of(name)
     own = {key: value.clone() for key, value in model.state_dict().items() if key.startswith('registration.')}
     assert own and not any(key.startswith('registration.') for key, _ in model.named_parameters())
@@ -139,7 +139,7 @@ def test_a_warp_is_that_of_scipy(height, width, seed):
     rows, columns = np.mgrid[:height, :width].astype(float)
     places = np.clip(rows + dy, 0, height - 1), np.clip(columns + dx, 0, width - 1)
     expected = map_coordinates(image, places, order=1)
-    found = warp(torch.tensor(image)[None, None].float(), torch.tensor(np.stack([dx, dy]))[None].float())
+    found = warp_by(torch.tensor(image)[None, None].float(), torch.tensor(np.stack([dx, dy]))[None].float())
     np.testing.assert_allclose(found[0, 0], expected, atol=1e-4)
 
 @settings(max_examples=20, deadline=None)

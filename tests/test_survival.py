@@ -142,8 +142,9 @@ def test_a_report_shows_years_risk_and_attention(undisturbed):
     done = shell('rtsseg-report', '--run', undisturbed)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (undisturbed/'report.html').read_text()
-    assert all(word in text for word in ('c_index', 'auc_1', 'auc_5', 'ROC by year', 'Kaplan–Meier by risk', 'Calibration',
-                                         'Attention', 'The exams of highest risk'))
+    words = ('c_index', 'auc_1', 'auc_5', 'ROC by year', 'Kaplan–Meier by risk', 'Calibration', 'Attention',
+             'The exams of highest risk')
+    assert all(word in text for word in words)
 
 # ---------------------------------------------------------------- the guide's numbers
 
@@ -282,13 +283,16 @@ def format_value(value):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_in_two_processes(world, tmp_path):
-    "The guide's command by accelerate, whose launcher of several GPUs starts two processes on a CPU as well; then resumed from its checkpoint with an epoch more"
+    """The guide's command by accelerate, whose launcher of several GPUs starts two processes on a CPU as well
+
+    Then resumed from its checkpoint, with an epoch more."""
     given = dict(model='Mirai', csv_file=world/'exams.csv', data_root=world, path_out_dir=tmp_path/'out'/'risk',
                  num_epochs=1, batch_size=4, warmup_steps=2, encoder='test_byobnet', num_heads=4)
     small = ['data.height=48', 'data.width=32', 'device=cpu', 'loader.num_workers=0', 'tracker.kind=none',
              'checkpoint.every=1']
-    program = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', ROOT/'main_train.py',
-               *line(**given), *(text for override in small for text in ('--override', override))]
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2']
+    program = [*launcher, ROOT/'main_train.py', *line(**given),
+               *(text for override in small for text in ('--override', override))]
     done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     view, = (tmp_path/'out').glob('risk_Model_Mirai_lr_5e-05_wd_0.0001_epochs_1_bs_4_*')

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 from torch.utils.data import DataLoader
 
 from rtsseg.config import (
@@ -31,11 +30,11 @@ from rtsseg.config import (
     Unread,
 )
 from ..exam_feed import ExamAugment, ExamData, exams_in_order, train_exams
-from ..exams import VIEWS, check_exams
+from ..exams import EXAM_VIEWS, check_exams
 from ..files import write_atomic
 from ..loop import Task
 from ..phantom import make_phantom_world
-from ..registration import MammoRegNet, RegNet, local_ncc, registration_losses, warp
+from ..registration import MammoRegNet, RegNet, local_ncc, registration_losses, warp_by
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..tiles import UnreadableTiles
 from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
@@ -114,8 +113,8 @@ class RegistrationTask(Task):
         "A row for each pair of images"
         fixed, moving, places = pairs_of(batch)
         window, n = self.cfg.registration.ncc_window, len(places)
-        before, after = local_ncc(fixed, moving, window), local_ncc(fixed, warp(moving, out['flow']), window)
-        exams, views = places[:, 0].tolist(), [VIEWS[view] for view in places[:, 1].tolist()]
+        before, after = local_ncc(fixed, moving, window), local_ncc(fixed, warp_by(moving, out['flow']), window)
+        exams, views = places[:, 0].tolist(), [EXAM_VIEWS[view] for view in places[:, 1].tolist()]
         names = [f'{batch["sample"][exam]} {" ".join(view)}' for exam, view in zip(exams, views, strict=True)]
         moved = out['flow'].norm(dim=1).mean((1, 2))
         return dict(sample=names, group=[batch['group'][exam] for exam in exams], before=before[:n].cpu().numpy(),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEADS', 'ORDINAL', 'RISK_WEIGHTS', 'RISK_UNREAD', 'RISK_CARD', 'LOOK_SIDE', 'PROBE_SHARES', 'RISK_FLAGS',
            'REQUIRED_FLAGS', 'SWITCHES', 'MODELS_FOLDER', 'RiskPaths', 'RiskMetrics', 'is_not', 'SurvivalConfig',
-           'SurvivalFeed', 'TrainScores', 'SurvivalTask', 'PackedRisk', 'network_of', 'Survival', 'step_gigabytes',
-           'memory_lines', 'small_images', 'look_at', 'model_file', 'model_settings', 'flag_parser', 'flag_override',
+           'SurvivalFeed', 'TrainScores', 'SurvivalTask', 'PackedRisk', 'risk_network', 'Survival', 'step_gigabytes',
+           'memory_lines', 'small_images', 'look_again', 'model_file', 'model_settings', 'flag_parser', 'flag_override',
            'json_or_text', 'yaml_overrides', 'config_of_flags', 'train_by_flags']
 
 # %% ../../nbs/systems/survival.ipynb #srvexports
@@ -65,7 +65,7 @@ from rtsseg.risk_models import (
     mean_variance,
     risk_parts,
 )
-from ..risk_report import LOOKS, pack_looks
+from ..risk_report import LOOKS_SUFFIX, pack_looks
 from ..runs import run_folder
 from ..survival_metrics import risk_columns, survival_scores
 from ..system import Feed, Pass, SampleMeter, SampleTable, System
@@ -155,8 +155,9 @@ class SurvivalConfig(RunConfig):
         "Settings that are valid but probably a mistake, a line each; empty where there are none"
         found, multiplier = super().doubtful_settings(), self.lr.backbone_lr_multiplier
         if self.paths.mirai_encoder is None and not self.stages and multiplier < 1:
-            found.append(f'paths.mirai_encoder is null: the encoder begins at random and learns at {multiplier:g} × the '
-                         'rate, which is meant for pretrained weights; name them, or set lr.backbone_lr_multiplier to 1')
+            found.append(f'paths.mirai_encoder is null: the encoder begins at random and learns at {multiplier:g} × '
+                         'the rate, which is meant for pretrained weights; name them, or set '
+                         'lr.backbone_lr_multiplier to 1')
         if self.paths.mirai_encoder and self.model.name == 'OA-BreaCR':
             found.append('paths.mirai_encoder: OA-BreaCR trains its encoder from scratch in the guide')
         return found
@@ -218,8 +219,8 @@ class SurvivalFeed(Feed):
             return [f'{about}the whole run has {planned} steps ({steps} an epoch), so that it ends inside its warm-up; '
                     'lower it']
         if patience is not None and (cfg.early_stopping.start_epoch + patience) * steps <= cfg.lr.warmup_steps:
-            return [f'{about}that is {cfg.lr.warmup_steps / steps:.0f} epochs of {steps} steps, and early stopping with '
-                    f'patience {patience} may end the run inside its warm-up']
+            return [f'{about}that is {cfg.lr.warmup_steps / steps:.0f} epochs of {steps} steps, and early stopping '
+                    f'with patience {patience} may end the run inside its warm-up']
         return []
 
 # %% ../../nbs/systems/survival.ipynb #srvtask
@@ -319,8 +320,8 @@ class SurvivalTask(Task):
         return known | dict(zip(risk_columns(self.years), risks.T, strict=True))
 
 # %% ../../nbs/systems/survival.ipynb #srvsystem
-RISK_CARD = ('Tells, from mammograms of {height} × {width} pixels, how likely a breast cancer is within 1 to {years} years: '
-             '{model} with {encoder}, on {dataset}. It is a research model and no medical device.')
+RISK_CARD = ('Tells, from mammograms of {height} × {width} pixels, how likely a breast cancer is within 1 to {years} '
+             'years: {model} with {encoder}, on {dataset}. It is a research model and no medical device.')
 
 # longest side of the small images that an evaluation keeps
 LOOK_SIDE = 160
@@ -333,7 +334,7 @@ class PackedRisk:
     model: RiskNet
     best: dict
 
-def network_of(cfg:SurvivalConfig,
+def risk_network(cfg:SurvivalConfig,
                registration:MammoRegNet|None=None    # None: one with random weights, where the model needs one
               ) -> RiskNet:
     "The network of a config, its weights random; raises `ConfigError`"
@@ -360,10 +361,10 @@ class Survival(System):
         if cfg.model.name in ALIGNED_BY_IMAGES:
             name, path = cfg.registration_path
             if path is None:
-                raise ConfigError(f'{name} is null: model.name {cfg.model.name} needs the weights of MammoRegNet, which '
-                                  f'rtsseg-train trains on these exams with system: registration')
+                raise ConfigError(f'{name} is null: model.name {cfg.model.name} needs the weights of MammoRegNet, '
+                                  'which rtsseg-train trains on these exams with system: registration')
             registration = load_registration(path, cfg.registration, name)
-        model = network_of(cfg, registration)
+        model = risk_network(cfg, registration)
         if cfg.paths.mirai_encoder is not None:
             load_encoder(model.encoder, cfg.paths.mirai_encoder)
         return model
@@ -399,7 +400,7 @@ class Survival(System):
         most = packed.cfg.metrics.looks
         if not most:
             return {}
-        return {LOOKS: pack_looks(look_at(packed, feed.split(ask.split, packed), ask, table, most))}
+        return {LOOKS_SUFFIX: pack_looks(look_again(packed, feed.split(ask.split, packed), ask, table, most))}
 
     def probe(self, cfg:SurvivalConfig) -> None:
         "Print what a step keeps in memory, estimated from one of a smaller size; raises `ConfigError`"
@@ -408,7 +409,7 @@ class Survival(System):
 
     def package(self, folder:Path, model:RiskNet, cfg:SurvivalConfig, feed:SurvivalFeed, best:dict,
                 environment:dict) -> None:
-        "Write the model directory: model card, weights, config and metrics; registration and encoder are in the weights"
+        "Write the model directory: model card, weights (registration and encoder too), config and metrics"
         data = cfg.data
         what = RISK_CARD.format(height=data.height, width=data.width, years=data.years, model=cfg.model.name,
                                 encoder=cfg.model.encoder, dataset=data.dataset)
@@ -421,7 +422,7 @@ class Survival(System):
         folder = Path(folder)
         with model_errors(folder):
             cfg, best = read_directory(folder, SurvivalConfig, [])
-            model = load_weights(folder, lambda: network_of(cfg))
+            model = load_weights(folder, lambda: risk_network(cfg))
         return PackedRisk(folder, cfg, place_model(model, 'cpu').eval(), best)
 
 # %% ../../nbs/systems/survival.ipynb #srvmem
@@ -434,7 +435,7 @@ def step_gigabytes(cfg:SurvivalConfig) -> float:
     for share in PROBE_SHARES:
         height, width = data.height // share, data.width // share
         image, present = torch.zeros(1, exams, 4, 1, height, width), torch.ones(1, exams, 4, dtype=torch.bool)
-        kept = kept_for_backward(network_of(cfg), image, present, torch.zeros(1, exams))
+        kept = kept_for_backward(risk_network(cfg), image, present, torch.zeros(1, exams))
         found.append((height * width, kept))
     (large, most), (small, least) = found
     per_pixel = (most - least) / (large - small)
@@ -449,8 +450,8 @@ def memory_lines(cfg:SurvivalConfig) -> list[str]:
     for on in (False, True):
         model = cfg.model.model_copy(update=dict(gradient_checkpointing=on))
         size = step_gigabytes(cfg.model_copy(update=dict(model=model)))
-        lines.append(f'model.gradient_checkpointing={str(on).lower()}: {size:.0f} GiB in fp32, about {size / 2:.0f} GiB '
-                     'in half precision')
+        lines.append(f'model.gradient_checkpointing={str(on).lower()}: {size:.0f} GiB in fp32, about '
+                     f'{size / 2:.0f} GiB in half precision')
     return lines
 
 # %% ../../nbs/systems/survival.ipynb #srvlook
@@ -465,7 +466,7 @@ def small_images(images:torch.Tensor    # (…, H, W)
     grey = (small - low) / (high - low).clamp_min(1e-6)
     return (255 * grey).round().to(torch.uint8).view(*images.shape[:-2], *size).cpu().numpy()
 
-def look_at(packed:PackedRisk,
+def look_again(packed:PackedRisk,
             loader:DataLoader,      # of the split, in order
             ask:Pass,
             table:SampleTable,
@@ -531,8 +532,9 @@ def flag_override(flag:str, value:Any) -> str:
     if flag in SWITCHES:
         if str(value) not in ('True', 'False', 'true', 'false'):
             raise ConfigError(f'--{flag}: True or False was expected, not {value!r}')
-        is_on = str(value).lower() == 'true'
-        value = ('plateau' if is_on else 'constant') if flag == 'use_scheduler' else is_on
+        value = str(value).lower() == 'true'
+    if flag == 'use_scheduler':
+        value = 'plateau' if value else 'constant'
     if flag == 'warmup_steps' and str(value) == '0':
         value = 'null'
     is_text = flag in ('csv_file', 'data_root', 'path_out_dir', 'wandb_id') or setting.startswith('paths.')
@@ -566,9 +568,11 @@ def config_of_flags(line:list[str],                    # arguments
     typed = [flag_override(flag, value) for flag, value in given.items() if value is not None]
     out = Path(given['path_out_dir'])
     # files of a model are laid over the base where the library has one
-    files = [name for name in ('survival/base', f'survival/{model_file(given["model"])[:-5]}') if name in config_names()]
+    files = ['survival/base', f'survival/{model_file(given["model"])[:-5]}']
+    files = [name for name in files if name in config_names()]
     runs = f'runs={json.dumps(str(out.parent/"runs"))}'
-    cfg = load(*files, overrides=[*yaml_overrides(given['model'], folder), runs, *typed, *overrides], cls=SurvivalConfig)
+    of_file = yaml_overrides(given['model'], folder)
+    cfg = load(*files, overrides=[*of_file, runs, *typed, *overrides], cls=SurvivalConfig)
     return cfg, resume_from and Path(resume_from)
 
 def train_by_flags(line:list[str],                 # arguments of main_train.py
