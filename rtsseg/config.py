@@ -929,6 +929,8 @@ class TrackerConfig(Strict):
         None, description='server, or database of MLflow; null: an SQLite file in the runs folder (mlflow), or what '
                           'WANDB_BASE_URL says (wandb)')
     experiment: str = Field('rtsseg', description='experiment of MLflow, project of wandb')
+    run_id: Annotated[str, Field(pattern=r'^[\w-]{0,64}$')] = Field(
+        '', description='id of a run of the tracker that this one continues; empty: the run gets one of its own')
 
     @field_serializer('uri', when_used='json')
     def _without_password(self, uri):
@@ -1121,6 +1123,8 @@ BUILT_IN_SYSTEMS = {
     'landcover': 'rtsseg.systems.landcover:Landcover',
     'plants': 'rtsseg.systems.plants:Plants',
     'timeseries': 'rtsseg.systems.timeseries:Timeseries',
+    'registration': 'rtsseg.systems.registration:Registration',
+    'survival': 'rtsseg.systems.survival:Survival',
 }
 
 def system_names() -> list[str]:

@@ -78,6 +78,9 @@ class MlflowMirror:
             ) -> str:
         "The id of the tracker's run of the folder: the one that has its key, or a new one"
         experiment, begin = self._experiment(), self.begin
+        if begin.get('run_id'):
+            # one that this folder did not make; where there is none, the error says so
+            return self.client.get_run(begin['run_id']).info.run_id
         same = self.client.search_runs([experiment], f"tags.`rtsseg.key` = '{begin['key']}'")
         if same:
             return same[0].info.run_id
@@ -102,7 +105,9 @@ class MlflowMirror:
         from mlflow.entities import Metric, Param
         if event['event'] == 'begin':
             self.client.update_run(run_id, 'RUNNING')
-            params = [Param(name, value) for name, value in event['params'].items()]
+            # of a run that is continued, what it says already stays
+            known = self.client.get_run(run_id).data.params
+            params = [Param(name, value) for name, value in event['params'].items() if name not in known]
             # MLflow takes a hundred at a time
             for i in range(0, len(params), 100):
                 self.client.log_batch(run_id, params=params[i:i + 100])

@@ -52,8 +52,9 @@ class Begin(Strict):
     parent: str
     tags: dict[str, str]
     params: dict[str, str]
-    # a line of an older version has none
+    # a line of an older version has neither
     kind: Literal['mlflow', 'wandb'] = 'mlflow'
+    run_id: Annotated[str, StringConstraints(pattern=r'^[\w-]{0,64}$')] = ''
 
 class EpochMetrics(Strict):
     "The numbers of an epoch"
@@ -173,7 +174,7 @@ class Tracker:
         self.path, self.thread, self.warned = self.folder/'tracker.jsonl', None, False
         self.wake, self.closing, self.steps = threading.Event(), threading.Event(), set()
         self.runs = os.path.relpath(cfg.runs, self.folder)
-        self.kind = cfg.tracker.kind
+        self.kind, self.continues = cfg.tracker.kind, False
         require_tracker(self.kind)
         given = os.environ.get('RTSSEG_TRACKER_URI') or cfg.tracker.uri
         self.uri = tracker_address(self.folder, self.runs, given, self.kind)
@@ -199,6 +200,9 @@ class Tracker:
         if not run.accelerator.is_main_process:
             return
         self.start(f'{self.cfg.name}/{self.tags["config_hash"]}/seed{self.cfg.seed}')
+        if self.continues:
+            # the run of the tracker has these epochs already
+            self.steps |= {row['epoch'] for row in run.history}
         # of epochs that were over before there was a tracker
         for row in run.history:
             self.metrics(row)
@@ -209,7 +213,9 @@ class Tracker:
         self.steps = {event['step'] for event in known if event['event'] == 'metrics'}
         keys = [event['key'] for event in known if event['event'] == 'begin']
         settings = flatten(self.cfg.model_dump(mode='json', exclude={'tracker', 'runs'}))
-        self.write('begin', key=keys[0] if keys else uuid.uuid4().hex, name=title, tags=self.tags,
+        own = self.cfg.tracker.run_id
+        self.continues = bool(own) and not keys
+        self.write('begin', key=own or (keys[0] if keys else uuid.uuid4().hex), run_id=own, name=title, tags=self.tags,
                    params={name: str(value)[:500] for name, value in settings.items()},
                    experiment=self.cfg.tracker.experiment, uri=without_password(self.cfg.tracker.uri), runs=self.runs,
                    parent=self.parent and os.path.relpath(self.parent, self.folder), kind=self.kind)

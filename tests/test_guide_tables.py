@@ -168,6 +168,49 @@ TIMESERIES_LINES = {
     'Detailed Workflow': ['printed'],
 }
 
+def titled_by_pictures(guide):
+    "The headings of a guide whose lines begin with a picture, in letters that were read in another code: {name: title}"
+    titles = [re.sub(r'^[^A-Za-z]+', '', row) for row in guide.splitlines()
+              if re.match(r'\d?[^\x00-\x7f]', row) and not row.startswith(('•', '\u0e50\u0178\u2018\u2030'))]
+    return {re.split(r'[(&]', title)[0].strip(): title for title in titles}
+
+RISK_LINES = {
+    'Training a Model': ['five models', 'two data sets'],
+    'Prerequisites': ['before a run'],
+    'Environment': ['Accelerate', 'Weights & Biases', 'Kornia'],
+    'Data': ['CSV', 'splits', 'EMBED or CSAW'],
+    'Model configuration': ['YAML', 'dropout', 'num_attn_blocks', 'distance', 'alpha_coeff', 'margin',
+                            'without a file'],
+    'Registration model': ['MammoRegNet', 'each data set', 'ImgFeatAlign and LMV-Net say so'],
+    'Running Training': ['shell script', 'accelerate launch'],
+    'CLI Arguments': ['both tables'],
+    'Required': ['--model', '--dataset', '--csv_file', '--data_root', '--path_out_dir'],
+    'Key Optional': ['--num_epochs', '--batch_size', '--learning_rate', '--weight_decay', '--warmup_steps',
+                     '--use_scheduler', '--patience_lr_scheduler', '--lr_decay', '--patience', '--augmentations',
+                     '--resume_from', '--wandb_id', '--seed'],
+    'Configuration System': ['command line before YAML before defaults'],
+    'Training Pipeline': ['same bytes'],
+    'Argument Parsing': ['timestamped'],
+    'Accelerator Initialisation': ['several GPUs', 'mixed precision', 'device', 'gradients'],
+    'Reproducibility': ['seeds', 'cuDNN'],
+    'Data Loading': ['sharded', 'nothing is augmented in validation'],
+    'Model Initialisation': ['at a tenth', 'OA-BreaCR', 'warning'],
+    'Optimizer': ['AdamW'],
+    'Epoch Loop': ['validate'],
+    'Training': ['C-index', 'AUC of each year'],
+    'Validation': ['loss', 'C-index', 'AUC of each year'],
+    'Logging': ['log file', 'main process'],
+    'Scheduler Step': ['after the warm-up', 'C-index'],
+    'Learning Rate Scheduling': ['5000 steps from 0', 'constant'],
+    'Checkpointing': ['every 10 epochs', 'best C-index', 'optimizer', 'schedulers', 'epoch, step'],
+    'Resume Training': ['--resume_from'],
+    'Early Stopping': ['15 epochs', 'name of its own'],
+    'Output Directory': ['all names'],
+    'Data Augmentation': ['1946', '2048', '10%', '1.1', '0.4', '0.8', 'training alone'],
+    'Experiment Tracking': ['C-index', 'AUC', 'step is the epoch'],
+    'Resume Logging': ['--wandb_id'],
+}
+
 TABLES = [
     GuideTable('guide.qmd', '000', numbered, find_system('rts').Config, None, 'experiments/*.yaml', RTS_LINES),
     GuideTable('guide_landcover.qmd', '002', numbered_by_stage, partial(load, CONFIGS/'landcover'/'baseline.yaml'),
@@ -176,6 +219,8 @@ TABLES = [
                'plants/experiments/*.yaml', PLANT_LINES),
     GuideTable('guide_timeseries.qmd', '003', capitalised, partial(load, CONFIGS/'timeseries'/'base.yaml'), RunConfig,
                'timeseries/*.yaml', TIMESERIES_LINES),
+    GuideTable('guide_survival.qmd', '004', titled_by_pictures, partial(load, CONFIGS/'survival'/'base.yaml'),
+               RunConfig, 'survival/*.yaml', RISK_LINES),
 ]
 each_table = pytest.mark.parametrize('table', TABLES, ids=lambda table: table.page)
 

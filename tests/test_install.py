@@ -25,7 +25,7 @@ IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cupy': 'cupy-cuda13x', 'c
 # package: the only extra that declares it
 OPTIONAL = {'cupy-cuda13x': 'cupy', 'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export',
             'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam',
-            'wandb': 'wandb', 'zarr': 'series'}
+            'pydicom': 'dicom', 'wandb': 'wandb', 'zarr': 'series'}
 
 settings = configparser.ConfigParser(delimiters=['='])
 settings.read(ROOT/'settings.ini')
