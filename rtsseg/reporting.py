@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
-           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'tables_in', 'figures_in',
-           'compared_split', 'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect',
-           'tables', 'write', 'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report',
-           'seed_list', 'find_runs']
+           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'figures_in', 'compared_split',
+           'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect', 'tables', 'write',
+           'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -24,7 +23,7 @@ from .card import write_on_card
 from .config import RunConfig
 from .console import DataError, logger
 from .files import FileError, inside, write_atomic
-from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page
+from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page, tables_in
 from .results import ReportError, Results, listed, read_results, short_path
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
 from .system import find_run
@@ -58,19 +57,6 @@ def configuration_sections(results:Results) -> dict[str, list]:    # {heading: b
     return own | shared
 
 # %% ../nbs/07_report.ipynb #creport2
-def tables_in(blocks:list) -> list[Table]:
-    "The tables of some blocks, in the order of the page"
-    found = []
-    for block in blocks:
-        if isinstance(block, Table):
-            found.append(block)
-        elif isinstance(block, Fold):
-            found += tables_in(block.blocks)
-        else:
-            # a block that draws its tables in its own way lists them
-            found += getattr(block, 'tables', [])
-    return found
-
 def figures_in(blocks:list) -> list[Figure]:
     "The figures of some blocks, without galleries"
     found = []

@@ -141,15 +141,15 @@ WINGS = {
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
             'toy pretrained windows prepare stage card class_world leaf_world photos shards',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup',
+    'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
              'label_losses routed distil refine',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend',
-    'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
+    'judge': 'operating calibration styles page invented results shared pixel_results tables figures pixel_report '
              'class_report plant_report reporting',
-    'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
+    'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
     'search': 'variants ablation tuning sequence',
     'commands': 'cli',

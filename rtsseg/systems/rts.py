@@ -219,10 +219,11 @@ class RTS(System):
         return why_unresolved(table, cfg.metrics.ratios)
 
     def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
-        "Logits of the tiles that a report shows, as an .npz file"
+        "Outlines of all objects, and logits of the tiles that a report shows, as .npz files"
         from rtsseg.observe import logits_for_pictures
         part = feed.manifest.of(ask.split)
-        return {'.npz': logits_for_pictures(packed, feed.split(ask.split, packed), part, ask, table)}
+        logits = logits_for_pictures(packed, feed.split(ask.split, packed), part, ask, table)
+        return {'.npz': logits, '.outlines.npz': table.outlines}
 
     def read_table(self, path:Path) -> Any:
         "Read the evidence of a split; raises `ValueError`"
