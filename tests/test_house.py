@@ -147,7 +147,8 @@ WINGS = {
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend',
-    'judge': 'operating calibration styles page invented results shared pixel_results tables figures pixel_report '
+    'judge': 'operating calibration styles page invented results shared pixel_results tables verdict figures errormap '
+             'pixel_report '
              'class_report plant_report reporting',
     'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost class_export tour',
