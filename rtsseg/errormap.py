@@ -24,8 +24,8 @@ from rasterio.transform import from_bounds
 from scipy.special import logit
 
 from .evidence import evidence_path
-from .files import FileError, inside, write_atomic
 from .figures import gallery_tiles, length_text, nice_length, picture_id
+from .files import FileError, inside, write_atomic
 from .ground import BOX, GEOD, footprints, ground_size, lonlat_centres, transformer
 from .objects import described_objects, match_objects, misses
 from .outlines import BROKEN_ARCHIVE, predicted_numbers, read_codes, tile_objects_of
@@ -42,13 +42,14 @@ def split_objects(run:PixelRun, split:str
                  ) -> pd.DataFrame:    # tile (row), tile_id, region, id, error, kind, probability, area, metres, size
     """Found and false predictions, and missed slumps
 
-    `probability` is calibrated, the mean over the object, NaN for a missed slump; `area` in pixels, `metres` the longest
-    side; `kind` is that of a miss, '' for others."""
+    `probability` is calibrated, the mean over the object, NaN for a missed slump; `area` in pixels, `metres` the
+    longest side; `kind` is that of a miss, '' for others."""
     evidence, settings = run.evidence[split], match_settings(run)
     matched = match_objects(evidence, **settings)
     predicted = described_objects(evidence, matched.predicted)
     probability = run.calibration.probability(logit(predicted.score.clip(1e-12, 1 - 1e-12)))
-    predicted = predicted.assign(error=np.where(predicted.match > 0, 'found', 'false'), probability=probability, kind='')
+    error = np.where(predicted.match > 0, 'found', 'false')
+    predicted = predicted.assign(error=error, probability=probability, kind='')
     truth = described_objects(evidence, matched.truth[matched.truth.match == 0])
     missed = truth.assign(error='missed', probability=np.nan)
     reasons = misses(evidence, **settings).set_index(['tile_id', 'id']).kind.astype(str)
@@ -145,7 +146,8 @@ def error_polygons(run:PixelRun, split:str,
         with zipfile.ZipFile(inside(path, run.folder)) as archive:
             found = dict(archived_outlines(run, split, objects, archive, boxes))
     except (*BROKEN_ARCHIVE, KeyError, FileError) as e:
-        raise ReportError(DAMAGED_OUTLINES.format(path=short_path(path, 6), error=e, folder=folder, split=split)) from None
+        text = DAMAGED_OUTLINES.format(path=short_path(path, 6), error=e, folder=folder, split=split)
+        raise ReportError(text) from None
     return pd.Series(found, dtype=object)
 
 # %% ../nbs/06g_map.ipynb #errmlaye
@@ -185,8 +187,10 @@ def write_error_layer(layer:'gpd.GeoDataFrame',
 def error_files(results:PixelResults,
                 page:Path                # the report
                ) -> list[Path]:          # what was written
-    "Write the errors of the first seed beside a page: errors.gpkg, and its style; [] where outlines are missing"
-    run = results.first
+    "Write the errors of the first seed beside a page: errors.gpkg and its style; [] where outlines are missing"
+    run, path = results.first, page.with_name('errors.gpkg')
+    # of an earlier report
+    path.unlink(missing_ok=True)
     if run.manifest is None or (run.manifest.table.crs == 'none').all():
         return []
     try:
@@ -194,7 +198,6 @@ def error_files(results:PixelResults,
     except ReportError:
         # the page says why
         return []
-    path = page.with_name('errors.gpkg')
     write_error_layer(layer, path)
     return [path]
 
@@ -367,8 +370,8 @@ class ErrorMap:
         return '\n'.join(f'- {markdown_text(p.title)}: {markdown_text(p.summary)}. {markdown_text(p.place)}'
                          for p in self.panels)
 
-MAP_TEXT = ('Tiles of the {split} split by region, at the threshold of the tables about objects. Outlines of all objects '
-            'are in errors.gpkg beside this page, with a style for QGIS.')
+MAP_TEXT = ('Tiles of the {split} split by region, at the threshold of the tables about objects. Outlines of all '
+            'objects are in errors.gpkg beside this page, with a style for QGIS.')
 
 NO_MAP = 'There is no map: the manifest does not exist any more, or its tiles have no coordinates.'
 

@@ -27,6 +27,7 @@ from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, m
 from .results import ReportError, Results, listed, read_results, short_path
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
 from .system import find_run
+from .verdict import VerdictBox
 
 # %% ../nbs/07_report.ipynb #creport1
 ON_TEST = 'Measured on the test split, on which nothing was chosen.'
@@ -52,7 +53,10 @@ def configuration_sections(results:Results) -> dict[str, list]:    # {heading: b
     shared = shared_sections(results)
     headline = next(iter(own))
     warnings = [Text(text, 'hint') for text in warnings_for(results)]
-    own[headline] = [*warnings, Text(measured_on(results)), *own[headline]]
+    # a verdict comes before all else but a warning
+    verdicts = [block for block in own[headline] if isinstance(block, VerdictBox)]
+    others = [block for block in own[headline] if not isinstance(block, VerdictBox)]
+    own[headline] = [*warnings, *verdicts, Text(measured_on(results)), *others]
     shared['Notes'] = [*own.pop('Notes', []), *shared['Notes']]
     return own | shared
 
@@ -196,6 +200,8 @@ def write(content:Content,
             write_atomic(folder/name, data)
         write_atomic(path.with_suffix('.md'), text)
         write_atomic(path, page(content.title, content.lead, content.parts))
+        if not content.comparison:
+            content.results[0].system.report_files(content.results[0], path)
     except OSError as e:
         raise ReportError(f'{path} cannot be written: {e.strerror}') from None
     except FileError as e:
@@ -287,6 +293,8 @@ class Report:
         files = [f'report:     {os.path.relpath(self.path)}',
                  f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}',
                  f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
+        layer = self.path.with_name('errors.gpkg')
+        files += [f'errors:     {os.path.relpath(layer)}'] if layer.is_file() else []
         return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
 
     @property

@@ -8,8 +8,8 @@ __all__ = ['FIT_RECALL', 'REVIEW_PRECISION', 'KINDS', 'RULE', 'FOUND', 'DOUBT', 
            'EXCESS_FINDING', 'of_hundred', 'found_words', 'mapping_kind', 'RatioVerdict', 'judge_ratio', 'Outcome',
            'outcome', 'Lever', 'best_floor', 'floor_lever', 'point_lever', 'biggest_lever', 'calibration_mend',
            'next_step', 'VerdictBox', 'verdict', 'Finding', 'Errors', 'split_errors', 'gained', 'costliest',
-           'region_findings', 'size_findings', 'kind_findings', 'small_findings', 'about_times', 'calibration_findings',
-           'Findings', 'findings']
+           'region_findings', 'size_findings', 'kind_findings', 'small_findings', 'calibration_findings', 'Findings',
+           'findings']
 
 # %% ../nbs/06f_verdict.ipynb #verdimpo
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .bootstrap import Estimate
-from .calibration import METHODS, adds_up
+from .calibration import METHODS, about_times, adds_up
 from .evidence import Evidence
 from .metrics import negative_weight
 from .objects import MISS_KINDS, SIZE_CLASSES, described_objects, match_objects, misses, object_grid
@@ -38,9 +38,9 @@ REVIEW_PRECISION = .1
 KINDS = dict(fit='Fit for mapping', review='Usable with review', unfit='Not usable', unknown='Not known')
 
 RULE = ('Fit for mapping: object precision of at least {target:g}, the target of this run, and at least {recall:g} of '
-        'the slumps found (IoU 0.3). Not usable: precision below {review:g}, so that more than nine of ten objects that '
-        'somebody looks at are false. Usable with review: what lies between. Both numbers are those of the headline '
-        'table; a bound decides only where it lies below {review:g}.')
+        'the slumps found (IoU 0.3). Not usable: precision below {review:g}, so that more than nine of ten objects '
+        'that somebody looks at are false. Usable with review: what lies between. Both numbers are those of the '
+        'headline table; a bound decides only where it lies below {review:g}.')
 
 FOUND = 'Of 100 predicted objects {precision}, and of 100 slumps {recall}.'
 
@@ -132,8 +132,9 @@ class Lever:
     text: str
     command: str
 
-FLOOR_LEVER = ('Leave out objects under {floor} pixels: on {split}, at {ratio}, false objects fall from {before.false:.0f} '
-               'to {after.false:.0f}, and {after.found:.0f} of {before.found:.0f} found slumps stay found.')
+FLOOR_LEVER = ('Leave out objects under {floor} pixels: on {split}, at {ratio}, false objects fall from '
+               '{before.false:.0f} to {after.false:.0f}, and {after.found:.0f} of {before.found:.0f} found slumps stay '
+               'found.')
 
 POINT_LEVER = ('Take the threshold and floor of objects ({floor} pixels) in place of the threshold of pixels: on '
                '{split}, at {ratio}, false objects go from {before.false:.0f} to {after.false:.0f}, and found slumps '
@@ -162,7 +163,8 @@ def floor_lever(run:PixelRun, split:str) -> Lever|None:
         pairs[name] = [outcome(run.evidence[name], ratio, settings['threshold'], area, settings['min_area'])
                        for area in (settings['min_area'], floor)]
     before, after = pairs[split]
-    text = FLOOR_LEVER.format(floor=floor, split=SPLIT_WORDS[split], ratio=ratio_name(ratio), before=before, after=after)
+    text = FLOOR_LEVER.format(floor=floor, split=SPLIT_WORDS[split], ratio=ratio_name(ratio), before=before,
+                              after=after)
     folder = shell_path(run.folder)
     command = f'rtsseg-calibrate --run {folder} --override metrics.min_area={floor}\nrtsseg-report --run {folder}'
     return Lever(pairs['val'][1].f1 - pairs['val'][0].f1, text, command)
@@ -181,7 +183,8 @@ def point_lever(run:PixelRun, split:str) -> Lever|None:
     before, after = pairs[split]
     text = POINT_LEVER.format(floor=point.min_area, split=SPLIT_WORDS[split], ratio=ratio_name(ratio), before=before,
                               after=after, slumps=before.found + before.missed)
-    command = f'rtsseg-polygons --maps MAP.tif --out objects.gpkg --points objects --ratio {str(ratio_name(ratio)).split()[0]}'
+    named = ratio_name(ratio).split()[0]
+    command = f'rtsseg-polygons --maps MAP.tif --out objects.gpkg --points objects --ratio {named}'
     return Lever(pairs['val'][1].f1 - pairs['val'][0].f1, text, command)
 
 def biggest_lever(run:PixelRun, split:str) -> Lever|None:
@@ -206,7 +209,8 @@ def calibration_mend(run:PixelRun) -> Lever|None:
         if method != found.method and held and adds_up(held.excess):
             folder = shell_path(run.folder)
             text = MENDED.format(method=METHODS[method], excess=held.excess.value, now=found.remaining.value)
-            command = f'rtsseg-calibrate --run {folder} --override calibrate.method={method}\nrtsseg-report --run {folder}'
+            command = (f'rtsseg-calibrate --run {folder} --override calibrate.method={method}\n'
+                       f'rtsseg-report --run {folder}')
             return Lever(0., text, command)
     return None
 
@@ -273,7 +277,8 @@ class VerdictBox:
         lines += [f'- **{markdown_text(row.words)}** {markdown_text(row.meaning)}' for row in self.rows]
         if self.lever:
             lines += ['', f'**Biggest lever.** {markdown_text(self.lever)}']
-        lines += ['', f'**Next step.** {markdown_text(self.step)}', '', *(f'    {s}' for s in self.command.splitlines())]
+        lines += ['', f'**Next step.** {markdown_text(self.step)}', '']
+        lines += [f'    {line}' for line in self.command.splitlines()]
         return '\n'.join(lines)
 
     def __str__(self):
@@ -389,10 +394,6 @@ def small_findings(run:PixelRun, errors:Errors) -> list[Finding]:
     text = (f'False objects under {floor} pixels, a floor that loses no found slump of validation: {number:.0f} of '
             f'{errors.now.false:.0f}.')
     return [Finding(cost, gained(cost), text)] if cost > 0 else []
-
-def about_times(excess:float) -> str:
-    "A factor, with two or three digits"
-    return f'{excess:.0f}' if excess >= 10 else f'{excess:.2g}'
 
 def calibration_findings(run:PixelRun) -> list[Finding]:
     "Probabilities that do not add up, and how to mend them"

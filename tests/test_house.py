@@ -141,7 +141,8 @@ WINGS = {
     'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
             'toy pretrained windows prepare stage card class_world leaf_world photos shards',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed',
-    'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics cleanup',
+    'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics '
+               'cleanup',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
              'label_losses routed distil refine',
     'seam': 'system',

@@ -264,6 +264,12 @@ class RTS(System):
         from rtsseg.pixel_report import sections
         return sections(results)
 
+    def report_files(self, results:Any, page:Path) -> list[Path]:
+        "Polygons of found, missed and false objects"
+        from rtsseg.errormap import error_files
+        from rtsseg.pixel_results import pixel_results
+        return error_files(pixel_results(results), page)
+
     def comparison(self, results:list[Any], split:str) -> dict[str, list]:
         "Sections of the report that compares several configurations: {heading: blocks of a page}"
         from rtsseg.pixel_report import comparison
