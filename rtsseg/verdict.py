@@ -49,7 +49,7 @@ DOUBT = ' On other land it could be otherwise: the 95% interval of precision is 
 def of_hundred(estimate:Estimate) -> str:
     "A share in words"
     if estimate.value is None:
-        return 'an unknown number' if estimate.high is None else f'at most {np.ceil(100 * estimate.high):.0f}'
+        return 'an unknown number' if estimate.high is None else f'at most {max(1, np.ceil(100 * estimate.high)):.0f}'
     return 'fewer than 1' if estimate.value < .01 else f'about {100 * estimate.value:.0f}'
 
 def found_words(precision:Estimate, recall:Estimate) -> str:
@@ -340,7 +340,7 @@ def split_errors(run:PixelRun, split:str) -> Errors:
 
 def gained(cost:float) -> str:
     "A cost in words"
-    return f'{cost:.3f} of object F1'
+    return f'{cost:.3f} of object F1' if cost >= .001 else 'less than 0.001 of object F1'
 
 def costliest(names:list, of:Callable[[str], Finding]) -> list[Finding]:    # one, or none
     "The finding of those groups that costs most"

@@ -128,7 +128,7 @@ def test_polygons_beside_the_page_are_the_objects_that_others_count(made, single
     split = Split(made, 1)
     found, false, missed = split.objects(split.grid).sum(0)
     assert layer.error.value_counts().to_dict() == dict(found=found, false=false, missed=missed)
-    table = read_manifest(made.cfg.data.manifest).of('test').table.set_index('tile_id')
+    table = read_pixel_run(made.folder).manifest.of('test').table.set_index('tile_id')
     boxes = shapely.box(*table.loc[layer.tile_id, ['xmin', 'ymin', 'xmax', 'ymax']].to_numpy().T)
     assert layer.within(gpd.GeoSeries(boxes, crs=layer.crs)).all()
     # each holds as many pixels as it says
