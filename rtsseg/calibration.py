@@ -9,11 +9,11 @@ __all__ = ['MAX_EXCESS', 'MAX_FACTOR', 'METHODS', 'StoredRatio', 'AGAIN', 'NO_TH
            'likelihood_tables', 'likelihood_sums', 'temperature_steps', 'slope_intercept_steps', 'prior_steps',
            'fit_replicates', 'fits', 'adds_up', 'temperature_verdict', 'quality_tables', 'deal_blocks',
            'cross_validate', 'held_out_gain', 'choose_method', 'gain_text', 'Region', 'Scores', 'Quality', 'HeldOut',
-           'Validation', 'describe_validation', 'read_stored', 'Calibration', 'QualityByRatio', 'quality_by_ratio',
-           'RegionCalibrator', 'MethodChoice', 'choose_fit', 'calibrate_evidence', 'show_reliability', 'show_pr',
-           'show_curves', 'fill', 'CalibrationText', 'show_calibration', 'readable_events', 'evaluated_views',
-           'views_gain', 'recommend', 'calibrate', 'training_ratio', 'calibrate_pixels', 'card_text',
-           'validation_evidence', 'show_views']
+           'Validation', 'describe_validation', 'read_stored', 'about_times', 'Calibration', 'QualityByRatio',
+           'quality_by_ratio', 'RegionCalibrator', 'MethodChoice', 'choose_fit', 'calibrate_evidence',
+           'show_reliability', 'show_pr', 'show_curves', 'fill', 'CalibrationText', 'show_calibration',
+           'readable_events', 'evaluated_views', 'views_gain', 'recommend', 'calibrate', 'training_ratio',
+           'calibrate_pixels', 'card_text', 'validation_evidence', 'show_views']
 
 # %% ../nbs/06_calibrate.ipynb #icalibra
 import json
@@ -499,6 +499,10 @@ def read_stored(path:str|Path) -> dict:    # {views: fields of `Calibration`}
     except FileError as e:
         raise ValueError(f'{e}: {AGAIN}') from None
 
+def about_times(factor:float) -> str:
+    "A factor in words: two digits, or all before the point"
+    return f'{factor:.0f}' if factor >= 10 else f'{factor:.2g}'
+
 class Calibration(Strict):
     "What calibration.json holds for one setting of views"
     views: str
@@ -580,8 +584,9 @@ class Calibration(Strict):
                  f'of {blocks}')
         if self.is_calibrated:
             return f'calibrated by {METHODS[self.method]}: {times}'
-        return (f'not calibrated: {times}; more than {MAX_EXCESS:.0%} from 1 and not by chance, or more than a factor '
-                f'of {MAX_FACTOR}, so they only rank pixels')
+        return (f'not calibrated: they rank pixels, but sum to about {about_times(self.remaining.value)} times the '
+                f'true area ({times}; more than {MAX_EXCESS:.0%} from 1 and not by chance, or more than a factor of '
+                f'{MAX_FACTOR})')
 
     @property
     def threshold(self) -> float|None:

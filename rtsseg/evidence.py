@@ -198,6 +198,9 @@ class Evidence:
     """What one pass over a split saw: one row per tile
 
     `evidence['region']` is a column as an array, `a + b` joins what two processes saw."""
+    # outlines of the objects, as a pass over a split keeps them beside its table; not part of the content
+    outlines:bytes = b''
+
     def __init__(self,
                  table:pa.Table,         # with the columns of `SCHEMA`
                  thresholds=(0.5,),      # probabilities at which objects were kept

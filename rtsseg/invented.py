@@ -22,6 +22,7 @@ from .intervals import summary
 from .manifest import Manifest
 from .metrics import informative_tiles
 from .operating import selection_rule
+from .outlines import OutlineWriter, outline_codes
 from .runs import config_hash, run_folder
 from .tiles import read_tile
 
@@ -80,6 +81,10 @@ def write_split(folder:Path,          # a run folder
     tiles = found.evidence['tile_id']
     kept = {tiles[i]: found.logits[i] for i in informative_rows(found.evidence)}
     np.savez_compressed(path.with_suffix('.npz'), **kept)
+    outlines = OutlineWriter()
+    for tile, logits, mask in zip(tiles, found.logits, found.masks, strict=True):
+        outlines.add(tile, outline_codes(logits, mask, found.evidence.thresholds, found.evidence.bins))
+    write_atomic(path.with_suffix('.outlines.npz'), outlines.content())
 
 # %% ../nbs/06b_invented.ipynb #cinvented3
 STEPS_PER_EPOCH = 10

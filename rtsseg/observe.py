@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_PROBES', 'MOST_PROBES', 'PROBE_PART', 'picture_tiles', 'pack_arrays', 'calibrated_thresholds',
-           'object_thresholds', 'tile_logits', 'probe_tiles', 'finer_bins', 'is_cut_off', 'next_bins', 'observe_tiles',
-           'why_unresolved', 'logits_for_pictures', 'describe_evidence']
+           'object_thresholds', 'tile_logits', 'probe_tiles', 'finer_bins', 'is_cut_off', 'next_bins', 'keep_outlines',
+           'observe_tiles', 'why_unresolved', 'logits_for_pictures', 'describe_evidence']
 
 # %% ../nbs/04n_observe.ipynb #iobserve
 import io
@@ -24,6 +24,7 @@ from .files import FileError, read_json, typed
 from .infer import Predictor, check_scale, judged_part, predict_logits
 from .manifest import Manifest
 from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .outlines import OutlineWriter, outline_codes
 from .runs import StoredThresholds
 from .scores import Bins
 from .stats import skip_unreadable
@@ -110,6 +111,18 @@ def next_bins(evidence:Evidence    # of a pass whose grid does not suffice
     "The grid of another pass: over the range of scores that occurred, or half precision where that is not known"
     return 'float16' if is_cut_off(evidence) else evidence.score_range
 
+def keep_outlines(outlines:OutlineWriter,
+                  part:Manifest,               # the split, whose rows the batch names
+                  logits:torch.Tensor,         # (B, H, W)
+                  batch:dict,
+                  thresholds:list[float],      # probabilities at which objects are kept
+                  bins:Bins                    # the grid of scores
+                 ) -> None:
+    "Add the tiles of a batch"
+    scores, labels = logits.float().cpu().numpy(), batch['target'].cpu().numpy()
+    for values, label, row in zip(scores, labels, batch['tile'].tolist(), strict=True):
+        outlines.add(part.table.tile_id[row], outline_codes(values, label, thresholds, bins))
+
 def observe_tiles(packed:Predictor,          # a model on the device of the pass
                   loader:DataLoader,         # the split
                   part:Manifest,             # the split, whose rows the batches name
@@ -122,10 +135,15 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
     thresholds = object_thresholds(cfg.metrics, ask.folder, ask.split, ask.views)
     bins = bins or finer_bins(packed, loader, part, ask) or 'float16'
     meter = Meter(part.table, thresholds, bins, ask.views, widths=cfg.metrics.boundary_widths)
+    outlines = OutlineWriter()
     for batch in progress(loader, f'{ask.split}: batches of tiles'):
-        meter.update(tile_logits(packed, batch, ask), batch['target'], batch['tile'])
+        logits = tile_logits(packed, batch, ask)
+        meter.update(logits, batch['target'], batch['tile'])
+        keep_outlines(outlines, part, logits, batch, thresholds, bins)
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
-    return meter.evidence()
+    evidence = meter.evidence()
+    evidence.outlines = outlines.content()
+    return evidence
 
 def why_unresolved(evidence:Evidence, ratios:list[int|str]) -> str:
     "Why scores must be counted again, or PR-AUC is uncertain by more than 1e-4; '' where neither is so"

@@ -299,6 +299,8 @@ def check_same_tiles(runs:list[PixelRun]) -> None:
 def pixel_results(results:Results     # as `read_results` gives them
                  ) -> PixelResults:
     "Add what the runs of a configuration measured; raises `ReportError`, also where seeds saw different tiles"
-    runs = [pixel_run(run) for run in results.runs]
-    check_same_tiles(runs)
-    return PixelResults(runs, results.label)
+    if results.measured is None:
+        runs = [pixel_run(run) for run in results.runs]
+        check_same_tiles(runs)
+        results.measured = PixelResults(runs, results.label)
+    return results.measured

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
-           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'tables_in', 'figures_in',
-           'compared_split', 'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect',
-           'tables', 'write', 'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report',
-           'seed_list', 'find_runs']
+           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'figures_in', 'compared_split',
+           'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect', 'tables', 'write',
+           'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -24,10 +23,11 @@ from .card import write_on_card
 from .config import RunConfig
 from .console import DataError, logger
 from .files import FileError, inside, write_atomic
-from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page
+from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page, tables_in
 from .results import ReportError, Results, listed, read_results, short_path
 from .shared import monitor_table, numbers_blocks, settings_table, shared_sections
 from .system import find_run
+from .verdict import VerdictBox
 
 # %% ../nbs/07_report.ipynb #creport1
 ON_TEST = 'Measured on the test split, on which nothing was chosen.'
@@ -53,24 +53,14 @@ def configuration_sections(results:Results) -> dict[str, list]:    # {heading: b
     shared = shared_sections(results)
     headline = next(iter(own))
     warnings = [Text(text, 'hint') for text in warnings_for(results)]
-    own[headline] = [*warnings, Text(measured_on(results)), *own[headline]]
+    # a verdict comes before all else but a warning
+    verdicts = [block for block in own[headline] if isinstance(block, VerdictBox)]
+    others = [block for block in own[headline] if not isinstance(block, VerdictBox)]
+    own[headline] = [*warnings, *verdicts, Text(measured_on(results)), *others]
     shared['Notes'] = [*own.pop('Notes', []), *shared['Notes']]
     return own | shared
 
 # %% ../nbs/07_report.ipynb #creport2
-def tables_in(blocks:list) -> list[Table]:
-    "The tables of some blocks, in the order of the page"
-    found = []
-    for block in blocks:
-        if isinstance(block, Table):
-            found.append(block)
-        elif isinstance(block, Fold):
-            found += tables_in(block.blocks)
-        else:
-            # a block that draws its tables in its own way lists them
-            found += getattr(block, 'tables', [])
-    return found
-
 def figures_in(blocks:list) -> list[Figure]:
     "The figures of some blocks, without galleries"
     found = []
@@ -210,6 +200,8 @@ def write(content:Content,
             write_atomic(folder/name, data)
         write_atomic(path.with_suffix('.md'), text)
         write_atomic(path, page(content.title, content.lead, content.parts))
+        if not content.comparison:
+            content.results[0].system.report_files(content.results[0], path)
     except OSError as e:
         raise ReportError(f'{path} cannot be written: {e.strerror}') from None
     except FileError as e:
@@ -301,6 +293,8 @@ class Report:
         files = [f'report:     {os.path.relpath(self.path)}',
                  f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}',
                  f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
+        layer = self.path.with_name('errors.gpkg')
+        files += [f'errors:     {os.path.relpath(layer)}'] if layer.is_file() else []
         return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
 
     @property

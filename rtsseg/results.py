@@ -311,6 +311,8 @@ class Results:
     runs: list[Run]
     # what the configuration is called on the page
     label: str
+    # what a system read of the runs, so that it is read once
+    measured: Any = None
 
     @property
     def first(self) -> Run:

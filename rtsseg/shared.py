@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['GREYS', 'ENSEMBLE_TEXT', 'OTHER_ENVIRONMENT', 'CODE_OF_NUMBERS', 'NEVER_LOOKED', 'LOOKS_TEXT', 'FORCED_LOOKS',
            'UNCOMMITTED', 'TRAINING_CAPTION', 'SEEDS_NOTE', 'GROUPS_NOTE', 'SAMPLES_NOTE', 'REPLICATES', 'TEST_NEXT',
-           'USE_NEXT', 'draw_column', 'columns_of', 'logged_curves', 'draw_losses', 'draw_scores', 'draw_rates',
-           'shade_frozen', 'curriculum', 'mark_curriculum', 'finish_panel', 'training_figure', 'members_table',
-           'training_blocks', 'training_table', 'code_state', 'environment_table', 'run_commands', 'commands',
-           'code_of_numbers', 'ledger_notes', 'look_notes', 'shared_notes', 'shared_sections', 'numbers_blocks',
-           'split_table', 'split_tables', 'seed_numbers', 'table_estimates', 'metrics_table', 'next_commands',
-           'next_blocks', 'table_sections', 'monitor_table', 'settings_table']
+           'USE_NEXT', 'COST_HEAD', 'COST_NOTE', 'draw_column', 'columns_of', 'logged_curves', 'draw_losses',
+           'draw_scores', 'draw_rates', 'shade_frozen', 'curriculum', 'mark_curriculum', 'finish_panel',
+           'training_figure', 'members_table', 'training_blocks', 'training_table', 'code_state', 'environment_table',
+           'run_commands', 'commands', 'code_of_numbers', 'ledger_notes', 'look_notes', 'shared_notes',
+           'shared_sections', 'numbers_blocks', 'split_table', 'split_tables', 'seed_numbers', 'table_estimates',
+           'metrics_table', 'next_commands', 'next_blocks', 'table_sections', 'parameter_count', 'cost_cells',
+           'monitor_table', 'settings_table']
 
 # %% ../nbs/06d_shared.ipynb #ishared
 import json
+import math
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
 
 from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
 from .config import RunConfig, deciding_settings
@@ -387,16 +391,38 @@ def table_sections(results:Results) -> dict[str, list]:    # {heading: blocks}
     return sections | ({'What next': following} if following else {})
 
 # %% ../nbs/06d_shared.ipynb #cshared8
+COST_HEAD = ['seconds', 'parameters']
+
+COST_NOTE = 'seconds of training, the mean over seeds, on the machines of the runs; parameters of the exported model'
+
+def parameter_count(weights:Path      # model.safetensors
+                   ) -> int|None:     # None where the file is missing or damaged
+    "Numbers in a file of weights; none of them is read"
+    try:
+        with safe_open(weights, 'numpy') as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except (OSError, SafetensorError):
+        return None
+
+def cost_cells(results:Results) -> list:    # as `COST_HEAD`
+    "What a configuration costs"
+    seconds = [run.epochs.seconds.sum() for run in results.runs if not run.ensemble]
+    count = parameter_count(results.first.folder/'model'/'model.safetensors')
+    size = Number(None) if count is None else Number(count / 1e6, '{:.2f} M')
+    return [Number(float(np.mean(seconds)) if seconds else None, '{:.0f}'), size]
+
 def monitor_table(results:list[Results]    # one for each configuration
                  ) -> Table:
-    "The best monitored value of each configuration: mean and standard deviation over seeds"
+    "The best monitored value of each configuration, the best first: mean and standard deviation over seeds, and cost"
     rows = []
     for found in results:
         values = [run.best['value'] for run in found.runs]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        rows.append([f'{found.label} ({len(values)})', Estimate(float(np.mean(values)), std=std)])
-    head = ['configuration (seeds)', results[0].first.monitor_label]
-    return Table(head, rows, ['on validation, at the best epoch; ± standard deviation over seeds'])
+        rows.append([f'{found.label} ({len(values)})', Estimate(float(np.mean(values)), std=std), *cost_cells(found)])
+    more_is_better = results[0].system.monitor(results[0].first.cfg)[1] == 'max'
+    rows.sort(key=lambda row: row[1].value, reverse=more_is_better)
+    head = ['configuration (seeds)', results[0].first.monitor_label, *COST_HEAD]
+    return Table(head, rows, ['on validation, at the best epoch; ± standard deviation over seeds', COST_NOTE])
 
 def settings_table(results:list[Results]    # one for each configuration
                   ) -> Table:

@@ -333,6 +333,13 @@ class System:
         "What else belongs below the noise floor of a validation"
         return []
 
+    def report_files(self,
+                     results:Any,      # of the report
+                     page:Path         # where it is
+                    ) -> list[Path]:
+        "Write what lies beside the page of a configuration, as layers for a GIS; the files"
+        return []
+
     def sections(self,
                  results:Any    # `Results`: the finished runs of one configuration, one a seed
                 ) -> dict[str, list]:

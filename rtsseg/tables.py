@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'METRICS', 'OBJECT_METRICS', 'ONE_SEED', 'ONE_ENSEMBLE', 'SEVERAL_SEEDS', 'INTERVAL', 'NEAREST',
            'REGION_NOTE', 'REGION_HINT', 'SIZE_NOTE', 'SIZE_HINT', 'SLUMPS_NOTE', 'MISSES', 'FALSE_NOTE',
-           'CONFIDENCE_NOTE', 'COMPARISON_NOTE', 'DIFFERENCE_NOTE', 'TARGET_NOTE', 'FLOOR_NOTE', 'ALL_NOTE',
-           'ON_TEST_NOTE', 'REGION_POINTS_NOTE', 'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE', 'QUALITY_NOTE', 'SHIFT_NOTE',
-           'VIEWS_NOTE', 'NO_MANIFEST', 'SPLITS_NOTE', 'Several', 'probability_cell', 'point_note', 'threshold_cell',
-           'object_threshold_cell', 'prevalence_cell', 'weight_cell', 'without_interval', 'positive_blocks',
-           'metric_rows', 'basis_rows', 'bound_rows', 'spread_notes', 'results_table', 'seeds_table',
-           'estimators_table', 'gap_table', 'slider_codes', 'threshold_score', 'pixel_rates', 'pixels_by_threshold',
-           'objects_by_threshold', 'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table',
-           'size_hints', 'size_table', 'slump_row', 'slumps_tables', 'misses_table', 'false_alarm_kinds',
-           'false_alarms_table', 'comparison_table', 'paired_differences', 'differences_table', 'target_note',
-           'pixel_points_table', 'on_test', 'object_points_table', 'region_point_rows', 'region_points_table',
-           'operating_tables', 'fits_table', 'small_number', 'quality_table', 'calibration_tables', 'views_tables',
-           'splits_table', 'splits_of', 'data_regions_table', 'evidence_splits_table', 'data_tables']
+           'CONFIDENCE_NOTE', 'COMPARISON_NOTE', 'VERDICT_NOTE', 'DIFFERENCE_NOTE', 'LEADERBOARD_NOTE', 'TARGET_NOTE',
+           'FLOOR_NOTE', 'ALL_NOTE', 'ON_TEST_NOTE', 'REGION_POINTS_NOTE', 'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE',
+           'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE', 'NO_MANIFEST', 'SPLITS_NOTE', 'Several', 'probability_cell',
+           'point_note', 'threshold_cell', 'object_threshold_cell', 'prevalence_cell', 'weight_cell',
+           'without_interval', 'positive_blocks', 'metric_rows', 'basis_rows', 'bound_rows', 'spread_notes',
+           'results_table', 'seeds_table', 'estimators_table', 'gap_table', 'threshold_score', 'pixel_rates',
+           'Supported', 'ratio_or_nan', 'drawn_pixels', 'pixels_by_threshold', 'objects_by_threshold',
+           'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table', 'size_hints',
+           'size_table', 'slump_row', 'slumps_tables', 'misses_table', 'false_alarm_kinds', 'false_alarms_table',
+           'comparison_table', 'paired_differences', 'leaderboard_table', 'without_land', 'differences_table',
+           'target_note', 'pixel_points_table', 'on_test', 'object_points_table', 'region_point_rows',
+           'region_points_table', 'operating_tables', 'fits_table', 'small_number', 'quality_table',
+           'calibration_tables', 'views_tables', 'splits_table', 'splits_of', 'data_regions_table',
+           'evidence_splits_table', 'data_tables']
 
 # %% ../nbs/06f_tables.ipynb #itables
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
+from scipy.special import logit
 
 from .bootstrap import MIN_GROUPS, Estimate, bootstrap_groups
 from .calibration import Region, evaluated_views, recommend, views_gain
@@ -45,16 +47,18 @@ from rtsseg.objects import (
     SIZE_CLASSES,
     false_alarms,
     found_slumps,
+    grid_counts,
     match_objects,
     misses,
     object_grid,
     recall_by_size,
 )
-from .operating import ObjectOperatingPoint, OperatingPoint, probability_text
+from .operating import ObjectOperatingPoint, OperatingPoint, Replicates, probability_text
 from .page import Number, Table
 from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported
 from .results import listed, ratio_name
-from .scores import clipped_scores, first_code
+from .scores import CODES, clipped_scores, first_code
+from .shared import COST_HEAD, COST_NOTE, cost_cells
 
 # %% ../nbs/06f_tables.ipynb #ctables1
 REFERENCE = 'the fixed reference threshold: none is calibrated for this ratio'
@@ -281,19 +285,6 @@ def gap_table(run:PixelRun, split:str,
     return Table(head, rows, notes, 'The gap between 1:1 and realistic ratios')
 
 # %% ../nbs/06f_tables.ipynb #ctables6
-def slider_codes(run:PixelRun, split:str,
-                 n:int=150            # even steps in recall
-                ) -> np.ndarray:      # codes, ascending
-    "Score codes at which the slider stops"
-    evidence = run.evidence[split]
-    found = np.cumsum(evidence.pooled[:, 1].sum(0))
-    total = found[-1]
-    steps = np.searchsorted(found, np.linspace(1 / n, 1, n) * total) if total else []
-    chosen = ratio_thresholds(run, run.cfg.metrics.ratios).values()
-    named = [first_code(threshold, evidence.bins) for threshold in (*evidence.thresholds, .5, *chosen)]
-    codes = np.concatenate([steps, named]).clip(1, len(found) - 1)
-    return np.unique(codes.astype(int))
-
 def threshold_score(run:PixelRun, split:str,
                     threshold:float      # an uncalibrated probability
                    ) -> float:
@@ -309,24 +300,57 @@ def pixel_rates(evidence:Evidence, ratio:int|str,
     negative, positive = np.cumsum(histogram(evidence, ratio)[:, ::-1], 1)[:, ::-1]
     return rates(positive[codes], negative[codes], positive[0] - positive[codes])
 
+@dataclass
+class Supported:
+    "Makes cells of numbers that come with bootstrap replicates"
+    drawn: Replicates
+    # what a negative tile counts
+    weight: float
+
+    def cell(self, values:np.ndarray,    # (1 + replicates,)
+             bound:float,                # the value at the ratio of the split
+             support:int                 # negative tiles that it rests on
+            ) -> Estimate:
+        "A number with its interval, or a blank with a bound"
+        found = supported(float(values[0]), bound, support, self.weight)
+        return found if found.value is None else self.drawn.estimate(values)
+
+def ratio_or_nan(part:np.ndarray, whole:np.ndarray) -> np.ndarray:
+    "A quotient; NaN where nothing is there"
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return part / whole
+
+def drawn_pixels(evidence:Evidence,
+                 drawn:Replicates,       # of it
+                 codes:np.ndarray,       # a pixel with this code or a higher one is predicted
+                 ratio:int|str
+                ) -> tuple[np.ndarray, np.ndarray]:    # precision and recall, (1 + replicates, codes) each
+    "Pixel precision and recall at score codes, in each replicate"
+    above = np.arange(CODES)[:, None] >= np.append(codes, 1)
+    nothing = np.zeros_like(above)
+    # with a NaN score in the split, nothing is known
+    known = np.nan if evidence.pooled[..., 0].any() else 1.
+    tp = known * drawn.mix(drawn.pixels(nothing, above), ratio)
+    fp = drawn.mix(drawn.pixels(above, nothing), ratio)
+    return ratio_or_nan(tp, tp + fp)[:, :-1], ratio_or_nan(tp[:, :-1], tp[:, -1:])
+
 def pixels_by_threshold(run:PixelRun, split:str) -> Table:
-    "Pixel precision and recall at every stop of the slider, and the nearest threshold of objects"
+    "Pixel precision and recall at every threshold at which objects were cut out"
     evidence = run.evidence[split]
-    codes = slider_codes(run, split)
+    codes = np.array([first_code(t, evidence.bins) for t in evidence.thresholds]).clip(1, CODES - 1)
     scores = clipped_scores(evidence.bins)[codes]
+    drawn = Replicates(evidence, run.cfg.metrics.replicates)
     top = np.sort(evidence.top_code[~evidence['positive']])
     support = len(top) - np.searchsorted(top, codes)
     native = pixel_rates(evidence, 'native', codes)['precision']
     rows = []
     for ratio in run.cfg.metrics.ratios:
-        found = pixel_rates(evidence, ratio, codes)
-        weight = negative_weight(evidence, ratio)
+        precision, recall = drawn_pixels(evidence, drawn, codes, ratio)
+        cells = Supported(drawn, negative_weight(evidence, ratio))
         for i, score in enumerate(scores):
-            nearest = evidence.nearest_threshold(expit(score))
-            precision = supported(found['precision'][i], native[i], support[i], weight)
             rows.append([ratio_name(ratio), Number(score, '{:.4g}'), probability_cell(run, score),
-                         Number(nearest, '{:.4g}'), precision, Number(found['recall'][i])])
-    head = ['ratio', 'score', 'threshold', 'objects at, uncalibrated', 'precision', 'recall']
+                         cells.cell(precision[:, i], native[i], support[i]), drawn.estimate(recall[:, i])])
+    head = ['ratio', 'score', 'threshold', 'precision', 'recall']
     return Table(head, rows, title=f'Pixels by threshold, {run.title}')
 
 def objects_by_threshold(run:PixelRun, split:str) -> Table:
@@ -334,16 +358,19 @@ def objects_by_threshold(run:PixelRun, split:str) -> Table:
     evidence, cfg = run.evidence[split], run.cfg
     areas = list(dict.fromkeys([cfg.metrics.min_area, *cfg.calibrate.min_areas]))
     grid = object_grid(evidence, 'native', 0.3, areas)
+    drawn = Replicates(evidence, cfg.metrics.replicates)
+    counts = drawn.tally(grid_counts(evidence, 0.3, areas).transpose(1, 0, 2))
     rows = []
     for ratio in cfg.metrics.ratios:
-        weight = negative_weight(evidence, ratio)
-        false = grid.fp_positive + weight * grid.fp_negative
-        found = rates(grid.tp, false, grid.fn)
+        tp, fp, fn = np.moveaxis(drawn.mix(counts, ratio), -1, 0)
+        precision, recall = ratio_or_nan(tp, tp + fp), ratio_or_nan(tp, tp + fn)
+        cells = Supported(drawn, negative_weight(evidence, ratio))
         for i, point in enumerate(grid.itertuples()):
-            precision = supported(found['precision'][i], point.precision, point.support, weight)
-            counts = [Number(float(n), '{:.0f}') for n in (point.tp, false[i], point.fn)]
+            numbers = [Number(float(n[0, i]), '{:.0f}') for n in (tp, fp, fn)]
             rows.append([ratio_name(ratio), int(point.min_area), Number(point.threshold, '{:.4g}'),
-                         probability_cell(run, logit(point.threshold)), precision, Number(found['recall'][i]), *counts])
+                         probability_cell(run, logit(point.threshold)),
+                         cells.cell(precision[:, i], point.precision, point.support), drawn.estimate(recall[:, i]),
+                         *numbers])
     head = ['ratio', 'smallest object, px', 'uncalibrated', 'threshold', 'object precision', 'object recall', 'found',
             'false', 'missed']
     return Table(head, rows, title=f'Objects by threshold, {run.title}')
@@ -362,9 +389,10 @@ def thresholds_table(run:PixelRun, split:str,
         score = threshold_score(run, split, threshold)
         p = [pixel_row[name, score] for name in names]
         o = [object_row[name, threshold] for name in names]
-        probability, recall = o[0][3], p[0][5]
+        probability, recall = o[0][3], without_interval(p[0][4])
         found, missed = o[0][6], o[0][8]
-        rows.append([probability, recall, *(row[4] for row in p), found, missed, *(row[7] for row in o)])
+        rows.append([probability, recall, *(without_interval(row[3]) for row in p), found, missed,
+                     *(row[7] for row in o)])
     head = ['threshold', 'recall', *(f'precision {name}' for name in names), 'objects found', 'missed',
             *(f'false at {name}' for name in names)]
     return Table(head, rows, title=f'Precision and recall by threshold, {run.title}')
@@ -544,8 +572,9 @@ def false_alarms_table(run:PixelRun, split:str) -> Table:
 COMPARISON_NOTE = ('± standard deviation over seeds; [low, high] 95% over blocks; pixels and objects at the thresholds '
                    'of each; sizes and ratios as set for {first}')
 
-DIFFERENCE_NOTE = ('the same tiles and draws of blocks for both; gain or loss: beyond two standard deviations, of '
-                   'blocks and of seeds; else noise')
+VERDICT_NOTE = 'gain or loss: beyond two standard deviations, of blocks and of seeds; else noise'
+
+DIFFERENCE_NOTE = f'the same tiles and draws of blocks for both; {VERDICT_NOTE}'
 
 def comparison_table(results:list[PixelResults],    # one for each configuration
                      split:str                      # val or test
@@ -574,6 +603,34 @@ def paired_differences(a:PixelResults,     # the first configuration
     evidence = [[run.evidence[split] for run in x.runs] for x in (a, b)]
     thresholds = [[ratio_thresholds(run, cfg.ratios) for run in x.runs] for x in (a, b)]
     return compare(*evidence, cfg.ratios, *thresholds, IOUS, cfg.min_area, cfg.replicates)
+
+LEADERBOARD_NOTE = ('{metric} at {ratio} on the {split} split: mean ± standard deviation over seeds; difference to the '
+                    'first on the same tiles, with a 95% interval over blocks')
+
+def leaderboard_table(results:list[PixelResults],    # one for each configuration
+                      split:str                      # val or test
+                     ) -> Table:
+    "Configurations from the best down: PR-AUC and object F1 at the first ratio, paired difference, verdict, cost"
+    first, *others = results
+    cfg = first.metrics
+    ratio = cfg.ratios[0]
+    numbers = {x.label: estimates(x.runs, split, [ratio], cfg)[ratio] for x in results}
+    differences = {x.label: paired_differences(first, x, split, cfg)[ratio]['pr_auc'] for x in others}
+    rows = []
+    for x in results:
+        difference = differences.get(x.label)
+        versus = [difference, difference.verdict] if difference else ['the first', '–']
+        found = numbers[x.label]
+        rows.append([f'{x.label} ({len(x.runs)})', without_land(found['pr_auc']), without_land(found['object_f1_30']),
+                     *versus, *cost_cells(x)])
+    rows.sort(key=lambda row: -(row[1].value or 0))
+    head = ['configuration (seeds)', 'PR-AUC', 'object F1', 'difference of PR-AUC', 'verdict', *COST_HEAD]
+    note = LEADERBOARD_NOTE.format(metric='PR-AUC and F1 of objects', ratio=ratio_name(ratio), split=split)
+    return Table(head, rows, [note, VERDICT_NOTE, COST_NOTE])
+
+def without_land(estimate:Estimate) -> Estimate:
+    "A number with its spread over seeds, without its interval; a blank with its bound stays"
+    return estimate if estimate.value is None else Estimate(estimate.value, std=estimate.std)
 
 def differences_table(results:list[PixelResults],    # one for each configuration
                       split:str                      # val or test

@@ -153,16 +153,16 @@ WINGS = {
             'toy pretrained windows prepare stage card class_world leaf_world photos shards season '
             'series series_stats exams phantom',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed series_feed exam_feed',
-    'measure': 'scores shapes evidence metrics objects bootstrap intervals class_metrics plant_metrics cleanup '
+    'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics cleanup '
                'survival_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
              'label_losses routed distil refine series_models registration risk_models',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
             'evaluation plan routed_runs blend land_words outline_trial class_ensemble exam_runs',
-    'judge': 'operating calibration page invented results shared pixel_results tables figures pixel_report '
-             'class_report plant_report risk_report reporting',
-    'maps': 'mapfile scenestats regions styles prediction polygons areas estimates review export mapcheck preview '
+    'judge': 'operating calibration styles page invented results shared pixel_results tables figures verdict errormap '
+             'pixel_report class_report plant_report risk_report reporting',
+    'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview '
             'claims scenelist fleet joins relearn mosaic rayengine cost class_export class_predict '
             'tour',
     'search': 'variants ablation tuning sequence',

@@ -38,7 +38,7 @@ from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.objects import match_objects
 from rtsseg.operating import selection_rule
 from rtsseg.page import Bullets, Reasons, Table, Text, markdown_text
-from rtsseg.pixel_report import headline_sentences
+from rtsseg.pixel_report import headline_warnings
 from rtsseg.pixel_results import pixel_results
 from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError, read_results, read_run
@@ -46,6 +46,7 @@ from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
 from rtsseg.tables import METRICS, Several, match_settings, region_table, slumps_tables, threshold_cell
 from rtsseg.toy import tiny_toy
+from rtsseg.verdict import KINDS, verdict
 
 HOSTILE = '<script>alert(1)</script>&"\''
 
@@ -306,13 +307,12 @@ def test_every_stop_of_the_slider(runs, single, ratio):
     run, split = read_pixel_run(runs[0].folder), Split(runs[0], ratio)
     _, pixels, objects = single.tables['Threshold']
     rows = [row for row in pixels.rows if row[0] == RATIOS[ratio]]
-    assert len(rows) > 100
-    for _, score, p, near, precision, recall in rows[::20] + [row for row in rows if row[1].value == split.cut]:
+    assert [row[1].value for row in rows] == pytest.approx(logit(run.evidence['test'].thresholds), abs=.01)
+    for _, score, p, precision, recall in rows:
         want = split.pixels(score.value)
         assert p.value == pytest.approx(split.calibration.probability(score.value))
         assert recall.value == pytest.approx(want['recall'])
         assert precision.value is None or precision.value == pytest.approx(want['precision'])
-        assert near.value == nearest(run.evidence['test'].thresholds, expit(score.value))
     rows = [row for row in objects.rows if row[0] == RATIOS[ratio] and row[1] in (0, 40)]
     for _, floor, raw, _, precision, recall, *counts in rows[::3]:
         tp, fp, fn = split.tile @ split.objects(raw.value, .3, floor)
@@ -388,23 +388,33 @@ def test_mean_and_spread(folders, single, both):
     for path in (both.path, *folders):
         assert os.path.relpath(path) in str(both)
 
-def test_the_headline_in_plain_words(folders):
+def test_the_verdict_in_plain_words(folders):
     "A bound is called a bound, and what missed its target is not called chosen, nor a score a probability"
     results = pixel_numbers(*folders)
     row = results.headline[1]
-    sentence, *_ = headline_sentences(results)
+    meaning = verdict(results).rows[0].meaning
     precision, recall = (100 * row[f'object_{name}_30'].value for name in ('precision', 'recall'))
-    assert f'of 100 predicted objects about {precision:.0f} are slumps' in sentence
-    assert f'of 100 slumps about {recall:.0f} are found' in sentence
+    assert f'Of 100 predicted objects about {precision:.0f} are slumps' in meaning
+    assert f'of 100 slumps about {recall:.0f} are found' in meaning
     row['object_precision_30'] = Estimate(None, high=.004)
     points = results.runs[1].calibration.thresholds
     points[1] = points[1].model_copy(update=dict(reached=False))
     held_out = {name: HeldOut(nll=Estimate(.1), excess=Estimate(105.)) for name in results.first.calibration.fits}
     results.first.calibration = results.first.calibration.model_copy(update=dict(held_out=held_out))
-    bound, missed, probability = headline_sentences(results)
-    assert 'predicted objects at most 1 are slumps' in bound
+    assert 'predicted objects at most 1 are slumps' in verdict(results).rows[0].meaning
+    missed, probability = headline_warnings(results)
     assert 'No threshold reached the target precision of 0.5 on validation (seed 43)' in missed
-    assert 'calls a probability is not calibrated: probabilities at 1:1 add up to 105.000 times' in probability
+    assert 'not calibrated: they rank pixels, but sum to about 105 times the true area' in probability
+
+@pytest.mark.parametrize('precision, recall, kind', [(.8, .6, 'fit'), (.8, .4, 'review'), (.3, .9, 'review'),
+                                                     (.004, .9, 'unfit'), (None, .9, 'unfit')])
+def test_the_verdict_follows_from_the_numbers(folders, precision, recall, kind):
+    results = pixel_numbers(folders[0])
+    bound = Estimate(None, high=.004) if precision is None else Estimate(precision)
+    results.headline[200] |= dict(object_precision_30=bound, object_recall_30=Estimate(recall))
+    row = verdict(results).rows[list(RATIOS).index(200)]
+    assert row.kind == kind
+    assert row.words == f'{KINDS[kind]} at 1:200.'
 
 def test_what_is_used_instead(folders):
     "A target that is missed on validation is named with its seed, and numbers stay with their ratio"
@@ -746,7 +756,7 @@ def test_page_escapes_and_fetches_nothing(single):
 def slider_cells(seed):
     "The texts that the slider holds of a seed: of pixels, and of objects"
     pixels = [cell for ratio in seed['pixels'] for row in ratio for cell in row]
-    objects = [cell for area in seed['objects'].values() for ratio in area for row in ratio for cell in row]
+    objects = [cell for area in seed['objects'] for ratio in area for row in ratio for cell in row]
     return pixels, objects
 
 def test_the_page_holds_the_tables_and_nothing_else(folders, both, cfg):
@@ -760,7 +770,7 @@ def test_the_page_holds_the_tables_and_nothing_else(folders, both, cfg):
     assert list(data) == ['42', '43']
     for pixels, objects, seed in zip(behind_slider[::2], behind_slider[1::2], data.values(), strict=True):
         of_pixels, of_objects = slider_cells(seed)
-        assert of_pixels == [str(cell) for row in pixels.rows for cell in row[4:]]
+        assert of_pixels == [str(cell) for row in pixels.rows for cell in row[3:]]
         assert sorted(of_objects) == sorted(str(cell) for row in objects.rows for cell in row[4:])
     code = html.unescape(re.search(r'<pre[^>]*>(from rtsseg.reporting.*?)</pre>', text, re.S)[1])
     command = [sys.executable, '-c', code]
@@ -857,22 +867,21 @@ def test_the_slider_in_a_browser(runs, single, tmp_path):
     scikit-learn finds there"""
     run, split = read_pixel_run(runs[0].folder), Split(runs[0], 1)
     stops = [row for row in single.tables['Threshold'][1].rows if row[0] == RATIOS[1]]
+    thresholds = run.evidence['test'].thresholds
     url = single.path.as_uri()
     now, chosen, rows = slider_in_browser(tmp_path, url)
-    assert now == f'{runs[0].calibration.thresholds[1].threshold:.3f}' and chosen
-    headline = single.headline.frame[RATIOS[1]]
-    names = ('precision', 'recall', 'object precision (IoU 0.3)', 'object recall (IoU 0.3)')
-    assert rows[0][:5] == [RATIOS[1], *(f'{headline[name]:.3f}' for name in names)]
+    assert chosen
+    assert float(now) == pytest.approx(split.calibration.probability(logit(split.grid)), abs=6e-4)
     assert rows[0][5:] == [f'{n:.0f}' for n in split.tile @ split.objects(split.grid)]
-    for wanted in (.2, .9):
-        now, _, rows = slider_in_browser(tmp_path, f'{url}#threshold={wanted}')
-        stop = min(stops, key=lambda row: abs(row[2].value - wanted))
-        want = split.pixels(stop[1].value)
-        cut = nearest(run.evidence['test'].thresholds, expit(stop[1].value))
-        assert now == f'{stop[2].value:.3f}'
-        assert abs(stop[2].value - wanted) < .05
-        assert rows[0][1:3] == [f'{want[name]:.3f}' for name in ('precision', 'recall')]
-        assert rows[0][5:] == [f'{n:.0f}' for n in split.tile @ split.objects(cut)]
+    for wanted, floor in ((.2, 0), (.9, 40)):
+        now, _, rows = slider_in_browser(tmp_path, f'{url}#threshold={wanted}&floor={floor}')
+        at = min(range(len(stops)), key=lambda i: abs(stops[i][2].value - wanted))
+        want = split.pixels(stops[at][1].value)
+        assert now == f'{stops[at][2].value:.3f}'
+        shown = [cell.split()[0] for cell in rows[0][1:3]]
+        assert shown == [f'{want[name]:.3f}' for name in ('precision', 'recall')]
+        # pixels and objects are at one threshold
+        assert rows[0][5:] == [f'{n:.0f}' for n in split.tile @ split.objects(thresholds[at], floor=floor)]
 
 # ---------------------------------------------------------------- errors
 

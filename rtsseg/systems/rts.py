@@ -219,10 +219,11 @@ class RTS(System):
         return why_unresolved(table, cfg.metrics.ratios)
 
     def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
-        "Logits of the tiles that a report shows, as an .npz file"
+        "Outlines of all objects, and logits of the tiles that a report shows, as .npz files"
         from rtsseg.observe import logits_for_pictures
         part = feed.manifest.of(ask.split)
-        return {'.npz': logits_for_pictures(packed, feed.split(ask.split, packed), part, ask, table)}
+        logits = logits_for_pictures(packed, feed.split(ask.split, packed), part, ask, table)
+        return {'.npz': logits, '.outlines.npz': table.outlines}
 
     def read_table(self, path:Path) -> Any:
         "Read the evidence of a split; raises `ValueError`"
@@ -262,6 +263,12 @@ class RTS(System):
         "Sections of the report on one configuration: {heading: blocks of a page}"
         from rtsseg.pixel_report import sections
         return sections(results)
+
+    def report_files(self, results:Any, page:Path) -> list[Path]:
+        "Polygons of found, missed and false objects"
+        from rtsseg.errormap import error_files
+        from rtsseg.pixel_results import pixel_results
+        return error_files(pixel_results(results), page)
 
     def comparison(self, results:list[Any], split:str) -> dict[str, list]:
         "Sections of the report that compares several configurations: {heading: blocks of a page}"
