@@ -59,7 +59,7 @@ def split_objects(run:PixelRun, split:str
     return both.sort_values(['tile', 'error', 'id'], ignore_index=True)
 
 # %% ../nbs/06g_map.ipynb #errmoutl
-NO_OUTLINES = ('This evaluation kept no outlines of objects, so there are no polygons: rtsseg-evaluate --run {folder} '
+NO_OUTLINES = ('This evaluation kept no outlines of objects, so polygons are missing: rtsseg-evaluate --run {folder} '
                '--split {split} makes them.')
 
 DAMAGED_OUTLINES = ('The outlines of objects are damaged ({path}: {error}): rtsseg-evaluate --run {folder} --split '
@@ -373,7 +373,7 @@ class ErrorMap:
 MAP_TEXT = ('Tiles of the {split} split by region, at the threshold of the tables about objects. Outlines of all '
             'objects are in errors.gpkg beside this page, with a style for QGIS.')
 
-NO_MAP = 'There is no map: the manifest does not exist any more, or its tiles have no coordinates.'
+NO_MAP = 'A map cannot be drawn: the manifest does not exist any more, or its tiles have no coordinates.'
 
 def map_blocks(results:PixelResults) -> list:
     "The map, or why there is none"

@@ -198,7 +198,7 @@ class Evidence:
     """What one pass over a split saw: one row per tile
 
     `evidence['region']` is a column as an array, `a + b` joins what two processes saw."""
-    # outlines of the objects, as a pass over a split keeps them beside its table; not part of the content
+    # outlines of the objects, as a pass keeps them beside its table; not part of the content
     outlines:bytes = b''
 
     def __init__(self,

@@ -85,7 +85,8 @@ def read_codes(archive:zipfile.ZipFile,
 @dataclass
 class TileObjects:
     "The objects of a tile at one threshold"
-    # int32 (H, W): the number of the true object of each pixel, and of the predicted one, from 1; 0 for none
+    # int32 (H, W): the number of the true object of each pixel, and of the predicted one,
+    # from 1; 0 for none
     truth: np.ndarray
     predicted: np.ndarray
     # a row for each number: area, size, edge

@@ -415,7 +415,7 @@ class Slider:
     pixels: list[str]
     # heads of the columns of objects, which follow threshold and area
     objects: list[str]
-    # {seed: texts of its stops}: value and text of each stop, areas, the stop that each row starts at,
+    # {seed: texts of its stops}: value and text of each stop, areas, the stop of each row at first,
     # pixels by row and stop, objects by area, row and stop
     seeds: dict
     # what an interval in a cell is

@@ -66,7 +66,7 @@ from rtsseg.tables import (
     thresholds_table,
     views_tables,
 )
-from .verdict import FIT_RECALL, REVIEW_PRECISION, RULE, calibration_mend, findings, verdict
+from .verdict import FIT_RECALL, REVIEW_PRECISION, VERDICT_RULE, calibration_mend, findings, mapping_verdict
 
 # %% ../nbs/06h_pixel_report.ipynb #cpixrep1
 NOT_REACHED = ('No threshold reached the target precision of {target:g} on validation ({seeds}): the tables use '
@@ -128,9 +128,9 @@ def headline_section(results:PixelResults) -> list:
     "The numbers of the split of the headline"
     split, ratios = results.split, results.metrics.ratios
     target = results.first.calibration.target_precision
-    rule = RULE.format(target=target, recall=FIT_RECALL, review=REVIEW_PRECISION)
+    rule = VERDICT_RULE.format(target=target, recall=FIT_RECALL, review=REVIEW_PRECISION)
     loose = results_table(results, split, ratios, (0.1, 0.5), pixels=False)
-    blocks = [verdict(results), headline_cards(results), Text(RATIO_TEXT),
+    blocks = [mapping_verdict(results), headline_cards(results), Text(RATIO_TEXT),
               *(Text(sentence, 'hint') for sentence in headline_warnings(results)),
               results_table(results, split, ratios), Fold('How the verdict is made', [Text(rule)]),
               Fold('What the words mean', [Bullets(WORDS)]),

@@ -37,7 +37,7 @@ from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.objects import match_objects
 from rtsseg.operating import selection_rule
-from rtsseg.page import Bullets, Reasons, Table, Text, markdown_text
+from rtsseg.page import BLANK, Bullets, Reasons, Table, Text, markdown_text
 from rtsseg.pixel_report import headline_warnings
 from rtsseg.pixel_results import pixel_results
 from rtsseg.reporting import report, tables
@@ -46,7 +46,7 @@ from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
 from rtsseg.tables import METRICS, Several, match_settings, region_table, slumps_tables, threshold_cell
 from rtsseg.toy import tiny_toy
-from rtsseg.verdict import KINDS, verdict
+from rtsseg.verdict import KINDS, mapping_verdict
 
 HOSTILE = '<script>alert(1)</script>&"\''
 
@@ -392,7 +392,7 @@ def test_the_verdict_in_plain_words(folders):
     "A bound is called a bound, and what missed its target is not called chosen, nor a score a probability"
     results = pixel_numbers(*folders)
     row = results.headline[1]
-    meaning = verdict(results).rows[0].meaning
+    meaning = mapping_verdict(results).rows[0].meaning
     precision, recall = (100 * row[f'object_{name}_30'].value for name in ('precision', 'recall'))
     assert f'Of 100 predicted objects about {precision:.0f} are slumps' in meaning
     assert f'of 100 slumps about {recall:.0f} are found' in meaning
@@ -401,7 +401,7 @@ def test_the_verdict_in_plain_words(folders):
     points[1] = points[1].model_copy(update=dict(reached=False))
     held_out = {name: HeldOut(nll=Estimate(.1), excess=Estimate(105.)) for name in results.first.calibration.fits}
     results.first.calibration = results.first.calibration.model_copy(update=dict(held_out=held_out))
-    assert 'predicted objects at most 1 are slumps' in verdict(results).rows[0].meaning
+    assert 'predicted objects at most 1 are slumps' in mapping_verdict(results).rows[0].meaning
     missed, probability = headline_warnings(results)
     assert 'No threshold reached the target precision of 0.5 on validation (seed 43)' in missed
     assert 'not calibrated: they rank pixels, but sum to about 105 times the true area' in probability
@@ -412,7 +412,7 @@ def test_the_verdict_follows_from_the_numbers(folders, precision, recall, kind):
     results = pixel_numbers(folders[0])
     bound = Estimate(None, high=.004) if precision is None else Estimate(precision)
     results.headline[200] |= dict(object_precision_30=bound, object_recall_30=Estimate(recall))
-    row = verdict(results).rows[list(RATIOS).index(200)]
+    row = mapping_verdict(results).rows[list(RATIOS).index(200)]
     assert row.kind == kind
     assert row.words == f'{KINDS[kind]} at 1:200.'
 
@@ -764,7 +764,11 @@ def test_the_page_holds_the_tables_and_nothing_else(folders, both, cfg):
     text, numbers = both.path.read_text(), tables(folders)
     shown, *behind_slider = numbers['Threshold']
     on_page = [table for section, found in numbers.items() if section != 'Threshold' for table in found]
-    cells = [cell for table in [shown, *on_page] for row in [table.head, *table.texts()[0]] for cell in row]
+    # a sentence stands in the place of a table without a number
+    blank = [table for table in on_page if table.is_blank]
+    assert blank and all(BLANK.format(title=table.title) in html.unescape(text) for table in blank)
+    full = [shown, *(table for table in on_page if not table.is_blank)]
+    cells = [cell for table in full for row in [table.head, *table.texts()[0]] for cell in row]
     assert sorted(Cells(text).found) == sorted(cells)
     data = json.loads(scripts(text)[0][1])
     assert list(data) == ['42', '43']
