@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # those of the lock; crf needs a compiler
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'notebooks', 'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'series', 'dicom', 'notebooks', 'dev']
 # packages whose import has another name
 IMPORTED_AS = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
