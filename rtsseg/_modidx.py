@@ -1372,6 +1372,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'rtsseg.ground.ground_size': ('ground.html#ground_size', 'rtsseg/ground.py'),
                                'rtsseg.ground.lonlat_centres': ('ground.html#lonlat_centres', 'rtsseg/ground.py'),
                                'rtsseg.ground.overlaps': ('ground.html#overlaps', 'rtsseg/ground.py'),
+                               'rtsseg.ground.place_text': ('ground.html#place_text', 'rtsseg/ground.py'),
                                'rtsseg.ground.transformer': ('ground.html#transformer', 'rtsseg/ground.py')},
             'rtsseg.importers': { 'rtsseg.importers.Conversion': ('importers.html#conversion', 'rtsseg/importers.py'),
                                   'rtsseg.importers.SourceImage': ('importers.html#sourceimage', 'rtsseg/importers.py'),

@@ -26,7 +26,7 @@ from scipy.special import logit
 from .evidence import evidence_path
 from .figures import gallery_tiles, length_text, nice_length, picture_id
 from .files import FileError, inside, write_atomic
-from .ground import BOX, GEOD, footprints, ground_size, lonlat_centres, transformer
+from .ground import BOX, GEOD, footprints, ground_size, lonlat_centres, place_text, transformer
 from .objects import described_objects, match_objects, misses
 from .outlines import BROKEN_ARCHIVE, predicted_numbers, read_codes, tile_objects_of
 from .page import Link, Text, markdown_text, render
@@ -187,8 +187,13 @@ def write_error_layer(layer:'gpd.GeoDataFrame',
 def error_files(results:PixelResults,
                 page:Path                # the report
                ) -> list[Path]:          # what was written
-    "Write the errors of the first seed beside a page: errors.gpkg and its style; [] where outlines are missing"
-    run, path = results.first, page.with_name('errors.gpkg')
+    """Write the errors of the first seed and their style; [] where outlines are missing
+
+    As errors.gpkg beside a page in the run's folder, and as PAGE.errors.gpkg beside another one."""
+    run = results.first
+    is_own = page.absolute().parent == run.folder.absolute()
+    # elsewhere a file of this name may be another's
+    path = page.with_name('errors.gpkg' if is_own else f'{page.stem}.errors.gpkg')
     # of an earlier report
     path.unlink(missing_ok=True)
     if run.manifest is None or (run.manifest.table.crs == 'none').all():
@@ -289,14 +294,14 @@ class Frame:
             texts.append('M' + 'L'.join(f'{x:.1f} {y:.1f}' for x, y in points) + 'z')
         return ''.join(texts)
 
-ABOUT = '{tile} ({region}): {found} found, {missed} missed, {false} false objects{ignored}; {lat:.4f}° N, {lon:.4f}° E.'
+ABOUT = '{tile} ({region}): {found} found, {missed} missed, {false} false objects{ignored}; {place}.'
 
 def about_tile(row:pd.Series    # of `tile_errors`, with lon and lat
               ) -> str:
     "What a tile holds, and where it lies"
     ignored = f', {row.ignored:.0%} ignored' if row.ignored > 0 else ''
     return ABOUT.format(tile=row.tile_id, region=row.region, found=row.found, missed=row.missed, false=row.false,
-                        ignored=ignored, lat=row.lat, lon=row.lon)
+                        ignored=ignored, place=place_text(row.lon, row.lat))
 
 def north_angle(crs:str, x:float, y:float, step:float) -> float:
     "The direction of North at a place of a map, degrees from up, clockwise"
@@ -321,8 +326,8 @@ def region_panel(name:str,
     length = nice_length(metres * .35 * frame.width)
     lon, lat = transformer(crs).transform(x, y)
     ends = [frame.left, frame.left + frame.width * unit, frame.top - frame.height * unit, frame.top]
-    place = 'Centre {:.3f}° N, {:.3f}° E; x {:,.0f} to {:,.0f}, y {:,.0f} to {:,.0f} ({}).'.format(
-        lat, lon, *ends, crs.splitlines()[0][:40])
+    place = 'Centre {}; x {:,.0f} to {:,.0f}, y {:,.0f} to {:,.0f} ({}).'.format(
+        place_text(lon, lat), *ends, crs.splitlines()[0][:40])
     counts = ', '.join(f'{tiles[kind].sum()} {kind}' for kind in ERRORS)
     return MapPanel(f'm{number}', name, f'{len(tiles)} tiles, {counts}', frame.width, frame.height, drawn, paths,
                     round(length / metres, 1), length_text(length), north_angle(crs, x, y, unit), place)

@@ -28,7 +28,7 @@ from .calibration import METHODS
 from .config import ratio_text
 from .evidence import Evidence, evidence_path
 from .files import inside
-from .ground import GEOD, transformer
+from .ground import GEOD, place_text, transformer
 from .metrics import histogram, informative_tiles, pixel_metrics, pr_curve, tile_counts
 from .operating import score_masses
 from .outlines import BROKEN_ARCHIVE
@@ -232,7 +232,7 @@ def tile_ground(row:pd.Series    # of a manifest
     x, y = (row.xmin + row.xmax) / 2, (row.ymin + row.ymax) / 2
     lon, lat = transformer(row.crs).transform([x, x], [y, row.ymax])
     azimuth = GEOD.inv(lon[0], lat[0], lon[1], lat[1])[0]
-    place = f'Centre {lat[0]:.4f}° N, {lon[0]:.4f}° E; x {x:.0f}, y {y:.0f} in {row.crs.splitlines()[0][:40]}'
+    place = f'Centre {place_text(lon[0], lat[0])}; x {x:.0f}, y {y:.0f} in {row.crs.splitlines()[0][:40]}'
     return TileGround(float(row.pixel_size), -azimuth, place)
 
 def nice_length(most:float    # metres
