@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'NO_OUTLINES', 'DAMAGED_OUTLINES', 'LAYER_COLUMNS', 'TILE_KINDS', 'PANEL', 'LEAST_TILE', 'MOST_OUTLINES',
-           'ABOUT', 'MAP_TEXT', 'NO_MAP', 'split_objects', 'outlines_archive', 'pixel_polygons', 'tile_outlines',
-           'AtThreshold', 'archived_outlines', 'error_polygons', 'error_layer', 'write_error_layer', 'error_files',
-           'MapTile', 'MapPanel', 'tile_errors', 'Frame', 'about_tile', 'north_angle', 'region_panel', 'map_panels',
-           'ErrorMap', 'map_blocks']
+           'ABOUT', 'MAP_TEXT', 'OTHER_TILES', 'NO_MAP', 'split_objects', 'outlines_archive', 'pixel_polygons',
+           'tile_outlines', 'AtThreshold', 'archived_outlines', 'error_polygons', 'error_layer', 'write_error_layer',
+           'error_files', 'MapTile', 'MapPanel', 'tile_errors', 'Frame', 'about_tile', 'north_angle', 'region_panel',
+           'map_panels', 'ErrorMap', 'map_blocks']
 
 # %% ../nbs/06g_map.ipynb #errmimpo
 import io
@@ -23,6 +23,7 @@ from rasterio.features import shapes
 from rasterio.transform import from_bounds
 from scipy.special import logit
 
+from .console import some_names
 from .evidence import evidence_path
 from .figures import gallery_tiles, length_text, nice_length, picture_id
 from .files import FileError, inside, write_atomic
@@ -378,6 +379,8 @@ class ErrorMap:
 MAP_TEXT = ('Tiles of the {split} split by region, at the threshold of the tables about objects. Outlines of all '
             'objects are in errors.gpkg beside this page, with a style for QGIS.')
 
+OTHER_TILES = 'A map cannot be drawn: the manifest has other tiles than the evidence, which holds {tiles}.'
+
 NO_MAP = 'A map cannot be drawn: the manifest does not exist any more, or its tiles have no coordinates.'
 
 def map_blocks(results:PixelResults) -> list:
@@ -385,6 +388,9 @@ def map_blocks(results:PixelResults) -> list:
     run, split = results.first, results.split
     if run.manifest is None or (run.manifest.of(split).table.crs == 'none').all():
         return [Text(NO_MAP, 'soft')]
+    unknown = set(run.evidence[split]['tile_id']) - set(run.manifest.of(split).table.tile_id)
+    if unknown:
+        return [Text(OTHER_TILES.format(tiles=some_names(sorted(unknown))), 'soft')]
     objects, problem, polygons = split_objects(run, split), [], pd.Series(dtype=object)
     try:
         polygons = error_polygons(run, split, objects)

@@ -233,8 +233,11 @@ class Table:
 
     @property
     def is_blank(self) -> bool:
-        "Whether no cell holds a number, and some should"
-        cells = [cell for row in self.rows for cell in row[1:] if not isinstance(cell, str) or cell == '–']
+        "Whether no cell holds a number, and some should; of a table of texts alone, whether none says anything"
+        cells = [cell for row in self.rows for cell in row[1:]]
+        if not all(isinstance(cell, str) for cell in cells):
+            # texts beside numbers are labels
+            cells = [cell for cell in cells if not isinstance(cell, str) or cell == '–']
         return bool(cells) and all(str(cell) == '–' for cell in cells)
 
     def remarks(self) -> list[str]:

@@ -31,13 +31,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from .calibration import calibrate
 from .config import ConfigError, RunConfig, find_system
 from .console import time_left
 from .evaluation import evaluate
 from .files import write_atomic
 from .loop import key_seed
-from .runs import Busy, RunError, Stopped, config_hash, flatten, read_log, run_folder
+from .runs import Busy, RunError, Stopped, config_hash, flatten, read_log, run_config, run_folder
 from .system import System
 from .training import launch, train
 from rtsseg.variants import (
@@ -451,7 +450,8 @@ def evaluate_both(run:Path, system:System) -> dict[str, Path]:
     "Evaluate a run on validation, calibrate it where its system does that, and evaluate it on test"
     found = {'val': evaluate(run, 'val')}
     if type(system).calibrate is not System.calibrate:
-        calibrate(run)
+        cfg = run_config(run)
+        system.calibrate(run, cfg, system.default_views(cfg))
     found['test'] = evaluate(run, 'test')
     if None in found.values():
         raise RunError('validation or test holds no sample, so the best trial cannot be judged', code=2)

@@ -71,7 +71,7 @@ BAD = {
     'an unknown view': (change(2, view='XCCL'), "row 3, view 'XCCL': unknown"),
     'an unknown side': (change(2, ImageLaterality='B'), "row 3, ImageLaterality 'B': unknown"),
     'an unknown split': (change(2, split='hold-out'), "row 3, split 'hold-out': unknown"),
-    'a year that is no year': (change(2, study_date_year='12'), "row 3, study_date_year '12': not a year"),
+    'a word for a year': (change(2, study_date_year='12'), "row 3, study_date_year '12': not a year"),
     'a missing file': (lambda folder, rows: (folder/rows.path[4]).unlink(), 'row 5, path'),
     'a view that is there twice': (twice, 'is there 2 times'),
     'a patient in two splits': (second_split, 'all exams of a patient belong in one split'),

@@ -20,7 +20,7 @@ def by_pairs(time, event, risk, weights):
             if event[i] and outlives and i != j:
                 pair = weights[i] * weights[j]
                 total += pair
-                right += pair * (1. if risk[i] > risk[j] else .5 if risk[i] == risk[j] else 0.)
+                right += pair * (np.sign(risk[i] - risk[j]) + 1) / 2
     return right / total if total else np.nan
 
 patients = st.lists(st.tuples(st.integers(1, 6), st.booleans(), st.integers(0, 5), st.integers(0, 3)), min_size=1,

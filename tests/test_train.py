@@ -838,6 +838,7 @@ def test_signs_are_said_once_with_their_remedy_and_starving_too(tmp_path, capsys
         history=[],
         cfg=load(overrides=['loader.num_workers=0']),
         last_epoch=300,
+        length=20,
         task=SimpleNamespace(monitor='pr_auc@200'),
         best={},
         accelerator=SimpleNamespace(is_main_process=True, device=torch.device('cpu')),
