@@ -6,7 +6,7 @@
 __all__ = ['DARK_CELL', 'CONFUSION_CAPTION', 'WORST_MAPS', 'WORST_IMAGES', 'MAP_SIDE', 'NO_MAPS', 'MAPS_TEXT', 'confusion_figure',
            'shares_figure', 'largest_other', 'worst_classes', 'class_blocks', 'class_section', 'Look', 'look_before',
            'Least', 'is_kept', 'interval_text', 'looks_table', 'judge_look', 'looks_blocks', 'worst_images',
-           'colours_of', 'map_figure', 'map_blocks']
+           'colours_of', 'map_figure', 'worst_map_blocks']
 
 # %% ../nbs/06i_class_report.ipynb #crpexports
 from collections.abc import Sequence
@@ -239,7 +239,7 @@ NO_MAPS = 'The images, or the maps that rtsseg-evaluate keeps of the worst of th
 MAPS_TEXT = ('Images of the {split} split with the lowest share of right pixels, seed {seed}: the image, its mask '
              '(what is ignored is black), the map, and in black where both differ.')
 
-def map_blocks(results:Any) -> list:    # of `Results`
+def worst_map_blocks(results:Any) -> list:    # of `Results`
     "Pictures of the worst images of the first seed; a line where what they need is not there"
     run, split = results.first, results.split
     path = run.evaluation(split).with_suffix(WORST_MAPS)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'DatesPair', 'DAYS', 'SPECTRA', 'DROPS', 'Crop', 'green_share', 'SeasonWorld', 'Ground', 'smooth_surface',
-           'draw_ground', 'draw_dates', 'green_on', 'hide_clouds', 'see_camera', 'speckle', 'see_radar', 'SeasonTile',
-           'draw_season_tile', 'import_zarr', 'season_stores', 'write_store', 'make_season']
+           'draw_season_ground', 'draw_dates', 'green_on', 'hide_clouds', 'see_camera', 'speckle', 'see_radar',
+           'SeasonTile', 'draw_season_tile', 'import_zarr', 'season_stores', 'write_store', 'make_season']
 
 # %% ../nbs/01t_season.ipynb #snexports
 import os
@@ -80,7 +80,7 @@ def smooth_surface(rng:np.random.Generator, side:int, sigma:float    # pixels
     noise = cv2.GaussianBlur(rng.standard_normal((side, side), np.float32), (0, 0), sigma)
     return (noise - noise.mean()) / noise.std()
 
-def draw_ground(world:SeasonWorld, rng:np.random.Generator) -> Ground:
+def draw_season_ground(world:SeasonWorld, rng:np.random.Generator) -> Ground:
     "Fields and their crops"
     side = world.side
     count = max(round((side / world.field)**2), 2)
@@ -188,7 +188,7 @@ class SeasonTile(NamedTuple):
 
 def draw_season_tile(world:SeasonWorld, rng:np.random.Generator) -> SeasonTile:
     "A tile, as both sensors saw it over the year"
-    ground = draw_ground(world, rng)
+    ground = draw_season_ground(world, rng)
     dates1, dates2 = (draw_dates(rng, int(rng.integers(low, high + 1))) for low, high in (world.dates1, world.dates2))
     s1, s2 = see_radar(world, ground, dates1, rng), see_camera(world, ground, dates2, rng)
     return SeasonTile(s1, s2, dict(DEM=ground.height), ground.label, dates1, dates2)

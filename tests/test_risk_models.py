@@ -84,7 +84,7 @@ def test_each_learns(name):
     model = model_of(name, dropout=0.)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(60):
         loss = masked_bce(model(image, present, gap)['risk'], y_seq, y_mask)
         optimizer.zero_grad()
         loss.backward()

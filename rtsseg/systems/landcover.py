@@ -778,7 +778,7 @@ class Landcover(System):
 
     def sections(self, results:Any) -> dict[str, list]:
         "The headline, then the classes, worst first, and where they went"
-        from rtsseg.class_report import class_section, looks_blocks, map_blocks
+        from rtsseg.class_report import class_section, looks_blocks, worst_map_blocks
         from rtsseg.page import Deferred, Text
         from rtsseg.shared import table_sections
         classes = class_section(results, results.first.cfg.data.names)
@@ -789,7 +789,7 @@ class Landcover(System):
         texts = [Text(trial_text(trial, refine)) for trial, refine in trials if trial]
         if texts:
             looks['Refinement'] = texts
-        gallery = {'Gallery': [Deferred(lambda: map_blocks(results))]}
+        gallery = {'Gallery': [Deferred(lambda: worst_map_blocks(results))]}
         return {'Headline': sections.pop('Headline'), 'Classes': classes} | gallery | looks | sections
 
     def experiment(self, cfg:LandcoverConfig, views:str, scores:dict[str, float],
