@@ -7,6 +7,7 @@ __all__ = ['ExamCrop', 'ExamAffine', 'ExamJitter', 'ExamGamma', 'ExamAugment', '
            'light_exam_image', 'ExamDataset', 'collate_exams', 'train_exams', 'exams_in_order']
 
 # %% ../nbs/02g_exam_feed.ipynb #xfdexports
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,10 +144,11 @@ class ExamDataset(Dataset):
     def __len__(self):
         return len(self.rows)
 
-    @property
+    @cached_property
     def names(self) -> pd.Series:
-        "The name of each sample"
-        return self.exams.table.exam_id.iloc[self.rows].reset_index(drop=True)
+        "Patient and exam of each sample: lists may number the exams of each patient from 1"
+        table = self.exams.table.iloc[self.rows]
+        return (table.patient_id + '/' + table.exam_id).reset_index(drop=True)
 
     def __getitem__(self,
                     key:int|tuple    # a place, or (seed, epoch, place, occurrence)
@@ -168,7 +170,7 @@ class ExamDataset(Dataset):
                 present[number, view] = True
         return dict(image=image, present=present, gap=gap, y_seq=torch.from_numpy(labels.y_seq[row]),
                     y_mask=torch.from_numpy(labels.y_mask[row]), event=bool(labels.event[row]),
-                    time=int(labels.time[row]), sample=table.exam_id[row], group=table.patient_id[row])
+                    time=int(labels.time[row]), sample=self.names[place], group=table.patient_id[row])
 
     def views(self, exam:int,        # row
               number:int,            # 0 is the current exam
@@ -206,7 +208,7 @@ class ExamDataset(Dataset):
                         self.exams.image(exam, view)
                 except DataError as e:
                     return str(e)
-        return f'{self.exams.table.exam_id[row]}: could not be read, and now it can'
+        return f'{self.names[place]}: could not be read, and now it can'
 
 def collate_exams(keyed:list) -> dict[str, Any]:
     "A batch of keyed samples"

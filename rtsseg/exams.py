@@ -498,11 +498,14 @@ def finish_import(images:pd.DataFrame,         # of patient_id, exam_id, ImageLa
     again = table.duplicated(['patient_id', 'exam_id', 'ImageLaterality', 'view'])
     left_out['another image of the same view'] = int(again.sum())
     table = table[~again].reset_index(drop=True)
+    undated = table.path[table.study_date_year.isna()]
+    raise_problems('import', [f'{path}: its exam has no date' for path in undated])
     if suffix:
         table['path'] = table.path.map(lambda path: str(Path(path).with_suffix(suffix)))
     wait = table.diagnosed - table.study_date_year
     split_of = deal_patients(table.groupby('patient_id').diagnosed.any(), deal)
     table = table.assign(diagnosed_date_year=table.diagnosed.map(year_text), Time_to_Cancer_Years=wait.map(year_text),
+                         study_date_year=table.study_date_year.map(year_text),
                          years_last_followup=(table['last'] - table.study_date_year).astype(int),
                          split=table.patient_id.map(split_of))
     return table[EXAM_COLUMNS + EXAM_EXTRAS].astype(str), left_out

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from .config import NonNegativeInt, PositiveInt, Strict
 from .console import progress
-from .exams import EXAM_COLUMNS, EXAM_VIEWS
+from .exams import EXAM_COLUMNS, EXAM_SPLITS, EXAM_VIEWS
 from .files import write_atomic
 
 # %% ../nbs/01x_phantom.ipynb #pwhistorycode
@@ -245,12 +245,14 @@ def truth_row(patient:Patient, exam:int) -> dict:
 def make_phantom_world(folder:Path, world:PhantomWorld) -> Path:    # the list, exams.csv
     "Write images, the list and truth.csv; the list comes last, so that it stands for a whole world"
     rows, truth = [], []
+    for split in EXAM_SPLITS:
+        (folder/split).mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(progress(deal_phantoms(world), 'drawing mammograms')):
         patient = draw_patient(world, number)
         for exam in range(len(patient.years)):
             listed = exam_rows(patient, exam, split)
             for row, image in zip(listed, render_exam(world, patient, exam), strict=True):
-                write_atomic(folder/row['path'], cv2.imencode('.png', image)[1].tobytes())
+                (folder/row['path']).write_bytes(cv2.imencode('.png', image)[1].tobytes())
             rows += listed
             truth.append(truth_row(patient, exam))
     write_atomic(folder/'truth.csv', pd.DataFrame(truth).to_csv(index=False))

@@ -5,10 +5,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.ensemble import RandomForestRegressor
 
 from rtsseg.console import DataError
-from rtsseg.exams import ExamTable, check_exams, risk_labels
+from rtsseg.exam_feed import ExamAugment, ExamData, ExamDataset
+from rtsseg.exams import ExamTable, check_exams, import_csaw, import_embed, read_mammogram, risk_labels
 from rtsseg.phantom import PhantomWorld, make_phantom_world
+from rtsseg.survival_metrics import concordance
 
 WORLD = PhantomWorld(patients=24, height=48, width=32)
 
@@ -127,3 +130,191 @@ def test_a_world_is_a_function_of_its_seed(made, tmp_path):
     make_phantom_world(tmp_path, WORLD)
     for name in ('exams.csv', 'truth.csv', *pd.read_csv(made/'exams.csv').path):
         assert (tmp_path/name).read_bytes() == (made/name).read_bytes(), name
+
+def test_exams_of_two_patients_may_have_one_name(world):
+    "As where a list counts the exams of each patient: none is lost"
+    folder, rows = world
+    rows['exam_id'] = rows.exam_id.str[-2:]
+    assert problems((folder, rows)) == []
+    data = ExamData(csv_file=folder/'exams.csv', data_root=folder, height=48, width=32)
+    names = ExamDataset(data.read(), data, ExamAugment()).names
+    assert names.is_unique and len(names) == len(data.read().samples())
+
+DATES = {
+    'an exam after the diagnosis': (dict(diagnosed_date_year='2005', Time_to_Cancer_Years='0'), 'after the diagnosis'),
+    'a wait that is too long': (dict(diagnosed_date_year='2012', Time_to_Cancer_Years='9', years_last_followup='9'),
+                                'Time_to_Cancer_Years 9: the diagnosis of 2012 is'),
+    'follow-up that ends before the cancer': (
+        dict(diagnosed_date_year='2014', study_date_year='2010', Time_to_Cancer_Years='4', years_last_followup='1'),
+        'ends before the cancer, 4 years after the exam'),
+    'a diagnosis without a wait': (dict(diagnosed_date_year='2014', Time_to_Cancer_Years=''),
+                                   'Time_to_Cancer_Years: empty'),
+    'a wait without a diagnosis': (dict(diagnosed_date_year='', Time_to_Cancer_Years='2'),
+                                   'diagnosed_date_year: empty'),
+    'rows of an exam that disagree': (dict(years_last_followup='30'), ': years_last_followup'),
+    'follow-up that ends before a later exam': (dict(years_last_followup='0'), 'years_last_followup: ends in'),
+    'a code of another data set': (dict(density='40'), "row 1, density '40': EMBED has 1 to 5"),
+}
+
+@pytest.mark.parametrize('name', DATES)
+def test_years_that_contradict_each_other(world, name):
+    cells, words = DATES[name]
+    folder, rows = world
+    change(0, **cells)(folder, rows)
+    assert any(words in line for line in problems(world)), problems(world)
+
+def test_images_are_found_by_their_names(world):
+    "Without a column path, as the public benchmark lays them out; the same exams"
+    folder, rows = world
+    rows.to_csv(folder/'exams.csv', index=False)
+    named = ExamTable.read(folder/'exams.csv', folder)
+    without = rows.drop(columns='path')
+    without.to_csv(folder/'exams.csv', index=False)
+    assert ExamTable.read(folder/'exams.csv', folder).paths == named.paths
+    (folder/rows.path[5]).unlink()
+    found, = problems((folder, without))
+    assert found.startswith('exams.csv: row 6, path: no such file')
+
+# ---------------------------------------------------------------- importers
+EMBED_TABLE = """empi_anon,acc_anon,ImageLateralityFinal,ViewPosition,anon_dicom_path,study_date_anon,FinalImageType
+1,11,L,CC,a/1.dcm,2014-03-02,2D
+1,11,L,CC,a/2.dcm,2014-03-02,2D
+1,11,R,MLO,a/3.dcm,2014-03-02,cview
+1,12,L,MLO,a/4.dcm,2016-05-01,2D
+1,13,L,CC,a/5.dcm,2018-05-01,2D
+2,21,R,CC,b/1.dcm,2015-01-01,2D
+2,22,R,XCCL,b/2.dcm,2018-01-01,2D
+3,31,R,CC,c/1.dcm,2015-01-01,2D
+4,41,R,CC,d/1.dcm,2015-01-01,2D
+"""
+EMBED_FINDINGS = """empi_anon,acc_anon,side,asses,path_severity,procdate_anon,study_date_anon,tissueden
+1,11,L,N,,,2014-03-02,2.0
+1,12,L,S,0,2017-02-01,2016-05-01,2.0
+2,21,R,N,,,2015-01-01,3.0
+3,31,R,S,,,2015-01-01,3.0
+4,41,R,K,,,2015-01-01,4.0
+"""
+CSAW_TABLE = """anon_patientid,exam_year,imagelaterality,viewposition,anon_filename,rad_timing,x_case,x_type,\
+libra_percentdensity
+1,2010,Left,CC,1a.dcm,,1,2,20.5
+1,2012,Left,CC,1b.dcm,,1,2,20.5
+1,2014,Left,CC,1c.dcm,2,1,2,20.5
+2,2011,Right,MLO,2a.dcm,,0,,30
+2,2013,Right,MLO,2b.dcm,,0,,30
+3,2013,Right,MLO,3a.dcm,,1,1,30
+4,2013,Right,MLO,4a.dcm,1,1,1,30
+"""
+
+def test_embed_is_imported_by_its_rules(tmp_path):
+    "Cancer proven in 2017; watched to 2018; a suspicion without an outcome is left out; K is a cancer of its own year"
+    (tmp_path/'images.csv').write_text(EMBED_TABLE)
+    (tmp_path/'clinical.csv').write_text(EMBED_FINDINGS)
+    found, left_out = import_embed(tmp_path/'images.csv', tmp_path/'clinical.csv', suffix='.png')
+    columns = ['path', 'study_date_year', 'diagnosed_date_year', 'Time_to_Cancer_Years', 'years_last_followup',
+               'density', 'cancer_type']
+    assert found[columns].values.tolist() == [
+        ['a/1.png', '2014', '2017', '3', '4', '2', '0'], ['a/4.png', '2016', '2017', '1', '2', '2', '0'],
+        ['b/1.png', '2015', '', '', '3', '3', ''], ['d/1.png', '2015', '2015', '0', '0', '4', '']]
+    assert list(left_out.values()) == [1, 1, 1, 1, 1]
+
+def test_csaw_is_imported_by_its_rules(tmp_path):
+    "An interval cancer is found in the year after the last exam; a case without a timing is left out"
+    (tmp_path/'csaw.csv').write_text(CSAW_TABLE)
+    found, left_out = import_csaw(tmp_path/'csaw.csv')
+    columns = ['path', 'ImageLaterality', 'diagnosed_date_year', 'Time_to_Cancer_Years', 'years_last_followup']
+    assert found[columns].values.tolist() == [
+        ['1a.dcm', 'L', '2015', '5', '5'], ['1b.dcm', 'L', '2015', '3', '3'], ['1c.dcm', 'L', '2015', '1', '1'],
+        ['2a.dcm', 'R', '', '', '2'], ['2b.dcm', 'R', '', '', '0'], ['4a.dcm', 'R', '2013', '0', '0']]
+    assert left_out['outcome unknown'] == 1
+
+def test_what_is_imported_passes_the_audit(tmp_path):
+    "Of forty patients, each split has some, and no patient is in two"
+    lines = [f'{patient},{year},{side},CC,{patient}_{year}_{side}.dcm,,0,,30' for patient in range(40)
+             for year in (2010, 2012) for side in ('Left', 'Right')]
+    (tmp_path/'csaw.csv').write_text('\n'.join([CSAW_TABLE.splitlines()[0], *lines]))
+    found, _ = import_csaw(tmp_path/'csaw.csv', suffix='.png')
+    for path in found.path:
+        cv2.imwrite(str(tmp_path/path), np.zeros((4, 4), np.uint16))
+    found.to_csv(tmp_path/'exams.csv', index=False)
+    exams = ExamTable.read(tmp_path/'exams.csv', tmp_path, 'CSAW')
+    assert exams.table.groupby('patient_id').split.nunique().max() == 1
+    assert exams.table.split.value_counts().to_dict() == dict(train=56, val=12, test=12)
+
+def test_tables_of_other_columns_and_dates_are_refused(tmp_path):
+    (tmp_path/'csaw.csv').write_text(CSAW_TABLE.replace('rad_timing', 'timing').replace('x_case', 'case'))
+    with pytest.raises(DataError, match='(?s)no column .rad_timing.*no column .x_case'):
+        import_csaw(tmp_path/'csaw.csv')
+    (tmp_path/'images.csv').write_text(EMBED_TABLE.replace('2018-05-01', 'May'))
+    (tmp_path/'clinical.csv').write_text(EMBED_FINDINGS)
+    with pytest.raises(DataError, match="row 5, date 'May': not a date"):
+        import_embed(tmp_path/'images.csv', tmp_path/'clinical.csv')
+
+# ---------------------------------------------------------------- DICOM
+def write_dicom(path, pixels, bits, kind):
+    "A mammogram as a detector stores it"
+    pydicom = pytest.importorskip('pydicom')
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalMammographyXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    image = pydicom.dataset.FileDataset(path, {}, file_meta=meta, preamble=b'\0' * 128)
+    image.Rows, image.Columns = pixels.shape
+    image.SamplesPerPixel, image.PhotometricInterpretation, image.PixelRepresentation = 1, kind, 0
+    image.BitsAllocated, image.BitsStored, image.HighBit = 16, bits, bits - 1
+    image.PixelData = pixels.tobytes()
+    image.save_as(path)
+
+@pytest.mark.parametrize('kind', ['MONOCHROME1', 'MONOCHROME2'])
+def test_dicom_is_stretched_to_16_bits_with_dense_as_white(tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(4096, size=(8, 6)).astype(np.uint16)
+    pixels[0, :2] = 0, 4095
+    write_dicom(tmp_path/'x.dcm', pixels if kind == 'MONOCHROME2' else 4095 - pixels, 12, kind)
+    found = read_mammogram(tmp_path, 'x.dcm')
+    assert found.dtype == np.uint16 and found[0, :2].tolist() == [0, 65535]
+    np.testing.assert_array_equal(found, pixels.astype(int) * 65535 // 4095)
+
+def test_a_damaged_dicom_is_named(tmp_path):
+    pytest.importorskip('pydicom')
+    (tmp_path/'x.dcm').write_bytes(b'no image')
+    with pytest.raises(DataError, match='x.dcm: not a DICOM image'):
+        read_mammogram(tmp_path, 'x.dcm')
+
+def test_dicom_without_pydicom_says_what_to_install(world, monkeypatch):
+    folder, rows = world
+    rows['path'] = rows.path.str.replace('.png', '.dcm')
+    for path in folder.glob('*/*.png'):
+        path.rename(path.with_suffix('.dcm'))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    assert any("pip install 'rtsseg[dicom]'" in line for line in problems(world))
+
+# ---------------------------------------------------------------- cheats
+def features(exams):
+    "Of each exam, by name: what could give the outcome away without a look into the breast"
+    found = {name: [] for name in ('border pixels', 'brightness', 'table')}
+    for row in range(len(exams)):
+        views = np.stack([exams.image(row, view) for view in range(4)]) / 65535
+        edges = views[:, 0], views[:, -1], views[:, :, 0], views[:, :, -1]
+        found['border pixels'].append(np.concatenate([edge.reshape(4, -1, 8).mean(2).ravel() for edge in edges]))
+        found['brightness'].append([*views.mean((1, 2)), *views.std((1, 2)), *views.max((1, 2))])
+        found['table'].append([float(exams.table.density[row]), exams.table.study_year[row], len(exams.priors[row])])
+    return {name: np.array(rows) for name, rows in found.items()}
+
+def test_the_made_up_world_cannot_be_cheated(tmp_path):
+    "The truth orders patients far better than border pixels, brightness or the table, learned on half of them"
+    make_phantom_world(tmp_path, PhantomWorld(patients=300, height=48, width=32))
+    exams = ExamTable.read(tmp_path/'exams.csv', tmp_path)
+    labels, given = exams.labels(), features(exams)
+    truth = pd.read_csv(tmp_path/'truth.csv').log_hazard.to_numpy()
+    known = labels.time > 0
+    # patients by turns
+    half = exams.table.patient_id.factorize()[0] % 2 == 0
+    fit, judged = known & half, known & ~half
+
+    def index(risk):
+        return concordance(labels.time[judged], labels.event[judged], risk)
+
+    assert index(truth[judged]) > .82
+    for name, values in given.items():
+        model = RandomForestRegressor(200, min_samples_leaf=8, random_state=0)
+        model.fit(values[fit], labels.event[fit] / labels.time[fit])
+        assert index(model.predict(values[judged])) < .65, name
