@@ -35,7 +35,7 @@ setup(
     packages=find_packages(include=['rtsseg', 'rtsseg.*']) + ['rtsseg.configs'],
     # configs/ stays at the top of the repository, and the wheel carries it as rtsseg/configs
     package_dir={'rtsseg.configs': 'configs'},
-    package_data={'rtsseg': ['py.typed'], 'rtsseg.configs': ['*.yaml', '*.json', '*/*.yaml', '*/*/*.yaml']},
+    package_data={'rtsseg': ['py.typed'], 'rtsseg.configs': ['*.yaml', '*.json', '*/*.yaml', '*/*/*.yaml', '*/*.py']},
     install_requires=lines('requirements'),
     extras_require={extra: lines(f'{extra}_requirements') for extra in EXTRAS},
     entry_points={
