@@ -271,15 +271,12 @@ def test_a_models_file_says_the_same_as_its_config(name):
 
 @pytest.mark.parametrize('name', RISK_MODELS)
 def test_a_script_trains_its_model_as_the_guide_says(name):
+    "It names what is required, and leaves what has a default to main_train.py"
     text = (ROOT/'scripts'/f'train_{model_file(name)[:-5]}.sh').read_text()
     given = dict(re.findall(r'--(\w+) (\S+) \\', text))
-    assert given['model'] == name and 'main_train.py' in text
-    assert {flag: given[flag] for flag, value in OPTIONAL_FLAGS.items() if value is not None} == {
-        flag: format_value(value) for flag, value in OPTIONAL_FLAGS.items() if value is not None}
-
-def format_value(value):
-    "As the guide writes it"
-    return {5e-5: '5e-5', 1e-4: '1e-4'}.get(value, str(value))
+    assert 'main_train.py' in text and text.endswith('"$@"\n')
+    assert given['model'] == name
+    assert set(given) == {'model', 'dataset', 'csv_file', 'data_root', 'path_out_dir'}
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_in_two_processes(world, tmp_path):
