@@ -23,7 +23,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common import emit_value
-from dubai import scaled
 from rtsseg.class_metrics import count_image, counts_to_row, scores_of_counts, sum_counts
 from rtsseg.class_tiles import ClassSamples, read_pair
 from rtsseg.config import load
@@ -34,6 +33,7 @@ from rtsseg.training import train
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT.parent/'shared'/'data'/'dubai_landcover'
 CROP, BATCH = 128, 16
+IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 def halved(folder):
     "Images and masks at half resolution, with a table that names them; its path"
@@ -53,6 +53,10 @@ def read_split(cfg, split):
     "Images and masks of a split"
     samples = ClassSamples.read(cfg.data.source).of(split)
     return [read_pair(samples, row, cfg.data.values) for row in range(len(samples))]
+
+def scaled(images):
+    "uint8 images as the tensors that ImageNet models take"
+    return torch.from_numpy(((images/255 - IMAGENET_MEAN)/IMAGENET_STD).transpose(0, 3, 1, 2).astype(np.float32))
 
 def batch_of(pairs, rng):
     "Random crops with flips"
