@@ -235,7 +235,8 @@ def card_results(results:Results,
         tables.setdefault('val', on_validation[0])
     lead = markdown_text(f'{lead_of(results)} {measured_on(results)}')
     # a card has no pictures to link to
-    found = {f'Results: {SPLIT_TITLES[split]}': table.markdown(lambda picture: '') for split, table in tables.items()}
+    found = {f'Results: {SPLIT_TITLES[split]}': table.alone().markdown(lambda picture: '')
+             for split, table in tables.items()}
     first, *others = found
     return {first: f'{lead}\n\n{found[first]}'} | {heading: found[heading] for heading in others}
 

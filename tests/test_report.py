@@ -37,10 +37,10 @@ from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
 from rtsseg.objects import match_objects
 from rtsseg.operating import selection_rule
-from rtsseg.page import BLANK, Bullets, Reasons, Table, Text, markdown_text
+from rtsseg.page import BLANK, Bullets, Letters, Table, Text, markdown_text
 from rtsseg.pixel_report import headline_warnings
 from rtsseg.pixel_results import pixel_results
-from rtsseg.reporting import report, tables
+from rtsseg.reporting import card_results, report, tables
 from rtsseg.results import ReportError, read_results, read_run
 from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
@@ -432,11 +432,28 @@ def test_what_is_used_instead(folders):
     assert 'seed 42: not reached on validation at 1:200, 1:1: the best is 0.35, 0.3; ' in table
 
 def test_letters_of_footnotes():
-    reasons = Reasons()
-    marks = [reasons.mark('x' * i) for i in range(1, 80)]
-    assert marks[25:28] == [' (z)', ' (aa)', ' (ab)']
-    assert marks[52] == ' (ba)'
-    assert reasons.lines()[27] == f'(ab) {"x" * 28}'
+    letters = Letters()
+    found = [letters.of('x' * i) for i in range(1, 80)]
+    assert found[25:28] == ['z', 'aa', 'ab']
+    assert found[52] == 'ba'
+    assert letters.line('x' * 28) == f'(ab) {"x" * 28}'
+
+@pytest.mark.usefixtures('undrawn')
+def test_a_footnote_with_a_letter_stands_once(folder):
+    "On the page and in the Markdown; every mark has its footnote on the page, and the model card has all of its own"
+    done = report(folder)
+    page, text = done.path.read_text(), done.path.with_suffix('.md').read_text()
+    notes = re.findall(r'<li id="(note-\d+-[a-z]+)">(.*?)</li>', page)
+    assert len(dict(notes)) == len({note.split(' ', 1)[1] for _, note in notes}) == len(notes) > 1
+    marks = re.findall(r'<a href="#(note-[^"]*)" title="([^"]*)">\(([a-z]+)\)</a>', page)
+    assert len(marks) > len(notes)
+    for name, title, letter in marks:
+        assert dict(notes)[name] == f'({letter}) {title}'
+    in_markdown = re.findall(r'^- (\([a-z]+\) .*)', text, re.M)
+    assert in_markdown == [markdown_text(html.unescape(note)) for _, note in notes]
+    for card in card_results(done.results[0], done.content.sections[0]).values():
+        for letter in set(re.findall(r'\(([a-z])\) \|', card)):
+            assert f'- ({letter}) ' in card
 
 LOOKS = [
     ([], 'has no look'),
