@@ -401,7 +401,7 @@ def test_the_verdict_in_plain_words(folders):
     points[1] = points[1].model_copy(update=dict(reached=False))
     held_out = {name: HeldOut(nll=Estimate(.1), excess=Estimate(105.)) for name in results.first.calibration.fits}
     results.first.calibration = results.first.calibration.model_copy(update=dict(held_out=held_out))
-    assert 'predicted objects at most 1 are slumps' in mapping_verdict(results).rows[0].meaning
+    assert 'predicted objects at most 1 is a slump' in mapping_verdict(results).rows[0].meaning
     missed, probability = headline_warnings(results)
     assert 'No threshold reached the target precision of 0.5 on validation (seed 43)' in missed
     assert 'not calibrated: they rank pixels, but sum to about 105 times the true area' in probability
