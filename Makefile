@@ -110,7 +110,7 @@ sync readme: $(STAMP)
 
 # without crf, which the index has as source alone: it would need a compiler on each machine; without cupy, which
 # needs a GPU
-LOCKED := search track export ray wandb sam webdataset series dicom notebooks dev
+LOCKED := search track export ray wandb sam webdataset series dicom map notebooks dev
 lock:
 	uv pip compile setup.py $(LOCKED:%=--extra %) --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.txt

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'crf', 'webdataset', 'series', 'cupy', 'dicom',
-          'notebooks', 'dev']
+          'map', 'notebooks', 'dev']
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini')

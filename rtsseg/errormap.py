@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'NO_OUTLINES', 'DAMAGED_OUTLINES', 'LAYER_COLUMNS', 'TILE_KINDS', 'PANEL', 'LEAST_TILE', 'MOST_OUTLINES',
-           'ABOUT', 'MAP_TEXT', 'OTHER_TILES', 'NO_MAP', 'split_objects', 'outlines_archive', 'pixel_polygons',
-           'tile_outlines', 'AtThreshold', 'archived_outlines', 'error_polygons', 'error_layer', 'write_error_layer',
-           'error_files', 'MapTile', 'MapPanel', 'tile_errors', 'Frame', 'about_tile', 'north_angle', 'region_panel',
-           'map_panels', 'ErrorMap', 'map_blocks']
+           'ABOUT', 'ZOOM_HINT', 'MAP_TEXT', 'SEED_TEXT', 'MISSING_SEEDS', 'OTHER_TILES', 'NO_MAP', 'split_objects',
+           'outlines_archive', 'pixel_polygons', 'tile_outlines', 'AtThreshold', 'archived_outlines', 'error_polygons',
+           'error_layer', 'write_error_layer', 'error_layers', 'error_files', 'MapTile', 'MapPanel', 'tile_errors',
+           'Frame', 'about_tile', 'north_angle', 'region_panel', 'map_panels', 'ErrorMap', 'map_blocks']
 
 # %% ../nbs/06g_map.ipynb #errmimpo
 import io
@@ -32,7 +32,7 @@ from .objects import described_objects, match_objects, misses
 from .outlines import BROKEN_ARCHIVE, predicted_numbers, read_codes, tile_objects_of
 from .page import Link, Text, markdown_text, render
 from .pixel_results import PixelResults, PixelRun
-from .results import ReportError, shell_path, short_path
+from .results import ReportError, seeds_text, shell_path, short_path
 from .styles import kind_style, write_style
 from .tables import match_settings
 
@@ -152,7 +152,7 @@ def error_polygons(run:PixelRun, split:str,
     return pd.Series(found, dtype=object)
 
 # %% ../nbs/06g_map.ipynb #errmlaye
-LAYER_COLUMNS = ['tile_id', 'region', 'error', 'kind', 'probability', 'area_px', 'longest_m', 'size']
+LAYER_COLUMNS = ['seed', 'tile_id', 'region', 'error', 'kind', 'probability', 'area_px', 'longest_m', 'size']
 
 def error_layer(run:PixelRun, split:str) -> 'gpd.GeoDataFrame':
     "A polygon for each found, missed and false object of a split; raises `ReportError` without outlines"
@@ -164,7 +164,7 @@ def error_layer(run:PixelRun, split:str) -> 'gpd.GeoDataFrame':
     crs_of = table.set_index('tile_id').crs
     known = crs_of[crs_of != 'none']
     target = known.mode().iloc[0] if len(known) else None
-    own = objects.loc[polygons.index].rename(columns=dict(area='area_px', metres='longest_m'))
+    own = objects.loc[polygons.index].rename(columns=dict(area='area_px', metres='longest_m')).assign(seed=run.seed)
     own['size'] = own['size'].astype(str).replace('nan', '')
     drawn = np.array([None] * len(own), object)
     for i, (row, polygon) in enumerate(polygons.items()):
@@ -185,24 +185,33 @@ def write_error_layer(layer:'gpd.GeoDataFrame',
     write_atomic(path, file.getvalue())
     write_style(path, kind_style('error', ERRORS))
 
+def error_layers(results:PixelResults) -> 'gpd.GeoDataFrame|None':
+    "The polygons of every seed that kept outlines, in the CRS of the first; None without any"
+    layers = []
+    for run in results.runs:
+        try:
+            layers.append(error_layer(run, results.split))
+        except ReportError:
+            # the page says why
+            continue
+    return pd.concat([layer.to_crs(layers[0].crs) for layer in layers], ignore_index=True) if layers else None
+
 def error_files(results:PixelResults,
                 page:Path                # the report
                ) -> list[Path]:          # what was written
-    """Write the errors of the first seed and their style; [] where outlines are missing
+    """Write the errors of all seeds and their style; [] where outlines are missing
 
-    As errors.gpkg beside a page in the run's folder, and as PAGE.errors.gpkg beside another one."""
+    As errors.gpkg beside a page in the folder of the run or above its seeds, else as PAGE.errors.gpkg."""
     run = results.first
-    is_own = page.absolute().parent == run.folder.absolute()
+    own = (run.folder.absolute(), run.folder.absolute().parent)
     # elsewhere a file of this name may be another's
-    path = page.with_name('errors.gpkg' if is_own else f'{page.stem}.errors.gpkg')
+    path = page.with_name('errors.gpkg' if page.absolute().parent in own else f'{page.stem}.errors.gpkg')
     # of an earlier report
     path.unlink(missing_ok=True)
     if run.manifest is None or (run.manifest.table.crs == 'none').all():
         return []
-    try:
-        layer = error_layer(run, results.split)
-    except ReportError:
-        # the page says why
+    layer = error_layers(results)
+    if layer is None:
         return []
     write_error_layer(layer, path)
     return [path]
@@ -320,6 +329,8 @@ def region_panel(name:str,
     frame = Frame.around(boxes)
     drawn = [MapTile(row.kind, frame.box(box), about_tile(row), row.link)
              for box, row in zip(boxes, tiles.itertuples(index=False), strict=True)]
+    # the frame of a tile with a picture lies over its neighbours
+    drawn.sort(key=lambda tile: bool(tile.link))
     paths = [(row.error, frame.outline(row.polygon)) for row in outlines.itertuples(index=False)]
     x, y = frame.left + frame.width / frame.scale / 2, frame.top - frame.height / frame.scale / 2
     unit = 1 / frame.scale
@@ -358,6 +369,9 @@ def map_panels(run:PixelRun, split:str,
         panels.append(region_panel(name, own, outlines, crs, number))
     return panels
 
+ZOOM_HINT = ('This page has no picture of this tile: the gallery shows those that weigh most. In a GIS, errors.gpkg '
+             'beside this page lies over the imagery.')
+
 @dataclass
 class ErrorMap:
     "A block: the map of each region"
@@ -369,7 +383,7 @@ class ErrorMap:
         "Drawings inside the page"
         for panel in self.panels:
             panel.id = f'{self.key}-{panel.id.rpartition("-")[2]}'
-        return render('map.html', panels=self.panels, kinds=list(TILE_KINDS.items()))
+        return render('map.html', panels=self.panels, kinds=list(TILE_KINDS.items()), hint=ZOOM_HINT)
 
     def markdown(self, link:Link) -> str:
         "What each region holds"
@@ -377,7 +391,11 @@ class ErrorMap:
                          for p in self.panels)
 
 MAP_TEXT = ('Tiles of the {split} split by region, at the threshold of the tables about objects. Outlines of all '
-            'objects are in errors.gpkg beside this page, with a style for QGIS.')
+            'objects are in errors.gpkg beside this page, with a style for QGIS{seeds}.')
+
+SEED_TEXT = '; the column seed tells the {n} seeds apart. The map is of seed {first}'
+
+MISSING_SEEDS = 'Without outlines, and so not in errors.gpkg: {seeds}. rtsseg-evaluate makes them.'
 
 OTHER_TILES = 'A map cannot be drawn: the manifest has other tiles than the evidence, which holds {tiles}.'
 
@@ -397,4 +415,9 @@ def map_blocks(results:PixelResults) -> list:
     except ReportError as e:
         problem = [Text(str(e), 'hint')]
     key = picture_id(run, split).replace('tile', 'map')
-    return [Text(MAP_TEXT.format(split=split)), *problem, ErrorMap(map_panels(run, split, objects, polygons), key)]
+    others = [other for other in results.runs[1:] if not outlines_archive(other, split).exists()]
+    if others:
+        problem.append(Text(MISSING_SEEDS.format(seeds=seeds_text(others)), 'hint'))
+    seeds = SEED_TEXT.format(n=len(results.runs), first=run.seed) if len(results.runs) > 1 else ''
+    return [Text(MAP_TEXT.format(split=split, seeds=seeds)), *problem,
+            ErrorMap(map_panels(run, split, objects, polygons), key)]

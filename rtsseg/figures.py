@@ -151,8 +151,10 @@ def draw_reliability(ax:Axes, points:pd.DataFrame,
     ax.plot(none.probability, np.full(len(none), lowest), 'v', c=color, mfc='w', ms=5)
     if counted:
         for row in points.itertuples():
-            ax.annotate(short_count(row.pixels), (row.probability, max(row.frequency, lowest)), (3, -9),
-                        textcoords='offset points', fontsize=7, color='0.3')
+            # slanted, since neighbours are closer than their numbers are long
+            place, slant = ((2, -4), -45) if row.frequency > 0 else ((1, 5), 60)
+            ax.annotate(short_count(row.pixels), (row.probability, max(row.frequency, lowest)), place,
+                        textcoords='offset points', fontsize=7, color='0.3', rotation=slant, rotation_mode='anchor')
 
 def reliability_panel(ax:Axes, run:PixelRun, ratio:int|str) -> None:
     "Reliability before and after calibration at a ratio, on logarithmic axes"

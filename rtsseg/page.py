@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'NUMBER', 'Link', 'BLANK', 'SCRIPT', 'STYLE', 'escape', 'asset', 'render', 'markdown_text', 'Number',
-           'footnote_letter', 'number_range', 'Reasons', 'Text', 'Bullets', 'Code', 'Fold', 'listed_heads', 'Table',
-           'html_cells', 'html_table', 'markdown_table', 'Picture', 'ImageGrid', 'Cards', 'Deferred', 'safe_json',
-           'Slider', 'Part', 'anchor', 'tables_in', 'say_once', 'shown_part', 'page', 'PictureNames', 'appendix']
+           'footnote_letter', 'number_range', 'Reasons', 'Letters', 'Text', 'Bullets', 'Code', 'Fold', 'listed_heads',
+           'Table', 'html_cells', 'html_table', 'markdown_table', 'Picture', 'ImageGrid', 'Cards', 'Deferred',
+           'safe_json', 'Slider', 'Part', 'anchor', 'tables_in', 'say_once', 'shown_part', 'page', 'PictureNames',
+           'appendix']
 
 # %% ../nbs/06a_page.ipynb #ipage
 import base64
@@ -18,7 +19,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any
@@ -100,24 +101,23 @@ def number_range(found:list[str]   # the numbers at one place of several reasons
     return f'{min(found, key=size)} to {max(found, key=size)}'
 
 class Reasons:
-    "Gives each kind of reason a letter; reasons of one kind differ only in their numbers"
+    "Collects the reasons of a table by kind; reasons of one kind differ only in their numbers"
 
     def __init__(self):
         # {text with \0 in place of numbers: lists of numbers}
         self.kinds = {}
 
-    def mark(self, why:str) -> str:    # ' (a)', or '' without a reason
-        "The mark of a reason"
+    def number(self, why:str) -> int|None:    # None without a reason
+        "The number of the kind of a reason, from 0"
         if not why:
-            return ''
+            return None
         kind = re.sub(NUMBER, '\0', why)
         self.kinds.setdefault(kind, []).append(re.findall(NUMBER, why))
-        return f' ({footnote_letter(list(self.kinds).index(kind))})'
+        return list(self.kinds).index(kind)
 
-    def lines(self) -> list[str]:
-        "The footnotes"
-        texts = [self._text(kind, found) for kind, found in self.kinds.items()]
-        return [f'({footnote_letter(i)}) {text}' for i, text in enumerate(texts)]
+    def texts(self) -> list[str]:
+        "A footnote for each kind"
+        return [visible(self._text(kind, found)) for kind, found in self.kinds.items()]
 
     def _text(self, kind, found):
         # numbers of one reason stay in step, so that the reader sees which belong together
@@ -126,6 +126,34 @@ class Reasons:
         for text in ranges:
             kind = kind.replace('\0', text, 1)
         return kind
+
+class Letters:
+    "Gives each footnote a letter: the same text has the same one"
+
+    def __init__(self,
+                 key:str=''    # begins the ids of footnotes on a page; '': they are not linked
+                ):
+        self.key, self.known = key, {}
+
+    def of(self, text:str) -> str:
+        "The letter of a footnote"
+        return self.known.setdefault(text, footnote_letter(len(self.known)))
+
+    def line(self, text:str) -> str:
+        "The footnote below a table"
+        return f'({self.of(text)}) {text}'
+
+    def mark(self, text:str) -> Markup:    # HTML
+        "What a cell shows of a footnote; on a page it leads there"
+        shown = f'({self.of(text)})'
+        if not self.key:
+            return Markup(shown)
+        return Markup('<a href="#{}" title="{}">{}</a>').format(self.id(text), text, shown)
+
+    def id(self, text:str) -> str:
+        "The id of a footnote on its page"
+        return f'{self.key}{self.of(text)}'
+
 
 # %% ../nbs/06a_page.ipynb #f3d9a3e5
 # gives the path that Markdown links a picture by
@@ -222,8 +250,10 @@ class Table:
     title: str = ''
     # advice for the reader, below the table
     hints: list[str] = field(default_factory=list)
-    # notes that stand below an earlier table of the section
+    # footnotes that stand below an earlier table of the page
     said: frozenset = frozenset()
+    # of footnotes, on a page shared by its tables
+    letters: Letters = field(default_factory=Letters, repr=False, compare=False)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -240,24 +270,29 @@ class Table:
             cells = [cell for cell in cells if not isinstance(cell, str) or cell == '–']
         return bool(cells) and all(str(cell) == '–' for cell in cells)
 
+    def cells(self) -> tuple[list[list[tuple[str, int|None]]], list[str]]:
+        "Rows of (text, number of a footnote), and the footnotes with a letter"
+        reasons = Reasons()
+        rows = [[(visible(cell), reasons.number(getattr(cell, 'why', ''))) for cell in row] for row in self.rows]
+        return rows, reasons.texts()
+
+    def texts(self) -> tuple[list[list[str]], list[str]]:    # rows of text, footnotes
+        "What is shown"
+        rows, reasons = self.cells()
+        def shown(text, number):
+            return text if number is None else f'{text} ({self.letters.of(reasons[number])})'
+        texts = [[shown(*cell) for cell in row] for row in rows]
+        return texts, [*map(visible, self.notes), *map(self.letters.line, reasons)]
+
     def remarks(self) -> list[str]:
-        "Footnotes, without those that an earlier table of the section has"
+        "Footnotes, without those that an earlier table has"
         return [note for note in self.texts()[1] if note not in self.said]
 
     def why_blank(self) -> str:
         "What is said in the place of a table without numbers"
-        notes = [note for note in self.remarks() if note not in self.notes] or self.remarks()
         # the letters belong to cells that are not shown
-        reasons = [re.sub(r'^\([a-z]+\) ', '', note) for note in notes]
-        return ' '.join(filter(None, [BLANK.format(title=self.title or listed_heads(self.head)), '; '.join(reasons)]))
-
-    def texts(self) -> tuple[list[list[str]], list[str]]:    # rows of text, footnotes
-        "What is shown"
-        reasons = Reasons()
-        def text(cell):
-            return visible(f'{cell}{reasons.mark(getattr(cell, "why", ""))}')
-        rows = [[text(cell) for cell in row] for row in self.rows]
-        return rows, [visible(note) for note in self.notes + reasons.lines()]
+        notes = self.cells()[1] or self.remarks()
+        return ' '.join(filter(None, [BLANK.format(title=self.title or listed_heads(self.head)), '; '.join(notes)]))
 
     def __str__(self):
         rows, notes = self.texts()
@@ -274,15 +309,29 @@ class Table:
         "Title, table, footnotes and hints"
         if self.is_blank:
             return Text(self.why_blank(), 'soft').html()
-        rows, notes = self.texts()[0], self.remarks()
+        rows, reasons = self.cells()
+        def shown(text, number):
+            return text if number is None else Markup(f'{escape(text)} {self.letters.mark(reasons[number])}')
         parts = [f'<h3>{escape(self.title)}</h3>'] if self.title else []
-        parts.append(html_table(self.head, rows))
-        if notes:
-            parts.append('<ul class="notes">' + ''.join(f'<li>{escape(note)}</li>' for note in notes) + '</ul>')
+        parts.append(html_table(self.head, [[shown(*cell) for cell in row] for row in rows]))
+        parts.append(self._notes_html(reasons))
         parts += [Text(hint, 'hint').html() for hint in self.hints]
         return ''.join(parts)
 
-    _repr_html_ = html
+    def _notes_html(self, reasons):
+        names = {self.letters.line(text): self.letters.id(text) for text in reasons} if self.letters.key else {}
+        items = []
+        for note in self.remarks():
+            name = f' id="{names[note]}"' if note in names else ''
+            items.append(f'<li{name}>{escape(note)}</li>')
+        return f'<ul class="notes">{"".join(items)}</ul>' if items else ''
+
+    def alone(self) -> 'Table':
+        "The table as it is without a page, with all of its footnotes"
+        return replace(self, said=frozenset(), letters=Letters())
+
+    def _repr_html_(self) -> str:
+        return self.alone().html()
 
     def markdown(self, link:Link) -> str:
         "Title, pipe table, footnotes and hints"
@@ -297,11 +346,11 @@ class Table:
         return '\n\n'.join(parts)
 
 def html_cells(cells:list[str], tag:str) -> str:
-    "Escaped cells, each in a tag"
-    return ''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)
+    "Escaped cells, each in a tag; `Markup` stays as it is"
+    return ''.join(f'<{tag}>{cell if isinstance(cell, Markup) else escape(cell)}</{tag}>' for cell in cells)
 
 def html_table(head:list[str],         # column heads
-               rows:list[list[str]]    # texts; a row of one cell is a heading
+               rows:list[list[str]]    # texts or `Markup`; a row of one cell is a heading
               ) -> str:
     "A table that scrolls sideways on a narrow screen"
     def line(row):
@@ -461,32 +510,43 @@ def anchor(index:int, heading:str) -> str:
     "The id of a section: unique on the page"
     return re.sub(r'\W+', '-', f'{heading} {index or ""}'.lower()).strip('-')
 
-def tables_in(blocks:list) -> list[Table]:
+def tables_in(blocks:list,
+              is_shown:bool=False    # without those that the page does not show, as those behind a slider
+             ) -> list[Table]:
     "The tables of some blocks, in the order of the page"
     found = []
     for block in blocks:
         if isinstance(block, Table):
             found.append(block)
         elif isinstance(block, Fold):
-            found += tables_in(block.blocks)
+            found += tables_in(block.blocks, is_shown)
+        elif is_shown and hasattr(block, 'shown'):
+            found += tables_in(block.shown(), is_shown)
         else:
             # a block that draws its tables in its own way lists them
             found += getattr(block, 'tables', [])
     return found
 
-def say_once(blocks:list    # of a section
+def say_once(part:Part,
+             index:int    # of the part on its page
             ) -> None:
-    "Let a footnote stand below the first of the tables of a section that have it"
-    said = set()
-    for table in tables_in(blocks):
-        table.said = frozenset(said)
-        said |= set(map(visible, table.notes))
+    """Let a footnote stand once: with a letter below the first table of the part that has it, without one below the
+    first of its section"""
+    letters, lettered = Letters(f'note-{index}-'), set()
+    for blocks in part.sections.values():
+        plain = set()
+        for table in tables_in(blocks, is_shown=True):
+            if table.is_blank:
+                continue
+            table.letters, table.said = letters, frozenset(lettered | plain)
+            plain |= set(map(visible, table.notes))
+            lettered |= set(table.texts()[1]) - plain
 
 def shown_part(index:int, part:Part) -> dict:    # title and sections, as the template of the page takes them
     "A part with its blocks as HTML"
+    say_once(part, index)
     sections = []
     for heading, blocks in part.sections.items():
-        say_once(blocks)
         sections.append(dict(id=anchor(index, heading), heading=heading, blocks=[Markup(b.html()) for b in blocks]))
     return dict(title=part.title, sections=sections)
 
@@ -529,9 +589,9 @@ def appendix(title:str,              # plain text
         level = '###' if part.title else '##'
         if part.title:
             lines.append(f'## {markdown_text(part.title)}')
+        say_once(part, index)
         for heading, blocks in part.sections.items():
             lines.append(f'{level} {markdown_text(heading)}')
-            say_once(blocks)
             link = PictureNames(anchor(index, heading), folder, files)
             lines += [b.markdown(link) for b in blocks]
     return '\n\n'.join(lines) + '\n', files

@@ -189,7 +189,7 @@ def tables(runs:str|Path|Iterable[str|Path]    # run folders: of one configurati
 # %% ../nbs/07_report.ipynb #creport5
 def write(content:Content,
           path:Path            # of the page; the Markdown has the same name
-         ) -> None:
+         ) -> list[Path]:      # files of the system beside the page
     "Write page, Markdown and pictures; raises `ReportError` where they cannot be written"
     try:
         folder = inside(path.with_name(f'{path.stem}_files')/'picture', path.parent).parent
@@ -200,8 +200,7 @@ def write(content:Content,
             write_atomic(folder/name, data)
         write_atomic(path.with_suffix('.md'), text)
         write_atomic(path, page(content.title, content.lead, content.parts))
-        if not content.comparison:
-            content.results[0].system.report_files(content.results[0], path)
+        return [] if content.comparison else content.results[0].system.report_files(content.results[0], path)
     except OSError as e:
         raise ReportError(f'{path} cannot be written: {e.strerror}') from None
     except FileError as e:
@@ -235,7 +234,8 @@ def card_results(results:Results,
         tables.setdefault('val', on_validation[0])
     lead = markdown_text(f'{lead_of(results)} {measured_on(results)}')
     # a card has no pictures to link to
-    found = {f'Results: {SPLIT_TITLES[split]}': table.markdown(lambda picture: '') for split, table in tables.items()}
+    found = {f'Results: {SPLIT_TITLES[split]}': table.alone().markdown(lambda picture: '')
+             for split, table in tables.items()}
     first, *others = found
     return {first: f'{lead}\n\n{found[first]}'} | {heading: found[heading] for heading in others}
 
@@ -254,6 +254,8 @@ class Report:
     content: Content
     # of report.html; report.md and its pictures, in report_files, are beside it
     path: Path
+    # files of the system beside the page, as layers for a GIS
+    beside: list[Path]
 
     @property
     def results(self) -> list[Results]:
@@ -293,8 +295,7 @@ class Report:
         files = [f'report:     {os.path.relpath(self.path)}',
                  f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}',
                  f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
-        layer = self.path.with_name('errors.gpkg')
-        files += [f'errors:     {os.path.relpath(layer)}'] if layer.is_file() else []
+        files += [f'beside it:  {os.path.relpath(path)}' for path in self.beside]
         return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
 
     @property
@@ -327,9 +328,9 @@ def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seed
     results = read_results(runs)
     content = collect(results)
     path = path or default_path(results)
-    write(content, path)
+    beside = write(content, path)
     write_cards(content)
-    return Report(content, path)
+    return Report(content, path, beside)
 
 # %% ../nbs/07_report.ipynb #eb26c5ed
 def seed_list(seeds:str|int|list|None     # '42 43 44', '[42, 43, 44]', [42, 43, 44] or nothing

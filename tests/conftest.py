@@ -57,6 +57,13 @@ def loaded(model):
     from rtsseg.infer import load_model
     return load_model(model)
 
+@pytest.fixture(scope='module')
+def chromium():
+    "A browser that opens pages (helpers/browser.py)"
+    from helpers.browser import launched
+    with launched() as browser:
+        yield browser
+
 @pytest.fixture
 def default_signals():
     "SIGINT and SIGHUP mean what they mean in a terminal, also where nohup or a background job ignores them"

@@ -18,7 +18,7 @@ from rasterio.transform import Affine, from_origin
 from scipy.ndimage import gaussian_filter, label
 from scipy.stats import binom
 
-from helpers.browser import driven_browser, in_browser
+from helpers.browser import accessibility, in_browser, kept_browser
 from helpers.maps import CRS, GRID
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
@@ -411,10 +411,6 @@ def test_the_script_of_a_page():
     assert third['u1'] == dict(answer='yes', outline=False, share=1)
     assert '3 rated' in count
 
-COUNT = "document.getElementById('count').textContent"
-IS_OUTLINED = "document.getElementById('outline').getAttribute('visibility') === 'visible'"
-PARTS = "[...document.querySelectorAll('button, svg')]"
-
 def key_of(rating):
     "The key that gives an answer; a share in tenths"
     return str(max(round(10 * rating['share']), 1) % 10) if rating['answer'] == 'yes' else 'n'
@@ -424,32 +420,36 @@ def test_a_rater_uses_the_page_in_a_browser(world, tmp_path):
     "Keys, buttons, undo, a browser that is closed in between, and a file that is read back"
     sample = tmp_path/'review'
     review_sample(world.map, sample, world.scene, n=24, side=32, least=2, sizes=[], raters=['ana'])
-    page, truth = sample/'pages/ana.html', truthful(world, sample, 'ana')
-    with driven_browser(tmp_path) as tab:
-        tab.open(page, COUNT)
-        order = tab.value('units.map(unit => unit.id)')
+    address, truth = (sample/'pages/ana.html').as_uri(), truthful(world, sample, 'ana')
+    with kept_browser(tmp_path) as page:
+        page.goto(address)
+        order = page.evaluate('units.map(unit => unit.id)')
         assert set(order) == set(truth)
         for key in ('y', '4', 'z', 'n', 'o'):
-            tab.press(key)
-        assert tab.value(COUNT) == f'unit 3 of {len(order)}; 2 rated'
-        assert tab.value(IS_OUTLINED)
+            page.keyboard.press(key)
+        assert page.locator('#count').text_content() == f'unit 3 of {len(order)}; 2 rated'
+        outline = page.locator('#outline')
+        assert outline.get_attribute('visibility') == 'visible'
         # what was shown stays known
-        tab.click('right')
-        tab.click('left')
-        assert not tab.value(IS_OUTLINED)
-        tab.click('unsure')
+        page.locator('#right').click()
+        page.locator('#left').click()
+        assert outline.get_attribute('visibility') == 'hidden'
+        page.locator('#unsure').click()
         # all that a rater needs is in the window, at a size of common screens
-        for side, inner, most in (('bottom', 'innerHeight', 768), ('right', 'innerWidth', 1366)):
-            ends = f'{PARTS}.map(part => part.getBoundingClientRect().{side})'
-            assert tab.value(f'Math.max(...{ends})') <= tab.value(inner) <= most
-        # the page is closed and opened again
-        tab.open(page, COUNT)
-        assert tab.value(COUNT) == f'unit 4 of {len(order)}; 3 rated'
+        boxes = [part.bounding_box() for part in page.locator('button, svg').all()]
+        assert max(box['y'] + box['height'] for box in boxes) <= page.viewport_size['height']
+        assert max(box['x'] + box['width'] for box in boxes) <= page.viewport_size['width']
+        assert accessibility(page) == []
+    with kept_browser(tmp_path) as page:
+        page.goto(address)
+        assert page.locator('#count').text_content() == f'unit 4 of {len(order)}; 3 rated'
         for unit in order[3:]:
-            tab.press(key_of(truth[unit]))
-        assert 'all done' in tab.value(COUNT)
-        tab.press('d')
-        tab.wait((tmp_path/'ratings_ana.json').exists)
+            page.keyboard.press(key_of(truth[unit]))
+        assert 'all done' in page.locator('#count').text_content()
+        with page.expect_download() as download:
+            page.keyboard.press('d')
+        assert download.value.suggested_filename == 'ratings_ana.json'
+        download.value.save_as(tmp_path/'ratings_ana.json')
     ratings = json.loads((tmp_path/'ratings_ana.json').read_text())['ratings']
     assert [ratings[unit] for unit in order[:3]] == [
         dict(answer='yes', outline=False), dict(answer='no', outline=False), dict(answer='unsure', outline=True)]

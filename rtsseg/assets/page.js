@@ -48,29 +48,52 @@ for (const box of document.querySelectorAll('.slider')) {
   start(asked('threshold'), asked('floor'));
   box.hidden = false;
 }
-const enlarge = figure => {
+const showDialog = (label, ...content) => {
   const dialog = document.createElement('dialog'), close = document.createElement('button');
-  dialog.setAttribute('aria-label', figure.querySelector('figcaption').textContent);
+  dialog.setAttribute('aria-label', label);
   close.textContent = 'Close';
   close.addEventListener('click', () => dialog.close());
-  dialog.append(close, figure.querySelector('figcaption').cloneNode(true), figure.querySelector('img').cloneNode());
+  dialog.append(close, ...content);
   dialog.addEventListener('click', event => { if (event.target === dialog) dialog.close(); });
   dialog.addEventListener('close', () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
 };
-for (const image of document.querySelectorAll('.tiles img'))
-  image.addEventListener('click', () => enlarge(image.closest('figure')));
+const enlarge = figure => {
+  const caption = figure.querySelector('figcaption'), scroll = document.createElement('div');
+  scroll.className = 'wide';
+  scroll.tabIndex = 0;
+  scroll.append(figure.querySelector('img').cloneNode());
+  showDialog(caption.textContent, caption.cloneNode(true), scroll);
+};
+for (const image of document.querySelectorAll('.tiles img')) {
+  const button = document.createElement('button');
+  image.replaceWith(button);
+  button.append(image);
+  button.addEventListener('click', () => enlarge(button.closest('figure')));
+}
+// a tile that has no picture: its part of the map, with the outlines of its objects
+const zoom = (map, tile) => {
+  const svg = tile.closest('svg'), box = tile.getBBox(), edge = .1 * Math.max(box.width, box.height);
+  const view = svg.cloneNode(false), about = document.createElement('p'), hint = document.createElement('p');
+  view.setAttribute('viewBox', [box.x - edge, box.y - edge, box.width + 2 * edge, box.height + 2 * edge].join(' '));
+  view.setAttribute('role', 'img');
+  view.setAttribute('aria-label', 'Outlines of the tile');
+  view.classList.add('zoom');
+  view.append(...[...svg.querySelectorAll('.tile, .object')].map(each => each.cloneNode(true)));
+  about.textContent = tile.querySelector('title').textContent;
+  hint.textContent = map.dataset.hint;
+  hint.className = 'soft';
+  showDialog(about.textContent, about, map.querySelector('.legend').cloneNode(true), view, hint);
+};
 for (const map of document.querySelectorAll('.map')) {
-  const about = map.querySelector('.about');
-  for (const tile of map.querySelectorAll('.tile')) {
-    tile.addEventListener('click', event => {
-      about.textContent = tile.querySelector('title').textContent;
-      const link = tile.closest('a'), figure = link && document.getElementById(link.getAttribute('href').slice(1));
-      if (figure) {
-        event.preventDefault();
-        enlarge(figure);
-      }
-    });
-  }
+  map.addEventListener('click', event => {
+    const link = event.target.closest('a'), tile = link ? link.querySelector('.tile') : event.target.closest('.tile');
+    if (!tile) return;
+    map.querySelector('.about').textContent = tile.querySelector('title').textContent;
+    const figure = link && document.getElementById(link.getAttribute('href').slice(1));
+    event.preventDefault();
+    if (figure) enlarge(figure);
+    else zoom(map, tile);
+  });
 }

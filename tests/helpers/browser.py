@@ -1,132 +1,65 @@
-"Pages in a browser, and pages read as a browser reads them"
-import base64
-import json
-import os
+"Pages in Chromium, driven by Playwright, and pages read as a browser reads them"
 import shutil
-import subprocess
-import time
 from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-browser = next(filter(None, map(shutil.which, NAMES)), None)
+executable = next(filter(None, map(shutil.which, NAMES)), None)
 
-FLAGS = [
-    '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-extensions',
-    '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars',
-    '--host-resolver-rules=MAP * ~NOTFOUND',
-]
+# nothing leaves the machine, not even a question for an address
+FLAGS = ['--disable-gpu', '--disable-quic', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']
 
 def in_browser(test):
     "Mark a test that needs Chromium"
     reason = 'no Chromium here: the page was not opened in a browser (.ci/run installs one where it can)'
-    return pytest.mark.browser(pytest.mark.skipif(not browser, reason=reason)(test))
-
-def chromium(folder, *args):
-    "Run Chromium with a profile in a folder; what it prints"
-    command = [browser, *FLAGS, f'--user-data-dir={folder/"profile"}', *map(str, args)]
-    return subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
-
-def requests_of(folder, url):
-    "What a page becomes, and the addresses that it (not the browser itself) asked for"
-    log = folder/'net.json'
-    page = chromium(folder, '--dump-dom', f'--log-net-log={log}', url)
-    net = json.loads(log.read_text())
-    start = net['constants']['logEventTypes']['URL_REQUEST_START_JOB']
-    asked = [event['params'] for event in net['events'] if event['type'] == start and 'url' in event.get('params', {})]
-    by_page = [params['url'] for params in asked if params['initiator'] != 'not an origin']
-    return page, [url for url in by_page if not url.startswith(('file:', 'data:'))]
-
-class Tab:
-    "A page that is driven as a person drives it: the DevTools protocol over two pipes"
-
-    def __init__(self, commands, answers):
-        self._commands, self._answers, self._number = commands, answers, 0
-        self._session = None
-        target = self.ask('Target.createTarget', url='about:blank')['targetId']
-        self._session = self.ask('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
-        self.ask('Page.enable')
-
-    def ask(self, method, **parameters):
-        "Give a command, and wait for its answer; events in between are dropped"
-        self._number += 1
-        message = dict(id=self._number, method=method, params=parameters)
-        if self._session:
-            message['sessionId'] = self._session
-        self._commands.write(json.dumps(message).encode() + b'\0')
-        self._commands.flush()
-        while True:
-            found = self._read()
-            if found.get('id') == self._number:
-                assert 'error' not in found, found
-                return found['result']
-
-    def _read(self):
-        text = bytearray()
-        while (byte := self._answers.read(1)) != b'\0':
-            assert byte, 'the browser ended'
-            text += byte
-        return json.loads(text)
-
-    def open(self, path, ready):
-        "Open a file; `ready` is an expression that is true once its script has run"
-        self.ask('Page.navigate', url=path.as_uri())
-        self.wait(lambda: self.value(f'document.readyState === "complete" && Boolean({ready})'))
-
-    def value(self, expression):
-        "What a JavaScript expression is"
-        return self.ask('Runtime.evaluate', expression=expression, returnByValue=True)['result'].get('value')
-
-    def press(self, key):
-        "Press a key, as the keyboard does"
-        text = dict(text=key) if len(key) == 1 else {}
-        self.ask('Input.dispatchKeyEvent', type='keyDown', key=key, **text)
-        self.ask('Input.dispatchKeyEvent', type='keyUp', key=key)
-
-    def click(self, name):
-        "Click into the middle of an element with an id"
-        box = self.value(f'JSON.stringify(document.getElementById("{name}").getBoundingClientRect())')
-        place = json.loads(box)
-        at = dict(x=place['x'] + place['width'] / 2, y=place['y'] + place['height'] / 2, button='left', clickCount=1)
-        for kind in ('mousePressed', 'mouseReleased'):
-            self.ask('Input.dispatchMouseEvent', type=kind, **at)
-
-    def screenshot(self, path):
-        "What the window shows, as PNG"
-        path.write_bytes(base64.b64decode(self.ask('Page.captureScreenshot')['data']))
-
-    @staticmethod
-    def wait(is_done, most=60):
-        "Wait until something is true"
-        end = time.monotonic() + most
-        while not is_done():
-            assert time.monotonic() < end, 'it did not happen'
-            time.sleep(.02)
+    return pytest.mark.browser(pytest.mark.skipif(not executable, reason=reason)(test))
 
 @contextmanager
-def driven_browser(folder, size=(1366, 768)):
-    "A `Tab` of Chromium with a profile and downloads in a folder; opened again there, it knows what it had saved"
-    (read, commands), (answers, write) = os.pipe(), os.pipe()
-    # the browser reads commands from 3 and writes answers to 4
-    start = f'exec "$@" 3<&{read} 4>&{write}'
-    command = [browser, *FLAGS, f'--user-data-dir={folder/"profile"}', f'--window-size={size[0]},{size[1]}',
-               '--remote-debugging-pipe']
-    process = subprocess.Popen(['bash', '-c', start, 'bash', *map(str, command)], pass_fds=(read, write),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.close(read)
-    os.close(write)
-    with open(commands, 'wb') as to_browser, open(answers, 'rb') as from_browser:
-        tab = Tab(to_browser, from_browser)
-        tab.ask('Page.setDownloadBehavior', behavior='allow', downloadPath=str(folder))
-        try:
-            yield tab
-        finally:
-            # an end by itself writes what pages have saved
-            tab._session = None
-            tab.ask('Browser.close')
-            process.wait(60)
+def launched():
+    "A browser"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield browser
+        browser.close()
+
+@contextmanager
+def kept_browser(folder, width=1366, height=768):
+    "A page of a browser with a profile in a folder; opened again there, it knows what it had saved"
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            folder/'profile', executable_path=executable, args=FLAGS, viewport=dict(width=width, height=height))
+        yield context.pages[0]
+        context.close()
+
+@contextmanager
+def opened(chromium, path, width=1280, anchor=''):
+    "A page of a file in a window of a width. `page.asked` are the addresses that it asked for: each is refused"
+    context = chromium.new_context(viewport=dict(width=width, height=900))
+    page = context.new_page()
+    page.asked, page.errors = [], []
+    page.on('pageerror', lambda error: page.errors.append(error))
+
+    def refuse(route):
+        page.asked.append(route.request.url)
+        route.abort()
+
+    page.route(lambda url: not url.startswith(('file:', 'data:', 'blob:')), refuse)
+    page.goto(path.as_uri() + anchor)
+    yield page
+    context.close()
+
+# of those that axe-core knows: what keeps somebody from using a page
+GRAVE = ('serious', 'critical')
+
+def accessibility(page):
+    "What axe-core finds grave about a page: [(rule, why, elements)]"
+    found = Axe().run(page).response['violations']
+    return [(each['id'], each['help'], [node['html'][:120] for node in each['nodes']])
+            for each in found if each['impact'] in GRAVE]
 
 class Cells(HTMLParser):
     "Texts of table cells in order; those of a slider are left out, because Markdown has none"
