@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['AFFINE_PLACES', 'pixel_grid', 'warp_by', 'resize_flow', 'then', 'affine_flow', 'local_ncc', 'roughness', 'RegNet',
-           'WindowAttention', 'correlation', 'convolve', 'zeroed', 'MammoRegNet', 'registration_losses',
-           'load_registration']
+           'WindowAttention', 'correlation', 'convolve', 'reduce_places', 'zeroed', 'MammoRegNet',
+           'registration_losses', 'load_registration']
 
 # %% ../nbs/04x_registration.ipynb #regexports
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,10 +54,11 @@ def affine_flow(maps:torch.Tensor,      # (N, 2, 3): acts on x, y in [-1, 1]
                 size:tuple[int, int]    # height and width
                ) -> torch.Tensor:       # (N, 2, height, width), pixels
     "The displacement of an affine map"
-    places = F.affine_grid(maps.float(), [len(maps), 1, *size], align_corners=False)
-    extent = torch.tensor([size[1], size[0]], device=maps.device)
-    pixels = ((places + 1) * extent - 1) / 2
-    return pixels.permute(0, 3, 1, 2) - pixel_grid(*size, maps.device)
+    extent = torch.tensor([size[1], size[0]], device=maps.device)[:, None, None]
+    unit = (2 * pixel_grid(*size, maps.device) + 1) / extent - 1
+    # as `F.affine_grid`, which exporters do not know
+    moved = torch.einsum('nij,jhw->nihw', maps.float(), torch.cat([unit, torch.ones_like(unit[:1])]))
+    return (moved - unit) * extent / 2
 
 # %% ../nbs/04x_registration.ipynb #regloss
 def local_ncc(one:torch.Tensor,        # (N, C, H, W)
@@ -147,6 +149,17 @@ def convolve(channels:int, out:int, stride:int=1) -> nn.Sequential:
     "A 3 × 3 convolution with its norm and activation"
     return nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(1, out), nn.GELU())
 
+def reduce_places(maps:torch.Tensor,    # (N, C, h, w)
+                  grid:int,             # places a side
+                  reduce:Callable       # torch.amax or torch.mean
+                 ) -> torch.Tensor:     # (N, C, grid, grid)
+    "Adaptive pooling in operators that every exporter knows"
+    for axis in (2, 3):
+        length = int(maps.shape[axis])
+        edges = [(k * length // grid, -(-(k + 1) * length // grid)) for k in range(grid)]
+        maps = torch.cat([reduce(maps.narrow(axis, first, end - first), axis, True) for first, end in edges], axis)
+    return maps
+
 def zeroed(layer:nn.Module) -> nn.Module:
     "A layer that begins with an output of 0; changed in place"
     nn.init.zeros_(layer.weight)
@@ -185,7 +198,7 @@ class MammoRegNet(nn.Module):
 
     def affine_maps(self, fixed:torch.Tensor, moving:torch.Tensor) -> torch.Tensor:    # (N, 2, 3)
         "The affine map, from the coarsest features of both images"
-        small = F.adaptive_avg_pool2d(torch.cat([fixed, moving], 1), AFFINE_PLACES)
+        small = reduce_places(torch.cat([fixed, moving], 1), AFFINE_PLACES, torch.mean)
         same = torch.eye(2, 3, device=fixed.device)
         return same + self.affine(small.flatten(1)).view(-1, 2, 3)
 

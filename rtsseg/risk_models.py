@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .config import ConfigError, PositiveInt, Strict
 from .console import nearest
 from .models import checkpoint_blocks, read_tensors, repeated_blocks
-from .registration import MammoRegNet, convolve, resize_flow, warp_by, zeroed
+from .registration import MammoRegNet, convolve, reduce_places, resize_flow, warp_by, zeroed
 
 # %% ../nbs/04y_risk_models.ipynb #rkmconfig
 ModelName = Literal['Mirai', 'OA-BreaCR', 'VMRA-MaR', 'ImgFeatAlign', 'LMV-Net']
@@ -55,7 +55,7 @@ class RiskModel(Strict):
     beta_coeff: float = Field(1e-4, ge=0, description='OA-BreaCR: weight of the order of embeddings')
     margin: float = Field(2., ge=0, description='OA-BreaCR: by how much a later year must lie farther away')
     flip_right: bool = Field(
-        True, description='VMRA-MaR: mirror the right breast before it is compared; false where images face one way')
+        False, description='VMRA-MaR: mirror the right breast before it is compared; for data.chest_left false')
     gradient_checkpointing: bool = Field(
         False, description='compute encoder activations twice instead of keeping them: less memory, slower steps')
 
@@ -349,7 +349,7 @@ class LMVNet(Aligned):
     def forward(self, image:torch.Tensor, present:torch.Tensor, gap:torch.Tensor) -> dict[str, torch.Tensor]:
         "Cumulative logits from all views, from CC and from MLO"
         maps, there, flow = self.triples(image, present, gap)
-        grid = F.adaptive_max_pool2d(maps.flatten(0, 2), self.cfg.grid).unflatten(0, maps.shape[:3])
+        grid = reduce_places(maps.flatten(0, 2), self.cfg.grid, torch.amax).unflatten(0, maps.shape[:3])
         tokens = grid.flatten(2, 3).flatten(3).transpose(2, 3) + self.place
         seen = there[:, :, :1].expand(-1, -1, tokens.shape[2])
         tokens = self.attend(tokens, seen)
@@ -378,9 +378,9 @@ class AttentionMap(nn.Module):
 def cumulative_logits(log_p:torch.Tensor    # (N, years + 1): log-probability of a cancer in each year, and of none
                      ) -> torch.Tensor:     # (N, years)
     "The logit of a cancer by the end of each year"
-    by = log_p.logcumsumexp(1)[:, :-1]
-    after = log_p.flip(1).logcumsumexp(1).flip(1)[:, 1:]
-    return by - after
+    # sums of growing length: exporters do not know logcumsumexp
+    by, after = zip(*((log_p[:, :k].logsumexp(1), log_p[:, k:].logsumexp(1)) for k in range(1, log_p.shape[1])))
+    return torch.stack(by, 1) - torch.stack(after, 1)
 
 class OABreaCR(RiskNet):
     "Ordinal learning with alignment of attention (Wang et al. 2024)"
@@ -538,7 +538,7 @@ class VMRAMaR(RiskNet):
             right = right.flip(-1)
         both = present[:, :, :2] & present[:, :, 2:]
         # the compression is never the same: coarse places are compared
-        sides = [F.adaptive_max_pool2d(side.flatten(0, 2), self.cfg.grid) for side in (left, right)]
+        sides = [reduce_places(side.flatten(0, 2), self.cfg.grid, torch.amax) for side in (left, right)]
         differ = (sides[0] - sides[1]).abs().flatten(2).transpose(1, 2)
         differ = differ.unflatten(0, both.shape).flatten(2, 3)
         seen = both[..., None].expand(-1, -1, -1, self.cfg.grid**2).flatten(2)

@@ -160,6 +160,9 @@ class SurvivalConfig(RunConfig):
                          'lr.backbone_lr_multiplier to 1')
         if self.paths.mirai_encoder and self.model.name == 'OA-BreaCR':
             found.append('paths.mirai_encoder: OA-BreaCR trains its encoder from scratch in the guide')
+        if self.model.name == 'VMRA-MaR' and self.data.chest_left == self.model.flip_right:
+            found.append(f'data.chest_left and model.flip_right are both {str(self.data.chest_left).lower()}: breasts '
+                         'are compared as mirror images of each other; set one of them')
         return found
 
 # %% ../../nbs/systems/survival.ipynb #srvfeed
@@ -232,8 +235,9 @@ class TrainScores:
 
     def update(self, out:dict, batch:dict) -> None:
         "Take in the output of a batch"
-        known = torch.stack([batch['time'].float().cpu(), batch['event'].float().cpu()], 1)
-        self.rows += torch.cat([known, out['risk'].detach().float().cpu()], 1).tolist()
+        known, counts = torch.stack([batch['time'].float(), batch['event'].float()], 1), batch['y_mask'].any(1)
+        rows = torch.cat([known.to(out['risk'].device), out['risk'].detach().float()], 1)
+        self.rows += rows[counts].cpu().tolist()
 
     def state(self) -> list[list[float]]:
         "What other processes need to take in"
@@ -313,10 +317,13 @@ class SurvivalTask(Task):
         return SampleMeter(self.rows, lambda table: survival_scores(table.frame, years=self.years))
 
     def rows(self, out:dict, batch:dict) -> dict[str, Any]:
-        "Rows of the table, from a batch"
-        risks = out['risk'].float().sigmoid().cpu().numpy()
-        known = dict(sample=batch['sample'], group=batch['group'], time=batch['time'].cpu().numpy().astype(np.int64),
-                     event=batch['event'].cpu().numpy().astype(bool))
+        "Rows of the table, from a batch; exams of which no image can be decoded have none"
+        counts = batch['y_mask'].any(1).cpu().numpy()
+        risks = out['risk'].float().sigmoid().cpu().numpy()[counts]
+        known = {name: [text for text, there in zip(batch[name], counts, strict=True) if there]
+                 for name in ('sample', 'group')}
+        known |= dict(time=batch['time'].cpu().numpy().astype(np.int64)[counts],
+                      event=batch['event'].cpu().numpy().astype(bool)[counts])
         return known | dict(zip(risk_columns(self.years), risks.T, strict=True))
 
 # %% ../../nbs/systems/survival.ipynb #srvsystem
