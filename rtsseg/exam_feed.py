@@ -73,8 +73,8 @@ class ExamData(Strict):
     years: PositiveInt = Field(5, le=20, description='risk is predicted within 1, 2, … so many years')
     priors: int = Field(1, ge=0, le=20, description='earlier exams that are read, the newest first')
     bits: Literal[8, 10, 12, 14, 16] = Field(
-        16, description='of a pixel of a PNG, 10 to 14 in one of 16 bits: its largest value is white; a file with other '
-                        'bits or larger values is an error')
+        16, description='of a pixel of a PNG, whose largest value is white; 10 to 14 lie in a PNG of 16; a file with '
+                        'other bits or larger values is an error')
     chest_left: bool = Field(
         True, description='mirror images whose right half is the brighter one, so that all breasts face one way')
     mean: float = Field(.1075, description='of all pixels on the scale 0 to 1: subtracted')

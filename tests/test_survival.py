@@ -17,8 +17,9 @@ from helpers.waiting import wait_for
 from rtsseg.class_export import CLASS_FORMATS, RISK_INPUTS, export_any, runner_of
 from rtsseg.config import ConfigError, find_system, load, read_yaml, to_yaml
 from rtsseg.evaluation import evaluate
+from rtsseg.exam_begin import begin_from
 from rtsseg.exam_feed import turn_chest_left
-from rtsseg.exam_runs import begin_from, results_name
+from rtsseg.exam_runs import results_name
 from rtsseg.phantom import PhantomWorld, make_phantom_world
 from rtsseg.risk_models import ALIGNED_BY_IMAGES, RISK_MODELS
 from rtsseg.runs import read_log, run_folder
@@ -111,7 +112,7 @@ def test_an_exported_file_gives_the_risk_of_an_evaluation(undisturbed, tmp_path)
     export_any(undisturbed/'model', tmp_path/'out', ['torchscript'])
     run = runner_of(torch.jit.load(tmp_path/'out'/CLASS_FORMATS['torchscript']), RISK_INPUTS)
     cfg, system = load(undisturbed/'config.yaml'), find_system('survival')
-    dataset = system.feed(cfg).in_order('val').dataset
+    dataset = system.feed(cfg).loaders()[1].dataset
     exams = dataset.exams
     place = next(place for place, row in enumerate(dataset.rows) if exams.priors[row])
     now = dataset.rows[place]
