@@ -273,14 +273,16 @@ def read_mammogram(root:Path, path:str, bits:int=16    # of a PNG
     problem = png_problem(data)
     if problem:
         raise DataError(f'{path}: {problem}')
-    if data[24] != bits:
+    if data[24] != (8 if bits == 8 else 16):
         raise BitDepthError(f'{path}: {data[24]} bits where data.bits declares {bits}')
     pixels = None
     if data.rstrip(b'\0').endswith(PNG_END):
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise DataError(f'{path}: not an image that can be read: a PNG that is damaged or cut off')
-    return pixels if bits == 16 else pixels.astype(np.uint16) * 257
+    if pixels.max() >= 2**bits:
+        raise BitDepthError(f'{path}: a value of {pixels.max()} where data.bits declares {bits}: at most {2**bits - 1}')
+    return pixels if bits == 16 else (pixels.astype(np.uint32) * 65535 // (2**bits - 1)).astype(np.uint16)
 
 def dicom_pixels(data:bytes, path:str) -> np.ndarray:    # uint16 (H, W)
     "The stored values of a DICOM image, stretched to 16 bits, white is dense; raises `DataError`"

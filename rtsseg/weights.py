@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'MAX_TABLE', 'DTYPE_CODES', 'memory_format', 'place_model', 'ModelError', 'save_weights', 'system_card',
            'model_errors', 'check_directory', 'read_best', 'read_directory', 'TensorEntry', 'weight_table',
-           'check_table', 'BoundedMemory', 'build_bounded', 'load_weights']
+           'check_table', 'BoundedMemory', 'build_bounded', 'load_weights', 'Packed', 'write_model', 'read_model']
 
 # %% ../nbs/04_weights.ipynb #iweights
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,39 @@ def load_weights(folder:Path,                      # a model directory that pass
         raise ValueError(f'{WEIGHTS} holds numbers that are not finite: {broken[:3]}')
     model.load_state_dict(weights)
     return model
+
+# %% ../nbs/04_weights.ipynb #cpacked
+@dataclass
+class Packed:
+    "A model out of its directory; a system that keeps more facts adds fields"
+    folder: Path
+    cfg: Any
+    model: nn.Module    # on the CPU, in evaluation mode
+    best: dict          # epoch, step, value and metrics of its best validation
+
+def write_model(folder:Path,             # the model directory
+                what:str,                # the model in words
+                model:nn.Module,         # weights to export
+                cfg:RunConfig,           # what built it
+                best:dict,               # epoch, step, value and metrics of its best validation
+                environment:dict,        # of `environment()`
+                machine:dict             # fields of the config that name files of this machine, as pydantic takes them
+               ) -> None:
+    "Write model card, weights, config and metrics, then the digests of all files, also of those that a system wrote"
+    write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
+    save_weights(folder, model, cfg, best, dict(runs=True, tracker=True) | machine)
+
+def read_model(cls:type[Packed],                   # what comes out
+               folder:str|Path,                    # a model directory
+               config:type[RunConfig],             # the config tree of its system
+               build:Callable[..., nn.Module],     # makes the model of its config and facts, with random weights
+               read:Callable[[Path], dict]|None=None,    # reads its facts, by the names of the further fields
+               needed:Iterable[str]=()             # files that hold them
+              ) -> Any:                            # of `cls`
+    "Load a model directory; raises `ModelError`"
+    folder = Path(folder)
+    with model_errors(folder):
+        cfg, best = read_directory(folder, config, needed)
+        facts = read(folder) if read else {}
+        model = load_weights(folder, lambda: build(cfg, **facts))
+    return cls(folder, cfg, place_model(model, 'cpu').eval(), best, **facts)

@@ -1,15 +1,19 @@
 "Lists of mammograms: what is wrong with them is named together, and images that cannot be read are counted"
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.ensemble import RandomForestRegressor
+from torch.utils.data import default_collate
 
+from rtsseg.config import find_system
 from rtsseg.console import DataError
 from rtsseg.exam_feed import ExamAugment, ExamData, ExamDataset
-from rtsseg.exams import ExamTable, check_exams, import_csaw, import_embed, read_mammogram, risk_labels
+from rtsseg.exams import EXAM_VIEWS, ExamTable, check_exams, import_csaw, import_embed, read_mammogram, risk_labels
 from rtsseg.phantom import PhantomWorld, make_phantom_world
 from rtsseg.survival_metrics import concordance
 
@@ -109,6 +113,83 @@ def test_too_many_damaged_images_are_refused(world):
     path.write_bytes(path.read_bytes()[:200])
     found = problems(world)
     assert any(rows.path[7] in line for line in found), found
+
+def many_exams(folder, patients=260):
+    "A list of one exam a patient and four images of 4 × 4 pixels: more than a thousand files"
+    rows, rng = [], np.random.default_rng(0)
+    for number in range(patients):
+        for side, view in EXAM_VIEWS:
+            path = f'{number}_{side}_{view}.png'
+            cv2.imwrite(str(folder/path), rng.integers(1, 65536, (4, 4)).astype(np.uint16))
+            rows.append(dict(patient_id=number, exam_id=number, ImageLaterality=side, view=view, diagnosed_date_year='',
+                             study_date_year=2010, Time_to_Cancer_Years='', years_last_followup=5,
+                             split=('train', 'val')[number % 2], path=path))
+    pd.DataFrame(rows).to_csv(folder/'exams.csv', index=False)
+    return ExamTable.read(folder/'exams.csv', folder)
+
+def test_few_damaged_images_are_counted(tmp_path):
+    "Of 1040 images, one is no more than 0.1%; two are too many"
+    exams = many_exams(tmp_path)
+    (tmp_path/exams.paths[3][1]).write_bytes(b'cut off')
+    assert check_exams(exams) == [(3, 1)]
+    (tmp_path/exams.paths[8][2]).write_bytes(b'cut off')
+    with pytest.raises(DataError, match=exams.paths[8][2]):
+        check_exams(exams)
+
+def test_an_exam_without_a_readable_view_does_not_count(made, tmp_path):
+    "It is noted, its years are masked, no loss and no table sees its outcome"
+    folder = shutil.copytree(made, tmp_path/'world')
+    data = ExamData(csv_file=folder/'exams.csv', data_root=folder, height=48, width=32)
+    exams = data.read().of('val')
+    dataset = ExamDataset(exams, data, ExamAugment(enabled=False))
+    whole = [dataset[place] for place in range(3)]
+    for path in exams.paths[dataset.rows[1]]:
+        (folder/path).write_bytes(b'cut off')
+    batch = default_collate([dataset[place] for place in range(3)])
+    assert dataset.unread[:3].tolist() == [False, True, False]
+    assert batch['y_mask'].any(1).tolist() == [True, False, True]
+    cfg = find_system('survival').Config(data=data.model_dump(), model=dict(name='OA-BreaCR'))
+    task = find_system('survival').task(cfg, None)
+    torch.manual_seed(0)
+    heads = {name: torch.randn(3, 5) for name in ('risk', 'current', 'change')}
+    out = heads | dict(log_p=torch.randn(3, 6).log_softmax(1), mean=torch.randn(3, 4), log_var=torch.zeros(3, 4),
+                       alignment=torch.zeros(3))
+    assert task.rows(out, batch)['sample'] == [sample['sample'] for sample in whole if sample['sample'] !=
+                                               dataset.names[1]]
+    scores = task.train_meter()
+    scores.update(out, batch)
+    assert [row[0] for row in scores.rows] == [whole[0]['time'], whole[2]['time']]
+    # whatever its outcome was, losses and counts are the same
+    other = batch | dict(y_seq=batch['y_seq'].index_fill(0, torch.tensor([1]), 1.))
+    for one, two in ((task.loss(out, batch), task.loss(out, other)), (task.count(batch), task.count(other))):
+        assert {name: float(value) for name, value in one.items()} == {name: float(v) for name, v in two.items()}
+
+def test_bits_that_a_png_does_not_use_are_declared(tmp_path):
+    "Values of 12 bits in a PNG of 16: one window for all, whatever an image holds"
+    pixels = np.uint16([[0, 100, 4095, 7]])
+    cv2.imwrite(str(tmp_path/'x.png'), pixels)
+    assert read_mammogram(tmp_path, 'x.png', 12).tolist() == (pixels.astype(int) * 65535 // 4095).tolist()
+    with pytest.raises(DataError, match='a value of 4095 where data.bits declares 10: at most 1023'):
+        read_mammogram(tmp_path, 'x.png', 10)
+    with pytest.raises(DataError, match='16 bits where data.bits declares 8'):
+        read_mammogram(tmp_path, 'x.png', 8)
+
+def test_views_of_a_sample_share_their_scale_and_their_light(made):
+    "A disc of one size in all views is of one size after augmentation, wherever it lies; and so is its brightness"
+    data = ExamData(csv_file=made/'exams.csv', data_root=made, height=64, width=64, mean=0, std=1, chest_left=False)
+    dataset = ExamDataset(data.read().of('train'), data, ExamAugment())
+    place = next(place for place, row in enumerate(dataset.rows) if dataset.exams.priors[row])
+    disc = np.uint16(30000 * (np.hypot(*(np.mgrid[:64, :64] - 32)) < 12))
+    dataset.exams = SimpleNamespace(table=dataset.exams.table, priors=dataset.exams.priors, paths=dataset.exams.paths,
+                                    image=lambda row, view: disc)
+    areas = set()
+    for draw in range(12):
+        images = dataset[7, 0, place, draw]['image'].flatten(0, 2)
+        size, light = (images > 0).sum((1, 2)).float(), images.amax((1, 2))
+        assert (size - size.mean()).abs().max() < .06 * size.mean()
+        torch.testing.assert_close(light, light[:1].expand(8), rtol=.02, atol=0)
+        areas.add(round(float(size.mean())))
+    assert max(areas) > 1.08 * min(areas)
 
 def test_views_and_priors_that_are_missing_are_no_problem(world):
     folder, rows = world

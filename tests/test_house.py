@@ -159,7 +159,8 @@ WINGS = {
              'label_losses routed distil refine series_models registration risk_models',
     'seam': 'system',
     'task': 'segment mirrors track launch check class_checks log noise resume observe ensemble training '
-            'evaluation plan routed_runs blend land_words outline_trial class_ensemble exam_runs',
+            'evaluation plan routed_runs blend land_words outline_trial class_ensemble exam_runs exam_begin '
+            'exam_splits',
     'judge': 'operating calibration styles page invented results shared pixel_results tables figures verdict errormap '
              'pixel_report class_report plant_report risk_report reporting',
     'maps': 'mapfile scenestats regions prediction polygons areas estimates review export mapcheck preview '

@@ -14,13 +14,17 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from helpers.shell import Program, held, running, shell
 from helpers.waiting import wait_for
+from rtsseg.class_export import CLASS_FORMATS, RISK_INPUTS, export_any, runner_of
 from rtsseg.config import ConfigError, find_system, load, read_yaml, to_yaml
 from rtsseg.evaluation import evaluate
-from rtsseg.exam_runs import begin_from, results_name
+from rtsseg.exam_begin import begin_from
+from rtsseg.exam_feed import turn_chest_left
+from rtsseg.exam_runs import results_name
 from rtsseg.phantom import PhantomWorld, make_phantom_world
 from rtsseg.risk_models import ALIGNED_BY_IMAGES, RISK_MODELS
 from rtsseg.runs import read_log, run_folder
 from rtsseg.schedule import Plateau, learning_rate, plan_stages
+from rtsseg.survival_metrics import risk_columns
 from rtsseg.systems.survival import (
     REQUIRED_FLAGS,
     RISK_FLAGS,
@@ -65,7 +69,7 @@ def undisturbed(world, tmp_path_factory):
     return train(cfg)
 
 @pytest.mark.parametrize('name', RISK_MODELS)
-def test_each_model_trains_and_is_judged(world, registered, tmp_path, name):
+def test_each_model_trains_is_judged_and_is_exported(world, registered, tmp_path, name):
     "An epoch, and the evaluation finds its numbers again; without their registration two of them are refused"
     paths = dict(embed_path_saved_reg_model=registered)
     folder = train(config(world, tmp_path/'runs', name, epochs=1, paths=paths))
@@ -77,6 +81,9 @@ def test_each_model_trains_and_is_judged(world, registered, tmp_path, name):
     best = json.loads((folder/'model'/'metrics.json').read_text())
     found = system.metrics(table, cfg)
     assert found == pytest.approx({key: best['metrics'][key] for key in found}, abs=1e-6, nan_ok=True)
+    # on exams with missing views, and without a prior
+    parity = export_any(folder/'model', tmp_path/'out', ['onnx'])['model.onnx']
+    assert parity.difference < 1e-5
     if name in ALIGNED_BY_IMAGES:
         alone = config(world, tmp_path/'runs', name)
         with pytest.raises(ConfigError, match='embed_path_saved_reg_model is null: model.name .* needs the weights'):
@@ -99,6 +106,29 @@ def test_killed_it_ends_in_the_same_bytes(world, undisturbed, tmp_path):
 def test_results_do_not_depend_on_workers(world, undisturbed, tmp_path):
     folder = train(config(world, tmp_path, loader=dict(num_workers=2)))
     assert (folder/'model'/'model.safetensors').read_bytes() == (undisturbed/'model'/'model.safetensors').read_bytes()
+
+def test_an_exported_file_gives_the_risk_of_an_evaluation(undisturbed, tmp_path):
+    "From the numbers of the PNG files, in TorchScript"
+    export_any(undisturbed/'model', tmp_path/'out', ['torchscript'])
+    run = runner_of(torch.jit.load(tmp_path/'out'/CLASS_FORMATS['torchscript']), RISK_INPUTS)
+    cfg, system = load(undisturbed/'config.yaml'), find_system('survival')
+    dataset = system.feed(cfg).loaders()[1].dataset
+    exams = dataset.exams
+    place = next(place for place, row in enumerate(dataset.rows) if exams.priors[row])
+    now = dataset.rows[place]
+    before = exams.priors[now][0]
+    views = [[turn_chest_left(exams.image(exam, view)) for view in range(4)] for exam in (now, before)]
+    years = exams.table.study_year
+    inputs = dict(pixels=np.array(views, np.float32)[None, :, :, None], present=np.ones((1, 2, 4), bool),
+                  gap=np.float32([[0, years[now] - years[before]]]))
+    table = system.read_table(evaluate(undisturbed, 'val')).frame.set_index('sample')
+    expected = table.loc[dataset.names[place], risk_columns(5)].to_numpy(float)
+    np.testing.assert_allclose(run(inputs)[0], expected, atol=1e-5)
+
+def test_an_export_of_other_formats_is_refused(undisturbed, tmp_path):
+    with pytest.raises(ConfigError, match='onnx and torchscript'):
+        export_any(undisturbed/'model', tmp_path/'out', ['int8'])
+    assert not (tmp_path/'out').exists()
 
 def view_of(folder):
     return Path((folder/'guide'/'view.txt').read_text())

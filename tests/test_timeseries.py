@@ -22,7 +22,7 @@ import rtsseg.tuning
 from helpers.shell import ONE_THREAD, Program, held, running, shell
 from helpers.waiting import wait_for
 from rtsseg.checkpoint import load_state
-from rtsseg.class_export import CLASS_FORMATS, export_any, series_runner, series_session
+from rtsseg.class_export import CLASS_FORMATS, LOGITS, SERIES_INPUTS, export_any, runner_of, session_runner
 from rtsseg.config import ConfigError, find_system, load, to_yaml
 from rtsseg.console import DataError
 from rtsseg.evaluation import evaluate
@@ -316,7 +316,10 @@ def test_its_model_is_exported(season, undisturbed, tmp_path, formats):
         inputs[name] = np.full(batch[name][:1].shape, -9999., np.float32)
         inputs[name][0, :, :values.shape[1]] = values
     path = tmp_path/'out'/CLASS_FORMATS[formats[0]]
-    run = series_session(path) if formats == ['onnx'] else series_runner(torch.jit.load(path))
+    if formats == ['onnx']:
+        run = session_runner(path, LOGITS)
+    else:
+        run = runner_of(torch.jit.load(path), SERIES_INPUTS)
     with torch.no_grad():
         wanted = packed.model(**{name: batch[name][:1] for name in INPUTS})
     assert np.abs(run(inputs) - wanted.numpy()).max() < 1e-4

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'IMAGE_SUFFIXES', 'CLASSES', 'CLASSIFIER_CARD', 'ImageData', 'ImageModel', 'ImageMetrics',
            'ClassifyConfig', 'list_folders', 'list_images', 'read_image', 'Images', 'ImageFeed', 'Classifier',
-           'build_classifier', 'classification_scores', 'ClassifyTask', 'PackedClassifier', 'Classify']
+           'build_classifier', 'classification_scores', 'ClassifyTask', 'PackedClassifier', 'read_classes', 'Classify']
 
 # %% ../../nbs/systems/classify.ipynb #iclassify
 import hashlib
@@ -43,7 +43,7 @@ from ..files import FileError, digest, read_json, typed, write_atomic
 from ..loop import Task
 from ..order import KeyedBatches
 from ..system import Feed, SampleMeter, SampleTable, System
-from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
+from ..weights import Packed, read_model, write_model
 
 # %% ../../nbs/systems/classify.ipynb #cclconf
 class ImageData(Strict):
@@ -267,13 +267,16 @@ CLASSES = 'classes.json'
 CLASSIFIER_CARD = 'Sorts images of {side} × {side} pixels into {n} classes: {classes}. A timm {model}.'
 
 @dataclass
-class PackedClassifier:
+class PackedClassifier(Packed):
     "A classifier and the names of its classes"
-    folder: Path
-    cfg: ClassifyConfig
-    model: nn.Module
-    best: dict
     classes: list[str]
+
+def read_classes(folder:Path) -> dict[str, list[str]]:    # {'classes': names}
+    "The names of the classes in a model directory; raises `FileError`"
+    classes = typed(list[str], read_json(folder/CLASSES, folder).get('classes'), CLASSES)
+    if not classes:
+        raise FileError(f'{CLASSES}: no class')
+    return dict(classes=classes)
 
 class Classify(System):
     "One label per image"
@@ -311,16 +314,10 @@ class Classify(System):
         write_atomic(folder/CLASSES, json.dumps(dict(classes=feed.classes), indent=1))
         what = CLASSIFIER_CARD.format(side=cfg.data.image_size, n=len(feed.classes), classes=', '.join(feed.classes),
                                       model=cfg.model.name)
-        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
-        save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source'}))
+        write_model(folder, what, model, cfg, best, environment, dict(data={'source'}))
 
     def unpack(self, folder:Path) -> PackedClassifier:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, ClassifyConfig, [CLASSES])
-            classes = typed(list[str], read_json(folder/CLASSES, folder).get('classes'), CLASSES)
-            if not classes:
-                raise FileError(f'{CLASSES}: no class')
-            model = load_weights(folder, lambda: build_classifier(cfg.model, len(classes), False))
-        return PackedClassifier(folder, cfg, place_model(model, 'cpu').eval(), best, classes)
+        def build(cfg, classes):
+            return build_classifier(cfg.model, len(classes), False)
+        return read_model(PackedClassifier, folder, ClassifyConfig, build, read_classes, [CLASSES])

@@ -7,7 +7,7 @@ __all__ = ['ClassLossName', 'LAND_VIEWS', 'LANDCOVER_UNREAD', 'SEGFORMER', 'MAP_
            'LAND_CARD', 'EdgeHead', 'ClassLoss', 'ClassMetrics', 'Windows', 'MadeWorld', 'LandcoverData',
            'LandcoverConfig', 'BoundaryCollate', 'labels_after_mixing', 'edge_loss', 'of_labels', 'colour_statistics',
            'LandcoverFeed', 'Taught', 'make_helpers', 'has_label', 'class_loss_parts', 'LandcoverTask', 'task_of_pass',
-           'map_names', 'map_archive', 'outline_arms', 'LandFacts', 'PackedLandcover', 'Landcover']
+           'map_names', 'map_archive', 'outline_arms', 'LandFacts', 'PackedLandcover', 'read_land_facts', 'Landcover']
 
 # %% ../../nbs/systems/landcover.ipynb #lcexports
 import io
@@ -100,14 +100,7 @@ from ..refine import REFINED, Refinement, Refiner, crf_map, load_refiner, refine
 from ..sliding import IMAGE_VIEWS, STEP, viewed_logits
 from ..system import Feed, Pass, SampleMeter, SampleTable, System, Trial, observe_samples, table_path
 from ..tiles import make_loader
-from rtsseg.weights import (
-    load_weights,
-    model_errors,
-    place_model,
-    read_directory,
-    save_weights,
-    system_card,
-)
+from ..weights import Packed, read_model, save_weights, system_card
 
 # %% ../../nbs/systems/landcover.ipynb #lcconfig
 ClassLossName = Literal['cross_entropy', 'dice', 'lovasz', 'boundary', 'edge']
@@ -715,14 +708,15 @@ class LandFacts(Strict):
     std: list[float]
 
 @dataclass
-class PackedLandcover:
+class PackedLandcover(Packed):
     "A model of land cover, and what its images are normalised by"
-    folder: Path
-    cfg: LandcoverConfig
-    model: nn.Module
-    best: dict
     mean: list[float]
     std: list[float]
+
+def read_land_facts(folder:Path) -> dict[str, list[float]]:    # the further fields of `PackedLandcover`
+    "The normalisation in a model directory; raises `ValueError`"
+    facts = typed(LandFacts, read_json(folder/LAND_FILE, folder), LAND_FILE)
+    return dict(mean=facts['mean'], std=facts['std'])
 
 class Landcover(System):
     "A class for each pixel"
@@ -865,9 +859,6 @@ class Landcover(System):
 
     def unpack(self, folder:Path) -> PackedLandcover:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, LandcoverConfig, [LAND_FILE])
-            facts = typed(LandFacts, read_json(folder/LAND_FILE, folder), LAND_FILE)
-            model = load_weights(folder, lambda: self.network(cfg))
-        return PackedLandcover(folder, cfg, place_model(model, 'cpu').eval(), best, facts['mean'], facts['std'])
+        def build(cfg, mean, std):
+            return self.network(cfg)
+        return read_model(PackedLandcover, folder, LandcoverConfig, build, read_land_facts, [LAND_FILE])

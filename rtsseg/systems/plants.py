@@ -79,7 +79,7 @@ from rtsseg.routed_runs import (
 )
 from ..system import Feed, SampleMeter, SampleTable, System
 from ..tiles import UnreadableTiles
-from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
+from ..weights import Packed, read_model, write_model
 
 # %% ../../nbs/systems/plants.ipynb #pltconfig
 class PlantLoss(Strict):
@@ -336,12 +336,8 @@ PLANTS_CARD = ('Names the species of a plant and its disease, from a photograph 
                'species, {diseases} diseases. {backbone} with routed heads.')
 
 @dataclass
-class PackedPlants:
+class PackedPlants(Packed):
     "A model of plants, and the names of its outputs"
-    folder: Path
-    cfg: PlantsConfig
-    model: RoutedNet
-    best: dict
     taxonomy: Taxonomy
 
 class Plants(System):
@@ -424,18 +420,16 @@ class Plants(System):
         write_atomic(folder/TAXONOMY_FILE, feed.taxonomy.to_json())
         what = PLANTS_CARD.format(side=cfg.data.side, species=len(feed.taxonomy.species),
                                   diseases=len(feed.taxonomy.classes), backbone=cfg.model.backbone)
-        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
-        save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'source', 'taxonomy'}))
+        write_model(folder, what, model, cfg, best, environment, dict(data={'source', 'taxonomy'}))
 
     def unpack(self, folder:Path) -> PackedPlants:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, PlantsConfig, [TAXONOMY_FILE])
-            taxonomy = Taxonomy.read(folder/TAXONOMY_FILE)
-            unloaded = cfg.model.model_copy(update=dict(weights=None))
-            model = load_weights(folder, lambda: build_routed(unloaded, sizes_of(taxonomy)))
-        return PackedPlants(folder, cfg, place_model(model, 'cpu').eval(), best, taxonomy)
+        def build(cfg, taxonomy):
+            return build_routed(cfg.model.model_copy(update=dict(weights=None)), sizes_of(taxonomy))
+
+        def read(folder):
+            return dict(taxonomy=Taxonomy.read(folder/TAXONOMY_FILE))
+        return read_model(PackedPlants, folder, PlantsConfig, build, read, [TAXONOMY_FILE])
 
 def sizes_of(taxonomy:Taxonomy) -> list[int]:
     "How many diseases each species has"

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['REG_WEIGHTS', 'REG_UNREAD', 'REG_CARD', 'RegMetrics', 'RegistrationConfig', 'pairs_of', 'RegistrationTask',
-           'pair_scores', 'RegistrationFeed', 'PackedRegistration', 'Registration']
+           'pair_scores', 'Registration']
 
 # %% ../../nbs/systems/registration.ipynb #rgsexports
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch.utils.data import DataLoader
 
 from rtsseg.config import (
     LOOP_UNREAD,
@@ -29,15 +26,13 @@ from rtsseg.config import (
     Undeciding,
     Unread,
 )
-from ..exam_feed import ExamAugment, ExamData, exams_in_order, train_exams
-from ..exams import EXAM_VIEWS, check_exams
-from ..files import write_atomic
+from ..exam_feed import ExamAugment, ExamData
+from ..exam_splits import ExamFeed
+from ..exams import EXAM_VIEWS
 from ..loop import Task
-from ..phantom import make_phantom_world
 from ..registration import MammoRegNet, RegNet, local_ncc, registration_losses, warp_by
-from ..system import Feed, SampleMeter, SampleTable, System
-from ..tiles import UnreadableTiles
-from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
+from ..system import SampleMeter, SampleTable, System
+from ..weights import Packed, read_model, write_model
 
 # %% ../../nbs/systems/registration.ipynb #rgsconfig
 class RegMetrics(Strict):
@@ -129,56 +124,8 @@ def pair_scores(table:SampleTable, weights:np.ndarray|None=None) -> dict[str, fl
     return {name: float(np.average(table[column], weights=weights)) for name, column in names.items()}
 
 # %% ../../nbs/systems/registration.ipynb #rgssystem
-class RegistrationFeed(Feed):
-    "Pairs of exams of women"
-
-    def __init__(self, cfg:RegistrationConfig):
-        self.cfg, self.exams = cfg, cfg.data.read()
-        self.source = self.exams.name
-
-    @property
-    def hash(self) -> str:
-        "Hash of the list and of the contents of all images"
-        return self.exams.hash
-
-    def check(self) -> None:
-        "Read every image; raises one `DataError`"
-        check_exams(self.exams)
-
-    @cached_property
-    def built(self) -> tuple[DataLoader, DataLoader]:
-        "The loaders of training and validation, made once"
-        cfg = self.cfg
-        train = train_exams(self.exams.of('train'), cfg.data, cfg.augment, cfg.loader, cfg.batch_size, cfg.seed)
-        return train, exams_in_order(self.exams.of('val'), cfg.data, cfg.loader, cfg.batch_size)
-
-    def loaders(self) -> tuple[DataLoader, DataLoader]:
-        "Augmented training batches, and the validation split in order"
-        return self.built
-
-    def observers(self) -> list:
-        "Who counts exams with images that cannot be decoded, and stops a run in which they are too many"
-        train, val = self.built
-        return [UnreadableTiles(train.dataset.dataset, val.dataset)]
-
-    def split(self, name:str, packed:'PackedRegistration') -> DataLoader:
-        "Every exam of a split once, in order, prepared as the model was trained"
-        return exams_in_order(self.exams.of(name), packed.cfg.data, self.cfg.loader, self.cfg.batch_size)
-
-    def size(self, split:str) -> int:
-        "How many exams a split holds"
-        return len(self.exams.of(split).samples(self.cfg.data.years))
-
 REG_CARD = ('Lays a mammogram over an earlier one of the same breast and view: the displacement of each pixel, for '
             'images of {height} × {width} pixels. An affine map, then {levels} levels of displacements.')
-
-@dataclass
-class PackedRegistration:
-    "A registration network, and how it was trained"
-    folder: Path
-    cfg: RegistrationConfig
-    model: MammoRegNet
-    best: dict
 
 class Registration(System):
     "Pairs of exams laid over each other"
@@ -186,18 +133,15 @@ class Registration(System):
     Config = RegistrationConfig
     group_name = 'patients'
 
-    def feed(self, cfg:RegistrationConfig, prepare:bool=False) -> RegistrationFeed:
+    def feed(self, cfg:RegistrationConfig, prepare:bool=False) -> ExamFeed:
         "The exams of the list, which are made first where the config says so; raises `DataError`"
-        made = cfg.data.made
-        if prepare and made and not cfg.data.csv_file.exists():
-            make_phantom_world(cfg.data.csv_file.parent, made)
-        return RegistrationFeed(cfg)
+        return ExamFeed(cfg, prepare)
 
-    def model(self, cfg:RegistrationConfig, feed:RegistrationFeed) -> MammoRegNet:
+    def model(self, cfg:RegistrationConfig, feed:ExamFeed) -> MammoRegNet:
         "A new network, which moves nothing"
         return MammoRegNet(cfg.registration)
 
-    def task(self, cfg:RegistrationConfig, feed:RegistrationFeed) -> RegistrationTask:
+    def task(self, cfg:RegistrationConfig, feed:ExamFeed) -> RegistrationTask:
         "Forward pass, losses and meter"
         return RegistrationTask(cfg)
 
@@ -214,17 +158,12 @@ class Registration(System):
         from rtsseg.shared import table_sections
         return table_sections(results)
 
-    def package(self, folder:Path, model:MammoRegNet, cfg:RegistrationConfig, feed:RegistrationFeed, best:dict,
+    def package(self, folder:Path, model:MammoRegNet, cfg:RegistrationConfig, feed:ExamFeed, best:dict,
                 environment:dict) -> None:
         "Write the model directory: model card, weights, config and metrics"
         what = REG_CARD.format(height=cfg.data.height, width=cfg.data.width, levels=cfg.registration.levels)
-        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
-        save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, data={'csv_file', 'data_root'}))
+        write_model(folder, what, model, cfg, best, environment, dict(data={'csv_file', 'data_root'}))
 
-    def unpack(self, folder:Path) -> PackedRegistration:
+    def unpack(self, folder:Path) -> Packed:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, RegistrationConfig, [])
-            model = load_weights(folder, lambda: MammoRegNet(cfg.registration))
-        return PackedRegistration(folder, cfg, place_model(model, 'cpu').eval(), best)
+        return read_model(Packed, folder, RegistrationConfig, lambda cfg: MammoRegNet(cfg.registration))

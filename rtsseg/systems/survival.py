@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['HEADS', 'ORDINAL', 'RISK_WEIGHTS', 'RISK_UNREAD', 'RISK_CARD', 'LOOK_SIDE', 'PROBE_SHARES', 'RISK_FLAGS',
            'REQUIRED_FLAGS', 'SWITCHES', 'MODELS_FOLDER', 'RiskPaths', 'RiskMetrics', 'is_not', 'SurvivalConfig',
-           'SurvivalFeed', 'TrainScores', 'SurvivalTask', 'PackedRisk', 'risk_network', 'Survival', 'step_gigabytes',
-           'memory_lines', 'small_images', 'look_again', 'model_file', 'model_settings', 'flag_parser', 'flag_override',
-           'json_or_text', 'yaml_overrides', 'config_of_flags', 'train_by_flags']
+           'SurvivalFeed', 'TrainScores', 'SurvivalTask', 'risk_network', 'Survival', 'step_gigabytes', 'memory_lines',
+           'small_images', 'look_again', 'model_file', 'model_settings', 'flag_parser', 'flag_override', 'json_or_text',
+           'yaml_overrides', 'config_of_flags', 'train_by_flags']
 
 # %% ../../nbs/systems/survival.ipynb #srvexports
 import argparse
 import json
 import os
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,12 +42,11 @@ from rtsseg.config import (
     read_yaml,
 )
 from ..console import nearest
-from ..exam_feed import ExamAugment, ExamData, exams_in_order, train_exams
-from ..exam_runs import GuideFolder, begin_from
-from ..exams import check_exams
-from ..files import write_atomic
+from ..exam_begin import begin_from
+from ..exam_feed import ExamAugment, ExamData
+from ..exam_runs import GuideFolder
+from ..exam_splits import ExamFeed
 from ..loop import Task
-from ..phantom import make_phantom_world
 from ..registration import MammoRegNet, RegNet, load_registration, resize_flow
 from rtsseg.risk_models import (
     ALIGNED_BY_IMAGES,
@@ -68,9 +65,8 @@ from rtsseg.risk_models import (
 from ..risk_report import LOOKS_SUFFIX, pack_looks
 from ..runs import run_folder
 from ..survival_metrics import risk_columns, survival_scores
-from ..system import Feed, Pass, SampleMeter, SampleTable, System
-from ..tiles import UnreadableTiles
-from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
+from ..system import Pass, SampleMeter, SampleTable, System
+from ..weights import Packed, read_model, write_model
 
 # %% ../../nbs/systems/survival.ipynb #srvconfig
 class RiskPaths(Strict):
@@ -160,52 +156,14 @@ class SurvivalConfig(RunConfig):
                          'lr.backbone_lr_multiplier to 1')
         if self.paths.mirai_encoder and self.model.name == 'OA-BreaCR':
             found.append('paths.mirai_encoder: OA-BreaCR trains its encoder from scratch in the guide')
+        if self.model.name == 'VMRA-MaR' and self.data.chest_left == self.model.flip_right:
+            found.append(f'data.chest_left and model.flip_right are both {str(self.data.chest_left).lower()}: breasts '
+                         'are compared as mirror images of each other; set one of them')
         return found
 
 # %% ../../nbs/systems/survival.ipynb #srvfeed
-class SurvivalFeed(Feed):
-    "Exams of women over years, each with the exams before it"
-
-    def __init__(self, cfg:SurvivalConfig):
-        self.cfg, self.exams = cfg, cfg.data.read()
-        self.source = self.exams.name
-
-    @property
-    def hash(self) -> str:
-        "Hash of the list and of the contents of all images"
-        return self.exams.hash
-
-    def check(self) -> None:
-        "Read every image; raises one `DataError`"
-        check_exams(self.exams)
-
-    @cached_property
-    def built(self) -> tuple[DataLoader, DataLoader]:
-        "The loaders of training and validation, made once"
-        cfg = self.cfg
-        train = train_exams(self.exams.of('train'), cfg.data, cfg.augment, cfg.loader, cfg.batch_size, cfg.seed)
-        return train, self.in_order('val')
-
-    def loaders(self) -> tuple[DataLoader, DataLoader]:
-        "Augmented training batches, and the validation split in order"
-        return self.built
-
-    def observers(self) -> list:
-        "Who counts exams with images that cannot be decoded, and stops a run in which they are too many"
-        train, val = self.built
-        return [UnreadableTiles(train.dataset.dataset, val.dataset)]
-
-    def in_order(self, split:str) -> DataLoader:
-        "Every exam of a split once, in order, as it is"
-        return exams_in_order(self.exams.of(split), self.cfg.data, self.cfg.loader, self.cfg.batch_size)
-
-    def split(self, name:str, packed:'PackedRisk') -> DataLoader:
-        "Every exam of a split once, in order, prepared as the model was trained"
-        return exams_in_order(self.exams.of(name), packed.cfg.data, self.cfg.loader, self.cfg.batch_size)
-
-    def size(self, split:str) -> int:
-        "How many exams a split holds of which at least a year is known"
-        return len(self.exams.of(split).samples(self.cfg.data.years))
+class SurvivalFeed(ExamFeed):
+    "Exams of women over years; warns of a warm-up that is too long for them"
 
     def warnings(self) -> list[str]:
         "A run that would end, or may stop, before its warm-up does"
@@ -232,8 +190,9 @@ class TrainScores:
 
     def update(self, out:dict, batch:dict) -> None:
         "Take in the output of a batch"
-        known = torch.stack([batch['time'].float().cpu(), batch['event'].float().cpu()], 1)
-        self.rows += torch.cat([known, out['risk'].detach().float().cpu()], 1).tolist()
+        known, counts = torch.stack([batch['time'].float(), batch['event'].float()], 1), batch['y_mask'].any(1)
+        rows = torch.cat([known.to(out['risk'].device), out['risk'].detach().float()], 1)
+        self.rows += rows[counts].cpu().tolist()
 
     def state(self) -> list[list[float]]:
         "What other processes need to take in"
@@ -313,10 +272,13 @@ class SurvivalTask(Task):
         return SampleMeter(self.rows, lambda table: survival_scores(table.frame, years=self.years))
 
     def rows(self, out:dict, batch:dict) -> dict[str, Any]:
-        "Rows of the table, from a batch"
-        risks = out['risk'].float().sigmoid().cpu().numpy()
-        known = dict(sample=batch['sample'], group=batch['group'], time=batch['time'].cpu().numpy().astype(np.int64),
-                     event=batch['event'].cpu().numpy().astype(bool))
+        "Rows of the table, from a batch; exams of which no image can be decoded have none"
+        counts = batch['y_mask'].any(1).cpu().numpy()
+        risks = out['risk'].float().sigmoid().cpu().numpy()[counts]
+        known = {name: [text for text, there in zip(batch[name], counts, strict=True) if there]
+                 for name in ('sample', 'group')}
+        known |= dict(time=batch['time'].cpu().numpy().astype(np.int64)[counts],
+                      event=batch['event'].cpu().numpy().astype(bool)[counts])
         return known | dict(zip(risk_columns(self.years), risks.T, strict=True))
 
 # %% ../../nbs/systems/survival.ipynb #srvsystem
@@ -325,14 +287,6 @@ RISK_CARD = ('Tells, from mammograms of {height} × {width} pixels, how likely a
 
 # longest side of the small images that an evaluation keeps
 LOOK_SIDE = 160
-
-@dataclass
-class PackedRisk:
-    "A risk model, and how it was trained"
-    folder: Path
-    cfg: SurvivalConfig
-    model: RiskNet
-    best: dict
 
 def risk_network(cfg:SurvivalConfig,
                registration:MammoRegNet|None=None    # None: one with random weights, where the model needs one
@@ -350,10 +304,7 @@ class Survival(System):
 
     def feed(self, cfg:SurvivalConfig, prepare:bool=False) -> SurvivalFeed:
         "The exams of the list, which are made first where the config says so; raises `DataError`"
-        made = cfg.data.made
-        if prepare and made and not cfg.data.csv_file.exists():
-            make_phantom_world(cfg.data.csv_file.parent, made)
-        return SurvivalFeed(cfg)
+        return SurvivalFeed(cfg, prepare)
 
     def model(self, cfg:SurvivalConfig, feed:SurvivalFeed) -> RiskNet:
         "A new network, its pretrained parts loaded; raises `ConfigError`"
@@ -395,7 +346,7 @@ class Survival(System):
         "Metrics and exams, which comparable runs have in common"
         return cfg.metrics, cfg.data.csv_file, cfg.data.years
 
-    def attachments(self, packed:PackedRisk, feed:SurvivalFeed, ask:Pass, table:SampleTable) -> dict[str, bytes]:
+    def attachments(self, packed:Packed, feed:SurvivalFeed, ask:Pass, table:SampleTable) -> dict[str, bytes]:
         "Small pictures of the exams of highest risk, and what the model looked at"
         most = packed.cfg.metrics.looks
         if not most:
@@ -413,17 +364,12 @@ class Survival(System):
         data = cfg.data
         what = RISK_CARD.format(height=data.height, width=data.width, years=data.years, model=cfg.model.name,
                                 encoder=cfg.model.encoder, dataset=data.dataset)
-        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
-        save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, paths=True, path_out_dir=True,
-                                                    data={'csv_file', 'data_root'}))
+        machine = dict(paths=True, path_out_dir=True, data={'csv_file', 'data_root'})
+        write_model(folder, what, model, cfg, best, environment, machine)
 
-    def unpack(self, folder:Path) -> PackedRisk:
+    def unpack(self, folder:Path) -> Packed:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, SurvivalConfig, [])
-            model = load_weights(folder, lambda: risk_network(cfg))
-        return PackedRisk(folder, cfg, place_model(model, 'cpu').eval(), best)
+        return read_model(Packed, folder, SurvivalConfig, risk_network)
 
 # %% ../../nbs/systems/survival.ipynb #srvmem
 # a step is measured with one exam, at these shares of the sides
@@ -466,7 +412,7 @@ def small_images(images:torch.Tensor    # (…, H, W)
     grey = (small - low) / (high - low).clamp_min(1e-6)
     return (255 * grey).round().to(torch.uint8).view(*images.shape[:-2], *size).cpu().numpy()
 
-def look_again(packed:PackedRisk,
+def look_again(packed:Packed,
             loader:DataLoader,      # of the split, in order
             ask:Pass,
             table:SampleTable,

@@ -6,7 +6,7 @@
 __all__ = ['OWN_MODEL', 'TIMESERIES_UNREAD', 'LOSS_COLUMNS', 'BEST_MODEL', 'STATS_FILE', 'CLASSES_FILE', 'SERIES_CARD',
            'SeriesLoss', 'SeriesMetrics', 'SearchPlan', 'SeriesRate', 'SeriesStopping', 'SeriesEMA', 'TimeseriesConfig',
            'SeriesFeed', 'monitored', 'series_scores', 'SeriesTask', 'KeepBestModel', 'SeriesFacts', 'PackedSeries',
-           'Timeseries']
+           'read_series_facts', 'Timeseries']
 
 # %% ../../nbs/systems/timeseries.ipynb #tsrexports
 import io
@@ -72,7 +72,7 @@ from rtsseg.series_stats import (
 )
 from ..system import Feed, Pass, SampleMeter, SampleTable, System, observe_samples
 from ..tiles import UnreadableTiles
-from ..weights import load_weights, model_errors, place_model, read_directory, save_weights, system_card
+from ..weights import Packed, read_model, write_model
 
 # %% ../../nbs/systems/timeseries.ipynb #tsrconfig
 class SeriesLoss(Strict):
@@ -346,14 +346,15 @@ class SeriesFacts(Strict):
     weights: list[float] = Field(..., description='of each class in the loss')
 
 @dataclass
-class PackedSeries:
+class PackedSeries(Packed):
     "A model of time series, and what its inputs are scaled by"
-    folder: Path
-    cfg: TimeseriesConfig
-    model: nn.Module
-    best: dict
     stats: SeriesStats
-    weights: list[float]
+    weights: list[float]    # of each class in the loss
+
+def read_series_facts(folder:Path) -> dict[str, Any]:    # the further fields of `PackedSeries`
+    "Statistics and class weights in a model directory; raises `ValueError`"
+    facts = typed(SeriesFacts, read_json(folder/CLASSES_FILE, folder), CLASSES_FILE)
+    return dict(stats=SeriesStats.read(folder/STATS_FILE), weights=facts['weights'])
 
 class Timeseries(System):
     "A class for each pixel, from two time series"
@@ -432,16 +433,11 @@ class Timeseries(System):
         streams = ' and '.join(', '.join(names) for names in (data.s1, data.s2) if names)
         what = SERIES_CARD.format(n=len(data.class_names), classes=', '.join(data.class_names), model=cfg.model.name,
                                   streams=streams, side=data.patch)
-        write_atomic(folder/'README.md', system_card(what, cfg, best, environment))
         paths = {f'base_{split}_path' for split in data.folders}
-        save_weights(folder, model, cfg, best, dict(runs=True, tracker=True, search=True, data=paths))
+        write_model(folder, what, model, cfg, best, environment, dict(search=True, data=paths))
 
     def unpack(self, folder:Path) -> PackedSeries:
         "Load a model directory; raises `ModelError`"
-        folder = Path(folder)
-        with model_errors(folder):
-            cfg, best = read_directory(folder, TimeseriesConfig, [STATS_FILE, CLASSES_FILE])
-            stats = SeriesStats.read(folder/STATS_FILE)
-            facts = typed(SeriesFacts, read_json(folder/CLASSES_FILE, folder), CLASSES_FILE)
-            model = load_weights(folder, lambda: build_series(cfg.model, cfg.channels, len(facts['classes'])))
-        return PackedSeries(folder, cfg, place_model(model, 'cpu').eval(), best, stats, facts['weights'])
+        def build(cfg, stats, weights):
+            return build_series(cfg.model, cfg.channels, len(weights))
+        return read_model(PackedSeries, folder, TimeseriesConfig, build, read_series_facts, [STATS_FILE, CLASSES_FILE])
