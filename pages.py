@@ -1,7 +1,9 @@
 """Pages of the site that follow from the code: the sidebar, every setting of a config, every command
 
-`python pages.py` writes them into nbs; `python pages.py --check FOLDER` looks for broken links in a rendered site."""
+`python pages.py` writes them into nbs; `python pages.py --check FOLDER` looks for broken links in a rendered site,
+and for what its pages load from other hosts."""
 import json
+import re
 import sys
 from html.parser import HTMLParser
 from inspect import signature
@@ -117,7 +119,7 @@ def cell(text):
 
 def table_of(settings):
     "A Markdown table of settings"
-    lines = ['| setting | type | default | meaning |', '|---|---|---|---|']
+    lines = ['| setting | type | default | meaning |', '|------|------|----|----------|']
     for setting in settings:
         cells = f'`{setting.name}`', cell(setting.kind), f'`{cell(setting.default)}`', cell(setting.meaning)
         lines.append(f'| {" | ".join(cells)} |')
@@ -153,7 +155,7 @@ def commands():
     lines = [COMMANDS_HEAD]
     for name, function in COMMANDS.items():
         about = ' '.join((function.__doc__ or '').split('\n\n')[0].split())
-        lines += [f'## rtsseg {name}', '', cell(about), '', '| argument | default | meaning |', '|---|---|---|']
+        lines += [f'## rtsseg {name}', '', cell(about), '', '| argument | default | meaning |', '|----|---|-------|']
         taken = signature(function).parameters
         for argument in arguments_of(function.__wrapped__):
             if argument.name not in taken:
@@ -165,21 +167,29 @@ def commands():
 
 # ---------------------------------------------------------------- links of a rendered site
 
+def is_loaded(tag, attributes):
+    "Whether the address of a tag is asked for when its page opens; others are on a click"
+    if tag == 'link':
+        return bool({'stylesheet', 'icon', 'preload'} & set((attributes.get('rel') or '').split()))
+    return tag in ('script', 'img', 'iframe')
+
 class Page(HTMLParser):
     "Ids and links of a page"
 
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links = set(), []
+        self.ids, self.links, self.loaded = set(), [], []
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         self.ids.add(found.get('id') or found.get('name'))
-        self.links += [link for link in (found.get('href'), found.get('src')) if link]
+        links = [link for link in (found.get('href'), found.get('src')) if link]
+        self.links += links
+        self.loaded += links if is_loaded(tag, found) else []
 
 def broken_links(folder):
-    "Local links of a rendered site that lead nowhere, a line each; pages on other hosts are not asked"
+    "Local links of a rendered site that lead nowhere, a line each; other hosts are not asked"
     pages = {path.resolve(): Page(path) for path in sorted(Path(folder).rglob('*.html'))}
     broken = []
     for path, page in pages.items():
@@ -197,6 +207,18 @@ def broken_links(folder):
     print(f'{len(pages)} pages, {sum(len(page.links) for page in pages.values())} links, {len(broken)} broken')
     return broken
 
+OTHER_HOST = re.compile(r'(?:https?:)?//')
+IMPORTED = re.compile(r'@import\s+(?:url\()?["\']?((?:https?:)?//[^"\')\s]+)')
+
+def asked_hosts(folder):
+    "What pages and styles of a rendered site load from other hosts when they open, a line each"
+    folder, found = Path(folder), []
+    for path in sorted(folder.rglob('*.html')):
+        found += [f'{path.relative_to(folder)}: loads {link}' for link in Page(path).loaded if OTHER_HOST.match(link)]
+    for path in sorted(folder.rglob('*.css')):
+        found += [f'{path.relative_to(folder)}: loads {link}' for link in IMPORTED.findall(path.read_text())]
+    return found
+
 def write():
     "Write all pages"
     (NBS/'sidebar.yml').write_text(sidebar())
@@ -205,6 +227,6 @@ def write():
 
 if __name__ == '__main__':
     if '--check' in sys.argv:
-        found = broken_links(sys.argv[-1])
+        found = broken_links(sys.argv[-1]) + asked_hosts(sys.argv[-1])
         sys.exit('\n'.join(found) if found else 0)
     write()

@@ -17,7 +17,12 @@ from nbdev.process import Processor
 from pydantic import BaseModel
 
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+CODE = re.compile(r'(```.*?```|`[^`]*`)', re.DOTALL)
 NAME = re.compile(r'`([^`\s]+?)(?:\(\))?`(?!\])')
+
+def entry_id(name):
+    "The id of an entry on its page, which no heading and no other definition has"
+    return f'api-{name}'
 
 @cache
 def pages():
@@ -28,7 +33,7 @@ def pages():
             name = full.removeprefix(f'{module}.')
             if name in found:
                 repeated.add(name)
-            found[name] = page
+            found[name] = f'{page.partition("#")[0]}#{entry_id(name)}'
     return {name: page for name, page in found.items() if name not in repeated and '.' not in name}
 
 def link_names(text, folder):
@@ -40,13 +45,22 @@ def link_names(text, folder):
     blocks = re.split(r'(^```.*?^```$)', text, flags=re.MULTILINE | re.DOTALL)
     return ''.join(block if block.startswith('```') else NAME.sub(link, block) for block in blocks)
 
+def without_tags(text):
+    "Markdown in which `<name>` is a word and not a tag, outside of code"
+    parts = CODE.split(text)
+    return ''.join(part if CODE.fullmatch(part) else part.replace('<', '&lt;') for part in parts)
+
+# the widths of columns follow the dashes
+COLUMNS = '|-----|------|----|----------|'
+
 def table(first, rows):
     "A Markdown table of (name, type, default, meaning); empty without rows"
     if not rows:
         return ''
-    lines = [f'| {first} | type | default | meaning |', '|---|---|---|---|']
+    lines = [f'| {first} | type | default | meaning |', COLUMNS]
     for name, kind, default, meaning in rows:
-        cells = [f'`{name}`', kind and f'`{kind}`', default and f'`{default}`', ' '.join((meaning or '').split())]
+        words = without_tags(' '.join((meaning or '').split()))
+        cells = [f'`{name}`', kind and f'`{kind}`', default and f'`{default}`', words]
         lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(lines)
 
@@ -102,7 +116,7 @@ def signature(node):
 
 def describe(node, definition):
     "What a definition takes and returns, as Markdown"
-    parts = [f'```python\n{signature(node)}\n```', ast.get_docstring(node) or '']
+    parts = [f'```python\n{signature(node)}\n```', without_tags(ast.get_docstring(node) or '')]
     if isinstance(node, FUNCTIONS):
         parts.append(table('parameter', parameters(node, docments(definition))))
     else:
@@ -122,6 +136,14 @@ TEST = re.compile(r'^\s*(?:assert |test_\w+\(|expect_fail\()', re.MULTILINE)
 def is_test(cell):
     "Whether a cell asserts something, and shows nothing"
     return bool(TEST.search(cell.source)) and not cell.outputs
+
+def embed_tables(cell):
+    "Let the site take HTML that a cell shows as it is: else each page with a table asks another host for scripts"
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if 'text/html' in data:
+            html = ''.join(data.pop('text/html'))
+            data['text/markdown'] = f'```{{=html}}\n{html}\n```'
 
 def fold(cell, summary):
     "Let the site show a cell as one line that opens"
@@ -143,10 +165,11 @@ class add_reference(Processor):
                 exported = import_module(f'rtsseg.{module[1]}')
                 for node in definitions(cell):
                     text = link_names(describe(node, getattr(exported, node.name)), folder)
-                    heading = f'### `{node.name}` {{#{node.name.lower()}}}'
+                    heading = f'### `{node.name}` {{#{entry_id(node.name)}}}'
                     cells.append(mk_cell(f'{heading}\n\n{text}', 'markdown'))
                 fold(cell, 'Source')
             elif is_test(cell):
                 fold(cell, 'Tests')
+            embed_tables(cell)
             cells.append(cell)
         self.nb.cells = cells

@@ -268,11 +268,11 @@ def has_picture(cell):
 
 @functools.cache
 def headings_with_pictures(chapter):
-    "The anchors of the headings of a chapter below which there is a picture"
+    "The anchors of the headings of a chapter below which there is a picture; '' is its title, which has none"
     anchor, found = '', set()
     for cell in nbformat.read(ROOT/'nbs'/chapter, 4).cells:
         if cell.cell_type == 'markdown':
-            for heading in re.findall(r'^#+ (.*)$', cell.source, re.M):
+            for heading in re.findall(r'^##+ (.*)$', cell.source, re.M):
                 anchor = anchor_of(heading)
         elif has_picture(cell):
             found.add(anchor)

@@ -556,6 +556,13 @@ def test_the_sidebar_lists_all_pages(site):
     pages = [*notebooks, *(ROOT/'nbs').rglob('*.qmd')]
     assert sorted(listed) == sorted(path.relative_to(ROOT/'nbs').as_posix() for path in pages)
 
+@pytest.mark.parametrize('folder', ['.', 'systems', 'tutorials'])
+def test_pages_have_names_of_their_own(folder):
+    "nbdev drops the number of a chapter: two that differ by it alone would be one page"
+    paths = [path for path in (ROOT/'nbs'/folder).iterdir() if path.suffix in ('.ipynb', '.qmd')]
+    names = [re.sub(r'^\d+[a-z]*_', '', path.stem) for path in paths]
+    assert sorted(names) == sorted(set(names))
+
 @pytest.mark.slow
 @each_chapter
 def test_code_and_tests_are_folded_behind_what_they_define(site, path):
@@ -566,7 +573,7 @@ def test_code_and_tests_are_folded_behind_what_they_define(site, path):
             public = [node.name for node in ast.parse(cell.source).body
                       if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_']
             before = '\n'.join(entry.source for entry in cells[at - len(public):at])
-            assert all(f'{{#{name.lower()}}}' in before for name in public)
+            assert all(f'{{#api-{name}}}' in before for name in public)
     folded = sum('#| code-summary: "Source"' in cell.source for cell in cells)
     assert folded == sum('export' in directives(cell) for cell in code_cells(path))
 
@@ -590,7 +597,7 @@ def test_a_page_describes_what_it_exports(site, path):
         if 'export' in directives(cell):
             for node in ast.parse(cell.source).body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
-                    assert f'### `{node.name}` {{#{node.name.lower()}}}' in text
+                    assert f'### `{node.name}` {{#api-{node.name}}}' in text
 
 @pytest.mark.slow
 def test_links_of_the_site_resolve(site):

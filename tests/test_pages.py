@@ -45,3 +45,12 @@ def test_broken_links_are_found(tmp_path, capsys):
     (tmp_path/'sub/b.html').write_text('<h2 id="there">x</h2><a href="../a.html">up</a>')
     assert pages.broken_links(tmp_path) == ['a.html: gone.html', 'a.html: sub/b.html#gone', 'a.html: gone.png']
     assert '2 pages, 7 links, 3 broken' in capsys.readouterr().out
+
+def test_what_is_loaded_from_other_hosts_is_found(tmp_path):
+    "Scripts, styles and imports of styles; not a link that a reader follows"
+    (tmp_path/'a.html').write_text('''<script src="https://example.org/a.js"></script>
+        <link rel="stylesheet" href="//example.org/b.css"><link rel="canonical" href="https://example.org/a.html">
+        <a href="https://example.org/c">c</a><img src="d.png">''')
+    (tmp_path/'e.css').write_text('@import "https://example.org/f.css";\n@import url(g.css);')
+    assert pages.asked_hosts(tmp_path) == ['a.html: loads https://example.org/a.js',
+                                           'a.html: loads //example.org/b.css', 'e.css: loads https://example.org/f.css']
