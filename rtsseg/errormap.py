@@ -252,6 +252,8 @@ class MapPanel:
     # length in pixels of the page, and on the ground
     bar: float
     bar_text: str
+    # metres on the ground for a pixel of the page
+    metres: float
     # degrees from up, clockwise
     north: float
     place: str
@@ -342,7 +344,8 @@ def region_panel(name:str,
         place_text(lon, lat), *ends, crs.splitlines()[0][:40])
     counts = ', '.join(f'{tiles[kind].sum()} {kind}' for kind in ERRORS)
     return MapPanel(f'm{number}', name, f'{len(tiles)} tiles, {counts}', frame.width, frame.height, drawn, paths,
-                    round(length / metres, 1), length_text(length), north_angle(crs, x, y, unit), place)
+                    round(length / metres, 1), length_text(length), round(metres, 3), north_angle(crs, x, y, unit),
+                    place)
 
 def map_panels(run:PixelRun, split:str,
                objects:pd.DataFrame,      # of `split_objects`

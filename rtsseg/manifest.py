@@ -14,12 +14,14 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .columns import COLUMNS, OPTIONAL, SPLITS, check_columns, complete_table
 from .console import DataError, raise_problems
+from .explore import block_drawing, explore
 from .files import check_parquet, digest, write_atomic
 from .ground import BOX, crs_name, footprints
 from .rawtile import HASH_COLUMNS
@@ -141,7 +143,27 @@ class Manifest:
 
     def _repr_html_(self) -> str:
         head = f'<p><b>{html.escape(self.path.name)}</b>: {len(self)} tiles, hash {self.hash}</p>'
-        return head + self.summary().rename(columns=lambda name: name.replace('_', ' ')).to_html()
+        summary = self.summary().rename(columns=lambda name: name.replace('_', ' '))
+        return head + summary.to_html() + self.regions().to_html(max_rows=12) + block_drawing(self.table)
+
+    def regions(self) -> pd.DataFrame:   # a row per region, the largest first; a column per split: tiles
+        "How many tiles of each region are in each split"
+        counts = pd.crosstab(self.table.region, self.table.split)
+        counts = counts[[split for split in SPLITS if split in counts]]
+        return counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind='stable').index]
+
+    def explore(self,
+                column:str='split',      # what colours the tiles
+                basemap:bool=False       # a base map from the web: its server sees where you look
+               ) -> Any:                 # a map of lonboard
+        "Footprints on a map in a notebook; raises `DataError` without lonboard or footprints"
+        # slow to import
+        import geopandas as gpd
+        mapped = self.table[self.table.crs != 'none'].reset_index(drop=True)
+        if not len(mapped):
+            raise DataError(f'{self.path.name}: a map needs tiles with a CRS')
+        shapes = footprints(mapped, 'EPSG:4326')
+        return explore(gpd.GeoDataFrame(mapped, geometry=shapes, crs='EPSG:4326'), column, basemap)
 
 # %% ../nbs/01d_manifest.ipynb #emanifes3
 def read_manifest(path:str|Path,                # .csv, .parquet, .geoparquet or .gpkg

@@ -240,6 +240,7 @@ svg.addEventListener('click', () => pin(null));
 const under = one('under');
 if (under) under.addEventListener('change', () => {
   one('odds').style.visibility = under.checked ? 'hidden' : 'visible';
+  one('scene').style.visibility = under.checked ? 'visible' : 'hidden';
 });
 const filter = one('least');
 if (filter) filter.addEventListener('input', () => {
@@ -295,6 +296,8 @@ svg { flex: 3 1 30rem; min-width: 0; max-height: 85vh; background: var(--tint); 
 path { fill: transparent; stroke: #00a6c8; stroke-width: 1.5; vector-effect: non-scaling-stroke; fill-rule: evenodd }
 path:hover, path.pinned { stroke: #006400; stroke-width: 3; cursor: pointer }
 image { image-rendering: pixelated }
+#nothing { fill: #d3d9de }
+#scene { visibility: hidden }
 aside { flex: 1 1 16rem; min-width: 0 }
 table { border-collapse: collapse; font-size: .85rem }
 td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
@@ -322,7 +325,8 @@ def svg_html(overview:Overview, shapes:Shapes|None,
     "The pictures, the polygons over them, and the scale bar"
     height, width = overview.probability.shape
     pieces = [f'<svg id="map" viewBox="0 0 {width} {height}" role="img" aria-label="map of probabilities">',
-              f'<image width="{width}" height="{height}" href="{under}"/>' if under else '',
+              f'<rect id="nothing" width="{width}" height="{height}"/>',
+              f'<image id="scene" width="{width}" height="{height}" href="{under}"/>' if under else '',
               f'<image id="odds" width="{width}" height="{height}" href="{png_address(overview.probability)}"/>']
     if shapes:
         pieces += [f'<path d="{d}"/>' for d in shapes.outlines]
@@ -333,7 +337,7 @@ def svg_html(overview:Overview, shapes:Shapes|None,
         pieces += [f'<rect x="{unit:.1f}" y="{height - 2 * unit:.1f}" width="{length:.1f}" height="{unit / 2:.1f}" ',
                    f'stroke="#fff" stroke-width="{unit / 10:.2f}"/>',
                    f'<text x="{unit:.1f}" y="{height - 3 * unit:.1f}" ',
-                   f'style="font-size: {2 * unit:.1f}px; stroke-width: {unit / 3:.1f}px">{escape(label)}</text>']
+                   f'style="font-size: {2.6 * unit:.1f}px; stroke-width: {unit / 3:.1f}px">{escape(label)}</text>']
     return ''.join([*pieces, '</svg>'])
 
 def shapes_html(shapes:Shapes) -> str:
@@ -388,11 +392,11 @@ def preview_page(title:str, overview:Overview, shapes:Shapes|None, settings:dict
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f'<title>{escape(title)}</title><style>{PREVIEW_STYLE}</style></head><body><h1>{escape(title)}</h1>',
+        f'<title>{escape(title)}</title><style>{PREVIEW_STYLE}</style></head><body><main><h1>{escape(title)}</h1>',
         '<p class="soft" id="place">Point at the map for coordinates. The wheel zooms, a double click shows all.</p>',
         f'<div class="sides">{svg_html(overview, shapes, under)}<aside>{switch}{legend_html()}',
         shapes_html(shapes) if shapes else '',
-        f'<table id="details"></table>{facts_html(overview, settings)}</aside></div>',
+        f'<table id="details"></table>{facts_html(overview, settings)}</aside></div></main>',
         f'<script type="application/json" id="data">{safe_json(page_data(overview, shapes))}</script>',
         f'<script>{PREVIEW_SCRIPT}</script></body></html>\n'])
 

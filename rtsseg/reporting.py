@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import listify
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from .card import write_on_card
 from .config import RunConfig
 from .console import DataError, logger
+from .explore import explore
 from .files import FileError, inside, write_atomic
 from .page import Cards, Deferred, Fold, Part, Picture, Table, Text, appendix, markdown_text, page, tables_in
 from .results import ReportError, Results, listed, read_results, short_path
@@ -297,6 +299,14 @@ class Report:
                  f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
         files += [f'beside it:  {os.path.relpath(path)}' for path in self.beside]
         return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
+
+    def explore(self, basemap:bool=False    # a base map from the web: its server sees where you look
+               ) -> Any:                  # a map of lonboard
+        "Found, missed and false objects on a map in a notebook; raises `DataError` without lonboard or polygons"
+        layers = [path for path in self.beside if path.suffix == '.gpkg']
+        if not layers:
+            raise DataError('this report has no polygons beside it: its page says why')
+        return explore(layers[0], 'error', basemap)
 
     @property
     def pictures(self) -> Path:

@@ -364,7 +364,7 @@ svg { width: 100%; display: block; background: var(--tint) }
 #frame { stroke: #fff; stroke-dasharray: 6 4 }
 #outline { stroke: #ffd000 }
 progress { width: 100% }
-.keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; margin: .3rem 0 .9rem }
+.keys { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.2rem, 1fr)); gap: .4rem; margin: .3rem 0 .9rem }
 button { font: inherit; font-size: .92rem; padding: .35rem .2rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--tint); color: var(--ink); cursor: pointer }
 button[aria-pressed=true] { background: var(--accent); color: #fff }

@@ -203,7 +203,7 @@ def judged(results:PixelResults, ratio:int|str, found:dict[str, Estimate]) -> Ra
     widest = min(shares, key=lambda share: share.precision(share.ends()[1]))
     goal = REVIEW_PRECISION if precision.low < REVIEW_PRECISION else target
     enough = [share.tiles_that_tell(goal) for share in shares] if row.kind == 'unknown' else [None]
-    # seeds that differ would go on to differ
+    # seeds that differ stay different
     most = None if None in enough or max(enough) <= widest.tiles else max(enough)
     meaning = f'{row.meaning} {ENOUGH.format(n=most)}' if most else row.meaning
     return RatioVerdict(ratio, row.kind, meaning, range_words(widest))

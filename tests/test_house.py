@@ -149,8 +149,8 @@ def test_no_trace_of_a_machine():
 # ---------------------------------------------------------------- rooms and walls
 WINGS = {
     'core': 'console files config runs',
-    'data': 'ground raster vrt rawtile columns manifest splits stats findings audit filecheck importers folders '
-            'toy pretrained windows prepare stage card class_world leaf_world photos shards season '
+    'data': 'ground raster vrt rawtile columns explore manifest splits stats findings audit filecheck importers '
+            'folders toy pretrained windows prepare stage card class_world leaf_world photos shards season '
             'series series_stats exams phantom',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed series_feed exam_feed',
     'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics '

@@ -18,12 +18,13 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # those of the lock; crf needs a compiler, and cupy a GPU
-EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'series', 'dicom', 'notebooks', 'dev']
+EXTRAS = ['search', 'track', 'export', 'ray', 'wandb', 'sam', 'webdataset', 'series', 'dicom', 'map', 'notebooks',
+          'dev']
 # packages whose import has another name
 IMPORTED_AS = {'IPython': 'ipython', 'PIL': 'pillow', 'cupy': 'cupy-cuda13x', 'cv2': 'opencv-python-headless',
                'pydensecrf': 'pydensecrf2', 'ruamel': 'ruamel-yaml'}
 # package: the only extra that declares it
-OPTIONAL = {'cupy-cuda13x': 'cupy', 'ipython': 'notebooks', 'mlflow': 'track', 'onnx': 'export',
+OPTIONAL = {'cupy-cuda13x': 'cupy', 'ipython': 'notebooks', 'lonboard': 'map', 'mlflow': 'track', 'onnx': 'export',
             'onnxruntime': 'export', 'optuna': 'search', 'ray': 'ray', 'pydensecrf2': 'crf', 'transformers': 'sam',
             'pydicom': 'dicom', 'wandb': 'wandb', 'zarr': 'series'}
 

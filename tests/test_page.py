@@ -93,6 +93,21 @@ def test_a_click_on_the_map_opens_the_tile(tab):
     assert tab.locator('.map .about').text_content() == about
     tab.keyboard.press('Escape')
     shown.wait_for(state='detached')
+    # by keyboard too
+    tab.locator('.map a').first.focus()
+    tab.keyboard.press('Enter')
+    assert shown.count() == 1
+    tab.keyboard.press('Escape')
+    # a tile without a picture is drawn with the outlines of its objects
+    other = tab.locator('svg > .tile.false').first
+    other.click()
+    drawn = tab.locator('dialog[open] svg')
+    assert tab.locator('dialog').get_attribute('aria-label').startswith(other.locator('title').text_content())
+    assert drawn.locator('.object').count() == other.locator('xpath=..').locator('.object').count() > 0
+    side = re.search(r'(\d+) m wide', tab.locator('dialog').text_content())[1]
+    # tiles of 64 pixels of 3 m
+    assert float(side) == pytest.approx(192, rel=.1)
+    tab.keyboard.press('Escape')
     # every picture of the gallery has its tile on the map
     pictures = tab.locator('.tiles figure').evaluate_all('all => all.map(each => "#" + each.id)')
     links = tab.locator('.map a').evaluate_all('all => all.map(each => each.getAttribute("href"))')

@@ -220,7 +220,7 @@ def test_coordinates_of_the_page_are_those_of_the_map(map_file):
 def test_a_map_without_a_crs_has_no_scale(tmp_path):
     path = write_map(tmp_path/'map.tif', np.full((100, 100), .2), crs=None)
     text, page, _ = made(path)
-    assert not page.of('rect')
+    assert [rect.get('id') for rect in page.of('rect')] == ['nothing']
     assert page.data['places'] is None
     with pytest.raises(DataError, match='the map has no CRS'):
         made(path, squares(2))

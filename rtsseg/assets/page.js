@@ -75,16 +75,17 @@ for (const image of document.querySelectorAll('.tiles img')) {
 // a tile that has no picture: its part of the map, with the outlines of its objects
 const zoom = (map, tile) => {
   const svg = tile.closest('svg'), box = tile.getBBox(), edge = .1 * Math.max(box.width, box.height);
-  const view = svg.cloneNode(false), about = document.createElement('p'), hint = document.createElement('p');
+  const view = svg.cloneNode(false), legend = map.querySelector('.legend').cloneNode(true), about = document.createElement('p'), hint = document.createElement('p');
   view.setAttribute('viewBox', [box.x - edge, box.y - edge, box.width + 2 * edge, box.height + 2 * edge].join(' '));
   view.setAttribute('role', 'img');
   view.setAttribute('aria-label', 'Outlines of the tile');
   view.classList.add('zoom');
   view.append(...[...svg.querySelectorAll('.tile, .object')].map(each => each.cloneNode(true)));
-  about.textContent = tile.querySelector('title').textContent;
+  about.textContent = `${tile.querySelector('title').textContent} ${Math.round(box.width * svg.dataset.metres)} m wide.`;
+  legend.querySelector('.pictures').remove();
   hint.textContent = map.dataset.hint;
   hint.className = 'soft';
-  showDialog(about.textContent, about, map.querySelector('.legend').cloneNode(true), view, hint);
+  showDialog(about.textContent, about, legend, view, hint);
 };
 for (const map of document.querySelectorAll('.map')) {
   map.addEventListener('click', event => {

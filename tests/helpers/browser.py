@@ -56,9 +56,9 @@ def opened(chromium, path, width=1280, anchor=''):
 GRAVE = ('serious', 'critical')
 
 def accessibility(page):
-    "What axe-core finds grave about a page: [(rule, why, elements)]"
+    "What axe-core finds grave about a page: [(rule, why, a few of the elements)]"
     found = Axe().run(page).response['violations']
-    return [(each['id'], each['help'], [node['html'][:120] for node in each['nodes']])
+    return [(each['id'], each['help'], [node['html'][:120] for node in each['nodes'][:3]])
             for each in found if each['impact'] in GRAVE]
 
 class Cells(HTMLParser):
