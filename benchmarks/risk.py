@@ -1,49 +1,135 @@
-"""The five risk models on made-up mammograms (configs/survival/toy.yaml), and one that sees the current exam alone
+"""The five risk models of guide 004 on made-up mammograms, beside the one that sees the current exam alone
 
-python benchmarks/risk.py [epochs] [seeds] [model …]; writes nothing but what it prints."""
-import sys
+    python benchmarks/risk.py [model …] [--epochs 8] [--seeds 0]
+
+configs/survival/toy.yaml with a small encoder from random weights, one process on one core. The best epoch is chosen on
+validation, so the C-index of the test split stands beside it, as do the truth of the made-up world and the CPU seconds.
+Each model and seed is a cell: a line of risk.jsonl. A cell that is there is not run again, unless a config or the
+made-up world has changed since; the rows are made from all cells.
+"""
+import argparse
+import hashlib
+import json
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
+import torch
+
+import rtsseg.phantom
+from common import emit_value, machine
 from rtsseg.config import find_system, load
 from rtsseg.evaluation import evaluate
-from rtsseg.phantom import PhantomWorld, make_phantom_world
+from rtsseg.phantom import make_phantom_world
 from rtsseg.risk_models import ALIGNED_BY_IMAGES, RISK_MODELS
+from rtsseg.runs import environment
+from rtsseg.survival_metrics import concordance
 from rtsseg.training import train
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT/'configs'/'survival'
+HERE = Path(__file__).resolve().parent
+CONFIGS, RESULTS = HERE.parent/'configs'/'survival', HERE/'risk.jsonl'
+# what each has to reach on validation
+GOAL = .7
 
-def trained_registration(world:dict, runs:Path) -> Path:
-    "The model directory of MammoRegNet on the same exams"
-    return train(load(CONFIGS/'registration_toy.yaml', runs=runs, data=world, tracker=dict(kind='none')))/'model'
+def settings():
+    "Digest of what decides a cell: both configs and the code of the made-up world"
+    files = CONFIGS/'toy.yaml', CONFIGS/'registration_toy.yaml', Path(rtsseg.phantom.__file__)
+    return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:8]
 
-def run(name:str, seed:int, epochs:int, world:dict, runs:Path, paths:dict) -> dict[str, float]:
-    "C-index of a model: of validation, which chose its epoch, and of test"
-    data = world | dict(priors=0 if name == 'Mirai' else 1)
-    model = dict(name=name, encoder='test_byobnet', num_heads=4, grid=2, max_t=8)
-    cfg = load(CONFIGS/'toy.yaml', runs=runs, data=data, tracker=dict(kind='none'), seed=seed, epochs=epochs,
-               model=model, paths=paths)
-    folder, system = train(cfg), find_system('survival')
-    tables = {split: system.read_table(evaluate(folder, split)) for split in ('val', 'test')}
-    return {split: system.metrics(table, cfg)['c_index'] for split, table in tables.items()}
+def cells():
+    "The cells of these settings: {(model, seed, epochs): line}"
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {(line['model'], line['seed'], line['epochs']): line for line in lines if line['settings'] == settings()}
 
-def main(epochs:int, seeds:int, names:list[str]) -> None:
-    "Train and print"
+def keep(model, seed, epochs, **numbers):
+    "Append a cell"
+    about = dict(rtsseg=environment()['rtsseg'], machine=machine())
+    line = dict(model=model, seed=seed, epochs=epochs, settings=settings(), **numbers, **about)
+    with open(RESULTS, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+
+class World:
+    "The made-up mammograms, and where runs on them lie"
+
+    def __init__(self, top):
+        self.folder, self.runs = Path(top)/'world', Path(top)/'runs'
+        made = load(CONFIGS/'toy.yaml').data.made
+        make_phantom_world(self.folder, made)
+
+    def config(self, name, runs, data=None, **more):
+        "A config of survival on this world"
+        data = dict(csv_file=self.folder/'exams.csv', data_root=self.folder, made=None) | (data or {})
+        return load(CONFIGS/f'{name}.yaml', runs=runs, tracker=dict(kind='none'), data=data, **more)
+
+    def truth(self):
+        "C-index of the hazard that the outcomes of the validation split were drawn from"
+        data = self.config('toy', self.runs).data
+        exams = data.read()
+        labels, split = exams.labels(data.years), exams.table.split.to_numpy()
+        truth = pd.read_csv(self.folder/'truth.csv').set_index('exam_id').log_hazard
+        risk = truth[exams.table.exam_id].to_numpy()
+        rows = [row for row in exams.samples(data.years) if split[row] == 'val']
+        return concordance(labels.time[rows], labels.event[rows], risk[rows])
+
+    def registration(self):
+        "The model directory of MammoRegNet on the same exams, trained once, and its numbers"
+        system, start = find_system('registration'), time.process_time()
+        folder = train(self.config('registration_toy', self.runs))
+        seconds = time.process_time() - start
+        numbers = system.metrics(system.read_table(evaluate(folder, 'val')), load(folder/'config.yaml'))
+        return folder/'model', dict(val=numbers['ncc'], before=numbers['ncc_before'], seconds=round(seconds))
+
+    def run(self, name, seed, epochs, paths):
+        "C-index of a model on validation and test, and its CPU seconds"
+        start, system = time.process_time(), find_system('survival')
+        model = dict(name=name, encoder='test_byobnet', num_heads=4, grid=2, max_t=8)
+        # a ledger of the test split for each model: they are compared, not chosen
+        cfg = self.config('toy', self.runs/name, dict(priors=int(name != 'Mirai')), seed=seed, epochs=epochs,
+                          model=model, paths=paths)
+        folder = train(cfg)
+        seconds = time.process_time() - start
+        val, test = (system.metrics(system.read_table(evaluate(folder, split)), cfg)['c_index']
+                     for split in ('val', 'test'))
+        return dict(val=val, test=test, truth=self.truth(), seconds=round(seconds))
+
+def fill(asked, epochs):
+    "Run the cells that are missing"
     with TemporaryDirectory() as top:
-        world = Path(top)/'world'
-        made = PhantomWorld(patients=320)
-        make_phantom_world(world, made)
-        data = dict(csv_file=world/'exams.csv', data_root=world, height=made.height, width=made.width, made=None)
-        paths = {}
-        if set(names) & set(ALIGNED_BY_IMAGES):
-            paths = dict(embed_path_saved_reg_model=trained_registration(data | dict(priors=1), Path(top)/'runs'))
-        for name in names:
-            for seed in range(seeds):
-                # a ledger of the test split for each model: they are compared, not chosen
-                found = run(name, seed, epochs, data, Path(top)/name, paths)
-                print(name, 'seed', seed, {split: round(value, 3) for split, value in found.items()}, flush=True)
+        world, paths = World(top), {}
+        for name, seed in asked:
+            if name in ALIGNED_BY_IMAGES and not paths:
+                path, numbers = world.registration()
+                paths = dict(embed_path_saved_reg_model=path)
+                keep('MammoRegNet', 0, epochs, **numbers)
+            keep(name, seed, epochs, **world.run(name, seed, epochs, paths))
+
+def emit_rows(found):
+    "A row a cell, with the model of one exam as its peer"
+    for (name, seed, epochs), cell in sorted(found.items(), key=lambda item: item[0][0] != 'Mirai'):
+        if name == 'MammoRegNet':
+            emit_value('MammoRegNet: local correlation of pairs after and before', round(cell['val'], 3),
+                       round(cell['before'], 3), cpu_seconds=cell['seconds'])
+            continue
+        alone = found.get(('Mirai', seed, epochs)) if name != 'Mirai' else None
+        least = max(GOAL, alone['val'] if alone else 0)
+        emit_value(f'{name}: C-index of validation, beside Mirai', round(cell['val'], 3),
+                   alone and round(alone['val'], 3), goal=f'> {GOAL}' + (', > Mirai' if alone else ''),
+                   met=cell['val'] > least, test=round(cell['test'], 3), truth=round(cell['truth'], 3), seed=seed,
+                   epochs=epochs, cpu_seconds=cell['seconds'])
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('models', nargs='*', default=list(RISK_MODELS))
+    parser.add_argument('--epochs', type=int, default=load(CONFIGS/'toy.yaml').epochs)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    there = cells()
+    asked = [(name, seed) for name in given.models for seed in given.seeds if (name, seed, given.epochs) not in there]
+    if asked:
+        fill(asked, given.epochs)
+    emit_rows(cells())
 
 if __name__ == '__main__':
-    given = sys.argv[1:]
-    main(int(given[0]) if given else 20, int(given[1]) if len(given) > 1 else 3, given[2:] or list(RISK_MODELS))
+    main()

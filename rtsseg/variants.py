@@ -187,7 +187,8 @@ class VariantCheck:
 
     def _try(self, cfg:RunConfig):
         "Try what may fail, once for each model and data that are asked for"
-        asked = repr((cfg.model, cfg.data))
+        # what decides a model: a system names it as it likes
+        asked = repr({name: getattr(cfg, name, None) for name in ('model', 'registration', 'data')})
         if asked not in self.tried:
             self.system.check_variant(cfg, self.feed)
         self.tried.add(asked)

@@ -21,6 +21,7 @@ from rtsseg.exam_begin import begin_from
 from rtsseg.exam_feed import turn_chest_left
 from rtsseg.exam_runs import results_name
 from rtsseg.phantom import PhantomWorld, make_phantom_world
+from rtsseg.reporting import report
 from rtsseg.risk_models import ALIGNED_BY_IMAGES, RISK_MODELS
 from rtsseg.runs import read_log, run_folder
 from rtsseg.schedule import Plateau, learning_rate, plan_stages
@@ -34,6 +35,8 @@ from rtsseg.systems.survival import (
     model_settings,
 )
 from rtsseg.training import train
+from rtsseg.tuning import search
+from rtsseg.variants import read_axes
 
 ROOT = Path(__file__).resolve().parent.parent
 SURVIVAL = ROOT/'configs'/'survival'
@@ -175,6 +178,33 @@ def test_a_report_shows_years_risk_and_attention(undisturbed):
     words = ('c_index', 'auc_1', 'auc_5', 'ROC by year', 'Kaplan–Meier by risk', 'Calibration', 'Attention',
              'The exams of highest risk')
     assert all(word in text for word in words)
+
+def test_a_report_of_two_seeds_has_mean_and_spread(world, undisturbed):
+    "C-index and yearly AUC, mean ± standard deviation over seeds"
+    other = train(load(undisturbed/'config.yaml', seed=1, runs=undisturbed.parents[2]))
+    assert other.parent == undisturbed.parent and other != undisturbed
+    cfg, system, found = load(undisturbed/'config.yaml'), find_system('survival'), []
+    for folder in (undisturbed, other):
+        found.append(system.metrics(system.read_table(evaluate(folder, 'val')), cfg)['c_index'])
+    report([undisturbed, other], None)
+    text = (undisturbed.parent/'report.html').read_text()
+    assert f'{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}' in text
+
+@pytest.mark.parametrize('name', ['survival', 'registration'])
+def test_a_search_keeps_the_best_of_its_trials(world, tmp_path, name):
+    cfg = config(world, tmp_path/'runs', epochs=1)
+    if name == 'registration':
+        shared = dict(runs=cfg.runs, epochs=1, batch_size=8, tracker=dict(kind='none'))
+        cfg = load(SURVIVAL/'registration_toy.yaml', registration=NET, data=data(world), **shared)
+    (tmp_path/'space.yaml').write_text('lr.base_lr: [0.003, 0.001]\n')
+    study = search(cfg, tmp_path/'space.yaml', 2)
+    values = [trial.value for trial in study.trials]
+    assert len(values) == 2 and study.best_value == max(values)
+    runs = [cfg.runs/trial.user_attrs['run']/'model'/'metrics.json' for trial in study.trials]
+    assert values == [json.loads(path.read_text())['value'] for path in runs]
+    # what a search tries by itself fits the config
+    space, trials = find_system(name).search_plan(cfg)
+    assert trials == 20 and 'lr.base_lr' in read_axes(ROOT/'configs'/f'{space}.yaml', type(cfg))
 
 # ---------------------------------------------------------------- the guide's numbers
 

@@ -153,6 +153,10 @@ class Registration(System):
         "The correlation, beside what it was before"
         return {'local correlation': ['val/ncc', 'val/ncc_before']}
 
+    def search_plan(self, cfg:RegistrationConfig) -> tuple[str, int]:
+        "Rate, width and the window of the correlation"
+        return 'survival/registration_search', 20
+
     def sections(self, results:Any) -> dict[str, list]:
         "The numbers of the split"
         from rtsseg.shared import table_sections

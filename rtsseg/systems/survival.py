@@ -342,6 +342,10 @@ class Survival(System):
         from rtsseg.risk_report import risk_sections
         return risk_sections(results)
 
+    def search_plan(self, cfg:SurvivalConfig) -> tuple[str, int]:
+        "What all five models have"
+        return 'survival/search', 20
+
     def measured_by(self, cfg:SurvivalConfig) -> tuple:
         "Metrics and exams, which comparable runs have in common"
         return cfg.metrics, cfg.data.csv_file, cfg.data.years
