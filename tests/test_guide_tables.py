@@ -233,14 +233,17 @@ def rows_of(page):
     rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
     return [row for row in rows if row[0] != 'guide']
 
+RAW = re.compile(r'`([^`]+)`\{=html\}')
+
 def code_words(text):
-    "What stands between backticks"
-    return re.findall(r'`([^`]+)`', text)
+    "What stands between backticks, and is not HTML"
+    return re.findall(r'`([^`]+)`', RAW.sub('', text))
 
 def folded(tests):
     "How a row shows its tests: their number, which opens"
     count = f'{len(tests)} test' if len(tests) == 1 else f'{len(tests)} tests'
-    return f'<details><summary>{count}</summary>{", ".join(f"`{name}`" for name in tests)}</details>'
+    names = ', '.join(f'`{name}`' for name in tests)
+    return f'`<details><summary>{count}</summary>`{{=html}} {names} `</details>`{{=html}}'
 
 # what a row says instead of a test, where nothing is built
 NOT_BUILT = 'not built'
