@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['status_line', 'logger', 'visible', 'nearest', 'closest', 'RtssegError', 'DataError', 'first_lines', 'read_each',
-           'raise_problems', 'some_names', 'is_interactive', 'time_left', 'progress', 'StatusLine', 'ConsoleHandler']
+           'raise_problems', 'some_names', 'in_jupyter', 'is_interactive', 'drawn_stream', 'time_left', 'progress',
+           'StatusLine', 'ConsoleHandler']
 
 # %% ../nbs/00_console.ipynb #iconsole
 import difflib
@@ -16,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -105,12 +106,19 @@ def some_names(names:Iterable,   # any number of names
     return shown
 
 # %% ../nbs/00_console.ipynb #d88b5e4c
+def in_jupyter() -> bool:
+    "Whether this is the kernel of a notebook; not so where chapters are tested"
+    return 'ipykernel.zmqshell' in sys.modules and 'IN_TEST' not in os.environ
+
 def is_interactive() -> bool:
     "Whether stderr is a terminal or a Jupyter cell, where a bar can be redrawn"
     if os.environ.get('RTSSEG_PLAIN_LINES'):
         return False
-    in_jupyter = 'ipykernel.zmqshell' in sys.modules and 'IN_TEST' not in os.environ
-    return sys.stderr.isatty() or in_jupyter
+    return sys.stderr.isatty() or in_jupyter()
+
+def drawn_stream() -> TextIO:
+    "Where bars are drawn: in Jupyter among the output, since each wiped bar of stderr would leave a red stripe"
+    return sys.stdout if in_jupyter() else sys.stderr
 
 def time_left(done:int, total:int, seconds:float) -> str:
     "What is left at the speed so far, as `12:30 left`; '' before anything is done"
@@ -128,7 +136,7 @@ def progress(items:Iterable,      # what to iterate
         items = list(items) if not hasattr(items, '__len__') else items
         total = len(items)
     if is_interactive():
-        yield from tqdm(items, desc=what, total=total, file=sys.stderr, leave=False)
+        yield from tqdm(items, desc=what, total=total, file=drawn_stream(), leave=False)
         return
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -156,7 +164,7 @@ class StatusLine:
         if is_interactive():
             # a line that wraps could not be drawn over
             text = text[:shutil.get_terminal_size().columns - 1]
-            print('\r' + text.ljust(self.width), end='', file=sys.stderr, flush=True)
+            print('\r' + text.ljust(self.width), end='', file=drawn_stream(), flush=True)
             self.width = len(text)
         elif self.is_shown:
             print(f'\r{text}', flush=True)
@@ -164,7 +172,7 @@ class StatusLine:
     def clear(self) -> None:
         "Make room for a line of output"
         if self.width:
-            print('\r' + ' ' * self.width, end='\r', file=sys.stderr, flush=True)
+            print('\r' + ' ' * self.width, end='\r', file=drawn_stream(), flush=True)
             self.width = 0
 
 # a process has one screen

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORCED_LOOK', 'CHANGED_RULE', 'UNKNOWN_LOOK', 'ratio_name', 'metric_label', 'ReportError', 'short_path', 'shell_path',
-           'require_file', 'read_checked', 'read_events', 'Run', 'run_path', 'check_model_seal', 'last_epochs',
-           'data_ledger', 'read_run', 'listed', 'seeds_text', 'forced_actions', 'Results', 'group_runs', 'check_seeds',
-           'check_test_evaluated', 'configuration_label', 'read_results']
+           'require_file', 'read_checked', 'read_events', 'curve_html', 'Run', 'run_path', 'check_model_seal',
+           'last_epochs', 'data_ledger', 'read_run', 'listed', 'seeds_text', 'forced_actions', 'Results', 'group_runs',
+           'check_seeds', 'check_test_evaluated', 'configuration_label', 'read_results']
 
 # %% ../nbs/06c_results.ipynb #iresults
 import os
@@ -18,12 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .config import RunConfig, find_system, ratio_text
 from .console import RtssegError
 from .files import SEAL, FileError, check_seal, inside, read_bytes, read_json, typed
-from .page import Table
+from .page import Table, escape
 from rtsseg.runs import (
     Best,
     Environment,
@@ -114,6 +115,18 @@ def read_events(path:Path,      # log.jsonl
     return events
 
 # %% ../nbs/06c_results.ipynb #cresults3
+def curve_html(name:str, values:pd.Series    # by epoch
+              ) -> str:
+    "A small curve with its first and last value"
+    epochs, heights = values.index.to_numpy(float), values.to_numpy()
+    across = 4 + 152 * (epochs - epochs[0]) / max(epochs[-1] - epochs[0], 1)
+    up = 44 - 40 * (heights - heights.min()) / (np.ptp(heights) or 1)
+    points = ' '.join(f'{x:.1f},{y:.1f}' for x, y in zip(across, up, strict=True))
+    drawn = (f'<svg width="160" height="48" role="img" aria-label="{escape(name)} by epoch">'
+             f'<polyline points="{points}" fill="none" stroke="#0b6e8a" stroke-width="1.5"/></svg>')
+    return (f'<figure style="margin:0">{drawn}<figcaption>{escape(name)}: {heights[0]:.4g} to {heights[-1]:.4g}'
+            '</figcaption></figure>')
+
 @dataclass(repr=False)
 class Run:
     "A finished run folder, read back"
@@ -206,8 +219,18 @@ class Run:
         _, epoch, value = self.training
         return f'Run({self.cfg.name}/{self.configuration}/{self.folder.name}: {self.monitor} {value} at epoch {epoch})'
 
+    def curves(self) -> dict[str, pd.Series]:    # {name: values by epoch}
+        "Losses and the monitored metric by epoch, as logged; {} for an ensemble"
+        if self.ensemble:
+            return {}
+        table = self.epochs.set_index('epoch')
+        names = [name for name in table if name.startswith('train/loss/')] + ['val/loss', f'val/{self.monitor}']
+        found = {name: table[name].dropna().astype(float) for name in names if name in table}
+        return {name: values for name, values in found.items() if len(values)}
+
     def _repr_html_(self) -> str:
-        return self.summary.html()
+        curves = ''.join(curve_html(name, values) for name, values in self.curves().items())
+        return f'{self.summary.html()}<div style="display:flex;flex-wrap:wrap;gap:1rem">{curves}</div>'
 
 # %% ../nbs/06c_results.ipynb #cresults4
 def run_path(folder:str|Path) -> Path:

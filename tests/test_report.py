@@ -591,7 +591,8 @@ def test_the_model_card_gets_the_results(folder):
     assert on_test.startswith('test split\n\nSystem rts; seed 42;') and on_validation.startswith('validation split\n')
     assert 'on which nothing was chosen' in on_test or done.results[0].doubt
     for text, table in ((on_test, done.headline), (on_validation, done.tables['Validation'][0])):
-        for row in table.texts()[0]:
+        # a card has letters of its own
+        for row in table.alone().texts()[0]:
             assert f'| {" | ".join(map(markdown_text, row))} |' in text
     once = card.read_text()
     report(folder)
@@ -626,7 +627,7 @@ def test_thresholds_close_to_one(cfg, tmp_path, shift):
     done = report(made.folder)
     text, row = done.path.read_text(), done.tables['Operating point'][0].rows[0]
     assert html.escape(made.calibration.temperature_why) in text
-    assert '<td>100.000 (' in text
+    assert re.search(r'<td>100\.000 <a [^>]*>\(', text)
     assert 'a larger one always fits better' in text
     if shift == 20:
         assert point.reached and point.logit > 15
@@ -776,6 +777,10 @@ def slider_cells(seed):
     objects = [cell for area in seed['objects'] for ratio in area for row in ratio for cell in row]
     return pixels, objects
 
+def without_marks(cells):
+    "Texts of cells without the letters of footnotes, which a table by itself begins at a"
+    return sorted(re.sub(r' \([a-z]\)$', '', cell) for cell in cells)
+
 def test_the_page_holds_the_tables_and_nothing_else(folders, both, cfg):
     "Every cell of the page is a cell of `tables`, which the code on the page calls; the slider holds the long ones"
     text, numbers = both.path.read_text(), tables(folders)
@@ -786,7 +791,7 @@ def test_the_page_holds_the_tables_and_nothing_else(folders, both, cfg):
     assert blank and all(BLANK.format(title=table.title) in html.unescape(text) for table in blank)
     full = [shown, *(table for table in on_page if not table.is_blank)]
     cells = [cell for table in full for row in [table.head, *table.texts()[0]] for cell in row]
-    assert sorted(Cells(text).found) == sorted(cells)
+    assert without_marks(Cells(text).found) == without_marks(cells)
     data = json.loads(scripts(text)[0][1])
     assert list(data) == ['42', '43']
     for pixels, objects, seed in zip(behind_slider[::2], behind_slider[1::2], data.values(), strict=True):
