@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROWING', 'GROWTH', 'SECOND', 'STABLE_RADIUS', 'GROWING_RADIUS', 'RADIUS_SPREAD', 'LARGEST_RADIUS', 'LIGHT',
-           'STABLE_HAZARD', 'GROWING_HAZARD', 'BY_DENSITY', 'BY_GROWTH', 'BY_RADIUS', 'DENSITY_SHARES', 'SHIFT',
-           'SCALE', 'BEND', 'VAL_SHARE', 'TEST_SHARE', 'PhantomWorld', 'Spot', 'Patient', 'draw_spot', 'draw_patient',
-           'breast_noise', 'Breast', 'breast_mask', 'draw_anatomy', 'add_spots', 'draw_flow', 'warp_image', 'exam_flow',
-           'render_view', 'render_exam', 'known_pair', 'deal_phantoms', 'exam_rows', 'truth_row', 'make_phantom_world']
+           'STABLE_HAZARD', 'GROWING_HAZARD', 'BY_DENSITY', 'BY_GROWTH', 'BY_RADIUS', 'DENSITY_SHARES', 'TISSUE',
+           'MUSCLE', 'SHIFT', 'SCALE', 'BEND', 'VAL_SHARE', 'TEST_SHARE', 'PhantomWorld', 'Spot', 'Patient',
+           'draw_spot', 'draw_patient', 'breast_noise', 'Breast', 'breast_mask', 'draw_anatomy', 'add_spots',
+           'draw_flow', 'warp_image', 'exam_flow', 'render_view', 'render_exam', 'known_pair', 'deal_phantoms',
+           'exam_rows', 'truth_row', 'make_phantom_world']
 
 # %% ../nbs/01x_phantom.ipynb #pwexports
 from pathlib import Path
@@ -30,7 +31,7 @@ GROWING, GROWTH, SECOND = .5, (.3, .6), .3
 STABLE_RADIUS, GROWING_RADIUS, RADIUS_SPREAD = np.log(.048), np.log(.05), .2
 LARGEST_RADIUS = .16
 # how much brighter than the tissue around it a spot is
-LIGHT = (.25, .45)
+LIGHT = (.3, .5)
 # hazards of a year, and how they depend on density, growth and radius
 STABLE_HAZARD, GROWING_HAZARD = .01, .03
 BY_DENSITY, BY_GROWTH, BY_RADIUS = .35, 3., 1.5
@@ -131,22 +132,29 @@ def breast_mask(breast:Breast, shape:tuple[int, int]) -> np.ndarray:    # float3
     across = ((rows + .5) / shape[0] - .5 - breast.tilt * depth) / breast.half
     return np.clip(1 - np.sqrt(np.square(depth) + np.square(across)), 0, None).astype(np.float32)
 
+# brightness of dense tissue above fat, of a patient; of the muscle, of a view
+TISSUE, MUSCLE = (.15, .35), (.45, .8)
+
 def draw_anatomy(world:PhantomWorld, patient:Patient, view:int    # place in `EXAM_VIEWS`
                 ) -> tuple[Breast, np.ndarray]:    # float32 (H, W), 0 to 1
     "A breast without spots: what all exams of a patient have in common"
     rng = np.random.default_rng((world.seed, patient.number, 1, view))
     shape, is_oblique = (world.height, world.width), EXAM_VIEWS[view][1] == 'MLO'
-    # both views of a breast are about as large
-    size = np.random.default_rng((world.seed, patient.number, 2)).uniform(.85, 1.1)
+    # both views of a breast are about as large, and of one kind of tissue
+    of_patient = np.random.default_rng((world.seed, patient.number, 2))
+    size, tissue = of_patient.uniform(.85, 1.1), of_patient.uniform(*TISSUE)
     breast = Breast(size * rng.uniform(.74, .8), size * rng.uniform(.38, .42), rng.uniform(.06, .1) * is_oblique)
     inside = breast_mask(breast, shape)
     level = (1.3, .6, -.1, -.8)[patient.density - 1]
     dense = 1 / (1 + np.exp((level - breast_noise(rng, shape, world.width / 14)) / .25))
-    image = .2 + .25 * dense * np.minimum(4 * inside, 1) + .02 * breast_noise(rng, shape, world.width / 50)
+    image = .2 + tissue * dense * np.minimum(4 * inside, 1) + .02 * breast_noise(rng, shape, world.width / 50)
     image *= np.minimum(inside * 14, 1)
+    rows, columns = np.mgrid[:shape[0], :shape[1]]
+    depth, muscle = columns / shape[1], rng.uniform(*MUSCLE)
     if is_oblique:
-        rows, columns = np.mgrid[:shape[0], :shape[1]]
-        image[rows / shape[0] + 1.3 * columns / shape[1] < rng.uniform(.3, .4)] = .6
+        image[rows / shape[0] + 1.3 * depth < rng.uniform(.25, .5)] = muscle
+    else:
+        image[depth < rng.uniform(-.06, .12)] = muscle
     return breast, image.astype(np.float32)
 
 def add_spots(world:PhantomWorld, patient:Patient, exam:int, view:int, breast:Breast, image:np.ndarray) -> None:
