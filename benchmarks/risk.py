@@ -1,6 +1,6 @@
 """The five risk models of guide 004 on made-up mammograms, beside the one that sees the current exam alone
 
-    python benchmarks/risk.py [model …] [--epochs 6] [--seeds 0] [--folder FOLDER]
+    python benchmarks/risk.py [model …] [--epochs 16] [--seeds 0] [--folder FOLDER]
 
 configs/survival/toy.yaml with a small encoder from random weights, one process on one core. The best epoch is chosen on
 validation, so the C-index of the test split stands beside it, as do the truth of the made-up world and the CPU seconds.
@@ -55,12 +55,9 @@ class World:
 
     def __init__(self, top):
         self.folder, self.pairs, self.runs = (Path(top)/name for name in ('world', 'pairs', 'runs'))
-        made = load(CONFIGS/'toy.yaml').data.made
-        # a registration needs no outcomes, and few patients: others than those of the models
-        others = made.model_copy(update=dict(patients=PAIR_PATIENTS, seed=made.seed + 1))
-        for folder, world in ((self.folder, made), (self.pairs, others)):
-            if not (folder/'exams.csv').exists():
-                make_phantom_world(folder, world)
+        self.made = load(CONFIGS/'toy.yaml').data.made
+        if not (self.folder/'exams.csv').exists():
+            make_phantom_world(self.folder, self.made)
 
     def config(self, name, runs, data=None, folder=None, **more):
         "A config of survival on this world"
@@ -80,6 +77,10 @@ class World:
 
     def registration(self):
         "The model directory of MammoRegNet on the other exams, trained once, and its numbers"
+        # it needs no outcomes, and few patients
+        others = self.made.model_copy(update=dict(patients=PAIR_PATIENTS, seed=self.made.seed + 1))
+        if not (self.pairs/'exams.csv').exists():
+            make_phantom_world(self.pairs, others)
         system, start = find_system('registration'), time.process_time()
         folder = train(self.config('registration_toy', self.runs, folder=self.pairs))
         seconds = time.process_time() - start
