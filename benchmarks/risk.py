@@ -1,11 +1,12 @@
 """The five risk models of guide 004 on made-up mammograms, beside the one that sees the current exam alone
 
-    python benchmarks/risk.py [model …] [--epochs 8] [--seeds 0]
+    python benchmarks/risk.py [model …] [--epochs 16] [--seeds 0] [--folder FOLDER]
 
 configs/survival/toy.yaml with a small encoder from random weights, one process on one core. The best epoch is chosen on
 validation, so the C-index of the test split stands beside it, as do the truth of the made-up world and the CPU seconds.
 Each model and seed is a cell: a line of risk.jsonl. A cell that is there is not run again, unless a config or the
-made-up world has changed since; the rows are made from all cells.
+made-up world has changed since; the rows are made from all cells. A folder that is named keeps the images and
+the runs, and several processes may fill cells in it.
 """
 import argparse
 import hashlib
@@ -29,8 +30,8 @@ from rtsseg.training import train
 
 HERE = Path(__file__).resolve().parent
 CONFIGS, RESULTS = HERE.parent/'configs'/'survival', HERE/'risk.jsonl'
-# what each has to reach on validation
-GOAL = .7
+# what each has to reach on validation; and the patients whose exams are registered
+GOAL, PAIR_PATIENTS = .7, 160
 
 def settings():
     "Digest of what decides a cell: both configs and the code of the made-up world"
@@ -53,13 +54,15 @@ class World:
     "The made-up mammograms, and where runs on them lie"
 
     def __init__(self, top):
-        self.folder, self.runs = Path(top)/'world', Path(top)/'runs'
-        made = load(CONFIGS/'toy.yaml').data.made
-        make_phantom_world(self.folder, made)
+        self.folder, self.pairs, self.runs = (Path(top)/name for name in ('world', 'pairs', 'runs'))
+        self.made = load(CONFIGS/'toy.yaml').data.made
+        if not (self.folder/'exams.csv').exists():
+            make_phantom_world(self.folder, self.made)
 
-    def config(self, name, runs, data=None, **more):
+    def config(self, name, runs, data=None, folder=None, **more):
         "A config of survival on this world"
-        data = dict(csv_file=self.folder/'exams.csv', data_root=self.folder, made=None) | (data or {})
+        folder = folder or self.folder
+        data = dict(csv_file=folder/'exams.csv', data_root=folder, made=None) | (data or {})
         return load(CONFIGS/f'{name}.yaml', runs=runs, tracker=dict(kind='none'), data=data, **more)
 
     def truth(self):
@@ -73,9 +76,13 @@ class World:
         return concordance(labels.time[rows], labels.event[rows], risk[rows])
 
     def registration(self):
-        "The model directory of MammoRegNet on the same exams, trained once, and its numbers"
+        "The model directory of MammoRegNet on the other exams, trained once, and its numbers"
+        # it needs no outcomes, and few patients
+        others = self.made.model_copy(update=dict(patients=PAIR_PATIENTS, seed=self.made.seed + 1))
+        if not (self.pairs/'exams.csv').exists():
+            make_phantom_world(self.pairs, others)
         system, start = find_system('registration'), time.process_time()
-        folder = train(self.config('registration_toy', self.runs))
+        folder = train(self.config('registration_toy', self.runs, folder=self.pairs))
         seconds = time.process_time() - start
         numbers = system.metrics(system.read_table(evaluate(folder, 'val')), load(folder/'config.yaml'))
         return folder/'model', dict(val=numbers['ncc'], before=numbers['ncc_before'], seconds=round(seconds))
@@ -93,10 +100,10 @@ class World:
                      for split in ('val', 'test'))
         return dict(val=val, test=test, truth=self.truth(), seconds=round(seconds))
 
-def fill(asked, epochs):
+def fill(asked, epochs, folder):
     "Run the cells that are missing"
     with TemporaryDirectory() as top:
-        world, paths = World(top), {}
+        world, paths = World(folder or top), {}
         for name, seed in asked:
             if name in ALIGNED_BY_IMAGES and not paths:
                 path, numbers = world.registration()
@@ -123,12 +130,13 @@ def main():
     parser.add_argument('models', nargs='*', default=list(RISK_MODELS))
     parser.add_argument('--epochs', type=int, default=load(CONFIGS/'toy.yaml').epochs)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--folder', default='')
     given = parser.parse_args()
     torch.set_num_threads(1)
     there = cells()
     asked = [(name, seed) for name in given.models for seed in given.seeds if (name, seed, given.epochs) not in there]
     if asked:
-        fill(asked, given.epochs)
+        fill(asked, given.epochs, given.folder)
     emit_rows(cells())
 
 if __name__ == '__main__':

@@ -128,7 +128,7 @@ def many_exams(folder, patients=260):
     return ExamTable.read(folder/'exams.csv', folder)
 
 def test_few_damaged_images_are_counted(tmp_path):
-    "Of 1040 images, one is no more than 0.1%; two are too many"
+    "Of 1040 images, one is below 0.1%; two are too many"
     exams = many_exams(tmp_path)
     (tmp_path/exams.paths[3][1]).write_bytes(b'cut off')
     assert check_exams(exams) == [(3, 1)]
