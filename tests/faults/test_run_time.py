@@ -32,6 +32,7 @@ from helpers.children import in_child, killed_after, killed_at_write_step
 from helpers.commands import freeze_trainer, wait_a_second
 from helpers.loop import At, Nothing, Points, Scripted, equal, net, points, run
 from helpers.pair import run_pair
+from helpers.record import note
 from helpers.runs import MODEL, in_time, tiny
 from helpers.shell import Program, fork_trainers, held, running, shell
 from helpers.waiting import wait_for
