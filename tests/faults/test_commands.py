@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.attempt import Attempt, Changes, die, fork_all, kill_tree, stand_still
+from helpers.attempt import Attempt, Changes, die, fork_all, import_noted, kill_tree, stand_still
 from helpers.children import killed_after
 from helpers.jobs import JOBS, READERS, Works, digests
 from helpers.record import IS_LONG, LONG, note
@@ -161,25 +161,32 @@ def test_45_two_commands_at_once(works, first):
     seconds = PAIRED if IS_LONG else PAIRED[PAIRED.index(first):]
     for second in seconds * LONG:
         works.restore_result('report')
-        for name, done in run_at_once(works, first, second, dice.randint(1, counts['command'])).items():
+        for name, done in run_at_once(works, first, second, dice.randint(1, counts['command'])):
             assert done.code in (0, 2, 3), done.printed
             assert 'Traceback' not in done.printed, done.printed
             again = works.attempt(name, fork_all) if done.code else done
             assert again.code == 0, again.printed
-        assert digests(works.work) == works.expected('report')
+        assert without_report(digests(works.work)) == without_report(works.expected('report'))
+        assert all(path.read_text().endswith('</html>') for path in works.work.rglob('report.html'))
         survived += 1
     note('pairs', f'{first}, beside another', survived, survived)
 
+def without_report(found):
+    "Without the page, which tells how often a run was evaluated"
+    return {name: value for name, value in found.items() if not name.endswith(('report.html', 'report.md'))}
+
 def run_at_once(works, first, second, k):
-    "{name: its end} of two commands; the first stands still at its k-th change on disk"
+    "Names and ends of two commands; the first stands still at its k-th change on disk"
     one = Attempt(works.work, works.words(first), Changes(k, stand_still, 'command').prepare)
-    wait_for(lambda: one.has_ended() or one.stands_still())
-    two = Attempt(works.work, works.words(second), fork_all, '2')
-    # for a lock it may wait without end
-    with suppress(AssertionError):
-        wait_for(two.has_ended, 5)
-    os.kill(one.pid, signal.SIGCONT)
-    return {first: one.wait(), second: two.wait()} if first != second else {first: max(one.wait(), two.wait())}
+    try:
+        wait_for(lambda: one.has_ended() or one.stands_still())
+        two = Attempt(works.work, works.words(second), fork_all, number='2')
+        # for a lock it may wait without end
+        with suppress(AssertionError):
+            wait_for(two.has_ended, 5)
+    finally:
+        os.kill(one.pid, signal.SIGCONT)
+    return [(first, one.wait()), (second, two.wait())]
 
 # ---------------------------------------------------------------- 46: other folders and machines
 
@@ -193,12 +200,16 @@ def become_nobody():
     os.setuid(nobody.pw_uid)
     os.environ['HOME'] = '/nonexistent'
 
-def as_nobody(prepare=fork_all):
-    "For `attempt`: as `prepare`, and then as a user without rights"
-    def both():
-        prepare()
+def as_nobody(works, name):
+    "For `attempt`: a job as a user without rights, who need not be able to read Python's own files"
+    works.state(name)
+
+    def prepare():
+        fork_all()
+        import_noted(works.home/f'{name}.modules')
         become_nobody()
-    return both
+
+    return prepare
 
 def assert_one_line(done):
     "The command was refused by a message, without a traceback"
@@ -210,9 +221,10 @@ def assert_one_line(done):
 @pytest.mark.parametrize('name', ['train', *READERS, 'map', 'search'])
 def test_46_a_folder_that_may_not_be_written(works, name):
     "One line that names a file; the folder stays as it is"
+    works.state(name)
     works.restore(name)
     before = digests(works.work)
-    done = works.attempt(name, as_nobody())
+    done = works.attempt(name, as_nobody(works, name))
     assert_one_line(done)
     assert 'ermission denied' in done.printed
     assert digests(works.work) == before
@@ -241,28 +253,32 @@ def modes(folder):
 @pytest.mark.parametrize('umask', [0o077, 0o002, 0o027])
 def test_46_another_umask(works, umask):
     "Of all commands in a row: the same bytes, and each file has the rights that the umask leaves"
+    def prepare():
+        fork_all()
+        os.umask(umask)
+
+    names = 'train', *READERS
+    expected = {file: value for name in names for file, value in works.expected(name).items()}
     works.restore('train')
     before = set(modes(works.work))
-    for name in ('train', *READERS):
-        def prepare():
-            fork_all()
-            os.umask(umask)
+    for name in names:
         done = works.attempt(name, prepare)
         assert done.code == 0, done.printed
-        found = digests(works.work)
-        assert all(found[file] == value for file, value in works.expected(name).items())
+    found = digests(works.work)
     for path, mode in modes(works.work).items():
         if path not in before and path.name != '.lock':
             assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    assert found == expected
 
 @as_root
 @pytest.mark.parametrize('name', READERS)
 def test_46_two_users_of_one_run(works, name):
     "One trained it; another one of the same group, for whom the folder can be written, goes on: the same bytes"
+    works.state(name)
     works.restore(name)
     for path in [works.work, *works.work.rglob('*')]:
         path.chmod(0o777 if path.is_dir() else 0o666)
-    done = works.attempt(name, as_nobody())
+    done = works.attempt(name, as_nobody(works, name))
     assert done.code == 0, done.printed
     assert digests(works.work) == works.expected(name)
 

@@ -226,7 +226,7 @@ def test_31_killed_at_random_points(tmp_path):
         train_until_killed(other)
         assert same(result_of_soak(other), expected)
         shutil.rmtree(other.runs)
-    print(f'{killed} of {killed} kills survived, in {runs} runs')
+    note('kills', 'training, in one process', killed, kills)
 
 def test_31_a_line_of_the_log_that_was_cut_off(tmp_path):
     "The next line replaces the half line that a kill left"

@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -32,15 +33,15 @@ class Done(NamedTuple):
 class Attempt:
     "A command that runs, in the folder of the test"
 
-    def __init__(self, folder, words, prepare=lambda: None, number=''):
+    def __init__(self, folder, words, prepare=lambda: None, end=lambda: None, number=''):
         self.output = folder.with_name(f'{folder.name}.out{number}')
         self.output.unlink(missing_ok=True)
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
-            self.run(folder, words, prepare)
+            self.run(folder, words, prepare, end)
 
-    def run(self, folder, words, prepare):
+    def run(self, folder, words, prepare, end):
         "In the forked process"
         # what the tests would do at their end
         atexit._clear()
@@ -59,6 +60,7 @@ class Attempt:
             code = exit_code(lambda: run_command(*words, cwd=folder.parent, env=ONE_THREAD))
             sys.stdout.flush()
             sys.stderr.flush()
+            end()
         finally:
             os._exit(code)
 
@@ -76,9 +78,20 @@ class Attempt:
         text = self.output.read_text(errors='replace') if self.output.exists() else ''
         return Done(os.waitstatus_to_exitcode(status), text, used.ru_utime + used.ru_stime)
 
-def attempt(folder, words, prepare=lambda: None):
-    "Run a command to its end"
-    return Attempt(folder, words, prepare).wait()
+def attempt(folder, words, prepare=lambda: None, end=lambda: None):
+    "Run a command to its end; `prepare` and `end` are called in its process"
+    return Attempt(folder, words, prepare, end).wait()
+
+def note_modules(path):
+    "For `attempt`, at the end: keep the names of all modules that were imported"
+    return lambda: path.write_text('\n'.join(sys.modules))
+
+def import_noted(path):
+    "For `attempt`: import those modules, which another user may not be able to read"
+    for name in path.read_text().splitlines():
+        # scripts, and names that a library made up
+        with suppress(Exception):
+            importlib.import_module(name)
 
 def fork_all():
     "For `attempt`: the command forks all that it starts, and does not wait for what has died longer than a second"

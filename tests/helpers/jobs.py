@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from helpers.attempt import Changes, attempt
+from helpers.attempt import Changes, attempt, note_modules
 from helpers.maps import noise, write_scene
 from helpers.runs import tiny
 from helpers.worlds import OFTEN, SYSTEMS, system_config
@@ -50,12 +50,14 @@ JOBS = {
 READERS = 'evaluate', 'calibrate', 'test', 'report', 'predict', 'export'
 
 # what depends on the time of day, what names a process, and what counts attempts
-OWN_TIME = ('log.jsonl', 'test_ledger.json', 'environment.json', '.lock', 'study.db', 'study.pkl', 'history.png',
+OWN_TIME = ('log.jsonl', 'test_ledger.json', 'environment.json', 'study.db', 'study.pkl', 'history.png',
             'importance.png')
 
-def is_result(path):
-    "Whether a file is a result, and not about an attempt; a writer that died left its file under no name"
-    return path.is_file() and path.name not in OWN_TIME and path.suffix != '.tmp' and path.parent.name != 'checkpoints'
+def is_result(path, folder):
+    "Whether a file is a result, and not about an attempt; what a writer left that died has a hidden name"
+    parts = path.relative_to(folder).parts
+    is_named = not any(part.startswith('.') for part in parts)
+    return path.is_file() and is_named and path.name not in OWN_TIME and 'checkpoints' not in parts
 
 def content(path):
     "What of a file is a result"
@@ -70,10 +72,8 @@ def content(path):
 
 def digests(folder):
     "{name: SHA-256} of what a job leaves"
-    found = {}
-    for path in filter(is_result, sorted(folder.rglob('*'))):
-        found[path.relative_to(folder).as_posix()] = hashlib.sha256(content(path)).hexdigest()
-    return found
+    files = [path for path in sorted(folder.rglob('*')) if is_result(path, folder)]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(content(path)).hexdigest() for path in files}
 
 def size_on_disk(folder):
     "Bytes of all files, in pages"
@@ -92,9 +92,8 @@ class Works:
             return path
         if name:
             self.restore(name)
-            changes = Changes()
-            before = size_on_disk(self.work)
-            done = self.attempt(name, changes.prepare)
+            changes, before = Changes(), size_on_disk(self.work)
+            done = self.attempt(name, changes.prepare, note_modules(self.home/f'{name}.modules'))
             assert done.code == 0, done.printed
             self.measured[name] = changes.counts(), done.seconds, size_on_disk(self.work) - before
         else:
@@ -134,9 +133,9 @@ class Works:
         run = next(self.work.glob('runs/tiny/*/seed42'), '')
         return [word.replace('{run}', str(run)).replace('{folder}', str(self.work)) for word in self.jobs[name].words]
 
-    def attempt(self, name, prepare=lambda: None):
+    def attempt(self, name, prepare=lambda: None, end=lambda: None):
         "Run the command of a job in the work folder"
-        return attempt(self.work, self.words(name), prepare)
+        return attempt(self.work, self.words(name), prepare, end)
 
     def measured_of(self, name):
         "Changes on disk, CPU seconds and written bytes of a job"
