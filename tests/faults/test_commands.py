@@ -9,16 +9,21 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from helpers.attempt import Attempt, Changes, die, fork_all, import_noted, kill_tree, stand_still
+from helpers.attempt import ENVIRONMENT, Attempt, Changes, die, fork_all, import_noted, kill_tree, stand_still
 from helpers.children import killed_after
-from helpers.jobs import JOBS, READERS, Works, digests
+from helpers.jobs import JOBS, Works, digests
 from helpers.record import IS_LONG, LONG, note
+from helpers.shell import BIN, running
 from helpers.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
 
 FAULTS = {
     43: (
@@ -113,6 +118,50 @@ def test_43_killed_anywhere(works, name):
         assert_ended(works, name, works.attempt(name, fork_all))
     note('kills', name, killed, kills)
 
+def kernels(papermill):
+    "The kernels that papermill has started"
+    children = psutil.Process(papermill.pid).children(recursive=True)
+    return [child for child in children if any('ipykernel_launcher' in word for word in child.cmdline())]
+
+def computed_for(papermill, seconds):
+    "Whether papermill has ended, or its kernel has computed for so long"
+    if papermill.poll() is not None:
+        return True
+    with suppress(psutil.NoSuchProcess):
+        return any(sum(kernel.cpu_times()[:2]) > seconds for kernel in kernels(papermill))
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_LONG, reason='a kernel takes ten seconds to start: this is a part of make soak')
+def test_43_the_kernel_of_a_notebook(works):
+    "The chapter of calibration under papermill: that fails, and calibrates when it is run again"
+    expected, dice, killed = works.expected('calibrate'), random.Random(3), 0
+    command = [BIN/'papermill', '06_calibrate.ipynb', works.home/'out.ipynb', '-p', 'config', works.work/'tiny.yaml']
+    run = partial(subprocess.Popen, command, cwd=ROOT/'nbs', env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                  stderr=subprocess.DEVNULL)
+    works.restore('calibrate')
+    with run() as whole:
+        wait_for(lambda: computed_for(whole, 0))
+        kernel, = kernels(whole)
+        seconds = 0
+        while whole.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                seconds = sum(kernel.cpu_times()[:2])
+            time.sleep(.1)
+        assert whole.returncode == 0
+    while killed < LONG:
+        works.restore('calibrate')
+        point = dice.uniform(.3, 1) * seconds
+        with running(run()) as papermill:
+            wait_for(partial(computed_for, papermill, point))
+            for kernel in kernels(papermill):
+                kernel.kill()
+            killed += papermill.wait() != 0
+        with run() as papermill:
+            assert papermill.wait() == 0
+        found = digests(works.work)
+        assert all(found[name] == value for name, value in expected.items())
+    note('kills', 'kernel of a notebook', killed, LONG)
+
 # ---------------------------------------------------------------- 44: a full disk
 
 @pytest.fixture
@@ -128,11 +177,14 @@ def used_bytes(disk):
     found = os.statvfs(disk)
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
-@pytest.mark.parametrize('name', JOBS)
+# another system fills a disk no otherwise
+STARVED = list(JOBS) if IS_LONG else [name for name, job in JOBS.items() if not job.system]
+
+@pytest.mark.parametrize('name', STARVED)
 def test_44_a_disk_that_fills_up(works, disk, name):
     """At a random byte of what the command writes: exit code 3, or 0 where it could do without; nothing is lost, and
     with room the same command ends in the same bytes"""
-    times, dice, expected = 2 * LONG, random.Random(1), works.expected(name)
+    times, dice, expected = 2 * LONG - 1, random.Random(1), works.expected(name)
     room = works.measured[name][2]
     survived = 0
     for _ in range(times):
@@ -218,7 +270,7 @@ def assert_one_line(done):
     assert 'error: ' in done.printed
 
 @as_root
-@pytest.mark.parametrize('name', ['train', *READERS, 'map', 'search'])
+@pytest.mark.parametrize('name', ['train', 'evaluate', 'predict', 'map'])
 def test_46_a_folder_that_may_not_be_written(works, name):
     "One line that names a file; the folder stays as it is"
     works.state(name)
@@ -231,7 +283,7 @@ def test_46_a_folder_that_may_not_be_written(works, name):
     assert not list(works.work.rglob('.*.tmp'))
 
 @as_root
-@pytest.mark.parametrize('name', ['train', 'calibrate', 'report', 'predict'])
+@pytest.mark.parametrize('name', ['train', 'calibrate', 'report'])
 def test_46_a_file_system_that_is_mounted_read_only(works, name):
     "As root, whom no rights stop"
     works.restore(name)
@@ -250,7 +302,7 @@ def modes(folder):
     "Rights of all files and folders below a folder, as far as a umask takes them away"
     return {path: path.stat().st_mode & 0o777 for path in folder.rglob('*')}
 
-@pytest.mark.parametrize('umask', [0o077, 0o002, 0o027])
+@pytest.mark.parametrize('umask', [0o077, 0o002])
 def test_46_another_umask(works, umask):
     "Of all commands in a row: the same bytes, and each file has the rights that the umask leaves"
     def prepare():
@@ -272,7 +324,7 @@ def test_46_another_umask(works, umask):
     assert found == expected
 
 @as_root
-@pytest.mark.parametrize('name', READERS)
+@pytest.mark.parametrize('name', ['evaluate', 'calibrate', 'test', 'predict'])
 def test_46_two_users_of_one_run(works, name):
     "One trained it; another one of the same group, for whom the folder can be written, goes on: the same bytes"
     works.state(name)
@@ -295,7 +347,7 @@ def clock_jumps_back():
 
     time.time = jumping
 
-@pytest.mark.parametrize('name', ['train', 'evaluate', 'map', 'search'])
+@pytest.mark.parametrize('name', ['train', 'map'])
 def test_46_a_clock_that_jumps_back(works, name):
     "By an hour, as where a machine's clock is set: the command ends in the same bytes"
     works.restore(name)
@@ -321,7 +373,7 @@ def no_locks():
     fcntl.flock = refuse
 
 @pytest.mark.parametrize('lacking', [no_links, no_locks])
-@pytest.mark.parametrize('name', ['train', 'test', 'predict', 'map', 'search'])
+@pytest.mark.parametrize('name', ['train', 'test', 'predict', 'map'])
 def test_46_a_file_system_without(works, name, lacking):
     "Hard links or locks: the same bytes, or one line that names what is missing"
     works.restore(name)

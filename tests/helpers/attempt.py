@@ -24,6 +24,9 @@ from helpers.shell import ONE_THREAD, exit_code, fork_trainers, redirect, run_co
 for name in ('pixel_report', 'reporting', 'calibration', 'evaluation', 'prediction', 'export', 'class_export'):
     importlib.import_module(f'rtsseg.{name}')
 
+# the card of a model names the commit, which may change while the tests run
+ENVIRONMENT = ONE_THREAD | dict(GIT_DIR=os.devnull)
+
 class Done(NamedTuple):
     "How a command ended"
     code: int          # exit code, or minus the signal that ended it
@@ -57,7 +60,7 @@ class Attempt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             multiprocessing.current_process()._config['authkey'] = b'test'
             prepare()
-            code = exit_code(lambda: run_command(*words, cwd=folder.parent, env=ONE_THREAD))
+            code = exit_code(lambda: run_command(*words, cwd=folder.parent, env=ENVIRONMENT))
             sys.stdout.flush()
             sys.stderr.flush()
             end()

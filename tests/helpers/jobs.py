@@ -46,9 +46,6 @@ JOBS = {
     for name in SYSTEMS
 }
 
-# what works on a trained run
-READERS = 'evaluate', 'calibrate', 'test', 'report', 'predict', 'export'
-
 # what depends on the time of day, what names a process, and what counts attempts
 OWN_TIME = ('log.jsonl', 'test_ledger.json', 'environment.json', 'study.db', 'study.pkl', 'history.png',
             'importance.png')
