@@ -139,7 +139,7 @@ def figures(root):
     record, measured = root/'tests/faults/soak.json', root/'benchmarks/results.jsonl'
     found = json.loads(record.read_text()) if record.exists() else {}
     lines = []
-    for kind, trials in found.items():
+    for kind, trials in sorted(found.items(), key=lambda each: each[0] != 'kills'):
         lines += [f'| {kind} | {_cell(name)} | {survived} of {of} |' for name, (survived, of) in trials.items()]
     text = FIGURES + '\n'.join(lines) + '\n' if lines else ''
     rows = [json.loads(line) for line in measured.read_text().splitlines()]

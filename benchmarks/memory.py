@@ -58,7 +58,7 @@ def write_scene(path, side):
             strip = rng.integers(1, 256, (3, rows, side), 'uint8')
             target.write(strip, window=rasterio.windows.Window(0, top, side, rows))
 
-# ---------------------------------------------------------------- what is measured, after `make_…` in another process
+# ---------------------------------------------------------------- what is measured
 
 def make_predict(home, side):
     write_model(home/'model', config(512))

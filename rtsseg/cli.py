@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RESUMES', 'NO_ROOM', 'COMMANDS', 'HASH_SEED', 'RunArguments', 'as_list', 'require', 'system_of', 'Argument',
            'argument_kind', 'arguments_of', 'CommandParser', 'with_names', 'argument_parser', 'print_error',
-           'is_full_disk', 'outcome', 'call', 'fact_text', 'indented_row', 'show_facts', 'is_script', 'set_hash_seed',
-           'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check', 'rtsseg_split',
-           'rtsseg_stage', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track',
+           'is_full_disk', 'error_outcome', 'call', 'fact_text', 'indented_row', 'show_facts', 'is_script',
+           'set_hash_seed', 'merged_signature', 'call_with_shared', 'command', 'rtsseg_plan', 'rtsseg_check',
+           'rtsseg_split', 'rtsseg_stage', 'rtsseg_probe', 'rtsseg_train', 'rtsseg_run', 'rtsseg_noise', 'rtsseg_track',
            'rtsseg_evaluate', 'rtsseg_calibrate', 'rtsseg_scales', 'rtsseg_ensemble', 'rtsseg_report', 'rtsseg_predict',
            'rtsseg_refine', 'rtsseg_export', 'rtsseg_model_inspect', 'rtsseg_model_verify', 'rtsseg_map', 'rtsseg_cost',
            'rtsseg_join', 'rtsseg_mosaic', 'rtsseg_mask', 'rtsseg_polygons', 'rtsseg_areas', 'rtsseg_map_check',
@@ -174,9 +174,9 @@ def is_full_disk(error:BaseException|None) -> bool:
         error = error.__cause__ or error.__context__
     return False
 
-def outcome(error:Exception,
-            resumes:bool     # whether the same command resumes after an error of the disk
-           ) -> tuple[int, str]|None:    # exit code and message; None: a bug, which needs its traceback
+def error_outcome(error:Exception,
+                  resumes:bool     # whether the same command resumes after an error of the disk
+                 ) -> tuple[int, str]|None:    # exit code and message; None: a bug, which needs its traceback
     "What an error of a command means for those who called it"
     is_full = is_full_disk(error)
     if isinstance(error, RtssegError):
@@ -198,7 +198,7 @@ def call(work:Callable,         # a function without arguments
         print_error('stopped; the same command resumes' if resumes else 'stopped')
         return 130
     except Exception as error:
-        found = outcome(error, resumes)
+        found = error_outcome(error, resumes)
         if found is None:
             raise
         code, text = found

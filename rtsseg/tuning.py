@@ -260,7 +260,7 @@ class Searcher:
             done, elsewhere = count_trials(study)
             if done >= trials:
                 if done == before:
-                    # the last trial may have ended in a process that was killed before it wrote them
+                    # the process of the last trial may have been killed before it wrote them
                     write_search(study, self.cfg, self.axes, self.folder)
                 return
             if done + elsewhere < trials:

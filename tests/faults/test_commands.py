@@ -326,7 +326,7 @@ def test_46_another_umask(works, umask):
 @as_root
 @pytest.mark.parametrize('name', ['evaluate', 'calibrate', 'test', 'predict'])
 def test_46_two_users_of_one_run(works, name):
-    "One trained it; another one of the same group, for whom the folder can be written, goes on: the same bytes"
+    "One trained it; another one of the same group, for whom the folder can be written, continues: the same bytes"
     works.state(name)
     works.restore(name)
     for path in [works.work, *works.work.rglob('*')]:

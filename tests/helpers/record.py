@@ -5,10 +5,10 @@ from pathlib import Path
 
 RECORD = Path(__file__).parents[1]/'faults'/'soak.json'
 
-IS_LONG = bool(os.environ.get('RTSSEG_SOAK'))
+IS_LONG = 'RTSSEG_SOAK' in os.environ
 
 # in the long form there are so many times as many trials
-LONG = 6 if IS_LONG else 1
+LONG = int(os.environ.get('RTSSEG_SOAK', 1))
 
 def note(kind, name, survived, of):
     "Print how many trials of a kind were survived, and keep it where that is asked for"
