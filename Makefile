@@ -90,7 +90,7 @@ quick: $(STAMP)
 	 done
 
 soak: $(STAMP)
-	RTSSEG_SOAK=6 RTSSEG_KILLS=100 OMP_NUM_THREADS=1 python -m pytest -q -s -n 0 tests/faults \
+	RTSSEG_SOAK=7 RTSSEG_KILLS=100 OMP_NUM_THREADS=1 python -m pytest -q -s -n 0 tests/faults \
 	  -k "killed or kernel or fills_up or at_once or test_47"
 	python sync.py
 

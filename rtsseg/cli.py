@@ -178,14 +178,16 @@ def error_outcome(error:Exception,
                   resumes:bool     # whether the same command resumes after an error of the disk
                  ) -> tuple[int, str]|None:    # exit code and message; None: a bug, which needs its traceback
     "What an error of a command means for those who called it"
-    is_full = is_full_disk(error)
+    is_full, is_of_disk = is_full_disk(error), isinstance(error, OSError)
     if isinstance(error, RtssegError):
         return 3 if is_full else error.code, f'{error.prefix}{error}'
-    if is_full or isinstance(error, OSError):
-        then = f'. {RESUMES}' if resumes else f'. {NO_ROOM}' * is_full
-        return 3 if resumes or is_full else 2, f'error: {error}{then}'
+    if resumes and (is_full or is_of_disk):
+        return 3, f'error: {error}. {RESUMES}'
+    if is_full:
+        return 3, f'error: {error}. {NO_ROOM}'
     # where a model or a system of the user runs, a bug needs its traceback
-    return (2, f'error: {error}') if isinstance(error, ValueError) and not resumes else None
+    is_message = is_of_disk or isinstance(error, ValueError) and not resumes
+    return (2, f'error: {error}') if is_message else None
 
 def call(work:Callable,         # a function without arguments
          resumes:bool=False     # whether the same command resumes after an error of the disk

@@ -2,8 +2,8 @@
 import errno
 import fcntl
 import os
-import pwd
 import random
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -56,12 +56,14 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-def mount(disk, size):
-    "Give a disk in memory a size in bytes, 0: no limit; whether that is possible here"
-    is_new = not os.path.ismount(disk)
-    options = f'size={size}' if is_new else f'remount,size={size}'
-    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', disk]
-    return subprocess.run(command, capture_output=True).returncode == 0
+def mounted(*words):
+    "Call mount; whether that is possible here"
+    return bool(shutil.which('mount')) and subprocess.run(['mount', *words], capture_output=True).returncode == 0
+
+def resize(disk, size):
+    "Give a disk in memory a size in bytes, 0: no limit; whether it was mounted"
+    options = f'remount,size={size}' if os.path.ismount(disk) else f'size={size}'
+    return mounted('-t', 'tmpfs', '-o', options, 'tmpfs', disk)
 
 @pytest.fixture(scope='module')
 def works():
@@ -71,10 +73,10 @@ def works():
         home, disk = Path(folder), Path(folder)/'disk'
         home.chmod(0o755)
         disk.mkdir()
-        mounted = mount(disk, 0)
+        is_own = resize(disk, 0)
         disk.chmod(0o755)
         yield Works(home)
-        if mounted:
+        if is_own:
             subprocess.run(['umount', '-l', disk], check=True)
 
 def assert_ended(works, name, done):
@@ -113,7 +115,7 @@ def test_43_killed_anywhere(works, name):
     killed = 0
     while killed < kills:
         works.restore(name)
-        for _ in range(min(2, kills - killed)):
+        for _ in range(min(3, kills - killed)):
             killed += works.attempt(name, next(points)).code != 0
         assert_ended(works, name, works.attempt(name, fork_all))
     note('kills', name, killed, kills)
@@ -170,7 +172,7 @@ def disk(works):
     if not os.path.ismount(works.home/'disk'):
         pytest.skip('only root can mount a disk of a chosen size')
     yield works.home/'disk'
-    mount(works.home/'disk', 0)
+    resize(works.home/'disk', 0)
 
 def used_bytes(disk):
     "What a disk holds"
@@ -190,9 +192,9 @@ def test_44_a_disk_that_fills_up(works, disk, name):
     for _ in range(times):
         works.restore(name)
         before = digests(works.work)
-        mount(disk, used_bytes(disk) + dice.randrange(0, room, 4096))
+        resize(disk, used_bytes(disk) + dice.randrange(0, room, 4096))
         done = works.attempt(name, fork_all)
-        mount(disk, 0)
+        resize(disk, 0)
         assert done.code in (0, 3), done.printed
         assert 'Traceback' not in done.printed, done.printed
         after = digests(works.work)
@@ -244,12 +246,13 @@ def run_at_once(works, first, second, k):
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason='only root can become other users')
 
+NOBODY = 65534
+
 def become_nobody():
     "For `attempt`: the command runs as a user without rights"
-    nobody = pwd.getpwnam('nobody')
     os.setgroups([])
-    os.setgid(nobody.pw_gid)
-    os.setuid(nobody.pw_uid)
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
     os.environ['HOME'] = '/nonexistent'
 
 def as_nobody(works, name):
@@ -288,9 +291,10 @@ def test_46_a_file_system_that_is_mounted_read_only(works, name):
     "As root, whom no rights stop"
     works.restore(name)
     before = digests(works.work)
-    subprocess.run(['mount', '--bind', works.work, works.work], check=True)
+    if not mounted('--bind', works.work, works.work):
+        pytest.skip('no file system can be mounted here')
     try:
-        subprocess.run(['mount', '-o', 'remount,ro,bind', works.work], check=True)
+        assert mounted('-o', 'remount,ro,bind', works.work)
         done = works.attempt(name, fork_all)
     finally:
         subprocess.run(['umount', works.work], check=True)
@@ -373,7 +377,7 @@ def no_locks():
     fcntl.flock = refuse
 
 @pytest.mark.parametrize('lacking', [no_links, no_locks])
-@pytest.mark.parametrize('name', ['train', 'test', 'predict', 'map'])
+@pytest.mark.parametrize('name', ['train', 'predict', 'map'])
 def test_46_a_file_system_without(works, name, lacking):
     "Hard links or locks: the same bytes, or one line that names what is missing"
     works.restore(name)
