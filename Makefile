@@ -2,7 +2,7 @@
 # make seeds    the same for three seeds, and one report over them
 # make test     every check: style, generated files, notebooks, tests
 # make quick    under a minute: the house rules, and the chapters that differ from main
-# make soak     a training run that is killed 200 times and still ends in the same bytes
+# make soak     hours of faults: each command killed and starved again and again, and files changed at random
 # make bench    the benchmarks, and the table in benchmarks/README.md
 # make docs     the site (needs Quarto 1.7)
 # make check-docs  whether every local link of the site leads somewhere
@@ -90,7 +90,9 @@ quick: $(STAMP)
 	 done
 
 soak: $(STAMP)
-	RTSSEG_KILLS=200 OMP_NUM_THREADS=1 python -m pytest -q -s tests/faults/test_run_time.py -k killed_at_random
+	RTSSEG_SOAK=7 RTSSEG_KILLS=100 OMP_NUM_THREADS=1 python -m pytest -q -s -n 0 tests/faults \
+	  -k "killed or kernel or fills_up or at_once or test_47"
+	python sync.py
 
 bench: $(STAMP)
 	python benchmarks/run.py $(SCRIPTS)

@@ -2,6 +2,7 @@
 
 `python sync.py` writes it. `python sync.py --check` writes it into a copy of the tree, and lists what differs."""
 import ast
+import json
 import os
 import re
 import shutil
@@ -37,7 +38,25 @@ Ctrl-C | the same |
 Not promised: that a damaged disk or a network file system keeps what was written to it, and that results are
 the same bits on another kind of machine or with another number of CPU threads.
 
-`pytest tests/faults` runs all of these tests. `make soak` kills a run 200 times instead of 50.
+`pytest tests/faults` runs all of these tests. `make soak` runs their long form: some 500 kills, and 2,000 changed files
+of each kind. What it survived last stands at the end of this page.
+"""
+
+FIGURES = """## What was survived, by command
+
+The last runs that were recorded: trials survived, of trials. A trial of `kills` is a command that was killed, run again
+and compared, byte by byte, with one that nothing disturbed; of `full disks` one whose disk filled up; of `pairs` two
+commands at once in one run folder; of `changed files` a file that was changed at random and then read.
+
+| | of | survived |
+|---|---|---|
+"""
+
+MEMORY = """
+Peak memory of a large case beside a small one (`benchmarks/memory.py`):
+
+| | small | large | ratio |
+|---|---|---|---|
 """
 
 class FaultGroup(NamedTuple):
@@ -113,7 +132,20 @@ def survives(root):
                 explanation = f': {_cell(docstring)}' if docstring else ''
                 lines.append(f'- **{number}** `{name}`{explanation}')
         lines += [':::', '']
-    (root/'nbs/survives.qmd').write_text('\n'.join(lines))
+    (root/'nbs/survives.qmd').write_text('\n'.join([*lines, figures(root)]))
+
+def figures(root):
+    "What `make soak` recorded, and what benchmarks/memory.py found, as Markdown; '' for each that was not run"
+    record, measured = root/'tests/faults/soak.json', root/'benchmarks/results.jsonl'
+    found = json.loads(record.read_text()) if record.exists() else {}
+    lines = []
+    for kind, trials in sorted(found.items(), key=lambda each: each[0] != 'kills'):
+        lines += [f'| {kind} | {_cell(name)} | {survived} of {of} |' for name, (survived, of) in trials.items()]
+    text = FIGURES + '\n'.join(lines) + '\n' if lines else ''
+    rows = [json.loads(line) for line in measured.read_text().splitlines()]
+    peaks = [row for row in rows if row['script'] == 'memory']
+    lines = [f"| {row['what']} | {row['small']} | {row['ours']} MB | {row['ratio']} |" for row in peaks]
+    return text + (MEMORY + '\n'.join(lines) + '\n' if lines else '')
 
 def sync(root):
     "Write all generated files of a tree"

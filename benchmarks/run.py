@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE/'results.jsonl', HERE/'README.md'
 SCRIPTS = ['step', 'ema', 'normalisation', 'augment', 'photos', 'loader', 'series', 'boundary', 'pixels', 'objects',
-           'bootstrap', 'evaluate', 'checkpoint', 'tracker', 'polygons', 'inference', 'fleet', 'fleet_ray', 'compiled',
-           'gpu', 'classes', 'distil', 'landcover', 'plants', 'survival', 'risk', 'timeseries', 'quality']
+           'bootstrap', 'evaluate', 'checkpoint', 'tracker', 'polygons', 'inference', 'memory', 'fleet', 'fleet_ray',
+           'compiled', 'gpu', 'classes', 'distil', 'landcover', 'plants', 'survival', 'risk', 'timeseries', 'quality']
 START, END = '<!-- results -->', '<!-- end of results -->'
 COLUMNS = ['what', 'unit', 'ours', 'peer', 'ratio', 'quartiles', 'goal', 'met', 'machine', 'script']
 

@@ -10,7 +10,6 @@ __all__ = ['ERRORS', 'NO_OUTLINES', 'DAMAGED_OUTLINES', 'LAYER_COLUMNS', 'TILE_K
            'Frame', 'about_tile', 'north_angle', 'region_panel', 'map_panels', 'ErrorMap', 'map_blocks']
 
 # %% ../nbs/06g_errormap.ipynb #errmimpo
-import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from .outlines import BROKEN_ARCHIVE, predicted_numbers, read_codes, tile_object
 from .page import Link, Text, markdown_text, render
 from .pixel_results import PixelResults, PixelRun
 from .results import ReportError, seeds_text, shell_path, short_path
-from .styles import kind_style, write_style
+from .styles import geopackage_bytes, kind_style, write_style
 from .tables import match_settings
 
 # %% ../nbs/06g_errormap.ipynb #errmobje
@@ -180,9 +179,7 @@ def write_error_layer(layer:'gpd.GeoDataFrame',
                       path:Path              # a .gpkg
                      ) -> None:
     "Write polygons as a GeoPackage, whole or not at all, with a style of the same name"
-    file = io.BytesIO()
-    layer.to_file(file, driver='GPKG', layer=path.stem, geometry_type='MultiPolygon', engine='pyogrio')
-    write_atomic(path, file.getvalue())
+    write_atomic(path, geopackage_bytes(layer, path.stem))
     write_style(path, kind_style('error', ERRORS))
 
 def error_layers(results:PixelResults) -> 'gpd.GeoDataFrame|None':

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['GUIDE_FILES', 'VIEW', 'checkpoint_name', 'best_name', 'stopped_name', 'last_name', 'log_name', 'results_name',
-           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'pth_bytes', 'log_line', 'GuideFolder']
+           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'interned', 'pth_bytes', 'log_line',
+           'GuideFolder']
 
 # %% ../nbs/04z_exam_runs.ipynb #rrfexports
 import io
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,15 +87,27 @@ def after_epoch(run:TrainingState) -> dict:
     done = dict(epoch=run.epoch + 1, batch=0, finished=run.finished or run.epoch >= run.cfg.epochs)
     return run.state() | asdict(EpochTotals()) | done
 
+def interned(tree:Any    # of dicts, lists and tuples
+            ) -> Any:
+    "The same tree, in which equal texts are one object, as pickling sees it: a resumed run then has the same bytes"
+    if isinstance(tree, str):
+        return sys.intern(tree)
+    if isinstance(tree, dict):
+        return {interned(key): interned(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(interned, tree))
+    return tree
+
 def pth_bytes(run:TrainingState,
               state:dict,      # with which the next epoch begins
               best:float       # C-index
              ) -> bytes:
     "A checkpoint that PyTorch opens by itself, as plain data"
     out = io.BytesIO()
-    torch.save(dict(model=state['model'], optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
-                    scheduler_plateau=plateau_state(run), epoch=state['epoch'] - 1, global_step=state['step'],
-                    best_c_index=best, run=state), out)
+    found = dict(model=state['model'], optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
+                 scheduler_plateau=plateau_state(run), epoch=state['epoch'] - 1, global_step=state['step'],
+                 best_c_index=best, run=state)
+    torch.save(interned(found), out)
     return out.getvalue()
 
 # %% ../nbs/04z_exam_runs.ipynb #rrfobs

@@ -88,7 +88,8 @@ def read_table_file(path:str|Path,     # CSV, Parquet, GeoParquet or GeoPackage
     table.columns = [str(name).strip() for name in table.columns]
     repeated = table.columns[table.columns.duplicated()].unique()
     raise_problems(path, [f'column {name!r} appears more than once' for name in repeated])
-    return table
+    # a Parquet file may hold categories, which are not compared as texts are
+    return table.astype({name: object for name in table.columns[table.dtypes == 'category']})
 
 # %% ../nbs/01d_manifest.ipynb #emanifes2
 def _hashed_line(values, optional):

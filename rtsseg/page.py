@@ -455,8 +455,9 @@ class Deferred:
 
 # %% ../nbs/06a_page.ipynb #6d008037
 def safe_json(data:Any) -> str:
-    "JSON for a script element: no text inside can end the element"
-    return json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
+    "JSON for a script element: no text inside can end the element, or turn the direction of what is around it"
+    text = json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
+    return ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 @dataclass
 class Slider:

@@ -17,7 +17,6 @@ __all__ = ['AREA_SERIES', 'LONGEST', 'CHUNK', 'OVERLAPS', 'NEAR', 'STRIP', 'RULE
 # %% ../nbs/08a_polygons.ipynb #96690ede
 import io
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ from rtsseg.regions import (
     read_region_layer,
     region_rules,
 )
-from .styles import polygon_style, style_owner, style_text
+from .styles import geopackage_bytes, polygon_style, style_owner, style_text
 from .vrt import is_vrt, read_vrt
 
 # %% ../nbs/08a_polygons.ipynb #d69ccfdc
@@ -1015,13 +1014,10 @@ def layer_bytes(polygons:gpd.GeoDataFrame,    # MultiPolygons
                 name:str                      # of the layer
                ) -> bytes:
     "A GeoPackage, or a GeoParquet 1.1 with a bounding box for each row"
+    if suffix == '.gpkg':
+        return geopackage_bytes(polygons, name)
     file = io.BytesIO()
-    if suffix == '.parquet':
-        polygons.to_parquet(file, write_covering_bbox=True, schema_version='1.1.0')
-        return file.getvalue()
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message="'crs' was not provided")
-        polygons.to_file(file, driver='GPKG', layer=name, geometry_type='MultiPolygon', engine='pyogrio')
+    polygons.to_parquet(file, write_covering_bbox=True, schema_version='1.1.0')
     return file.getvalue()
 
 def write_polygons(polygons:gpd.GeoDataFrame,    # of `describe_objects`

@@ -6,7 +6,8 @@
 __all__ = ['OUTSIDE', 'CHIP', 'REVIEW_SCRIPT', 'REVIEW_STYLE', 'UNITS', 'STRATA', 'SAMPLE', 'ALLOCATIONS', 'QUESTION',
            'map_cells', 'cut_names', 'name_strata', 'describe_strata', 'draw_units', 'assign_raters', 'read_chips',
            'jpeg_uri', 'outline_path', 'unit_outlines', 'review_page', 'scene_factor', 'review_sample', 'Rating',
-           'RaterFile', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table', 'review_read']
+           'RaterFile', 'Drawn', 'Rated', 'read_ratings', 'estimate_review', 'unsure_bounds', 'review_table',
+           'review_read']
 
 # %% ../nbs/08d_review.ipynb #rev-imports
 import base64
@@ -22,6 +23,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict
 from rasterio.transform import Affine, xy
 from rasterio.windows import Window
 
@@ -593,6 +595,19 @@ class RaterFile(Strict):
     made: str                    # ISO date
     ratings: dict[str, Rating]
 
+class Drawn(Strict):
+    "sample.json, as far as it is read"
+    model_config = ConfigDict(extra='allow')
+    map: str
+    map_sha256: str
+    scene_sha256: str
+    unit: str
+    largest: float
+    factor: float
+    raters: list[str]
+    units_sha256: str
+    strata_sha256: str
+
 @dataclass
 class Rated:
     "A sample with the answers to it"
@@ -602,14 +617,17 @@ class Rated:
     made: dict[str, str]      # {rater: date}
 
 def _read_sample(folder):
-    "Settings, strata and units of a sample; raises `DataError` where a table is not what was written"
-    settings = read_json(folder/SAMPLE, folder)
+    "Settings, strata and units of a sample; raises `DataError` where a file is not what was written"
+    settings = typed(Drawn, read_json(folder/SAMPLE, folder), SAMPLE)
     tables = []
     for name in (UNITS, STRATA):
         if digest(folder/name) != settings[f'{name.split(".")[0]}_sha256']:
             raise DataError(f'{folder.name}/{name} is not the table that was drawn: put the written file back')
         tables.append(read_table_file(folder/name))
     units, strata = tables
+    unknown = {name for names in units.raters for name in names.split()} - {*settings['raters']}
+    if unknown:
+        raise DataError(f'{folder.name}/{SAMPLE} lacks raters of {UNITS}: {", ".join(sorted(unknown))}')
     texts = ['unit', 'stratum', 'raters']
     units = units.astype({name: float for name in units if name not in texts})
     strata = strata.set_index('stratum')

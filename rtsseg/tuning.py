@@ -259,6 +259,9 @@ class Searcher:
             optuna.storages.fail_stale_trials(study)
             done, elsewhere = count_trials(study)
             if done >= trials:
+                if done == before:
+                    # the process of the last trial may have been killed before it wrote them
+                    write_search(study, self.cfg, self.axes, self.folder)
                 return
             if done + elsewhere < trials:
                 left = time_left(done - before, trials - before, time.monotonic() - began)

@@ -23,6 +23,7 @@ from helpers.maps import CRS, GRID
 from rtsseg.config import ConfigError, ToySource
 from rtsseg.console import DataError
 from rtsseg.estimates import allocate
+from rtsseg.files import FileError
 from rtsseg.ground import transformer
 from rtsseg.prediction import STEPS
 from rtsseg.raster import write_raster
@@ -495,6 +496,17 @@ def test_a_yes_without_a_share_leaves_no_area(world, sample):
     assert found['area'].value is None
     assert 'without a share' in found['area'].why
     assert found['recall'].value is not None
+
+@pytest.mark.parametrize('change, why', [
+    (dict(raters='ana'), 'raters: Input should be a valid list'),
+    (dict(raters=['ana']), 'lacks raters of units.csv: bo'),
+    (dict(largest=None), 'largest: Input should be a valid number'),
+])
+def test_notes_of_a_sample_that_were_changed(world, sample, change, why):
+    settings = json.loads((sample/'sample.json').read_text())
+    (sample/'sample.json').write_text(json.dumps(settings | change))
+    with pytest.raises((DataError, FileError), match=why):
+        review_read(sample, [])
 
 def test_all_problems_of_ratings_are_one_error(world, sample):
     ana = truthful(world, sample, 'ana')

@@ -419,6 +419,15 @@ def test_another_search_needs_another_name(cfg, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match='another space'):
         search(cfg, write_axes(tmp_path, 'loss.gamma: [2, 0]'), 2)
 
+def test_files_that_a_finished_search_lacks_are_written(cfg, tmp_path):
+    "As where it was killed between its last trial and its files"
+    space = write_axes(tmp_path, SPACE)
+    folder = cfg.runs/'search'/search(cfg, space, 1).study_name
+    written = (folder/'trials.csv').read_bytes()
+    (folder/'trials.csv').unlink()
+    search(cfg, space, 1)
+    assert (folder/'trials.csv').read_bytes() == written
+
 def search_and_die(config, space):
     "In a process of its own: kill -9 at the first validation of the second trial"
     search(load(config), space, 3, pruner=SignalAt(signal.SIGKILL, trial=1))

@@ -25,6 +25,7 @@ from helpers.children import (
 )
 from helpers.hostile import change_json
 from helpers.maps import CRS, GRID, map_bytes, noise, untrained_model, write_scene
+from helpers.record import note
 from helpers.runs import guard, in_time, run
 from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.console import DataError
@@ -277,6 +278,7 @@ def test_42_killed_at_random_points(ready, tmp_path):
         check(out, predict(ready, path, out), valid)
         assert map_bytes(out) == map_bytes(tmp_path/'undisturbed.tif')
         remove_maps(tmp_path)
+    note('kills', 'prediction, at any call', killed, kills)
 
 @pytest.mark.parametrize('share', [.1, .5, .9])
 def test_42_killed_while_a_file_is_written(ready, tmp_path, share):

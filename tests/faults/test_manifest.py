@@ -199,6 +199,16 @@ def test_03_lists_and_gaps_in_a_parquet(world):
     with pytest.raises(DataError, match="m.parquet: column 'tile_id' holds lists"):
         read_manifest(world/'m.parquet')
 
+def test_03_columns_of_categories_in_a_parquet(world):
+    "As pandas writes them, texts or not: read as any other, and what is wrong is named"
+    table = pd.read_csv(world/'full.csv')
+    table.assign(**{name: table[name].astype('category') for name in ('tile_id', 'split', 'region')}).to_parquet(
+        world/'m.parquet')
+    assert read_manifest(world/'m.parquet').hash == read_manifest(world/'full.csv').hash
+    table.assign(tile_id=pd.Categorical([None] * len(table), ['a'])).to_parquet(world/'m.parquet')
+    with pytest.raises(DataError, match='tile_id'):
+        read_manifest(world/'m.parquet')
+
 @pytest.mark.parametrize('count', ['1e30', 'inf', '-1', '1.5'])
 def test_03_not_a_count(world, count):
     set_cells(world, 'full.csv', n_positive=(2, count))

@@ -32,6 +32,7 @@ from helpers.children import in_child, killed_after, killed_at_write_step
 from helpers.commands import freeze_trainer, wait_a_second
 from helpers.loop import At, Nothing, Points, Scripted, equal, net, points, run
 from helpers.pair import run_pair
+from helpers.record import note
 from helpers.runs import MODEL, in_time, tiny
 from helpers.shell import Program, fork_trainers, held, running, shell
 from helpers.waiting import wait_for
@@ -225,7 +226,7 @@ def test_31_killed_at_random_points(tmp_path):
         train_until_killed(other)
         assert same(result_of_soak(other), expected)
         shutil.rmtree(other.runs)
-    print(f'{killed} of {killed} kills survived, in {runs} runs')
+    note('kills', 'training, in one process', killed, kills)
 
 def test_31_a_line_of_the_log_that_was_cut_off(tmp_path):
     "The next line replaces the half line that a kill left"
