@@ -681,7 +681,7 @@ def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
     print(show_facts(write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)))
 
 @command()
-def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on one grid, or mosaics
+def rtsseg_polygons(maps:list[str]=(),            # maps of rtsseg-predict on one grid, mosaics, or archives
                     out:str='',                   # the GeoPackage; GeoParquet and QGIS style go beside it
                     threshold:float=0,            # probability from which a pixel counts; 0: the calibration's
                     ratio:str='',                 # at which the calibration is read, as 1:500; '' takes its own

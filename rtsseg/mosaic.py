@@ -24,7 +24,7 @@ from .config import ConfigError
 from .console import DataError, logger, nearest
 from .files import write_atomic
 from .ground import crs_name
-from .mapfile import NODATA, STEPS, lowest_value, not_a_map, open_map
+from .mapfile import NODATA, STEPS, archive_error, is_archive, lowest_value, not_a_map, open_map
 from rtsseg.polygons import (
     OVERLAPS,
     Mosaic,
@@ -106,6 +106,9 @@ def write_mosaic(maps:Sequence[str|Path],    # on one grid, of one model and cal
     if not paths:
         raise ConfigError('maps: none is named')
     _refuse(out, '.vrt', 'RTSSEG', 'a mosaic', force)
+    archives = [path for path in paths if is_archive(path)]
+    if archives:
+        raise archive_error(archives[0])
     members = read_maps(paths, overlap)
     vrt = mosaic_vrt(members)
     write_atomic(out, vrt_xml(vrt, Path(os.path.abspath(out)).parent))

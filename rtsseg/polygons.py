@@ -41,7 +41,7 @@ from .config import ConfigError
 from .console import DataError, first_lines, logger, nearest, progress, read_each
 from .files import write_atomic
 from .ground import GEOD, crs_name, ground_size, transformer
-from .mapfile import lowest_value, not_a_map, open_map, scene_label
+from .mapfile import archived_maps, is_archive, lowest_value, not_a_map, open_map, scene_label
 from .raster import Grid
 from rtsseg.regions import (
     POINTS,
@@ -477,9 +477,11 @@ def place_map(one:ProbabilityMap,      # gets its left and top
             return f'{name} lies on another grid than {other}: warp it to that grid first (gdalwarp -tap)'
     return ''
 
-def mosaic_members(path:Path    # a map, or a mosaic of maps
+def mosaic_members(path:Path    # a map, a mosaic of maps, or an archive of maps
                   ) -> list[Path]:
-    "The maps of a mosaic, the uppermost last; a map alone is its own"
+    "The maps of a mosaic or an archive, the uppermost last; a map alone is its own"
+    if is_archive(path):
+        return archived_maps(path)
     if not is_vrt(path):
         return [path]
     bands = read_vrt(path).bands
@@ -519,7 +521,7 @@ def in_order(maps:Sequence[ProbabilityMap],
                         '.json beside the map), or take --overlap last')
     return sorted(maps, key=lambda one: one.settings['scene_date'])
 
-def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics of them
+def read_maps(paths:Sequence[str|Path],    # maps on one grid, or mosaics or archives of them
               overlap:str='last'           # a key of `OVERLAPS`
              ) -> list[ProbabilityMap]:
     "Maps that can be joined, the one that counts last; raises one `DataError` with all that is wrong"
@@ -1195,7 +1197,7 @@ def polygon_counts(polygons:gpd.GeoDataFrame, search:Search) -> dict:
                             for rule in described_rules(search)]
     return found
 
-def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on one grid, mosaics of them, or one
+def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on one grid; mosaics or archives of them
                  out:str|Path,                       # the GeoPackage; GeoParquet and QGIS style go beside it
                  threshold:float|None=None,          # probability from which a pixel counts; None: the calibration's
                  ratio:str='',                       # at which the calibration is read; '' takes its own
@@ -1240,6 +1242,7 @@ def map_polygons(maps:str|Path|Sequence[str|Path],   # maps of rtsseg-predict on
         table = compare_known(polygons, objects_known[on_map], region, seen[on_map])
         write_atomic(written_files(out, known)[-1], table.to_csv(index=False))
         result['known'] = table.to_dict('records')
-    write_polygons(polygons, out, cuts[0])
+    # what the map rounded up to the threshold counts too
+    write_polygons(polygons, out, members[0].scale * lowest_value(cuts[0]))
     logger.info(f'{out.name}: {len(polygons)} polygons from a probability of {cuts[0]:.3g}')
     return result

@@ -23,6 +23,7 @@ import pytest
 import rasterio
 import shapely
 import torch
+from geopandas.testing import assert_geodataframe_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import Affine, from_origin
@@ -40,6 +41,7 @@ from rtsseg.fleet import FleetJob, MapOptions, Worker, cut_shards, map_scenes, w
 from rtsseg.infer import load_model, save_model
 from rtsseg.launch import StopSignals
 from rtsseg.mapcheck import map_check
+from rtsseg.mapfile import NODATA, STEPS
 from rtsseg.models import build
 from rtsseg.mosaic import write_mosaic
 from rtsseg.polygons import map_polygons
@@ -533,20 +535,64 @@ def test_shares_in_processes_of_their_own_and_a_last_one_that_joins(fleet, tmp_p
         map_scenes(fleet/'model', fleet/'scenes', job, device='cpu', windows=20)
     check_maps(fleet, job)
 
-def test_an_archive_of_maps_is_unpacked_as_the_error_says(fleet, tmp_path):
-    write_mosaic_of_scenes(fleet, tmp_path)
-    (tmp_path/'list.csv').write_text('scene\npart0.tif\npart1.tif\n')
-    map_scenes(fleet/'model', tmp_path/'list.csv', tmp_path/'job', device='cpu', tiles=True)
-    archive, maps = tmp_path/'job/maps/t000000.zip', tmp_path/'maps'
-    for command in (partial(map_polygons, out=tmp_path/'zip.gpkg'), partial(expected_area, out=tmp_path/'zip.tif'),
-                    lambda path: map_check([path])):
+@pytest.fixture(scope='module')
+def archives(fleet, tmp_path_factory):
+    "A scene cut into two tiles, each of which is the map of an archive; the archives, and the folder of their maps"
+    home = tmp_path_factory.mktemp('archives')
+    write_mosaic_of_scenes(fleet, home)
+    (home/'list.csv').write_text('scene,date\npart0.tif,2023-07-01\npart1.tif,2024-07-01\n')
+    map_scenes(fleet/'model', home/'list.csv', home/'job', device='cpu', tiles=True, windows=1)
+    found = sorted((home/'job/maps').glob('*.zip'))
+    for archive in found:
+        with ZipFile(archive) as members:
+            members.extractall(home/'maps')
+    return found, home/'maps'
+
+def test_objects_are_joined_across_archives(archives, tmp_path):
+    "One command makes the polygons of a list of tiles: those of its maps, by name, date and shape"
+    found, maps = archives
+    assert [archive.name for archive in found] == ['t000000.zip', 't000001.zip']
+    # half of the pixels are objects
+    codes = read_map(maps/'part0.tif')
+    cut = float(np.median(codes[codes != NODATA])) / STEPS
+    map_polygons(found, tmp_path/'archives.gpkg', cut)
+    map_polygons([maps/'part0.tif', maps/'part1.tif'], tmp_path/'maps.gpkg', cut)
+    ours, want = (gpd.read_parquet(tmp_path/f'{name}.parquet') for name in ('archives', 'maps'))
+    assert_geodataframe_equal(ours, want)
+    both = ours[ours.map_file.str.contains(',')]
+    assert len(both)
+    assert both.BaseMapDate.unique().tolist() == ['2023-07-01,2024-07-01']
+
+def test_archives_that_cannot_be_read(archives, tmp_path):
+    found, _ = archives
+    content = found[0].read_bytes()
+    cases = dict(cut=content[:-30], changed=content.replace(b'RTSSEG', b'RTSSEH'), text=b'no archive')
+    for name, data in cases.items():
+        (tmp_path/f'{name}.zip').write_bytes(data)
+    with ZipFile(tmp_path/'empty.zip', 'w'):
+        pass
+    names = [tmp_path/f'{name}.zip' for name in (*cases, 'empty')]
+    with pytest.raises(DataError) as caught:
+        map_polygons(names, tmp_path/'objects.gpkg', .5)
+    lines = str(caught.value).splitlines()
+    words = ['cut.zip cannot be read as an archive', 'part0.tif in changed.zip cannot be read',
+             'text.zip cannot be read as an archive', 'empty.zip holds no maps']
+    for line, expected in zip(lines, words, strict=True):
+        assert expected in line
+
+def test_an_archive_of_maps_is_unpacked_as_the_error_says(archives, tmp_path):
+    found, maps = archives
+    commands = (
+        partial(write_mosaic, out=tmp_path/'zip.vrt'),
+        lambda paths: expected_area(paths[0], tmp_path/'area.tif'),
+        map_check,
+    )
+    for command in commands:
         with pytest.raises(DataError, match=r't000000.zip is an archive.*\(unzip t000000.zip -d maps\).*rtsseg-mosaic'):
-            command(archive)
-    with ZipFile(archive) as members:
-        members.extractall(maps)
+            command(found)
     write_mosaic(sorted(maps.glob('*.tif')), tmp_path/'maps.vrt', 'last')
-    found = map_polygons(tmp_path/'maps.vrt', tmp_path/'found.gpkg', .5)
-    assert found['polygons'] == map_polygons(sorted(maps.glob('*.tif')), tmp_path/'named.gpkg', .5)['polygons']
+    made = map_polygons(tmp_path/'maps.vrt', tmp_path/'found.gpkg', .5)
+    assert made['polygons'] == map_polygons(found, tmp_path/'zip.gpkg', .5)['polygons']
 
 TILES = 'import json, sys; from rtsseg.fleet import map_scenes; map_scenes(**json.loads(sys.argv[1]))'
 

@@ -3,6 +3,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import fromstring
 
 import geopandas as gpd
 import numpy as np
@@ -192,6 +193,32 @@ def test_a_predicted_map_becomes_polygons(tmp_path):
     box = polygons.geometry.iloc[0].bounds
     part = gpd.read_parquet(tmp_path/'slumps.parquet', bbox=box)
     assert 0 < len(part) == polygons.intersects(shapely.box(*box)).sum()
+
+def test_a_style_colours_each_polygon_of_its_files(tmp_path):
+    """As QGIS reads a graduated renderer: the column is in the file, each class takes a symbol of its own, and what
+    lies in none of them is not drawn; an object of the lowest value that counts as well"""
+    # rounded up to the threshold, which it does not reach
+    lowest = lowest_value(.3)
+    assert lowest / STEPS < .3
+    values = np.zeros((20, 30), 'uint16')
+    values[2:6, 2:6], values[2:6, 10:14], values[2:6, 20:24] = lowest, 40_000, STEPS
+    out = tmp_path/'objects.gpkg'
+    map_polygons(write_probability(tmp_path/'map.tif', values), out, .3)
+    root = fromstring(out.with_suffix('.qml').read_text())
+    assert (root.tag, root.get('styleCategories')) == ('qgis', 'Symbology')
+    renderer = root.find('renderer-v2')
+    assert (renderer.get('type'), renderer.get('graduatedMethod')) == ('graduatedSymbol', 'GraduatedColor')
+    classes, symbols = renderer.findall('ranges/range'), renderer.findall('symbols/symbol')
+    assert [one.get('symbol') for one in classes] == [symbol.get('name') for symbol in symbols]
+    limits = [(float(one.get('lower')), float(one.get('upper'))) for one in classes]
+    assert [low for low, _ in limits[1:]] == [high for _, high in limits[:-1]]
+    assert {symbol.get('type') for symbol in symbols} == {'fill'}
+    assert {symbol.find('layer').get('class') for symbol in symbols} == {'SimpleFill'}
+    assert gpd.list_layers(out).name.tolist() == [out.stem]
+    for polygons in (gpd.read_file(out), gpd.read_parquet(out.with_suffix('.parquet'))):
+        assert len(polygons) == 3
+        drawn = [any(low <= value <= high for low, high in limits) for value in polygons[renderer.get('attr')]]
+        assert all(drawn)
 
 def test_an_empty_map_gives_valid_empty_files(tmp_path):
     for name, values in (('zero', np.zeros((20, 30), 'uint16')), ('nodata', np.full((20, 30), NODATA, 'uint16'))):

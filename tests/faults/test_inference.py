@@ -31,7 +31,7 @@ from rtsseg.cli import rtsseg_evaluate, rtsseg_predict
 from rtsseg.console import DataError
 from rtsseg.files import FileError, seal_model
 from rtsseg.infer import load_model
-from rtsseg.prediction import NODATA, FinishedRows, Scene, predict, window_starts
+from rtsseg.prediction import NODATA, FinishedRows, WindowRows, predict, window_starts
 from rtsseg.runs import RunError
 
 FAULTS = {
@@ -312,19 +312,18 @@ def cut_off(model, path, out, monkeypatch, after, **more):
 @pytest.fixture
 def rows_run(monkeypatch):
     "Counts the rows of windows that are run by some work"
-    read, tops = Scene.read_rows, []
+    move_to, tops = WindowRows.move_to, []
 
-    def counting(self, top, *rest):
+    def counting(self, top):
         tops.append(top)
-        return read(self, top, *rest)
+        return move_to(self, top)
 
-    monkeypatch.setattr(Scene, 'read_rows', counting)
+    monkeypatch.setattr(WindowRows, 'move_to', counting)
 
     def count(work):
         tops.clear()
         work()
-        # one row is read when a scene is opened
-        return len(tops) - 1
+        return len(tops)
 
     return count
 
