@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDE_FILES', 'VIEW', 'checkpoint_name', 'best_name', 'stopped_name', 'last_name', 'log_name', 'results_name',
-           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'pth_bytes', 'log_line', 'GuideFolder']
+           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'judged_weights', 'pth_bytes', 'log_line',
+           'GuideFolder']
 
 # %% ../nbs/04z_exam_runs.ipynb #rrfexports
 import io
@@ -84,13 +85,17 @@ def after_epoch(run:TrainingState) -> dict:
     done = dict(epoch=run.epoch + 1, batch=0, finished=run.finished or run.epoch >= run.cfg.epochs)
     return run.state() | asdict(EpochTotals()) | done
 
+def judged_weights(state:dict) -> dict:    # names and tensors
+    "The weights that a validation judges: their moving average, where a run has one"
+    return state['average']['module'] if state['average'] else state['model']
+
 def pth_bytes(run:TrainingState,
               state:dict,      # with which the next epoch begins
               best:float       # C-index
              ) -> bytes:
     "A checkpoint that PyTorch opens by itself, as plain data"
     out = io.BytesIO()
-    torch.save(dict(model=state['model'], optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
+    torch.save(dict(model=judged_weights(state), optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
                     scheduler_plateau=plateau_state(run), epoch=state['epoch'] - 1, global_step=state['step'],
                     best_c_index=best, run=state), out)
     return out.getvalue()
