@@ -1102,6 +1102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.exam_runs.best_name': ('exam_runs.html#best_name', 'rtsseg/exam_runs.py'),
                                   'rtsseg.exam_runs.checkpoint_name': ('exam_runs.html#checkpoint_name', 'rtsseg/exam_runs.py'),
                                   'rtsseg.exam_runs.interned': ('exam_runs.html#interned', 'rtsseg/exam_runs.py'),
+                                  'rtsseg.exam_runs.judged_weights': ('exam_runs.html#judged_weights', 'rtsseg/exam_runs.py'),
                                   'rtsseg.exam_runs.last_name': ('exam_runs.html#last_name', 'rtsseg/exam_runs.py'),
                                   'rtsseg.exam_runs.log_line': ('exam_runs.html#log_line', 'rtsseg/exam_runs.py'),
                                   'rtsseg.exam_runs.log_name': ('exam_runs.html#log_name', 'rtsseg/exam_runs.py'),

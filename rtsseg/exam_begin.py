@@ -13,6 +13,7 @@ import torch
 from .checkpoint import has_valid_types, save_state
 from .config import ConfigError
 from .console import logger
+from .exam_runs import judged_weights
 from .resume import has_checkpoint
 
 # %% ../nbs/04zc_exam_begin.ipynb #xbgcode
@@ -49,7 +50,7 @@ def begin_from(path:Path,     # a file of `GuideFolder`
     if state['best']:
         best = best_beside(path, state['best']['step'])
     if best:
-        save_state(folder/'checkpoints'/'best.ckpt', dict(model=best['model'], best=best['best'],
+        save_state(folder/'checkpoints'/'best.ckpt', dict(model=judged_weights(best), best=best['best'],
                                                           modules=best['modules'], step=best['best']['step']))
     elif state['best']:
         logger.info(f'the best model of that time does not lie beside {path.name}: it is chosen from here on')

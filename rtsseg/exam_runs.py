@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDE_FILES', 'VIEW', 'checkpoint_name', 'best_name', 'stopped_name', 'last_name', 'log_name', 'results_name',
-           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'interned', 'pth_bytes', 'log_line',
-           'GuideFolder']
+           'run_identity', 'warmup_state', 'plateau_state', 'after_epoch', 'interned', 'judged_weights', 'pth_bytes',
+           'log_line', 'GuideFolder']
 
 # %% ../nbs/04z_exam_runs.ipynb #rrfexports
 import io
@@ -98,13 +98,17 @@ def interned(tree:Any    # of dicts, lists and tuples
         return type(tree)(map(interned, tree))
     return tree
 
+def judged_weights(state:dict) -> dict:    # names and tensors
+    "The weights that a validation judges: their moving average, where a run has one"
+    return state['average']['module'] if state['average'] else state['model']
+
 def pth_bytes(run:TrainingState,
               state:dict,      # with which the next epoch begins
               best:float       # C-index
              ) -> bytes:
     "A checkpoint that PyTorch opens by itself, as plain data"
     out = io.BytesIO()
-    found = dict(model=state['model'], optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
+    found = dict(model=judged_weights(state), optimizer=state['optimizer'], scheduler_warmup=warmup_state(run),
                  scheduler_plateau=plateau_state(run), epoch=state['epoch'] - 1, global_step=state['step'],
                  best_c_index=best, run=state)
     torch.save(interned(found), out)
