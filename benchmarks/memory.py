@@ -72,14 +72,16 @@ def make_evaluate(home, tiles):
     rng, rows = np.random.default_rng(0), []
     mask = np.zeros((1, 64, 64), 'uint8')
     mask[0, 20:30, 20:30] = 1
-    for k in range(100):
+    # the last two are those of the other splits
+    for k in range(102):
         write_raster(home/f'{k}.tif', rng.integers(1, 256, (3, 64, 64), 'uint8'), **PLACE)
         write_raster(home/f'{k}_m.tif', mask * (k % 4 == 0), **PLACE)
     for k in range(tiles + 2):
         split = 'val' if k < tiles else ('train', 'test')[k - tiles]
+        file = k % 100 if k < tiles else 100 + k - tiles
         x, y = k % 200 * 192., k // 200 * 192.
-        rows.append(dict(tile_id=f't{k}', image=f'{k % 100}.tif', mask=f'{k % 100}_m.tif', split=split, region='r',
-                         block=f'b{k % 50}', n_positive=100 * (k % 100 % 4 == 0), xmin=x, ymin=y, xmax=x + 192,
+        rows.append(dict(tile_id=f't{k}', image=f'{file}.tif', mask=f'{file}_m.tif', split=split, region='r',
+                         block=f'b{k % 50}', n_positive=100 * (file % 4 == 0), xmin=x, ymin=y, xmax=x + 192,
                          ymax=y + 192, crs='EPSG:3413'))
     pd.DataFrame(rows).to_csv(home/'manifest.csv', index=False)
     data = dict(manifest=home/'manifest.csv', tile_size=64, split_check='warn')
