@@ -2469,6 +2469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'rtsseg.prediction': { 'rtsseg.prediction.BlendedRows': ('predict.html#blendedrows', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.__init__': ('predict.html#blendedrows.__init__', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.add': ('predict.html#blendedrows.add', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.BlendedRows.leave': ('predict.html#blendedrows.leave', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.merged': ('predict.html#blendedrows.merged', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.BlendedRows.move_to': ('predict.html#blendedrows.move_to', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.DeviceError': ('predict.html#deviceerror', 'rtsseg/prediction.py'),

@@ -594,8 +594,11 @@ class BlendedRows:
         # weighted sums of the probabilities of yes and of no; or the largest log-odds
         planes, self.unseen = (1, -torch.inf) if merging == 'max' else (2, 0.)
         self.planes = torch.full((planes, tile, max(width, tile)), self.unseen, device=device)
-        # above the scene
-        self.top = -tile
+        self.leave()
+
+    def leave(self) -> None:
+        "Go above the scene, where another strip begins"
+        self.top = -self.tile
 
     def move_to(self,
                 top:int    # first row of pixels in the scene
@@ -625,12 +628,12 @@ class BlendedRows:
     def merged(self,
                valid:np.ndarray,            # bool (rows, columns): of the upper rows
                left:int=0,                  # the first of the columns
-               out:torch.Tensor|None=None   # float32, at least as many rows, as many columns; gets the result
+               out:torch.Tensor|None=None   # float32, at least as many rows and columns; gets the result
               ) -> np.ndarray:              # float32, of the same shape; 0 where it is not valid
         "The log-odds of the mean or of the maximum over all windows so far"
         rows, columns = valid.shape
         planes = self.planes[:, :rows, left:left + columns]
-        logits = torch.empty_like(planes[0]) if out is None else out[:rows]
+        logits = torch.empty_like(planes[0]) if out is None else out[:rows, :columns]
         if self.merging == 'max':
             logits.copy_(planes[0])
         else:
@@ -743,27 +746,32 @@ def predict_rows(job:MapJob,
                  signals:StopSignals     # raises `Stopped` between two batches once one was received
                 ) -> Iterator[MapRows]:
     "The wanted parts of a map; close it where it is not used up"
-    count, strips = len(window_starts(job.scene.height, job.scene.tile)), map_strips(job.scene.width, job.scene.tile)
+    tile, device = job.scene.tile, next(job.model.model.parameters()).device
+    count, strips = len(window_starts(job.scene.height, tile)), map_strips(job.scene.width, tile)
+    widest = max(strip.lefts[-1] + tile - strip.lefts[0] for strip in strips)
+    # one for all strips, since memory that is given back is not always used again
+    blended = BlendedRows(tile, widest, device, parse_views(job.views).merging)
+    results = itertools.cycle(torch.empty(2, tile, widest, device=device))
     for strip in strips:
         rows = {number % count for number in wanted if number // count == strip.number}
         which = f', strip {strip.number + 1} of {len(strips)}' if len(strips) > 1 else ''
         if rows:
-            with closing(predict_strip(job, strip, rows, signals, f'rows of windows{which}')) as parts:
+            blended.leave()
+            parts = predict_strip(job, strip, rows, signals, f'rows of windows{which}', blended, results)
+            with closing(parts):
                 yield from parts
 
 def predict_strip(job:MapJob, strip:MapStrip,
                   wanted:set[int],        # rows of windows
                   signals:StopSignals,
-                  what:str                # in lines of progress
+                  what:str,               # in lines of progress
+                  blended:BlendedRows,    # as wide as the strip at least
+                  results:Iterator[torch.Tensor]    # of `BlendedRows.merged`
                  ) -> Iterator[MapRows]:
     "The parts of a strip"
     scene = job.scene
     tops = window_starts(scene.height, scene.tile)
     begin, end = strip.begin - strip.lefts[0], strip.end - strip.lefts[0]
-    device = next(job.model.model.parameters()).device
-    blended = BlendedRows(scene.tile, strip.lefts[-1] + scene.tile - strip.lefts[0], device,
-                          parse_views(job.views).merging)
-    results = itertools.cycle(torch.empty(2, scene.tile, end - begin, device=device))
     needed = needed_rows(tops, scene.tile, wanted)
     with closing(ahead(read_windows(job, strip, needed, what))) as batches:
         for batch in batches:

@@ -103,7 +103,7 @@ def polygon_style(column:str,    # that colours the polygons
                           symbollevels='0', enableorderby='0', forceraster='0')
     ranges, symbols = SubElement(renderer, 'ranges'), SubElement(renderer, 'symbols')
     limits = np.linspace(low, high, len(STYLE_COLOURS) + 1)
-    # QGIS draws nothing outside of the classes, so that the first and the last must not be rounded inwards
+    # QGIS draws nothing outside of the classes: the first and the last are not rounded inwards
     limits[0], limits[-1] = np.floor(1e6 * low) / 1e6, np.ceil(1e6 * high) / 1e6
     for i, (colour, start, end) in enumerate(zip(STYLE_COLOURS, limits, limits[1:])):
         SubElement(ranges, 'range', symbol=str(i), lower=f'{start:.6f}', upper=f'{end:.6f}',
