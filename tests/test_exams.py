@@ -142,11 +142,15 @@ def test_an_exam_without_a_readable_view_does_not_count(made, tmp_path):
     data = ExamData(csv_file=folder/'exams.csv', data_root=folder, height=48, width=32)
     exams = data.read().of('val')
     dataset = ExamDataset(exams, data, ExamAugment(enabled=False))
-    whole = [dataset[place] for place in range(3)]
-    for path in exams.paths[dataset.rows[1]]:
+    patients = [dataset[place]['group'] for place in range(9)]
+    # the next sample is of another patient: it does not see this exam as an earlier one
+    damaged = next(place for place in range(1, 8) if patients[place] != patients[place + 1])
+    places = range(damaged - 1, damaged + 2)
+    whole = [dataset[place] for place in places]
+    for path in exams.paths[dataset.rows[damaged]]:
         (folder/path).write_bytes(b'cut off')
-    batch = default_collate([dataset[place] for place in range(3)])
-    assert dataset.unread[:3].tolist() == [False, True, False]
+    batch = default_collate([dataset[place] for place in places])
+    assert [place for place in places if dataset.unread[place]] == [damaged]
     assert batch['y_mask'].any(1).tolist() == [True, False, True]
     cfg = find_system('survival').Config(data=data.model_dump(), model=dict(name='OA-BreaCR'))
     task = find_system('survival').task(cfg, None)
@@ -155,7 +159,7 @@ def test_an_exam_without_a_readable_view_does_not_count(made, tmp_path):
     out = heads | dict(log_p=torch.randn(3, 6).log_softmax(1), mean=torch.randn(3, 4), log_var=torch.zeros(3, 4),
                        alignment=torch.zeros(3))
     assert task.rows(out, batch)['sample'] == [sample['sample'] for sample in whole if sample['sample'] !=
-                                               dataset.names[1]]
+                                               dataset.names[damaged]]
     scores = task.train_meter()
     scores.update(out, batch)
     assert [row[0] for row in scores.rows] == [whole[0]['time'], whole[2]['time']]

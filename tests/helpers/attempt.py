@@ -53,8 +53,9 @@ class Attempt:
             os.setsid()
             for number in (1, 2):
                 redirect(number, self.output)
-            # both write at the end of the same file
+            # both write at the end of the same file, also where pytest has put files of its own into their places
             os.dup2(1, 2)
+            sys.stdout, sys.stderr = (open(number, 'w', closefd=False) for number in (1, 2))
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
