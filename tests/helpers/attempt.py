@@ -53,7 +53,7 @@ class Attempt:
             os.setsid()
             for number in (1, 2):
                 redirect(number, self.output)
-            # both write at the end of the same file, also where pytest has put files of its own into their places
+            # both write at the end of the same file; pytest has put others into their places
             os.dup2(1, 2)
             sys.stdout, sys.stderr = (open(number, 'w', closefd=False) for number in (1, 2))
             for number in (signal.SIGTERM, signal.SIGHUP):
