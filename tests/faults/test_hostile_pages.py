@@ -3,10 +3,9 @@ import json
 
 import geopandas as gpd
 import numpy as np
-import pytest
 import shapely
 
-from helpers.browser import driven_browser, in_browser
+from helpers.browser import in_browser, opened
 from helpers.hostile import change_evidence, prefixed
 from helpers.maps import GRID, noise, write_map, write_scene
 from helpers.runs import run
@@ -33,12 +32,6 @@ HOSTILE = {
     'long': 'w' * 10_000,
 }
 
-@pytest.fixture(scope='module')
-def tab(tmp_path_factory):
-    "A tab of a browser"
-    with driven_browser(tmp_path_factory.mktemp('tab')) as tab:
-        yield tab
-
 # elements that fetch or run something, and attributes that do
 LOUD = """[...document.querySelectorAll('*')].filter(each =>
   ['IFRAME', 'OBJECT', 'EMBED', 'LINK', 'BASE', 'FORM', 'FRAME'].includes(each.tagName)
@@ -53,42 +46,40 @@ INJECT = """(() => {
   document.body.insertAdjacentHTML('beforeend', '<img src=x onerror="window.pwned = 3">');
 })()"""
 
-def assert_harmless(tab, path, scripts, names):
+def assert_harmless(tab, scripts, names):
     "A page shows these names as text, runs its own scripts alone, fetches nothing and stays within the window"
-    tab.ask('Emulation.setDeviceMetricsOverride', width=1280, height=900, deviceScaleFactor=1, mobile=False)
-    tab.open(path, 'true')
-    assert tab.value('document.scripts.length') == scripts
-    assert tab.value(LOUD) == []
-    assert tab.value(TURNED) is False
-    assert tab.value('document.documentElement.scrollWidth') <= 1280
+    assert tab.evaluate('document.scripts.length') == scripts
+    assert tab.evaluate(LOUD) == []
+    assert tab.evaluate(TURNED) is False
+    assert tab.evaluate('document.documentElement.scrollWidth') <= 1280
     # scripts hold no text that is shown
-    text = tab.value('document.title + document.body.textContent')
+    text = tab.evaluate('document.title + document.body.textContent')
     for name in names:
         assert name in text
-    assert tab.value('performance.getEntriesByType("resource").filter(e => !/^data:/.test(e.name)).length') == 0
+    assert tab.evaluate('performance.getEntriesByType("resource").filter(e => !/^data:/.test(e.name)).length') == 0
+    assert tab.asked == []
     # what would be put in, would not run
-    tab.value(INJECT)
-    tab.value('new Promise(resolve => setTimeout(resolve, 50))')
-    assert tab.value('window.pwned') is None
+    tab.evaluate(INJECT)
+    tab.evaluate('new Promise(resolve => setTimeout(resolve, 50))')
+    assert tab.evaluate('window.pwned') is None
 
 # ---------------------------------------------------------------- report
 
 @in_browser
-def test_48_a_report(tab, tmp_path):
+def test_48_a_report(chromium, tmp_path):
     "Names of regions, blocks and tiles"
     folder = run(tmp_path)
     hostile = '|'.join(HOSTILE.values())
     for split in ('val', 'test'):
         change_evidence(folder, prefixed(hostile, 'tile_id', 'region', 'block'), split)
     calibrate(folder)
-    path = report([folder]).path
-    tab.open(path, 'true')
-    assert_harmless(tab, path, 2, [SCRIPT, HOSTILE['end of script'], r'\u202egnp.exe\u2066'])
+    with opened(chromium, report([folder]).path) as tab:
+        assert_harmless(tab, 2, [SCRIPT, HOSTILE['end of script'], r'\u202egnp.exe\u2066'])
 
 # ---------------------------------------------------------------- review
 
 @in_browser
-def test_48_a_page_of_a_review(tab, tmp_path):
+def test_48_a_page_of_a_review(chromium, tmp_path):
     "The question, the rater, the units"
     write_map(tmp_path/'map.tif', np.random.default_rng(0).random((128, 128))**4)
     write_scene(tmp_path/'scene.tif', noise(128, 128))
@@ -100,14 +91,15 @@ def test_48_a_page_of_a_review(tab, tmp_path):
     units = [unit | dict(id=f"{unit['id']}{everything}") for unit in data['units']]
     path = tmp_path/'hostile.html'
     path.write_text(review_page(everything, everything, everything, units))
-    assert_harmless(tab, path, 2, [SCRIPT, HOSTILE['end of script']])
-    tab.press('y')
-    assert tab.value('window.pwned') is None
+    with opened(chromium, path) as tab:
+        assert_harmless(tab, 2, [SCRIPT, HOSTILE['end of script']])
+        tab.keyboard.press('y')
+        assert tab.evaluate('window.pwned') is None
 
 # ---------------------------------------------------------------- preview
 
 @in_browser
-def test_48_a_preview(tab, tmp_path):
+def test_48_a_preview(chromium, tmp_path):
     "The name of the map, the columns and values of polygons; a polygon is clicked, so that they are shown"
     out = write_map(tmp_path/f'{HOSTILE["script"].replace("/", "")}\u202egnp.tif',
                     np.random.default_rng(0).random((64, 64)))
@@ -117,11 +109,12 @@ def test_48_a_preview(tab, tmp_path):
                if len(name) < 100}
     gpd.GeoDataFrame(columns, geometry=outlines, crs='EPSG:3413').to_parquet(tmp_path/'polygons.parquet')
     preview(out, tmp_path/'preview.html', tmp_path/'polygons.parquet')
-    assert_harmless(tab, tmp_path/'preview.html', 2, [])
-    for number in range(len(HOSTILE)):
-        tab.value(f'document.querySelectorAll("path")[{number}].dispatchEvent(new Event("click", {{bubbles: true}}))')
-        shown = tab.value('document.getElementById("details").textContent')
-        assert list(HOSTILE.values())[number].split('\u202e')[0][:50] in shown
-        assert tab.value('document.documentElement.scrollWidth') <= 1280
-    assert tab.value('window.pwned') is None
-    assert tab.value(TURNED) is False
+    with opened(chromium, tmp_path/'preview.html') as tab:
+        assert_harmless(tab, 2, [])
+        for number, text in enumerate(HOSTILE.values()):
+            click = 'new Event("click", {bubbles: true})'
+            tab.evaluate(f'document.querySelectorAll("path")[{number}].dispatchEvent({click})')
+            assert text.split('\u202e')[0][:50] in tab.evaluate('document.getElementById("details").textContent')
+            assert tab.evaluate('document.documentElement.scrollWidth') <= 1280
+        assert tab.evaluate('window.pwned') is None
+        assert tab.evaluate(TURNED) is False
