@@ -223,7 +223,7 @@ def test_45_two_commands_at_once(works, first):
         assert without_report(digests(works.work)) == without_report(works.expected('report'))
         assert all(path.read_text().endswith('</html>') for path in works.work.rglob('report.html'))
         survived += 1
-    note('pairs', f'{first}, beside another', survived, survived)
+    note('pairs', f'{first}, beside another', survived, len(seconds) * LONG)
 
 def without_report(found):
     "Without the page, which tells how often a run was evaluated"
