@@ -12,8 +12,8 @@ __all__ = ['LOGITS', 'Runner', 'MOST_LOGIT_DIFFERENCE', 'TIMED_RUNS', 'CLASS_FOR
            'export_classes', 'PhotoNamer', 'some_photos', 'write_plant_onnx', 'plant_session', 'plant_module',
            'plant_files', 'PlantParity', 'softmax_rows', 'compare_plants', 'photos_for_export', 'export_plants',
            'whole_formats', 'runner_of', 'session_runner', 'write_whole_file', 'compare_whole', 'finish_export',
-           'SeriesLabeller', 'invented_series', 'export_series', 'RiskReader', 'invented_exams', 'export_risk',
-           'export_any']
+           'WholeModel', 'export_whole', 'SeriesLabeller', 'invented_series', 'export_series', 'RiskReader',
+           'invented_exams', 'export_risk', 'export_any']
 
 # %% ../nbs/08p_class_export.ipynb #cexexports
 import io
@@ -617,6 +617,36 @@ def finish_export(folder:Path, model_dir:Path,
     shutil.copyfile(inside(model_dir/'README.md', model_dir), folder/'README.md')
     seal_model(folder)
 
+# %% ../nbs/08p_class_export.ipynb #cexwhole3code
+class WholeModel(NamedTuple):
+    "A module with all inside it, and how its files are compared"
+    module: nn.Module
+    inputs: list[str]      # names
+    output: str
+    tried: list[dict]      # made-up inputs: {name: array}
+    most: float            # the largest difference
+    what: str              # is compared
+    unit: str              # of the time: a window, an exam
+
+def export_whole(model_dir:Path, out:Path, formats:list[str],
+                 whole:WholeModel,
+                 about:dict                # the model, for export.json
+                ) -> dict[str, Parity]:    # {file: how it compares}
+    "Write and compare a file of each format; raises `ModelError`, and then leaves nothing behind"
+    example = tuple(torch.from_numpy(whole.tried[0][name]) for name in whole.inputs)
+    run, found = runner_of(whole.module, whole.inputs), {}
+    wanted, library = np.concatenate([run(inputs) for inputs in whole.tried]), milliseconds(run, whole.tried[0])
+    with whole_folder(out) as folder, model_errors(model_dir):
+        for name in formats:
+            path = folder/CLASS_FORMATS[name]
+            runner = write_whole_file(name, whole.module, example, path, whole.inputs, whole.output)
+            found[path.name] = compare_whole(path, runner, whole.tried, wanted, library, whole.most, whole.what)
+        finish_export(folder, model_dir, about, found)
+    for name, parity in found.items():
+        logger.info(f'{name}: {parity.megabytes:.1f} MB, {whole.what} differ by up to {parity.difference:.2g}; '
+                    f'{parity.milliseconds:.0f} ms {whole.unit} (PyTorch {parity.library:.0f} ms)')
+    return found
+
 # %% ../nbs/08p_class_export.ipynb #cexseriescode
 SERIES_INPUTS = ['s1', 's2', 'static', 'present1', 'present2', 'day1', 'day2']
 
@@ -675,23 +705,13 @@ def export_series(model_dir:str|Path,      # a model directory of time series
     Raises `ConfigError` and `ModelError`, and then leaves nothing behind."""
     model_dir, out = Path(model_dir), Path(out)
     formats = whole_formats(out, formats, images)
-    packed, found = find_system(load(model_dir/'config.yaml').system).unpack(model_dir), {}
-    whole, tried = SeriesLabeller(packed).eval(), [invented_series(packed, seed) for seed in range(4)]
-    example, run = tuple(torch.from_numpy(tried[0][name]) for name in SERIES_INPUTS), runner_of(whole, SERIES_INPUTS)
-    wanted, library = np.concatenate([run(inputs) for inputs in tried]), milliseconds(run, tried[0])
-    data = packed.cfg.data
+    packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
+    tried, data = [invented_series(packed, seed) for seed in range(4)], packed.cfg.data
+    whole = WholeModel(SeriesLabeller(packed).eval(), SERIES_INPUTS, LOGITS, tried, MOST_LOGIT_DIFFERENCE, 'logits',
+                       'a window')
     about = dict(classes=data.class_names, s1=data.s1, s2=data.s2, static=data.static, side=data.patch,
                  dates=packed.stats.longest, nodata=data.nodata)
-    with whole_folder(out) as folder, model_errors(model_dir):
-        for name in formats:
-            path = folder/CLASS_FORMATS[name]
-            runner = write_whole_file(name, whole, example, path, SERIES_INPUTS, LOGITS)
-            found[path.name] = compare_whole(path, runner, tried, wanted, library, MOST_LOGIT_DIFFERENCE, 'logits')
-        finish_export(folder, model_dir, about, found)
-    for name, parity in found.items():
-        logger.info(f'{name}: {parity.megabytes:.1f} MB, logits differ by up to {parity.difference:.2g}; '
-                    f'{parity.milliseconds:.0f} ms a window (PyTorch {parity.library:.0f} ms)')
-    return found
+    return export_whole(model_dir, out, formats, whole, about)
 
 # %% ../nbs/08p_class_export.ipynb #cexriskcode
 RISK_INPUTS, RISK = ['pixels', 'present', 'gap'], 'risk'
@@ -731,23 +751,12 @@ def export_risk(model_dir:str|Path,      # a model directory of survival
     Raises `ConfigError` and `ModelError`, and then leaves nothing behind."""
     model_dir, out = Path(model_dir), Path(out)
     formats = whole_formats(out, formats, images)
-    packed, found = find_system(load(model_dir/'config.yaml').system).unpack(model_dir), {}
-    whole, tried = RiskReader(packed).eval(), [invented_exams(packed, seed) for seed in range(4)]
-    example, run = tuple(torch.from_numpy(tried[0][name]) for name in RISK_INPUTS), runner_of(whole, RISK_INPUTS)
-    wanted, library = np.concatenate([run(inputs) for inputs in tried]), milliseconds(run, tried[0])
-    data = packed.cfg.data
+    packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
+    tried, data = [invented_exams(packed, seed) for seed in range(4)], packed.cfg.data
+    whole = WholeModel(RiskReader(packed).eval(), RISK_INPUTS, RISK, tried, MOST_DIFFERENCE, 'probabilities', 'an exam')
     about = dict(model=packed.cfg.model.name, years=data.years, exams=1 + data.priors, height=data.height,
                  width=data.width, chest_left=data.chest_left)
-    with whole_folder(out) as folder, model_errors(model_dir):
-        for name in formats:
-            path = folder/CLASS_FORMATS[name]
-            runner = write_whole_file(name, whole, example, path, RISK_INPUTS, RISK)
-            found[path.name] = compare_whole(path, runner, tried, wanted, library, MOST_DIFFERENCE, 'probabilities')
-        finish_export(folder, model_dir, about, found)
-    for name, parity in found.items():
-        logger.info(f'{name}: {parity.megabytes:.1f} MB, probabilities differ by up to {parity.difference:.2g}; '
-                    f'{parity.milliseconds:.0f} ms an exam (PyTorch {parity.library:.0f} ms)')
-    return found
+    return export_whole(model_dir, out, formats, whole, about)
 
 # %% ../nbs/08p_class_export.ipynb #cexanycode
 def export_any(model_dir:str|Path,       # a model directory of rts, landcover, plants, timeseries or survival
