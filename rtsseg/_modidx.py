@@ -436,7 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'rtsseg/class_export.py'),
                                      'rtsseg.class_export.Singles': ('class_export.html#singles', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.Singles.takes': ('class_export.html#singles.takes', 'rtsseg/class_export.py'),
-                                     'rtsseg.class_export.WholeModel': ('class_export.html#wholemodel', 'rtsseg/class_export.py'),
+                                     'rtsseg.class_export.WholeExport': ('class_export.html#wholeexport', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.best_singles': ('class_export.html#best_singles', 'rtsseg/class_export.py'),
                                      'rtsseg.class_export.check_class_formats': ( 'class_export.html#check_class_formats',
                                                                                   'rtsseg/class_export.py'),

@@ -12,7 +12,7 @@ __all__ = ['LOGITS', 'Runner', 'MOST_LOGIT_DIFFERENCE', 'TIMED_RUNS', 'CLASS_FOR
            'export_classes', 'PhotoNamer', 'some_photos', 'write_plant_onnx', 'plant_session', 'plant_module',
            'plant_files', 'PlantParity', 'softmax_rows', 'compare_plants', 'photos_for_export', 'export_plants',
            'whole_formats', 'runner_of', 'session_runner', 'write_whole_file', 'compare_whole', 'finish_export',
-           'WholeModel', 'export_whole', 'SeriesLabeller', 'invented_series', 'export_series', 'RiskReader',
+           'WholeExport', 'export_whole', 'SeriesLabeller', 'invented_series', 'export_series', 'RiskReader',
            'invented_exams', 'export_risk', 'export_any']
 
 # %% ../nbs/08p_class_export.ipynb #cexexports
@@ -618,7 +618,7 @@ def finish_export(folder:Path, model_dir:Path,
     seal_model(folder)
 
 # %% ../nbs/08p_class_export.ipynb #cexwhole3code
-class WholeModel(NamedTuple):
+class WholeExport(NamedTuple):
     "A module with all inside it, and how its files are compared"
     module: nn.Module
     inputs: list[str]      # names
@@ -629,7 +629,7 @@ class WholeModel(NamedTuple):
     unit: str              # of the time: a window, an exam
 
 def export_whole(model_dir:Path, out:Path, formats:list[str],
-                 whole:WholeModel,
+                 whole:WholeExport,
                  about:dict                # the model, for export.json
                 ) -> dict[str, Parity]:    # {file: how it compares}
     "Write and compare a file of each format; raises `ModelError`, and then leaves nothing behind"
@@ -707,7 +707,7 @@ def export_series(model_dir:str|Path,      # a model directory of time series
     formats = whole_formats(out, formats, images)
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
     tried, data = [invented_series(packed, seed) for seed in range(4)], packed.cfg.data
-    whole = WholeModel(SeriesLabeller(packed).eval(), SERIES_INPUTS, LOGITS, tried, MOST_LOGIT_DIFFERENCE, 'logits',
+    whole = WholeExport(SeriesLabeller(packed).eval(), SERIES_INPUTS, LOGITS, tried, MOST_LOGIT_DIFFERENCE, 'logits',
                        'a window')
     about = dict(classes=data.class_names, s1=data.s1, s2=data.s2, static=data.static, side=data.patch,
                  dates=packed.stats.longest, nodata=data.nodata)
@@ -753,7 +753,7 @@ def export_risk(model_dir:str|Path,      # a model directory of survival
     formats = whole_formats(out, formats, images)
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
     tried, data = [invented_exams(packed, seed) for seed in range(4)], packed.cfg.data
-    whole = WholeModel(RiskReader(packed).eval(), RISK_INPUTS, RISK, tried, MOST_DIFFERENCE, 'probabilities', 'an exam')
+    whole = WholeExport(RiskReader(packed).eval(), RISK_INPUTS, RISK, tried, MOST_DIFFERENCE, 'probabilities', 'an exam')
     about = dict(model=packed.cfg.model.name, years=data.years, exams=1 + data.priors, height=data.height,
                  width=data.width, chest_left=data.chest_left)
     return export_whole(model_dir, out, formats, whole, about)
