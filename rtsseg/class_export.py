@@ -708,7 +708,7 @@ def export_series(model_dir:str|Path,      # a model directory of time series
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
     tried, data = [invented_series(packed, seed) for seed in range(4)], packed.cfg.data
     whole = WholeExport(SeriesLabeller(packed).eval(), SERIES_INPUTS, LOGITS, tried, MOST_LOGIT_DIFFERENCE, 'logits',
-                       'a window')
+                        'a window')
     about = dict(classes=data.class_names, s1=data.s1, s2=data.s2, static=data.static, side=data.patch,
                  dates=packed.stats.longest, nodata=data.nodata)
     return export_whole(model_dir, out, formats, whole, about)
@@ -753,7 +753,8 @@ def export_risk(model_dir:str|Path,      # a model directory of survival
     formats = whole_formats(out, formats, images)
     packed = find_system(load(model_dir/'config.yaml').system).unpack(model_dir)
     tried, data = [invented_exams(packed, seed) for seed in range(4)], packed.cfg.data
-    whole = WholeExport(RiskReader(packed).eval(), RISK_INPUTS, RISK, tried, MOST_DIFFERENCE, 'probabilities', 'an exam')
+    whole = WholeExport(RiskReader(packed).eval(), RISK_INPUTS, RISK, tried, MOST_DIFFERENCE, 'probabilities',
+                        'an exam')
     about = dict(model=packed.cfg.model.name, years=data.years, exams=1 + data.priors, height=data.height,
                  width=data.width, chest_left=data.chest_left)
     return export_whole(model_dir, out, formats, whole, about)
