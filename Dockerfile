@@ -4,9 +4,9 @@
 #   --shm-size: loader workers hand batches over in shared memory. A container has 64 MB of it,
 #   and a loader of the baseline holds 2.1 GB.
 #   UID: the user that owns the runs folder; no process in the container is root.
-#   --build-arg BASE=python@sha256:… fixes the base image by its digest.
-ARG BASE=python:3.11-slim
-FROM ${BASE}
+#   The digest is that of the image index, for amd64 and arm64; `docker buildx imagetools inspect
+#   python:3.11-slim-bookworm` prints the present one.
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 RUN apt-get update \
  && apt-get install -y --no-install-recommends git make libexpat1 \
  && rm -rf /var/lib/apt/lists/*

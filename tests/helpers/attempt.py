@@ -59,7 +59,10 @@ class Attempt:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            multiprocessing.current_process()._config['authkey'] = b'test'
+            inherited = multiprocessing.current_process()._config
+            inherited['authkey'] = b'test'
+            # of the tests' own process; another user could not write there
+            inherited.pop('tempdir', None)
             prepare()
             code = exit_code(lambda: run_command(*words, cwd=folder.parent, env=ENVIRONMENT))
             sys.stdout.flush()
