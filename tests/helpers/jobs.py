@@ -28,19 +28,19 @@ class Job:
     refuses: str = ''     # what it says, with code 2, where all is done
 
 JOBS = {
-    'train': Job(['rtsseg-train', '--config', '{folder}/tiny.yaml'], '', 6, ('command', 'trainer', 'worker')),
-    'evaluate': Job(['rtsseg-evaluate', '--run', RUN], 'train'),
+    'train': Job(['rtsseg-train', '--config', '{folder}/tiny.yaml'], '', 8, ('command', 'trainer', 'worker')),
+    'evaluate': Job(['rtsseg-evaluate', '--run', RUN], 'train', 6),
     'calibrate': Job(['rtsseg-calibrate', '--run', RUN], 'evaluate', 6),
-    'test': Job(['rtsseg-evaluate', '--run', RUN, '--split', 'test'], 'calibrate', 3),
-    'report': Job(['rtsseg-report', '--run', RUN], 'test', 2),
+    'test': Job(['rtsseg-evaluate', '--run', RUN, '--split', 'test'], 'calibrate', 4),
+    'report': Job(['rtsseg-report', '--run', RUN], 'test', 4),
     'predict': Job(['rtsseg-predict', '--model', MODEL_OF_RUN, '--scene', '{folder}/scene.tif', '--out',
-                    '{folder}/map.tif'], 'calibrate', 6),
+                    '{folder}/map.tif'], 'calibrate', 8),
     'map': Job(['rtsseg-map', '--model', MODEL_OF_RUN, '--scenes', '{folder}/scenes.csv', '--out', '{folder}/maps',
-                '--workers', '2', '--expiry', '1', '--windows', '6'], 'calibrate', 4, ('command', 'worker')),
+                '--workers', '2', '--expiry', '1', '--windows', '6'], 'calibrate', 8, ('command', 'worker')),
     'export': Job(['rtsseg-export', '--model', MODEL_OF_RUN, '--out', '{folder}/exported', '--formats', 'onnx'],
-                  'calibrate', 3, refuses='exported exists'),
+                  'calibrate', 4, refuses='exported exists'),
     'search': Job(['rtsseg-search', '--config', '{folder}/tiny.yaml', '--space', '{folder}/space.yaml', '--trials',
-                   '2'], '', 2),
+                   '2'], '', 3),
 } | {
     f'train {name}': Job(['rtsseg-train', '--config', f'{{folder}}/{name}.yaml', '--inline'], kills=2, system=name)
     for name in SYSTEMS
