@@ -4645,6 +4645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'rtsseg.training.open_folder': ('train.html#open_folder', 'rtsseg/training.py'),
                                  'rtsseg.training.opened': ('train.html#opened', 'rtsseg/training.py'),
                                  'rtsseg.training.prepare_run': ('train.html#prepare_run', 'rtsseg/training.py'),
+                                 'rtsseg.training.say_what_starts': ('train.html#say_what_starts', 'rtsseg/training.py'),
                                  'rtsseg.training.start_training': ('train.html#start_training', 'rtsseg/training.py'),
                                  'rtsseg.training.train': ('train.html#train', 'rtsseg/training.py')},
             'rtsseg.tuning': { 'rtsseg.tuning.KeyedSampler': ('search.html#keyedsampler', 'rtsseg/tuning.py'),
