@@ -50,11 +50,14 @@ JOBS = {
 OWN_TIME = ('log.jsonl', 'test_ledger.json', 'environment.json', 'study.db', 'study.pkl', 'history.png',
             'importance.png')
 
+# folders of an attempt; a worker that outlives the command that started it may still claim a part that is done
+OF_ATTEMPTS = {'checkpoints', 'claims', 'clocks'}
+
 def is_result(path, folder):
     "Whether a file is a result, and not about an attempt; what a writer left that died has a hidden name"
     parts = path.relative_to(folder).parts
     is_named = not any(part.startswith('.') for part in parts)
-    return path.is_file() and is_named and path.name not in OWN_TIME and 'checkpoints' not in parts
+    return path.is_file() and is_named and path.name not in OWN_TIME and not OF_ATTEMPTS & set(parts)
 
 def content(path):
     "What of a file is a result"
@@ -81,6 +84,7 @@ class Works:
 
     def __init__(self, home, jobs=JOBS):
         self.home, self.work, self.jobs, self.measured = home, home/'disk'/'work', jobs, {}
+        self.beside = {}
 
     def state(self, name):
         "The folder that a job leaves; '' is what the first one finds"
@@ -138,6 +142,15 @@ class Works:
         "Changes on disk, CPU seconds and written bytes of a job"
         self.state(name)
         return self.measured[name]
+
+    def expected_after(self, name, before):
+        "{name: SHA-256} of what a job leaves in the result of another one where nothing disturbs it"
+        if (name, before) not in self.beside:
+            self.restore_result(before)
+            done = self.attempt(name)
+            assert done.code == 0, done.printed
+            self.beside[name, before] = digests(self.work)
+        return self.beside[name, before]
 
     def expected(self, name):
         "{name: SHA-256} of what a job leaves where nothing disturbs it"
