@@ -998,6 +998,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.evaluation.TestLedger': ('evaluate.html#testledger', 'rtsseg/evaluation.py'),
                                    'rtsseg.evaluation.TestLedger.check': ('evaluate.html#testledger.check', 'rtsseg/evaluation.py'),
                                    'rtsseg.evaluation.TestLedger.record': ('evaluate.html#testledger.record', 'rtsseg/evaluation.py'),
+                                   'rtsseg.evaluation.ask_ledger': ('evaluate.html#ask_ledger', 'rtsseg/evaluation.py'),
                                    'rtsseg.evaluation.changed_since_training': ( 'evaluate.html#changed_since_training',
                                                                                  'rtsseg/evaluation.py'),
                                    'rtsseg.evaluation.evaluate': ('evaluate.html#evaluate', 'rtsseg/evaluation.py'),

@@ -396,9 +396,11 @@ def rtsseg_run(shared:RunArguments=RunArguments(),
     "The whole job: train, evaluate on validation, calibrate, evaluate on test, report; started again, it resumes"
     cfg = shared.settings()
     from rtsseg.calibration import calibrate
-    from rtsseg.evaluation import evaluate
+    from rtsseg.evaluation import ask_ledger, evaluate
     from rtsseg.reporting import report, seed_list
     from rtsseg.training import start_training
+    # what may not be tested in the end changes nothing
+    ask_ledger(cfg)
     folders = []
     for seed in seed_list(seeds) or [cfg.seed]:
         folder = start_training(cfg.model_copy(update=dict(seed=seed)))
