@@ -412,7 +412,10 @@ def plan_monitor(tiles:Manifest     # of windows or tiles
     seen = f'{positive} positive and {negative} negative tiles in validation'
     if negative * MAX_WEIGHT >= 200 * positive:
         return [Choice('metrics.monitor', 'pr_auc@200', seen)]
-    return [Choice('metrics.monitor', 'pr_auc@native', f'{seen}: too few negative ones to weigh them up to 1:200')]
+    few = 'too few negative ones to weigh them up to 1:200'
+    return [Choice('metrics.monitor', 'pr_auc@native', f'{seen}: {few}'),
+            Choice('metrics.ratios', ['native', 200], f'{few}: what is judged first is the ratio of the split'),
+            Choice('calibrate.ratio', 'native', 'thresholds and probabilities are fitted at that ratio too')]
 
 def plan_epochs(minutes:float,
                 steps:int        # that fit, about

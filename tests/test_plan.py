@@ -1,4 +1,6 @@
 "A plan: what it chooses, that it overrides nothing, and that it leads from a folder of images to a report"
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from rtsseg.plan import (
     RunPlan,
     crop_sides,
     longer_sides,
+    nested,
     object_boxes,
     plan_batch,
     plan_epochs,
@@ -140,8 +143,12 @@ def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
     ratios = {n: plan_sampling(of(n), 12)[0].value[0]['ratio'] for n in (0, 9, 25, 100)}
     assert ratios == {0: '1:1', 9: '1:1', 25: '1:2', 100: '1:5'}
     as_val = of(100).table.assign(split='val')
-    assert plan_monitor(Manifest(as_val, manifest.root, manifest.path))[0].value == 'pr_auc@200'
-    assert plan_monitor(Manifest(as_val[:30], manifest.root, manifest.path))[0].value == 'pr_auc@native'
+    enough, few = (plan_monitor(Manifest(rows, manifest.root, manifest.path)) for rows in (as_val, as_val[:30]))
+    assert [(c.setting, c.value) for c in enough] == [('metrics.monitor', 'pr_auc@200')]
+    # what the few tiles can answer comes first, and is what probabilities are fitted to
+    planned = load(**nested(few))
+    assert (planned.metrics.monitor, planned.metrics.ratios) == ('pr_auc@native', ['native', 200])
+    assert planned.calibrate.ratio == 'native' and all(c.why for c in few)
 
 def test_a_plan_overrides_nothing(tiny_world, tmp_path):
     "Settings of a config are as they were, and a given network stays with its rates"
@@ -261,6 +268,9 @@ def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys
     quick = ['--override', 'metrics.replicates=20', '--override', 'tracker.kind=none']
     for _ in range(2):
         assert main(['run', '--config', 'fields.yaml', *quick]) == 0
-        assert 'report.html' in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert 'report.html' in printed
+    # ten images hold no 1:200: the verdict speaks about the split as it is
+    assert re.search(r'^object precision at native ', printed, re.MULTILINE)
     report, = (tmp_path/'runs').rglob('report.html')
     assert 'PR-AUC' in report.read_text()
