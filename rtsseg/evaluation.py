@@ -168,10 +168,10 @@ def observe_resolved(job:Evaluation, first:Any) -> Any:
     for _ in range(MORE_PASSES):
         why = job.system.unresolved(table, job.cfg)
         if not why:
-            return table
+            break
         print(f'{job.ask.split}: {why}', flush=True)
         table = observe(job, table)
-    left = job.system.unresolved(table, job.cfg)
+    left = job.system.left_uncertain(table, job.cfg)
     if left:
         logger.info('%s: %s', job.ask.split, left)
     return table

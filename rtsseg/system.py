@@ -298,7 +298,11 @@ class System:
         return observe_samples(self.task(packed.cfg, feed), packed, feed, ask)
 
     def unresolved(self, table:Any, cfg:RunConfig) -> str:
-        "Why a table is too coarse for its metrics, so that a second, finer pass is needed; '' where it is fine"
+        "Why a table is too coarse for its metrics, and what a finer pass does about it; '' where none would help"
+        return ''
+
+    def left_uncertain(self, table:Any, cfg:RunConfig) -> str:
+        "What the metrics of a table leave uncertain after all passes; '' for nothing"
         return ''
 
     def attachments(self, packed:Any, feed:Feed, ask:Pass, table:Any) -> dict[str, bytes]:

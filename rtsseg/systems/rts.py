@@ -51,9 +51,12 @@ class RtsFeed(Feed):
         return len(self.manifest.of(split))
 
     def warnings(self) -> list[str]:
-        "Splits with too few positive tiles, a line each"
+        "Splits that share ground or hold too few positive tiles, a line each"
+        from rtsseg.prepare import shared_ground
         from rtsseg.splits import thin_splits
-        return [f'{problem}: a number from few tiles says little' for problem in thin_splits(self.manifest.table)]
+        shared = shared_ground(self.manifest)
+        thin = thin_splits(self.manifest.table)
+        return [*([shared] if shared else []), *(f'{problem}: a number from few tiles says little' for problem in thin)]
 
     def observers(self) -> list:
         "An observer that stops the run where too many tiles cannot be read"
@@ -214,9 +217,14 @@ class RTS(System):
         return observe_tiles(packed, feed.split(ask.split, packed), part, feed.cfg, ask, bins)
 
     def unresolved(self, table:Any, cfg:RtsConfig) -> str:
-        "Why the bins of the scores are too coarse for the metrics; '' where they are fine"
+        "Why the bins of the scores are too coarse for the metrics; '' where finer ones would not help"
         from rtsseg.observe import why_unresolved
         return why_unresolved(table, cfg.metrics.ratios)
+
+    def left_uncertain(self, table:Any, cfg:RtsConfig) -> str:
+        "Between what bounds PR-AUC lies where its bins leave it uncertain; '' where they do not"
+        from rtsseg.observe import left_uncertain
+        return left_uncertain(table, cfg.metrics.ratios)
 
     def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
         "Outlines of all objects, and logits of the tiles that a report shows, as .npz files"
