@@ -1354,6 +1354,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'rtsseg.folders.Fill.distance': ('folders.html#fill.distance', 'rtsseg/folders.py'),
                                 'rtsseg.folders.Pair': ('folders.html#pair', 'rtsseg/folders.py'),
                                 'rtsseg.folders.Seen': ('folders.html#seen', 'rtsseg/folders.py'),
+                                'rtsseg.folders.Seen.values': ('folders.html#seen.values', 'rtsseg/folders.py'),
                                 'rtsseg.folders._BandEnds': ('folders.html#_bandends', 'rtsseg/folders.py'),
                                 'rtsseg.folders._BandEnds.__init__': ('folders.html#_bandends.__init__', 'rtsseg/folders.py'),
                                 'rtsseg.folders._BandEnds.add': ('folders.html#_bandends.add', 'rtsseg/folders.py'),
