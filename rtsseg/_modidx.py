@@ -4218,6 +4218,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'rtsseg.systems.rts.RTS.replicates': ('systems/rts.html#rts.replicates', 'rtsseg/systems/rts.py'),
                                     'rtsseg.systems.rts.RTS.report_files': ('systems/rts.html#rts.report_files', 'rtsseg/systems/rts.py'),
                                     'rtsseg.systems.rts.RTS.samples': ('systems/rts.html#rts.samples', 'rtsseg/systems/rts.py'),
+                                    'rtsseg.systems.rts.RTS.search_plan': ('systems/rts.html#rts.search_plan', 'rtsseg/systems/rts.py'),
                                     'rtsseg.systems.rts.RTS.sections': ('systems/rts.html#rts.sections', 'rtsseg/systems/rts.py'),
                                     'rtsseg.systems.rts.RTS.selection_rule': ( 'systems/rts.html#rts.selection_rule',
                                                                                'rtsseg/systems/rts.py'),

@@ -818,7 +818,7 @@ def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sampl
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
-                  space:str='',               # YAML file of what to try, or a name in configs/; '': that of the system
+                  space:str='',               # YAML file of what to try, or a name in configs/; '': the system's own
                   trials:int|None=None,       # finished and pruned ones, earlier calls included; none: as the system
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
                   storage:str='',             # URL of a database that machines share; '': a file in its folder
@@ -832,6 +832,9 @@ def rtsseg_search(shared:RunArguments=RunArguments(),
     cfg = shared.settings()
     plan = find_system(cfg.system).search_plan(cfg)
     space, trials = space or plan[0], plan[1] if trials is None else trials
+    if not space:
+        raise ConfigError(f'system {cfg.system!r} has nothing that it searches by itself: write what to try into a '
+                          "file, as 'lr.base_lr: {low: 1e-5, high: 1e-2, log: true}', and name it with --space")
     from rtsseg.tuning import judge_best, search, show_search
     if not any('deterministic' in text for text in shared.all_overrides()):
         cfg = cfg.model_copy(update=dict(deterministic=False))

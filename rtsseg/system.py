@@ -233,8 +233,8 @@ class System:
         return getattr(cfg, 'metrics', None)
 
     def search_plan(self, cfg:RunConfig) -> tuple[str|Path, int]:
-        "What a search tries, and in how many trials, where its command does not say it"
-        return 'search/lr_loss', 20
+        "What a search tries ('' where that has to be named), and in how many trials, where its command does not say it"
+        return '', 20
 
     def check_variant(self, cfg:RunConfig, feed:Feed) -> None:
         "Try in a second what a config may fail at, before a search trains it; raises `ConfigError` and `DataError`"

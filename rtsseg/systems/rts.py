@@ -157,6 +157,10 @@ class RTS(System):
         from rtsseg.check import probe
         return probe(cfg)['batch_size']
 
+    def search_plan(self, cfg:RtsConfig) -> tuple[str, int]:
+        "Rates and the guide's loss"
+        return 'search/lr_loss', 20
+
     def measured_by(self, cfg:RtsConfig) -> tuple[Any, Path]:
         "The metric settings and the manifest, which comparable runs have in common"
         return cfg.metrics, cfg.data.manifest
