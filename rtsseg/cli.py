@@ -302,6 +302,7 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
                 manifest:str='',           # a manifest in its place
                 minutes:float=30,          # how long training may take
                 device:str='auto',         # auto, cpu or cuda
+                object:str='',             # what is mapped, one of it, as building; '': object, or as a config says
                 out:str='plan.yaml',       # the config to write
                 config:str='',             # configs, with commas between them, whose settings are left as they are
                 override:list[str]=(),     # one section.field=value that is left as it is; may be given several times
@@ -310,7 +311,7 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
     "Write a config for these data on this machine, with a reason for each value"
     from rtsseg.plan import write_plan
     files = [file.strip() for file in config.split(',') if file.strip()]
-    write_plan(out, manifest, folder, minutes, device, files, as_list(override), force)
+    write_plan(out, manifest, folder, minutes, device, files, as_list(override), force, object)
     print(Path(out).read_text())
     print(f'rtsseg run --config {",".join([*files, out])} trains, evaluates, calibrates, tests and reports')
 
@@ -457,9 +458,13 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      views:str=''     # as none, minimal, none@0.5 or none-max; '' takes the config's
                     ) -> None:
     "Turn a run's scores into probabilities and choose its thresholds, on its validation evidence"
+    from rtsseg.config import find_system
+    from rtsseg.runs import run_config
     folder = shared.run_folder(run)
+    cfg = run_config(folder)
     from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
-    print(visible(show_calibration(calibrate(folder, views))))
+    text = show_calibration(calibrate(folder, views))
+    print(visible(find_system(cfg.system).reword(text, cfg)))
     gains = show_views(views_gain(folder))
     if gains:
         print(gains)

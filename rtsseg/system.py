@@ -318,6 +318,10 @@ class System:
         numbers = self.metrics(table, cfg)
         return '\n'.join(f'{name:<20} {value:.4f}' for name, value in numbers.items())
 
+    def reword(self, text:str, cfg:RunConfig) -> str:
+        "A text of the house, as of a report, in the words of a run"
+        return text
+
     def samples(self, table:Any) -> list[str]:
         "Names of the rows"
         return list(table['sample'])

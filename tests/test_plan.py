@@ -24,6 +24,7 @@ from rtsseg.plan import (
     plan_epochs,
     plan_full_batch,
     plan_monitor,
+    plan_name,
     plan_network,
     plan_precision,
     plan_sampling,
@@ -174,6 +175,17 @@ def test_a_plan_alone_has_what_overrides_said(tiny_world, tmp_path):
     assert [row.last for row in planned.sampler.curriculum] == [4]
     assert planned.model.encoder == NETWORKS[0].encoder and planned.lr.base_lr == 3e-3
 
+def test_what_is_mapped_is_named(tiny_world, tmp_path):
+    "As said, else as a config says that was given, else an object"
+    own = tmp_path/'own.yaml'
+    own.write_text('data: {object: gully}\n')
+    def named(files=(), **given):
+        plan = RunPlan(files, **given)
+        plan.add(plan_name(plan, ''))
+        return plan.config().data.object
+    assert (named(), named([own]), named(overrides=['data.object=pond'])) == ('object', 'gully', 'pond')
+    assert [choice.value for choice in plan_name(RunPlan([own]), 'building')] == ['building']
+
 def test_a_plan_is_not_written_over(tiny_world, tmp_path):
     out = tmp_path/'plan.yaml'
     out.write_text('edited: by hand')
@@ -261,7 +273,8 @@ def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys
     "Whose masks hold 0 and 255, and without a line of YAML; the second command may be given again"
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path/'fields')
-    assert main(['plan', '--folder', 'fields', '--minutes', '0.2', '--device', 'cpu', '--out', 'fields.yaml']) == 0
+    assert main(['plan', '--folder', 'fields', '--minutes', '0.2', '--device', 'cpu', '--out', 'fields.yaml',
+                 '--object', 'light patch']) == 0
     printed = capsys.readouterr().out
     assert 'rtsseg run --config fields.yaml' in printed
     assert load('fields.yaml').data.crops.enabled
@@ -274,3 +287,7 @@ def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys
     assert re.search(r'^object precision at native ', printed, re.MULTILINE)
     report, = (tmp_path/'runs').rglob('report.html')
     assert 'PR-AUC' in report.read_text()
+    # what is mapped has its name wherever a person reads
+    card = report.with_name('model')/'README.md'
+    for text in (printed, report.read_text(), report.with_suffix('.md').read_text(), card.read_text()):
+        assert not re.search(r'\bslumps?\b|_RTS', text, re.IGNORECASE) and 'light patch' in text

@@ -49,6 +49,7 @@ POST_HOC_VALUES = {
     'card.intended_use': st.text('abc ', max_size=9),
     'card.sensor': st.text('abc ', max_size=9),
     'card.years': st.lists(st.integers(1, 3000), max_size=3),
+    'data.object': st.sampled_from(['slump', 'building', 'solar panel']),
     'card.limits': st.lists(st.text('abc ', max_size=9), max_size=3),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SYMMETRIES, ConfigError, RtsConfig, parse_views
+from ..console import in_words_of
 from ..system import Feed, Pass, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
@@ -245,7 +246,11 @@ class RTS(System):
     def describe(self, table:Any, cfg:RtsConfig) -> str:
         "What the evidence says at each class ratio, in short"
         from rtsseg.observe import describe_evidence
-        return describe_evidence(table, cfg.metrics.ratios)
+        return self.reword(describe_evidence(table, cfg.metrics.ratios), cfg)
+
+    def reword(self, text:str, cfg:RtsConfig) -> str:
+        "A text that calls what is mapped by its name"
+        return in_words_of(text, cfg.data.object)
 
     def samples(self, table:Any) -> list[str]:
         "Names of the tiles"
