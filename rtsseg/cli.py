@@ -302,6 +302,7 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
                 manifest:str='',           # a manifest in its place
                 minutes:float=30,          # how long training may take
                 device:str='auto',         # auto, cpu or cuda
+                object:str='',             # what is mapped, one of it, as building; '': object, or as a config says
                 out:str='plan.yaml',       # the config to write
                 config:str='',             # configs, with commas between them, whose settings are left as they are
                 override:list[str]=(),     # one section.field=value that is left as it is; may be given several times
@@ -310,7 +311,7 @@ def rtsseg_plan(folder:str='',             # folder with images and masks, as fi
     "Write a config for these data on this machine, with a reason for each value"
     from rtsseg.plan import write_plan
     files = [file.strip() for file in config.split(',') if file.strip()]
-    write_plan(out, manifest, folder, minutes, device, files, as_list(override), force)
+    write_plan(out, manifest, folder, minutes, device, files, as_list(override), force, object)
     print(Path(out).read_text())
     print(f'rtsseg run --config {",".join([*files, out])} trains, evaluates, calibrates, tests and reports')
 
@@ -396,9 +397,11 @@ def rtsseg_run(shared:RunArguments=RunArguments(),
     "The whole job: train, evaluate on validation, calibrate, evaluate on test, report; started again, it resumes"
     cfg = shared.settings()
     from rtsseg.calibration import calibrate
-    from rtsseg.evaluation import evaluate
+    from rtsseg.evaluation import ask_ledger, evaluate
     from rtsseg.reporting import report, seed_list
     from rtsseg.training import start_training
+    # what may not be tested in the end changes nothing
+    ask_ledger(cfg)
     folders = []
     for seed in seed_list(seeds) or [cfg.seed]:
         folder = start_training(cfg.model_copy(update=dict(seed=seed)))
@@ -455,9 +458,13 @@ def rtsseg_calibrate(run:str='',      # run folder; '' finds it from the config
                      views:str=''     # as none, minimal, none@0.5 or none-max; '' takes the config's
                     ) -> None:
     "Turn a run's scores into probabilities and choose its thresholds, on its validation evidence"
+    from rtsseg.config import find_system
+    from rtsseg.runs import run_config
     folder = shared.run_folder(run)
+    cfg = run_config(folder)
     from rtsseg.calibration import calibrate, show_calibration, show_views, views_gain
-    print(visible(show_calibration(calibrate(folder, views))))
+    text = show_calibration(calibrate(folder, views))
+    print(visible(find_system(cfg.system).reword(text, cfg)))
     gains = show_views(views_gain(folder))
     if gains:
         print(gains)
@@ -513,7 +520,7 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                    out:str='',            # the map, a .tif, with a .tif.json; landcover, plants: a folder
                    extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
                    views:str='',          # as none, minimal, none@0.5 or none-max; '' takes the model's
-                   crs:str='',            # of a scene that names none: as EPSG:3413, or none
+                   crs:str='',            # of a scene without one: as EPSG:3413, or none; '': as training had it
                    device:str='auto',     # auto, cpu or cuda
                    batch:int=8,           # windows at once
                    force:bool=False,      # replace a map, or finished rows, that were made otherwise
@@ -816,7 +823,7 @@ def rtsseg_review_tiles(sample:str='',           # folder of rtsseg-review-sampl
 
 @command(resumes=True)
 def rtsseg_search(shared:RunArguments=RunArguments(),
-                  space:str='',               # YAML file of what to try, or a name in configs/; '': that of the system
+                  space:str='',               # YAML file of what to try, or a name in configs/; '': the system's own
                   trials:int|None=None,       # finished and pruned ones, earlier calls included; none: as the system
                   study:str='',               # name of the study; '' makes it of the config's name and the file's
                   storage:str='',             # URL of a database that machines share; '': a file in its folder
@@ -830,6 +837,9 @@ def rtsseg_search(shared:RunArguments=RunArguments(),
     cfg = shared.settings()
     plan = find_system(cfg.system).search_plan(cfg)
     space, trials = space or plan[0], plan[1] if trials is None else trials
+    if not space:
+        raise ConfigError(f'system {cfg.system!r} has nothing that it searches by itself: write what to try into a '
+                          "file, as 'lr.base_lr: {low: 1e-5, high: 1e-2, log: true}', and name it with --space")
     from rtsseg.tuning import judge_best, search, show_search
     if not any('deterministic' in text for text in shared.all_overrides()):
         cfg = cfg.model_copy(update=dict(deterministic=False))

@@ -62,7 +62,7 @@ from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
 
-from .console import RtssegError, first_lines, nearest, visible
+from .console import HOUSE_WORD, RtssegError, first_lines, nearest, plural, visible
 from .files import write_atomic
 
 # %% ../nbs/00b_config.ipynb #62b76bca1
@@ -569,6 +569,9 @@ class Data(Strict):
     extra_bands: list[str] = Field([], description='EXTRA bands that the model sees beside RGB')
     block_size: PositiveFloat = Field(
         10_000.0, description='side of a spatial block, metres, where the manifest names none')
+    object: Annotated[str, PostHoc(), Since('0.3')] = Field(
+        HOUSE_WORD, pattern=r'^[^\W\d_][\w -]{0,39}$',
+        description='what is mapped, one of it, as building: messages, reports and the model card call it so')
     version: Annotated[str, Since('0.3')] = Field(
         '', description="version of the data, as '2.0': written into the statistics, with the time they were computed")
     clip_percentiles: Annotated[Percentiles, Since('0.3')] = Field(
@@ -760,7 +763,7 @@ class Loss(Strict):
     region_pool: Literal['batch', 'image'] = Field(
         'batch', description='tversky, dice: one ratio over the batch, or the mean of those of its images')
     balance: Literal['none', 'linear', 'sqrt', 'log'] = Field(
-        'sqrt', description='cross_entropy: weight of the positive class, from the ratio of background to slump pixels')
+        'sqrt', description='cross_entropy: weight of the positive class, by the ratio of background to object pixels')
     class_ratio: PositiveFloat | None = Field(
         None, description='that ratio; null counts it over the training split')
     boundary_handling: Literal['none', 'ignore', 'soft_labels'] = Field(
@@ -768,7 +771,7 @@ class Loss(Strict):
     boundary_ignore_width: PositiveFloat = Field(3, description='ignore: width of the band, pixels')
     boundary_soft_width: PositiveFloat = Field(2, description='soft_labels: width of the band, pixels')
     soft_label_value: float = Field(
-        0.05, gt=0, lt=0.5, description='soft_labels: background becomes this, RTS one minus this')
+        0.05, gt=0, lt=0.5, description='soft_labels: background becomes this, objects one minus this')
     soft_label_profile: Literal['constant', 'distance'] = Field(
         'constant', description='distance: linear from 0.5 at the boundary to the hard label')
 
@@ -1109,7 +1112,7 @@ class RtsConfig(RunConfig):
                          'frozen, random encoder; set freeze_backbone_epochs to 0')
         if not {'focal', 'cross_entropy'} & set(parts):
             found.append(f'loss.parts {parts}: the overlap of regions alone leaves next to no gradient in a batch '
-                         'without slumps; add focal or cross_entropy')
+                         f'without {plural(self.data.object)}; add focal or cross_entropy')
         idle = sorted(set(self.loss_weights) - set(parts))
         if idle:
             found.append(f'loss_weights names {", ".join(idle)}, and loss.parts {parts} has no such part: '

@@ -11,6 +11,7 @@ __all__ = ['SUFFIXES', 'ORIENTATION', 'FILL_SHARE', 'FAR', 'VERY_FAR', 'SAMPLED'
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,7 +120,12 @@ class Seen:
     mask_shape: tuple|None      # None without a mask
     mask_is_turned: bool
     mask_is_lossy: bool
-    values: set                 # of the mask
+    pixels: dict[int, int]      # of the mask: how many have each value
+
+    @property
+    def values(self) -> set[int]:
+        "Of the mask"
+        return set(self.pixels)
 
 @contextmanager
 def _silenced(log):
@@ -142,11 +148,12 @@ def is_turned(path:Path) -> bool:
 def _look_at_mask(path):
     "What the mask of a pair holds. Raises `DataError`"
     if path is None:
-        return dict(mask_shape=None, mask_is_turned=False, mask_is_lossy=False, values=set())
+        return dict(mask_shape=None, mask_is_turned=False, mask_is_lossy=False, pixels={})
     with open_raster(path, pictures=True) as mask:
         is_lossy = mask.driver == 'JPEG' or mask.compression == Compression.jpeg
-        values = set(np.unique(read_mask_values(mask)).tolist())
-        return dict(mask_shape=mask.shape, mask_is_turned=is_turned(path), mask_is_lossy=is_lossy, values=values)
+        values, counts = np.unique(read_mask_values(mask), return_counts=True)
+        return dict(mask_shape=mask.shape, mask_is_turned=is_turned(path), mask_is_lossy=is_lossy,
+                    pixels=dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 def _look(pair):
     "Look at one pair. Raises `DataError`"
@@ -316,10 +323,10 @@ def _write_classes(values):
     if suggested:
         objects, = (value for value, ours in suggested.items() if ours == 1)
         return f'if {objects} marks the objects, {_override("classes", suggested)}'
-    example = {value: int(k == 1) for k, value in enumerate(sorted(values))}
-    if 255 in example:
-        example[255] = 255
-    return f'say which are objects, as {_override("classes", example)} (0 background, 1 object, 255 ignored)'
+    highest = max(values)
+    example = {value: int(value == highest) for value in sorted(values)}
+    return (f'say which are objects; if {highest} alone marks them, {_override("classes", example)} '
+            '(each value becomes 0 background, 1 object or 255 ignored)')
 
 def _lossy_problem(seen, values):
     "Masks whose values JPEG changed"
@@ -555,7 +562,9 @@ def _guess_classes(root, seen):
         raise_problems(root, _lossy_problem(seen, values))
     classes = suggested_classes(values)
     if classes is None:
-        raise DataError(f'{root}: the masks hold {some_names(sorted(values), 9)}: {_write_classes(values)}')
+        pixels = sum((Counter(one.pixels) for one in seen), Counter())
+        counted = some_names([f'{value} ({pixels[value]:,} pixels)' for value in sorted(values)], 9)
+        raise DataError(f'{root}: the masks hold {counted}: {_write_classes(values)}')
     return classes
 
 def _guess_nodata(seen, source):

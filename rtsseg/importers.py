@@ -27,7 +27,7 @@ from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from .columns import SPLITS, TEXT, complete_table, row_name, text_column
+from .columns import NO_REGION, SPLITS, TEXT, complete_table, row_name, text_column
 from rtsseg.config import (
     ConfigError,
     FieldSource,
@@ -310,7 +310,7 @@ def write_import(path:str|Path,                     # the manifest to make; tile
         os.rename(work, target)
         moved = True
         if 'region' not in tiles:
-            tiles['region'] = 'all'
+            tiles['region'] = NO_REGION
         has_split = 'split' in tiles
         tiles = complete_table(tiles, path.parent, block_size, name)
         if not has_split:

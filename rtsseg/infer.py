@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from .card import described_data, stated_sections, with_section
 from .config import Member, Model, RtsConfig, Strict, load, parse_views
-from .console import DataError
+from .console import DataError, plural
 from .files import digest, inside, read_json, typed, write_atomic
 from .importers import Conversion, conversion_of
 from .models import build, check_size
@@ -191,7 +191,7 @@ SOURCE = 'source.json'
 
 CARD_HEAD = ('# {name}\n'
              '\n'
-             'Finds rare objects in satellite imagery: {network}, {channels} channels in '
+             'Finds {objects} in imagery: {network}, {channels} channels in '
              '({bands}), one logit a pixel out.\n')
 
 MADE = (
@@ -232,7 +232,8 @@ def model_card(cfg:RtsConfig,                # what built the model
               ) -> str:                      # Markdown
     "The card of a segmentation model, without what calibration and report add"
     exported = 'the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation'
-    card = CARD_HEAD.format(name=cfg.name, network=described_model(cfg), channels=cfg.model.in_channels,
+    card = CARD_HEAD.format(name=cfg.name, objects=plural(cfg.data.object), network=described_model(cfg),
+                            channels=cfg.model.in_channels,
                             bands=', '.join(stats.channels))
     made = MADE.format(
         rtsseg=env.get('rtsseg'), commit=env.get('git_commit', 'unknown'), seed=cfg.seed,

@@ -10,7 +10,7 @@ __all__ = ['TINY', 'NETWORKS', 'ENOUGH_STEPS', 'MANY_STEPS', 'SIDES', 'EPOCHS', 
            'largest_network', 'is_fast', 'plan_network', 'why_network', 'plan_start', 'plan_sampling', 'count_kinds',
            'plan_full_batch', 'plan_monitor', 'plan_epochs', 'plan_rates', 'check_time', 'plan_machine', 'plan_batch',
            'plan_threads', 'plan_precision', 'plan_views', 'given_settings', 'nested', 'RunPlan', 'make_plan',
-           'read_images', 'as_yaml', 'plan_text', 'write_plan', 'first_choices', 'system_of_folder',
+           'read_images', 'as_yaml', 'plan_text', 'write_plan', 'first_choices', 'plan_name', 'system_of_folder',
            'refuse_other_systems', 'plan_source']
 
 # %% ../nbs/05c_plan.ipynb #iplan
@@ -412,7 +412,10 @@ def plan_monitor(tiles:Manifest     # of windows or tiles
     seen = f'{positive} positive and {negative} negative tiles in validation'
     if negative * MAX_WEIGHT >= 200 * positive:
         return [Choice('metrics.monitor', 'pr_auc@200', seen)]
-    return [Choice('metrics.monitor', 'pr_auc@native', f'{seen}: too few negative ones to weigh them up to 1:200')]
+    few = 'too few negative ones to weigh them up to 1:200'
+    return [Choice('metrics.monitor', 'pr_auc@native', f'{seen}: {few}'),
+            Choice('metrics.ratios', ['native', 200], f'{few}: what is judged first is the ratio of the split'),
+            Choice('calibrate.ratio', 'native', 'thresholds and probabilities are fitted at that ratio too')]
 
 def plan_epochs(minutes:float,
                 steps:int        # that fit, about
@@ -634,7 +637,8 @@ def write_plan(out:str|Path,               # the YAML file
                device:str='auto',          # auto, cpu or cuda
                files:Iterable[str]=(),     # configs whose settings are not overridden
                overrides:Iterable[str]=(), # 'section.field=value' texts, likewise; the plan repeats them
-               force:bool=False            # write over a plan that is there
+               force:bool=False,           # write over a plan that is there
+               object:str=''               # what is mapped, one of it; '': object, or as a config says
               ) -> RunPlan:
     "Plan a run and write its config; raises `ConfigError` and `DataError`, and then writes nothing"
     out, machine = Path(out), this_machine(device)
@@ -645,6 +649,7 @@ def write_plan(out:str|Path,               # the YAML file
         raise ConfigError(f'{out} is there: name another --out, or write over it with --force')
     plan = RunPlan(files, overrides)
     plan.add(first_choices(plan, out, manifest, folder, device))
+    plan.add(plan_name(plan, object))
     if folder:
         # with its given fields: a source is read as a whole
         plan.choices += plan_source(folder, plan.given_source())
@@ -667,6 +672,15 @@ def first_choices(plan:RunPlan,     # what was given
     if not plan.is_given('data.manifest'):
         raise ConfigError('nothing to plan for: --folder names images and masks, or --manifest a table of tiles')
     return choices
+
+def plan_name(plan:RunPlan,    # what was given
+              object:str       # what is mapped, or ''
+             ) -> list[Choice]:
+    "What reports call it; a config that was given has its own word"
+    if not object and plan.files:
+        return []
+    why = '' if object else 'what is mapped, as reports call it: --object building, for example, names it'
+    return [Choice('data.object', object or 'object', why)]
 
 # of other systems: a config to begin with
 FIRST_CONFIGS = dict(landcover='landcover/baseline', plants='plants/guide')

@@ -215,7 +215,6 @@ class Scene:
         self.files = dict(image=str(path), extra=str(extra), mask='')
         # as a row of a manifest, for `read_pixels`
         self.row = self.files | {BAND_COLUMN: band_numbers}
-        self.given_crs = crs
         if extra and not self.bands:
             raise ConfigError('extra: the model sees RGB only: leave --extra out')
         self.conversion = None
@@ -236,7 +235,10 @@ class Scene:
             date = dataset.tags().get('TIFFTAG_DATETIME', '')[:10].replace(':', '-')
         # for the note: the bytes of a map do not depend on names
         self.label = dict(scene_name=path.name, scene_date=date)
-        self.crs = choose_crs(path.name, grid.crs, crs)
+        # where training had no place on the map, nothing has to be said of a scene without one
+        assumed = 'none' if self.stats.without_crs and not grid.crs else ''
+        self.given_crs = crs or assumed
+        self.crs = choose_crs(path.name, grid.crs, self.given_crs)
         grid = grid._replace(crs=self.crs)
         self.longer = self._resize_factor(grid, resample) / scale
         if self.longer != 1:
@@ -1207,7 +1209,7 @@ def predict(model_dir:str|Path,      # a model directory
             out:str|Path,            # the map, a .tif
             extra:str|Path='',       # a GeoTIFF on the same grid with the model's EXTRA bands
             views:str='',            # as none, minimal, none@0.5 or none-max; '' takes the model's
-            crs:str='',              # CRS of a scene that has none: EPSG:3413, for example, or none
+            crs:str='',              # CRS of a scene that has none: EPSG:3413, for example, or none; '': as in training
             device:str='auto',       # auto, cpu or cuda
             batch:int=8,             # windows at once; half precision gives other last digits for another number
             force:bool=False,        # replace a map, or finished rows, of other settings

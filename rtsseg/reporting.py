@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
            'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'figures_in', 'compared_split',
-           'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'Content', 'collect', 'tables', 'write',
-           'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
+           'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'reworded', 'Content', 'collect', 'tables',
+           'write', 'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list',
+           'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -123,6 +124,10 @@ def comparison_lead(results:list[Results], split:str) -> str:
     reason = LEDGER_ALLOWED if split == 'test' else ONE_LOOK
     return COMPARISON_LEAD.format(n=len(results), split=SPLIT_TITLES[split], reason=reason)
 
+def reworded(text:str, results:Results) -> str:
+    "A text in the words of a run: what is mapped has a name"
+    return results.system.reword(text, results.first.cfg)
+
 @dataclass
 class Content:
     "What a report shows"
@@ -200,8 +205,8 @@ def write(content:Content,
             old.unlink()
         for name, data in pictures.items():
             write_atomic(folder/name, data)
-        write_atomic(path.with_suffix('.md'), text)
-        write_atomic(path, page(content.title, content.lead, content.parts))
+        write_atomic(path.with_suffix('.md'), reworded(text, content.results[0]))
+        write_atomic(path, reworded(page(content.title, content.lead, content.parts), content.results[0]))
         return [] if content.comparison else content.results[0].system.report_files(content.results[0], path)
     except OSError as e:
         raise ReportError(f'{path} cannot be written: {e.strerror}') from None
@@ -238,8 +243,9 @@ def card_results(results:Results,
     # a card has no pictures to link to
     found = {f'Results: {SPLIT_TITLES[split]}': table.alone().markdown(lambda picture: '')
              for split, table in tables.items()}
-    first, *others = found
-    return {first: f'{lead}\n\n{found[first]}'} | {heading: found[heading] for heading in others}
+    first = next(iter(found))
+    found[first] = f'{lead}\n\n{found[first]}'
+    return {heading: reworded(text, results) for heading, text in found.items()}
 
 def write_cards(content:Content) -> None:
     "Write results with their intervals on the model cards of the runs; a folder that is read-only keeps its card"
@@ -298,7 +304,8 @@ class Report:
                  f'appendix:   {os.path.relpath(self.path.with_suffix(".md"))}',
                  f'pictures:   {os.path.relpath(self.pictures)}: {", ".join(self._first_pictures())}']
         files += [f'beside it:  {os.path.relpath(path)}' for path in self.beside]
-        return '\n'.join([self.title, *warnings, '', *self.short(), '', *folders, *files])
+        short = [reworded(text, self.results[0]) for text in self.short()]
+        return '\n'.join([self.title, *warnings, '', *short, '', *folders, *files])
 
     def explore(self, basemap:bool=False    # a base map from the web: its server sees where you look
                ) -> Any:                  # a map of lonboard
@@ -325,10 +332,10 @@ class Report:
         return [str(block) for block in before] if has_numbers else [str(self.headline)]
 
     def __repr__(self) -> str:
-        return f'{self.title}\n{self.headline}'
+        return reworded(f'{self.title}\n{self.headline}', self.results[0])
 
     def _repr_html_(self) -> str:
-        return Text(self.title, 'head').html() + self.headline.html()
+        return reworded(Text(self.title, 'head').html() + self.headline.html(), self.results[0])
 
 def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seeds, or configurations to compare
            out:str|Path|None=None               # a file that ends in .html, or a folder; None: beside the runs

@@ -220,7 +220,7 @@ class TestLooks(Strict):
 
 def different_parts(before:dict, now:dict) -> tuple[str, str]:
     "What two looks, each with a config and a rule, do not have in common"
-    parts = [[f"config {look['config']}", *re.split(', (?=[a-z])', look['rule'])] for look in (before, now)]
+    parts = [[f"config {look['config']}", *re.split(', (?=[a-z])(?!native)', look['rule'])] for look in (before, now)]
     only_before = [part for part in parts[0] if part not in parts[1]]
     only_now = [part for part in parts[1] if part not in parts[0]]
     return ', '.join(only_before), ', '.join(only_now)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .columns import SPLITS, complete_table, text_column
+from .columns import NO_REGION, SPLITS, complete_table, text_column
 from .config import ConfigError, read_yaml
 from .console import DataError, logger, nearest, raise_problems
 from .ground import overlaps
@@ -116,7 +116,7 @@ def deal_splits(table:pd.DataFrame,                   # a completed table
 # %% ../nbs/01e_splits.ipynb #de9bfe0c
 def thin_splits(table:pd.DataFrame   # with split, region and n_positive
                ) -> list[str]:       # what is too thin, in words
-    "Test under 100 positive tiles, val under 2 regions, or train under 70% of the positive tiles"
+    "Test under 100 positive tiles, val under 2 regions where any are named, train under 70% of the positive tiles"
     used = table[(table.n_positive > 0) & (table.split != 'buffer')]
     positive = used.groupby('split').size().reindex(SPLITS, fill_value=0)
     regions = table.region[table.split == 'val'].nunique()
@@ -124,7 +124,7 @@ def thin_splits(table:pd.DataFrame   # with split, region and n_positive
     problems = []
     if positive['test'] < 100:
         problems.append(f"test holds {positive['test']} positive tiles, fewer than 100")
-    if regions < 2:
+    if regions < 2 and set(table.region) != {NO_REGION}:
         problems.append(f'val holds {regions} region{"" if regions == 1 else "s"}, fewer than 2')
     if train_share < .7:
         problems.append(f'train holds {train_share:.0%} of the positive tiles, less than 70%')

@@ -74,7 +74,7 @@ def merge_moments(a:Moments, b:Moments) -> Moments:
 
 # %% ../nbs/01f_stats.ipynb #f81c9f1e
 # fields that older files lack, and that are written where they hold something else
-MAY_BE_ABSENT = dict(clip_percentiles=[], data_version='', computed='', pixel_size=[])
+MAY_BE_ABSENT = dict(clip_percentiles=[], data_version='', computed='', pixel_size=[], without_crs=False)
 
 @dataclass
 class Stats:
@@ -92,6 +92,7 @@ class Stats:
     data_version: str = ''  # of the data, as their owner numbers them
     computed: str = ''      # when, ISO 8601, where a version is known
     pixel_size: list[float] = field(default_factory=list)   # smallest and largest side on the ground, metres
+    without_crs: bool = False    # whether no image has a place on the map
 
     def __post_init__(self):
         numbers = [self.scale, *self.mean, *self.std]
@@ -311,4 +312,5 @@ def compute_stats(manifest:Manifest,              # the training split
     scale = 255. if dtype == 'uint8' else float((mean[:3] + 4 * std[:3]).max())
     divisor = np.array([scale] * 3 + [1.] * len(extra_bands))
     return Stats(channels, dtype, scale, (mean / divisor).tolist(), (std / divisor).tolist(), int(seen.total.n),
-                 manifest.hash, seen.background, seen.positive, list(clip or []), pixel_size=pixel_range(manifest))
+                 manifest.hash, seen.background, seen.positive, list(clip or []), pixel_size=pixel_range(manifest),
+                 without_crs=bool((manifest.table.crs == 'none').all()))

@@ -233,8 +233,8 @@ class System:
         return getattr(cfg, 'metrics', None)
 
     def search_plan(self, cfg:RunConfig) -> tuple[str|Path, int]:
-        "What a search tries, and in how many trials, where its command does not say it"
-        return 'search/lr_loss', 20
+        "What a search tries ('' where that has to be named), and in how many trials, where its command does not say it"
+        return '', 20
 
     def check_variant(self, cfg:RunConfig, feed:Feed) -> None:
         "Try in a second what a config may fail at, before a search trains it; raises `ConfigError` and `DataError`"
@@ -298,7 +298,11 @@ class System:
         return observe_samples(self.task(packed.cfg, feed), packed, feed, ask)
 
     def unresolved(self, table:Any, cfg:RunConfig) -> str:
-        "Why a table is too coarse for its metrics, so that a second, finer pass is needed; '' where it is fine"
+        "Why a table is too coarse for its metrics, and what a finer pass does about it; '' where none would help"
+        return ''
+
+    def left_uncertain(self, table:Any, cfg:RunConfig) -> str:
+        "What the metrics of a table leave uncertain after all passes; '' for nothing"
         return ''
 
     def attachments(self, packed:Any, feed:Feed, ask:Pass, table:Any) -> dict[str, bytes]:
@@ -313,6 +317,10 @@ class System:
         "What a table says, in short"
         numbers = self.metrics(table, cfg)
         return '\n'.join(f'{name:<20} {value:.4f}' for name, value in numbers.items())
+
+    def reword(self, text:str, cfg:RunConfig) -> str:
+        "A text of the house, as of a report, in the words of a run"
+        return text
 
     def samples(self, table:Any) -> list[str]:
         "Names of the rows"

@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 from helpers.tiles import findings, rewrite, set_cells, write_extra, write_tile
 from rtsseg.audit import audit
 from rtsseg.cli import main
-from rtsseg.columns import COLUMNS, complete_table
+from rtsseg.columns import COLUMNS, NO_REGION, complete_table
 from rtsseg.config import RtsConfig, TableSource, hashed_settings
 from rtsseg.console import DataError
 from rtsseg.filecheck import balanced_correlation
@@ -226,6 +226,12 @@ def test_thin_splits_are_a_warning_or_an_error(caplog):
         make_splits(table)
     dealt = make_splits(table, check='warn')
     assert caplog.messages == ['splits: ' + '; '.join(thin_splits(dealt))]
+
+def test_regions_are_missed_only_where_any_are_named():
+    "An import that finds no regions calls all tiles alike"
+    dealt = deal_splits(grid(6, 6, 1000., .5, 0))
+    one, none = (thin_splits(dealt.assign(region=name)) for name in ('north', NO_REGION))
+    assert [line for line in one if line not in none] == ['val holds 1 region, fewer than 2']
 
 @quick
 @given(lat=st.integers(-80, 80), lon=st.integers(-179, 178), crs=st.sampled_from(['EPSG:4326', 'EPSG:3857']))

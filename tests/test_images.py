@@ -368,7 +368,8 @@ def test_wrong_settings(tmp_path, settings, said):
     (lambda folder: (folder/'images').rename(folder/'other'), 'no folder images'),
     (lambda folder: [path.rename(path.with_stem(f'{path.stem}9')) for path in sorted((folder/'masks').iterdir())],
      'no file of masks has the name of one of images'),
-    (lambda folder: save(folder/'masks/a.png', spot((40, 50), 7)), 'the masks hold 0, 7, 255: say which are objects')])
+    (lambda folder: save(folder/'masks/a.png', spot((40, 50), 7)),
+     r'the masks hold 0 \(.*, 7 \(.*, 255 \([\d,]+ pixels\): say which')])
 def test_a_guess_says_what_is_missing(tmp_path, change, said):
     change(make_folder(tmp_path/'in'))
     with pytest.raises(DataError, match=said):
@@ -387,6 +388,15 @@ def write_masks(folder, values):
     "Stripes of each value, in all masks"
     for name in 'abcdef':
         save(folder/f'masks/{name}.png', np.repeat(np.uint8(values), 5)[:, None].repeat(50, 1))
+
+def test_three_values_are_counted_and_not_guessed(tmp_path):
+    "Nothing says whether 128 is an object, a border or background, so all is asked for, with how much there is of it"
+    folder = make_folder(tmp_path/'in', shape=(15, 50))
+    write_masks(folder, [0, 128, 255])
+    # six masks of five rows of each value
+    counted = ', '.join(f'{value} (1,500 pixels)' for value in (0, 128, 255))
+    with pytest.raises(DataError, match=re.escape(f'the masks hold {counted}: say which are objects; if 255 alone')):
+        guess_source(folder)
 
 @pytest.mark.parametrize('values', [[0, 1, 2], [3, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 255]])
 def test_a_guess_names_an_override_that_works(tmp_path, values):
@@ -664,7 +674,7 @@ def test_from_a_folder_to_evidence(tmp_path):
 @pytest.mark.skipif(not DUBAI.is_dir(), reason='dubai_landcover is not on this machine')
 def test_dubai_as_it_is(tmp_path):
     "54 JPEG images with PNG masks of five classes: a person says which, the rest is found"
-    with pytest.raises(DataError, match='the masks hold 0, 1, 2, 3, 4, 255: say which are objects'):
+    with pytest.raises(DataError, match=r'the masks hold 0 \([\d,]+ pixels\), .* 255 \([\d,]+ pixels\): say which'):
         guess_source(DUBAI)
     source = guess_source(DUBAI, classes={0: 1, 1: 0, 2: 0, 3: 0, 4: 0, 255: 255})
     source.table, source.columns = 'manifest.csv', {'stem': 'tile_id'}

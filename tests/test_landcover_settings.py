@@ -29,25 +29,25 @@ OTHER_LOSS = dict(class_weights=[1, 2, 3, 4, 5, 6, 7], label_smoothing=.1, harde
 
 @pytest.mark.parametrize('choice, expected', [
     (dict(augment=dict(copy_paste=dict(p=.5, blend_sigma=2))),
-     {'augment.copy_paste.p', 'augment.copy_paste.blend_sigma'}),
-    (dict(augment=dict(hue=dict(limit=.1))), {'augment.hue.limit'}),
-    (dict(augment=dict(hue=dict(p=.5, limit=.1))), set()),
-    (dict(loss=OTHER_LOSS | dict(parts=['dice'])), {'loss.class_weights', 'loss.label_smoothing', 'loss.hardest'}),
-    (dict(loss=OTHER_LOSS | dict(parts=['cross_entropy'])), {'loss.smooth'}),
+     ['augment.copy_paste.blend_sigma', 'augment.copy_paste.p']),
+    (dict(augment=dict(hue=dict(limit=.1))), ['augment.hue.limit']),
+    (dict(augment=dict(hue=dict(p=.5, limit=.1))), []),
+    (dict(loss=OTHER_LOSS | dict(parts=['dice'])), ['loss.class_weights', 'loss.hardest', 'loss.label_smoothing']),
+    (dict(loss=OTHER_LOSS | dict(parts=['cross_entropy'])), ['loss.smooth']),
     (dict(mixing=dict(mixup=dict(alpha=1), cutmix=dict(alpha=2), same='group')),
-     {'mixing.mixup.alpha', 'mixing.cutmix.alpha', 'mixing.same'}),
-    (dict(mixing=dict(mixup=dict(p=.1, alpha=1), cutmix=dict(alpha=2), same='group')), {'mixing.cutmix.alpha'}),
-    (dict(loader=dict(cache_mb=100)), {'loader.cache_mb'}),
-    (dict(loss=dict(edge=dict(width=3))), {'loss.edge.width'}),
-    (dict(loss=dict(parts=['cross_entropy', 'edge'], smooth=9, edge=dict(loss='dice'))), set()),
-    (dict(distil=dict(temperature=2, features='attention')), {'distil.temperature', 'distil.features'}),
-    (dict(distil=dict(teacher='t', temperature=2, features='attention')), {'distil.temperature'}),
-    (dict(distil=dict(teacher='t', compares=['logits'], temperature=2, features='attention')), {'distil.features'}),
-    (dict(ema=dict(enabled=False, decay=.5)), {'ema.decay'}),
-    (dict(), set()),
+     ['mixing.cutmix.alpha', 'mixing.mixup.alpha', 'mixing.same']),
+    (dict(mixing=dict(mixup=dict(p=.1, alpha=1), cutmix=dict(alpha=2), same='group')), ['mixing.cutmix.alpha']),
+    (dict(loader=dict(cache_mb=100)), ['loader.cache_mb']),
+    (dict(loss=dict(edge=dict(width=3))), ['loss.edge.width']),
+    (dict(loss=dict(parts=['cross_entropy', 'edge'], smooth=9, edge=dict(loss='dice'))), []),
+    (dict(distil=dict(temperature=2, features='attention')), ['distil.features', 'distil.temperature']),
+    (dict(distil=dict(teacher='t', temperature=2, features='attention')), ['distil.temperature']),
+    (dict(distil=dict(teacher='t', compares=['logits'], temperature=2, features='attention')), ['distil.features']),
+    (dict(ema=dict(enabled=False, decay=.5)), ['ema.decay']),
+    (dict(), []),
 ], ids=str)
 def test_what_is_not_read_is_named(choice, expected):
-    assert unread(choice) == expected
+    assert unread(choice) == set(expected)
 
 def test_the_table_names_settings_that_exist():
     cfg = LandcoverConfig()

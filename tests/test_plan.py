@@ -1,4 +1,6 @@
 "A plan: what it chooses, that it overrides nothing, and that it leads from a folder of images to a report"
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -16,11 +18,13 @@ from rtsseg.plan import (
     RunPlan,
     crop_sides,
     longer_sides,
+    nested,
     object_boxes,
     plan_batch,
     plan_epochs,
     plan_full_batch,
     plan_monitor,
+    plan_name,
     plan_network,
     plan_precision,
     plan_sampling,
@@ -140,8 +144,12 @@ def test_the_curriculum_and_the_monitor_follow_the_negatives(tiny_world):
     ratios = {n: plan_sampling(of(n), 12)[0].value[0]['ratio'] for n in (0, 9, 25, 100)}
     assert ratios == {0: '1:1', 9: '1:1', 25: '1:2', 100: '1:5'}
     as_val = of(100).table.assign(split='val')
-    assert plan_monitor(Manifest(as_val, manifest.root, manifest.path))[0].value == 'pr_auc@200'
-    assert plan_monitor(Manifest(as_val[:30], manifest.root, manifest.path))[0].value == 'pr_auc@native'
+    enough, few = (plan_monitor(Manifest(rows, manifest.root, manifest.path)) for rows in (as_val, as_val[:30]))
+    assert [(c.setting, c.value) for c in enough] == [('metrics.monitor', 'pr_auc@200')]
+    # what the few tiles can answer comes first, and is what probabilities are fitted to
+    planned = load(**nested(few))
+    assert (planned.metrics.monitor, planned.metrics.ratios) == ('pr_auc@native', ['native', 200])
+    assert planned.calibrate.ratio == 'native' and all(c.why for c in few)
 
 def test_a_plan_overrides_nothing(tiny_world, tmp_path):
     "Settings of a config are as they were, and a given network stays with its rates"
@@ -166,6 +174,17 @@ def test_a_plan_alone_has_what_overrides_said(tiny_world, tmp_path):
     assert (planned.batch_size, planned.model.dropout, planned.threads) == (3, .1, 1)
     assert [row.last for row in planned.sampler.curriculum] == [4]
     assert planned.model.encoder == NETWORKS[0].encoder and planned.lr.base_lr == 3e-3
+
+def test_what_is_mapped_is_named(tiny_world, tmp_path):
+    "As said, else as a config says that was given, else an object"
+    own = tmp_path/'own.yaml'
+    own.write_text('data: {object: gully}\n')
+    def named(files=(), **given):
+        plan = RunPlan(files, **given)
+        plan.add(plan_name(plan, ''))
+        return plan.config().data.object
+    assert (named(), named([own]), named(overrides=['data.object=pond'])) == ('object', 'gully', 'pond')
+    assert [choice.value for choice in plan_name(RunPlan([own]), 'building')] == ['building']
 
 def test_a_plan_is_not_written_over(tiny_world, tmp_path):
     out = tmp_path/'plan.yaml'
@@ -254,13 +273,21 @@ def test_from_a_folder_to_a_report_in_two_commands(tmp_path, monkeypatch, capsys
     "Whose masks hold 0 and 255, and without a line of YAML; the second command may be given again"
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path/'fields')
-    assert main(['plan', '--folder', 'fields', '--minutes', '0.2', '--device', 'cpu', '--out', 'fields.yaml']) == 0
+    assert main(['plan', '--folder', 'fields', '--minutes', '0.2', '--device', 'cpu', '--out', 'fields.yaml',
+                 '--object', 'light patch']) == 0
     printed = capsys.readouterr().out
     assert 'rtsseg run --config fields.yaml' in printed
     assert load('fields.yaml').data.crops.enabled
     quick = ['--override', 'metrics.replicates=20', '--override', 'tracker.kind=none']
     for _ in range(2):
         assert main(['run', '--config', 'fields.yaml', *quick]) == 0
-        assert 'report.html' in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert 'report.html' in printed
+    # ten images hold no 1:200: the verdict speaks about the split as it is
+    assert re.search(r'^object precision at native ', printed, re.MULTILINE)
     report, = (tmp_path/'runs').rglob('report.html')
     assert 'PR-AUC' in report.read_text()
+    # what is mapped has its name wherever a person reads
+    card = report.with_name('model')/'README.md'
+    for text in (printed, report.read_text(), report.with_suffix('.md').read_text(), card.read_text()):
+        assert not re.search(r'\bslumps?\b|_RTS', text, re.IGNORECASE) and 'light patch' in text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from helpers.maps import noise, write_scene
 from helpers.runs import run, tiny
 from rtsseg.calibration import calibrate, calibrate_evidence, show_calibration
-from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_report
+from rtsseg.cli import main, rtsseg_calibrate, rtsseg_evaluate, rtsseg_report
 from rtsseg.config import Calibrate, ConfigError, Metrics, load, post_hoc_settings
 from rtsseg.console import DataError
 from rtsseg.evaluation import Locked, evaluate
@@ -49,6 +49,7 @@ POST_HOC_VALUES = {
     'card.intended_use': st.text('abc ', max_size=9),
     'card.sensor': st.text('abc ', max_size=9),
     'card.years': st.lists(st.integers(1, 3000), max_size=3),
+    'data.object': st.sampled_from(['slump', 'building', 'solar panel']),
     'card.limits': st.lists(st.text('abc ', max_size=9), max_size=3),
 }
 
@@ -230,6 +231,19 @@ def test_a_rule_that_was_changed_after_the_look_is_noticed(folder):
     doubt = read_results(folder)[0].doubt
     assert 'precision ≥ 0.3' in doubt and 'became precision ≥ 0.6' in doubt
     assert doubt in report(folder).path.with_suffix('.md').read_text()
+
+def contents(root):
+    "The bytes of all files below a folder"
+    return {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+def test_a_job_that_may_not_read_the_test_split_changes_nothing(folder, capsys):
+    "Nor does it train; what it says is a remedy that exists"
+    before = contents(folder.parents[2])
+    assert main(['run', '--config', str(folder/'config.yaml'), '--override', 'metrics.ratios=[1, native]']) == 2
+    said = capsys.readouterr().err
+    assert 'at 1:1; reading it again with precision' in said and 'at 1:1, native would' in said
+    assert 'rtsseg-evaluate --split test --force' in said
+    assert contents(folder.parents[2]) == before
 
 def test_the_best_validation_is_confirmed_as_it_was_measured(tmp_path):
     "Objects of the best validation were counted at the area floor of the training"

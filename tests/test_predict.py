@@ -21,7 +21,7 @@ from scipy.special import expit, logit
 from torch import nn
 
 import rtsseg.prediction
-from helpers.maps import CRS, GRID, noise, read_map, statistics, untrained_model, write_scene
+from helpers.maps import CRS, GRID, map_bytes, noise, read_map, statistics, untrained_model, write_scene
 from rtsseg.bootstrap import Estimate
 from rtsseg.calibration import HeldOut, calibrate_evidence
 from rtsseg.config import Calibrate, ConfigError, ImagesSource, Metrics
@@ -749,9 +749,18 @@ def test_pictures_that_an_import_refuses(tmp_path):
     for name, why in dict(turned='by its EXIF', palette='has a palette').items():
         with pytest.raises(DataError, match=why):
             predict(model, tmp_path/f'{name}.png', tmp_path/'map.tif', crs='none')
+    # as the images of training, so its CRS need not be named; the map is the same where it is
+    assert predict(model, tmp_path/'grey.png', tmp_path/'map.tif')['valid'] == 70 * 80
+    made = map_bytes(tmp_path/'map.tif')
+    predict(model, tmp_path/'grey.png', tmp_path/'map.tif', crs='none')
+    assert map_bytes(tmp_path/'map.tif') == made
+
+def test_a_scene_without_a_crs_is_asked_for_it_where_training_had_one(model, tmp_path):
+    "So does a model directory of an older version, which does not say what training had"
+    scene = write_scene(tmp_path/'scene.tif', noise(70, 80), crs=None)
+    assert not load_model(model).stats.without_crs
     with pytest.raises(DataError, match='names no CRS: .*--crs none'):
-        predict(model, tmp_path/'grey.png', tmp_path/'map.tif')
-    assert predict(model, tmp_path/'grey.png', tmp_path/'map.tif', crs='none')['valid'] == 70 * 80
+        predict(model, scene, tmp_path/'map.tif')
 
 def test_a_picture_without_a_record(model, tmp_path):
     "A model directory of an older version loads, and says what to do about a picture"

@@ -22,7 +22,7 @@ from helpers.runs import tiny as tiny_run
 from helpers.shell import processes
 from rtsseg.ablation import MIN_DIFFERENCE, Ablation, ablate, compare_seeds
 from rtsseg.cli import rtsseg_ablate, rtsseg_search
-from rtsseg.config import ConfigError, find_system, load, to_yaml
+from rtsseg.config import BUILT_IN_SYSTEMS, ConfigError, find_config, find_system, load, to_yaml
 from rtsseg.prepare import prepare
 from rtsseg.runs import Busy, RunError, Stopped, config_hash, read_log
 from rtsseg.tuning import search
@@ -542,6 +542,22 @@ def test_the_search_command(commands, tmp_path, capsys):
     storage = f"sqlite:///{tmp_path/'runs'/'search'/'slow'/'study.db'}"
     trial, = optuna.load_study(study_name='slow', storage=storage).trials
     assert trial.value < 0
+
+@pytest.mark.parametrize('name', BUILT_IN_SYSTEMS)
+def test_what_a_search_tries_by_itself_fits_its_system(name):
+    "Every field is one of its config; a system without such a file says so"
+    system = find_system(name)
+    space, trials = system.search_plan(system.Config())
+    assert trials > 0 and (space or name in ('classify', 'landcover', 'plants'))
+    if space:
+        read_axes(find_config(space)[0], system.Config)
+
+def test_a_search_that_is_not_said_to_try_anything_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rtsseg_search(config=str(ROOT/'configs'/'classify.yaml'), override=[f'runs={tmp_path}'])
+    said = capsys.readouterr().err
+    assert said.startswith("error: system 'classify'") and '--space' in said
+    assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('command, given', [
     (rtsseg_ablate, dict(grid='none.yaml')),

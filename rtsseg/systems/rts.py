@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SYMMETRIES, ConfigError, RtsConfig, parse_views
+from ..console import in_words_of
 from ..system import Feed, Pass, System, divergence
 
 # %% ../../nbs/systems/rts.ipynb #crtfeed
@@ -51,9 +52,12 @@ class RtsFeed(Feed):
         return len(self.manifest.of(split))
 
     def warnings(self) -> list[str]:
-        "Splits with too few positive tiles, a line each"
+        "Splits that share ground or hold too few positive tiles, a line each"
+        from rtsseg.prepare import shared_ground
         from rtsseg.splits import thin_splits
-        return [f'{problem}: a number from few tiles says little' for problem in thin_splits(self.manifest.table)]
+        shared = shared_ground(self.manifest)
+        thin = thin_splits(self.manifest.table)
+        return [*([shared] if shared else []), *(f'{problem}: a number from few tiles says little' for problem in thin)]
 
     def observers(self) -> list:
         "An observer that stops the run where too many tiles cannot be read"
@@ -154,6 +158,10 @@ class RTS(System):
         from rtsseg.check import probe
         return probe(cfg)['batch_size']
 
+    def search_plan(self, cfg:RtsConfig) -> tuple[str, int]:
+        "Rates and the guide's loss"
+        return 'search/lr_loss', 20
+
     def measured_by(self, cfg:RtsConfig) -> tuple[Any, Path]:
         "The metric settings and the manifest, which comparable runs have in common"
         return cfg.metrics, cfg.data.manifest
@@ -214,9 +222,14 @@ class RTS(System):
         return observe_tiles(packed, feed.split(ask.split, packed), part, feed.cfg, ask, bins)
 
     def unresolved(self, table:Any, cfg:RtsConfig) -> str:
-        "Why the bins of the scores are too coarse for the metrics; '' where they are fine"
+        "Why the bins of the scores are too coarse for the metrics; '' where finer ones would not help"
         from rtsseg.observe import why_unresolved
         return why_unresolved(table, cfg.metrics.ratios)
+
+    def left_uncertain(self, table:Any, cfg:RtsConfig) -> str:
+        "Between what bounds PR-AUC lies where its bins leave it uncertain; '' where they do not"
+        from rtsseg.observe import left_uncertain
+        return left_uncertain(table, cfg.metrics.ratios)
 
     def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
         "Outlines of all objects, and logits of the tiles that a report shows, as .npz files"
@@ -233,7 +246,11 @@ class RTS(System):
     def describe(self, table:Any, cfg:RtsConfig) -> str:
         "What the evidence says at each class ratio, in short"
         from rtsseg.observe import describe_evidence
-        return describe_evidence(table, cfg.metrics.ratios)
+        return self.reword(describe_evidence(table, cfg.metrics.ratios), cfg)
+
+    def reword(self, text:str, cfg:RtsConfig) -> str:
+        "A text that calls what is mapped by its name"
+        return in_words_of(text, cfg.data.object)
 
     def samples(self, table:Any) -> list[str]:
         "Names of the tiles"
