@@ -33,7 +33,7 @@ def draw_groups(groups:Sequence|np.ndarray,    # (rows,): the group of each row:
 # %% ../nbs/03f_bootstrap.ipynb #cbootest
 @dataclass(frozen=True)
 class Estimate:
-    "A number and how sure it is. Without a value it is a blank cell, and `high` a bound; `why` says what is missing"
+    "A number and how sure it is. Without a value it is blank, `low` and `high` are bounds; `why` says what is missing"
     value: float | None
     low: float | None = None     # 95% interval: other groups
     high: float | None = None
@@ -42,13 +42,22 @@ class Estimate:
 
     def __str__(self):
         if self.value is None:
-            return '–' if self.high is None else f'≤ {self.high:.3f}'
+            return self._bounds()
         text = f'{self.value:.3f}'
         if self.std is not None:
             text += f' ± {self.std:.3f}'
         if self.low is not None:
             text += f' [{self.low:.3f}, {self.high:.3f}]'
         return text
+
+    def _bounds(self):
+        "What is known of a number that is not"
+        if self.high is None:
+            return '–'
+        # below that, the lower bound is printed as zero
+        if self.low is None or self.low < .0005:
+            return f'≤ {self.high:.3f}'
+        return f'{self.low:.3f} to {self.high:.3f}'
 
 # groups that an interval needs
 MIN_GROUPS = 10

@@ -997,7 +997,9 @@ class CalibrationText:
                 self._temperature(), self._slope_and_intercept()]
 
     def without_own(self) -> list[str]:
-        "The regions without thresholds of their own, by the reason"
+        "The regions without thresholds of their own, by the reason; nothing where the split is one region"
+        if len(self.c.regions) < 2:
+            return []
         names = {}
         for name, region in self.c.regions.items():
             if not region.thresholds and not region.objects:
@@ -1006,7 +1008,7 @@ class CalibrationText:
 
     def region(self, name:str, region:Region) -> list[str]:
         "The thresholds of a region, and why some are not its own"
-        if not region.thresholds and not region.objects:
+        if len(self.c.regions) < 2 or not (region.thresholds or region.objects):
             return []
         said = ['', fill(f'Region {name}: {region.why}')] if region.why else []
         return (said + self.pixels(f'Region {name}: pixels', region.thresholds)

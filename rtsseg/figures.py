@@ -29,7 +29,8 @@ from .config import ratio_text
 from .evidence import Evidence, evidence_path
 from .files import inside
 from .ground import GEOD, place_text, transformer
-from .metrics import histogram, informative_tiles, pixel_metrics, pr_curve, tile_counts
+from .metrics import histogram, pixel_metrics, pr_curve
+from .objects import informative_tiles, match_objects
 from .operating import score_masses
 from .outlines import BROKEN_ARCHIVE
 from .pixel_results import RECALLS, PixelResults, PixelRun, ratio_thresholds
@@ -198,7 +199,7 @@ def read_scores(archive:zipfile.ZipFile,
     return np.frombuffer(data, np.float16).reshape(shape).astype(float)
 
 # %% ../nbs/06g_figures.ipynb #cfigures4
-GALLERY_KINDS = dict(false_alarms='Worst false alarms', misses='Worst misses', finds='Best finds')
+GALLERY_KINDS = dict(false_alarms='Largest false alarms', misses='Largest misses', finds='Best finds')
 
 DAMAGED_SCORES = ('The scores for the pictures are damaged ({path}: {error}): '
                   'rtsseg-evaluate --run {folder} --split {split} makes them again.')
@@ -293,11 +294,11 @@ def pictured_tiles(run:PixelRun, split:str,
                    kept:list[str],             # tiles whose scores were kept
                    n:int=4                     # of each kind
                   ) -> dict[str, list[int]]:   # {kind: rows of the evidence}
-    "The tiles of the gallery: those that decide the pixel metrics most at the threshold of the report"
-    evidence = run.evidence[split]
+    "The tiles of the gallery, by the objects that the tables count; a tile may be of several kinds"
+    evidence, settings = run.evidence[split], match_settings(run)
     own = set(run.manifest.of(split).table.tile_id) & set(kept)
     rows = np.flatnonzero([tile in own for tile in evidence['tile_id']])
-    by_kind = informative_tiles(evidence.select(rows), match_settings(run)['threshold'], n)
+    by_kind = informative_tiles(evidence.select(rows), settings['threshold'], n, settings['min_area'])
     return {kind: rows[found].tolist() for kind, found in by_kind.items()}
 
 def kept_tiles(archive:zipfile.ZipFile) -> list[str]:
@@ -311,21 +312,21 @@ def draw_gallery(run:PixelRun, split:str,
     "The pictures of the gallery"
     part, evidence = run.manifest.of(split), run.evidence[split]
     row_of = {tile: row for row, tile in enumerate(part.table.tile_id)}
-    threshold = match_settings(run)['threshold']
-    cut = threshold_score(run, split, threshold)
-    counts = tile_counts(evidence, threshold)
+    cut = threshold_score(run, split, match_settings(run)['threshold'])
+    matched = match_objects(evidence, **match_settings(run))
 
     def picture(i):
         tile, region = evidence['tile_id'][i], evidence['region'][i]
         image, _, mask = read_tile(part, row_of[tile])
-        found, false, missed = counts[i]
-        caption = f'{tile} ({region}): {found} pixels found, {false} false, {missed} missed'
+        found, false, missed = matched.tp[i], matched.fp[i], matched.fn[i]
+        caption = f'{tile} ({region}): slumps: {found} found, {missed} missed; false objects: {false}'
         ground = tile_ground(part.table.loc[row_of[tile]])
         figure = tile_figure(run, image, mask, read_scores(archive, tile, mask.shape), cut, ground)
         return TilePicture(figure, caption, tile, ground.place)
 
     by_kind = pictured_tiles(run, split, kept_tiles(archive), n)
-    return {kind: [picture(i) for i in rows] for kind, rows in by_kind.items()}
+    drawn = {i: picture(i) for i in dict.fromkeys(row for rows in by_kind.values() for row in rows)}
+    return {kind: [drawn[i] for i in rows] for kind, rows in by_kind.items()}
 
 def scores_archive(run:PixelRun, split:str) -> Path:
     "Where the logits of a few tiles are kept"
@@ -346,7 +347,7 @@ def gallery(run:PixelRun, split:str,
                                                 split=split)) from None
 
 def gallery_tiles(run:PixelRun, split:str) -> list[str]:
-    "Ids of the tiles that the gallery shows; [] where it shows none"
+    "Ids of the tiles that the gallery shows, each once; [] where it shows none"
     path = scores_archive(run, split)
     if run.manifest is None or not path.exists():
         return []
@@ -355,7 +356,8 @@ def gallery_tiles(run:PixelRun, split:str) -> list[str]:
             by_kind = pictured_tiles(run, split, kept_tiles(archive))
     except BROKEN_ARCHIVE:
         return []
-    return [run.evidence[split]['tile_id'][row] for rows in by_kind.values() for row in rows]
+    rows = dict.fromkeys(row for rows in by_kind.values() for row in rows)
+    return [run.evidence[split]['tile_id'][row] for row in rows]
 
 def picture_id(run:PixelRun, tile:str) -> str:
     "The name on the page of the picture of a tile"

@@ -20,7 +20,7 @@ from .evidence import Evidence, Meter, evidence_path
 from .files import write_atomic
 from .intervals import summary
 from .manifest import Manifest
-from .metrics import informative_tiles
+from .objects import informative_tiles
 from .operating import selection_rule
 from .outlines import OutlineWriter, outline_codes
 from .runs import config_hash, run_folder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['harmonic_sum', 'average_precision', 'pr_curve', 'ap_bounds', 'negative_weight', 'tile_weights', 'weighted_sum',
-           'histogram', 'prevalence_alone', 'is_resolved', 'rates', 'pixel_metrics', 'tile_counts', 'informative_tiles',
-           'boundary_counts', 'boundary_metrics', 'confusion', 'class_iou', 'mean_iou']
+           'histogram', 'prevalence_alone', 'is_resolved', 'rates', 'pixel_metrics', 'tile_counts', 'boundary_counts',
+           'boundary_metrics', 'confusion', 'class_iou', 'mean_iou']
 
 # %% ../nbs/03d_metrics.ipynb #imetrics
 from collections.abc import Sequence
@@ -174,19 +174,6 @@ def tile_counts(evidence:Evidence,   # of a split
         return np.bincount(tile[here], counts[here], len(evidence)).astype(np.int64)
 
     return np.stack([count('pos', True), count('neg', True), count('pos', False)], 1)
-
-# %% ../nbs/03d_metrics.ipynb #cd2b5cf0
-def informative_tiles(evidence:Evidence,   # of a split
-                      threshold:float,     # a probability
-                      n:int=4              # of each kind
-                     ) -> dict:            # {kind: rows, most informative first}: false_alarms, misses and finds
-    "The tiles that decide the pixel metrics at a threshold; none occurs twice"
-    tp, fp, fn = tile_counts(evidence, threshold).T
-    pixels = np.stack([fp, fn, tp - fp - fn])
-    kind, most = pixels.argmax(0), pixels.max(0)
-    order = np.argsort(-most, kind='stable')
-    order = order[most[order] > 0]
-    return {name: order[kind[order] == i][:n] for i, name in enumerate(('false_alarms', 'misses', 'finds'))}
 
 # %% ../nbs/03d_metrics.ipynb #b9926861
 def boundary_counts(evidence:Evidence,      # of a split

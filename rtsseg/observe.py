@@ -23,7 +23,8 @@ from .evidence import Evidence, Meter
 from .files import FileError, read_json, typed
 from .infer import Predictor, check_scale, judged_part, predict_logits
 from .manifest import Manifest
-from .metrics import ap_bounds, average_precision, histogram, informative_tiles, is_resolved, negative_weight
+from .metrics import ap_bounds, average_precision, histogram, is_resolved, negative_weight
+from .objects import informative_tiles
 from .outlines import OutlineWriter, outline_codes
 from .runs import StoredThresholds
 from .scores import Bins
@@ -32,7 +33,7 @@ from .system import Pass
 
 # %% ../nbs/04n_observe.ipynb #cobpic
 def picture_tiles(evidence:Evidence) -> list[str]:
-    "Ids of the tiles that decide the pixel metrics at some threshold"
+    "Ids of the tiles that show best what is found, missed and false at some threshold"
     rows = {row for t in evidence.thresholds for found in informative_tiles(evidence, t).values() for row in found}
     return sorted({evidence['tile_id'][row] for row in rows})
 
@@ -167,8 +168,13 @@ def why_unresolved(evidence:Evidence, ratios:list[int|str]) -> str:
 
 def left_uncertain(evidence:Evidence, ratios:list[int|str]) -> str:
     "Between what bounds PR-AUC lies where all passes leave it uncertain by more than 1e-4; '' where none does"
-    bounds = {r: ap_bounds(histogram(evidence, r), evidence.exact) for r in ratios if not is_resolved(evidence, [r])}
-    shown = [f'between {low:.5f} and {high:.5f} at {ratio_text(r)}' for r, (low, high) in bounds.items()]
+    # ratios with the same bounds share a line
+    named = {}
+    for ratio in ratios:
+        if not is_resolved(evidence, [ratio]):
+            low, high = ap_bounds(histogram(evidence, ratio), evidence.exact)
+            named.setdefault(f'between {low:.5f} and {high:.5f}', []).append(ratio_text(ratio))
+    shown = [f'{bounds} at {", ".join(names)}' for bounds, names in named.items()]
     return f'PR-AUC stays uncertain by more than 1e-4: {", ".join(shown)}' if shown else ''
 
 def logits_for_pictures(packed:Predictor, loader:DataLoader, part:Manifest, ask:Pass, evidence:Evidence) -> bytes:

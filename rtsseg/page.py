@@ -553,13 +553,14 @@ def shown_part(index:int, part:Part) -> dict:    # title and sections, as the te
 
 def page(title:str,              # plain text
          lead:str,               # plain text, below the title
-         parts:list[Part]        # a part with a title opens on a click
+         parts:list[Part],       # a part with a title opens on a click
+         end:list[str]=()        # plain texts below all sections
         ) -> str:                # HTML, complete
     "Write a page that fetches nothing and runs no script but its own"
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
     return render('page.html', title=title, lead=lead, policy=Markup(policy), style=Markup(STYLE),
-                  script=Markup(SCRIPT), parts=[shown_part(i, part) for i, part in enumerate(parts)])
+                  script=Markup(SCRIPT), parts=[shown_part(i, part) for i, part in enumerate(parts)], end=end)
 
 # %% ../nbs/06a_page.ipynb #77861d0a
 @dataclass
@@ -580,7 +581,8 @@ class PictureNames:
 def appendix(title:str,              # plain text
              lead:str,               # plain text
              parts:list[Part],       # as of the page
-             folder:str              # where its pictures go, beside it
+             folder:str,             # where its pictures go, beside it
+             end:list[str]=()        # as of the page
             ) -> tuple[str, dict[str, bytes]]:   # Markdown; {file name: bytes} of the pictures
     "The page as Markdown, with pipe tables as GitHub and pandoc read them"
     files = {}
@@ -595,4 +597,5 @@ def appendix(title:str,              # plain text
             lines.append(f'{level} {markdown_text(heading)}')
             link = PictureNames(anchor(index, heading), folder, files)
             lines += [b.markdown(link) for b in blocks]
+    lines += map(markdown_text, end)
     return '\n\n'.join(lines) + '\n', files

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['OTHER_WEIGHTS', 'SAME_WEIGHTS', 'NOT_TRAINED', 'NOT_COMPARED', 'UNSUPPORTED', 'RECALLS', 'PixelRun', 'read_split',
            'read_calibration', 'read_own_manifest', 'pixel_run', 'metric_now', 'compared_metrics', 'confirm',
-           'ratio_thresholds', 'estimates', 'supported', 'SeedCurve', 'curve_codes', 'seed_curves', 'mean_curves',
-           'PixelResults', 'check_same_tiles', 'pixel_results']
+           'ratio_thresholds', 'matches_at', 'FalseShare', 'false_share', 'false_shares', 'ranged', 'estimates',
+           'supported', 'SeedCurve', 'curve_codes', 'seed_curves', 'mean_curves', 'PixelResults', 'check_same_tiles',
+           'pixel_results']
 
 # %% ../nbs/06e_pixel_results.ipynb #ipixelr
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.stats import binomtest
 
 from .bootstrap import Estimate
 from .calibration import Calibration
@@ -22,7 +24,7 @@ from .evidence import Evidence, evidence_path, other_pass, run_evidence
 from .intervals import MIN_SUPPORT, bootstrap, summary
 from .manifest import Manifest, read_manifest
 from .metrics import negative_weight
-from .objects import IOUS
+from .objects import IOUS, Matches, match_objects
 from .operating import Replicates
 from .results import ReportError, Results, Run, read_checked, require_file, shell_path, short_path
 from .scores import CODES
@@ -165,16 +167,92 @@ def ratio_thresholds(run:PixelRun,
     reference = run.cfg.metrics.reference_threshold
     return {r: points[r].raw_threshold if r in points else reference for r in ratios}
 
+def matches_at(run:PixelRun, split:str, ratio:int|str) -> Matches:
+    "Objects at the threshold of a ratio, found from an IoU of 0.3 on"
+    threshold = ratio_thresholds(run, [ratio])[ratio]
+    return match_objects(run.evidence[split], threshold, .3, run.cfg.metrics.min_area)
+
+# %% ../nbs/06e_pixel_results.ipynb #rangcode
+@dataclass(frozen=True)
+class FalseShare:
+    "Tiles without a slump that hold a false object, and what they mean for the precision of objects"
+    false: int
+    tiles: int
+    # false objects in such a tile
+    each: float
+    # found slumps, and false objects in tiles with a slump
+    found: int
+    beside: int
+    # tiles without a slump at the ratio, of as many with one as the split has
+    expected: float
+
+    @property
+    def predicted(self) -> int:
+        "All predicted objects, each counted once"
+        return self.found + self.beside + round(self.false * self.each)
+
+    def ends(self, tiles:int|None=None    # None: those of the split
+            ) -> tuple[float, float]:
+        "The exact 95% interval of the share, were it the same in so many tiles"
+        n = tiles or self.tiles
+        interval = binomtest(round(self.false * n / self.tiles), n).proportion_ci()
+        return float(interval.low), float(interval.high)
+
+    def precision(self, share:float) -> float:
+        "The precision of objects at the ratio, where this share of tiles without a slump holds a false object"
+        return self.found / (self.found + self.beside + share * self.each * self.expected)
+
+    def tiles_that_tell(self, precision:float) -> int|None:    # two digits; None where no number of tiles would
+        "How many tiles without a slump would tell on which side of a precision the model is, were the share the same"
+        most = (self.found / precision - self.found - self.beside) / (self.each * self.expected)
+        if most <= 0:
+            return None
+        for n in np.unique(np.geomspace(self.tiles, 1e7, 200).astype(int)):
+            low, high = self.ends(int(n))
+            if high <= most or low > most:
+                return int(np.ceil(n / 10**(len(str(n)) - 2)) * 10**(len(str(n)) - 2))
+        return None
+
+def false_share(run:PixelRun, split:str, ratio:int) -> FalseShare|None:
+    "What tiles without a slump say at the threshold of a ratio; None without such tiles, or where nothing is found"
+    evidence = run.evidence[split]
+    matched = matches_at(run, split, ratio)
+    positive = evidence['positive'].astype(bool)
+    false, tiles, found = matched.fp[~positive], int((~positive).sum()), int(matched.tp.sum())
+    if not tiles or not found:
+        return None
+    held = int((false > 0).sum())
+    return FalseShare(held, tiles, float(false.sum()) / held if held else 1., found, int(matched.fp[positive].sum()),
+                      ratio * float(positive.sum()))
+
+def false_shares(runs:list[PixelRun], split:str, ratio:int|str) -> list[FalseShare]:
+    "Those of each seed; [] where a seed has none, and at the ratio of the split, where all tiles count once"
+    shares = [] if ratio == 'native' else [false_share(run, split, ratio) for run in runs]
+    return [] if None in shares else shares
+
+def ranged(precision:Estimate, shares:list[FalseShare]    # of each seed; [] changes nothing
+          ) -> Estimate:
+    "A precision; where it has no value, with the ends that these tiles leave possible"
+    if precision.value is not None or not shares:
+        return precision
+    ends = [share.precision(end) for share in shares for end in share.ends()]
+    bound = 1. if precision.high is None else precision.high
+    return Estimate(None, min(*ends, bound), min(max(ends), bound), precision.why)
+
+# %% ../nbs/06e_pixel_results.ipynb #rangest
 def estimates(runs:list[PixelRun],       # seeds of one configuration
               split:str,                 # val or test
               ratios:list,               # r of 1:r, or 'native'
               cfg:Metrics|None=None      # None: the settings of the first run
              ) -> dict:                  # {ratio: {metric: Estimate}}
-    "Every metric at every ratio, at the threshold of each seed"
+    "Every metric at every ratio, at the threshold of each seed; a precision of objects that is not known is a range"
     cfg = cfg or runs[0].cfg.metrics
     evidence = [run.evidence[split] for run in runs]
     thresholds = [ratio_thresholds(run, ratios) for run in runs]
-    return bootstrap(evidence, ratios, thresholds, IOUS, cfg.min_area, cfg.replicates)
+    found = bootstrap(evidence, ratios, thresholds, IOUS, cfg.min_area, cfg.replicates)
+    for ratio, row in found.items():
+        row['object_precision_30'] = ranged(row['object_precision_30'], false_shares(runs, split, ratio))
+    return found
 
 # %% ../nbs/06e_pixel_results.ipynb #cpixelr5
 UNSUPPORTED = ('rests on {support} of the {needed} negative tiles that are needed; '

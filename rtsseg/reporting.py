@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD', 'COMPARISON_LEAD', 'LEDGER_ALLOWED',
-           'ONE_LOOK', 'measured_on', 'warnings_for', 'configuration_sections', 'figures_in', 'compared_split',
-           'comparison_sections', 'title_of', 'lead_of', 'comparison_lead', 'reworded', 'Content', 'collect', 'tables',
-           'write', 'named_path', 'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list',
-           'find_runs']
+           'ONE_LOOK', 'SYNTHETIC', 'NOT_SYNTHETIC', 'ORIGIN', 'measured_on', 'warnings_for', 'configuration_sections',
+           'figures_in', 'compared_split', 'comparison_sections', 'title_of', 'seeds_of', 'lead_of', 'comparison_lead',
+           'reworded', 'is_synthetic', 'origin_of', 'Content', 'collect', 'tables', 'write', 'named_path',
+           'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -113,10 +113,14 @@ def title_of(results:list[Results],    # one for each configuration
     title = f'{results[0].label}: {where}'
     return title if split == 'test' else f'{title} (the test split was not evaluated)'
 
+def seeds_of(results:Results) -> str:
+    "The seeds of a configuration, in words"
+    return results.first.title if len(results.runs) == 1 else f'seeds {listed(results.seeds)}'
+
 def lead_of(results:Results) -> str:
     "What was run, and what puts its numbers in doubt"
-    seeds = results.first.title if len(results.runs) == 1 else f'seeds {listed(results.seeds)}'
-    what = LEAD.format(system=results.first.cfg.system, seeds=seeds, configuration=results.first.configuration)
+    what = LEAD.format(system=results.first.cfg.system, seeds=seeds_of(results),
+                       configuration=results.first.configuration)
     return ' '.join([what, *warnings_for(results)])
 
 def comparison_lead(results:list[Results], split:str) -> str:
@@ -127,6 +131,24 @@ def comparison_lead(results:list[Results], split:str) -> str:
 def reworded(text:str, results:Results) -> str:
     "A text in the words of a run: what is mapped has a name"
     return results.system.reword(text, results.first.cfg)
+
+SYNTHETIC = 'The data are synthetic: a made-up world.'
+
+NOT_SYNTHETIC = 'The data are real, as far as manifest and configuration tell.'
+
+ORIGIN = '{data} Configuration {name}, hash {configuration}; {seeds}.'
+
+def is_synthetic(cfg:RunConfig) -> bool:
+    "Whether a run was trained on a made-up world, by its config and by what lies beside its manifest"
+    source, manifest = getattr(cfg.data, 'source', None), getattr(cfg.data, 'manifest', None)
+    return bool(getattr(source, 'kind', '') == 'toy' or getattr(cfg.data, 'made', None)
+                or (manifest and Path(manifest).with_name('toy.json').exists()))
+
+def origin_of(results:Results) -> str:
+    "Whether data are synthetic, and which configuration and seeds a page is of"
+    data = SYNTHETIC if is_synthetic(results.first.cfg) else NOT_SYNTHETIC
+    return ORIGIN.format(data=data, name=results.first.cfg.name, configuration=results.first.configuration,
+                         seeds=seeds_of(results))
 
 @dataclass
 class Content:
@@ -200,13 +222,15 @@ def write(content:Content,
     "Write page, Markdown and pictures; raises `ReportError` where they cannot be written"
     try:
         folder = inside(path.with_name(f'{path.stem}_files')/'picture', path.parent).parent
-        text, pictures = appendix(content.title, content.lead, content.parts, folder.name)
+        end = [origin_of(results) for results in content.results]
+        text, pictures = appendix(content.title, content.lead, content.parts, folder.name, end)
         for old in [*folder.glob('*.png'), *folder.glob('*.jpeg')]:
             old.unlink()
         for name, data in pictures.items():
             write_atomic(folder/name, data)
         write_atomic(path.with_suffix('.md'), reworded(text, content.results[0]))
-        write_atomic(path, reworded(page(content.title, content.lead, content.parts), content.results[0]))
+        whole = page(content.title, content.lead, content.parts, end)
+        write_atomic(path, reworded(whole, content.results[0]))
         return [] if content.comparison else content.results[0].system.report_files(content.results[0], path)
     except OSError as e:
         raise ReportError(f'{path} cannot be written: {e.strerror}') from None

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'METRICS', 'OBJECT_METRICS', 'ONE_SEED', 'ONE_ENSEMBLE', 'SEVERAL_SEEDS', 'INTERVAL', 'NEAREST',
-           'REGION_NOTE', 'REGION_HINT', 'SIZE_NOTE', 'SIZE_HINT', 'SLUMPS_NOTE', 'MISSES', 'FALSE_NOTE',
-           'CONFIDENCE_NOTE', 'COMPARISON_NOTE', 'VERDICT_NOTE', 'DIFFERENCE_NOTE', 'LEADERBOARD_NOTE', 'TARGET_NOTE',
-           'FLOOR_NOTE', 'ALL_NOTE', 'ON_TEST_NOTE', 'REGION_POINTS_NOTE', 'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE',
-           'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE', 'NO_MANIFEST', 'SPLITS_NOTE', 'Several', 'probability_cell',
-           'point_note', 'threshold_cell', 'object_threshold_cell', 'prevalence_cell', 'weight_cell',
-           'without_interval', 'positive_blocks', 'metric_rows', 'basis_rows', 'bound_rows', 'spread_notes',
-           'results_table', 'seeds_table', 'estimators_table', 'gap_table', 'threshold_score', 'pixel_rates',
-           'Supported', 'ratio_or_nan', 'drawn_pixels', 'pixels_by_threshold', 'objects_by_threshold',
-           'thresholds_table', 'curves_table', 'match_settings', 'region_hints', 'region_table', 'size_hints',
-           'size_table', 'slump_row', 'slumps_tables', 'misses_table', 'false_alarm_kinds', 'false_alarms_table',
-           'comparison_table', 'paired_differences', 'leaderboard_table', 'without_land', 'differences_table',
-           'target_note', 'pixel_points_table', 'on_test', 'object_points_table', 'region_point_rows',
-           'region_points_table', 'operating_tables', 'fits_table', 'small_number', 'quality_table',
-           'calibration_tables', 'views_tables', 'splits_table', 'splits_of', 'data_regions_table',
-           'evidence_splits_table', 'data_tables']
+           'BOUNDS_NOTE', 'REGION_NOTE', 'REGION_HINT', 'SIZE_NOTE', 'METRES_NOTE', 'PIXELS_NOTE', 'SIZE_HINT',
+           'SLUMPS_NOTE', 'MISSES', 'FALSE_NOTE', 'CONFIDENCE_NOTE', 'COMPARISON_NOTE', 'VERDICT_NOTE',
+           'DIFFERENCE_NOTE', 'LEADERBOARD_NOTE', 'TARGET_NOTE', 'FLOOR_NOTE', 'ALL_NOTE', 'ON_TEST_NOTE',
+           'REGION_POINTS_NOTE', 'FIT_NAMES', 'FIT_NOTE', 'EXCESS_NOTE', 'QUALITY_NOTE', 'SHIFT_NOTE', 'VIEWS_NOTE',
+           'NO_MANIFEST', 'SPLITS_NOTE', 'Several', 'probability_cell', 'point_note', 'threshold_cell',
+           'object_threshold_cell', 'prevalence_cell', 'weight_cell', 'without_interval', 'positive_blocks',
+           'metric_rows', 'count_rows', 'basis_rows', 'bound_rows', 'spread_notes', 'results_table', 'seeds_table',
+           'estimators_table', 'gap_table', 'threshold_score', 'pixel_rates', 'Supported', 'ratio_or_nan',
+           'drawn_pixels', 'pixels_by_threshold', 'objects_by_threshold', 'thresholds_table', 'curves_table',
+           'match_settings', 'region_hints', 'region_table', 'size_hints', 'size_table', 'slump_row', 'slumps_tables',
+           'misses_table', 'false_alarm_kinds', 'false_alarms_table', 'comparison_table', 'paired_differences',
+           'leaderboard_table', 'without_land', 'differences_table', 'target_note', 'pixel_points_table', 'on_test',
+           'object_points_table', 'region_point_rows', 'region_points_table', 'operating_tables', 'fits_table',
+           'small_number', 'quality_table', 'calibration_tables', 'views_tables', 'splits_table', 'splits_of',
+           'data_regions_table', 'evidence_splits_table', 'data_tables']
 
 # %% ../nbs/06f_tables.ipynb #itables
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from rtsseg.metrics import (
 )
 from rtsseg.objects import (
     IOUS,
-    SIZE_CLASSES,
+    PIXEL_CLASSES,
     false_alarms,
     found_slumps,
     grid_counts,
@@ -52,10 +52,11 @@ from rtsseg.objects import (
     misses,
     object_grid,
     recall_by_size,
+    size_classes,
 )
 from .operating import ObjectOperatingPoint, OperatingPoint, Replicates, probability_text
 from .page import Number, Table
-from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, ratio_thresholds, supported
+from .pixel_results import RECALLS, PixelResults, PixelRun, estimates, matches_at, ratio_thresholds, supported
 from .results import listed, ratio_name
 from .scores import CODES, clipped_scores, first_code
 from .shared import COST_HEAD, COST_NOTE, cost_cells
@@ -143,20 +144,37 @@ INTERVAL = ('[low, high]: 95% interval{of_mean}, what other land would have give
 
 NEAREST = 'threshold of objects: they are cut out at a few thresholds only, and the nearest is taken'
 
+BOUNDS_NOTE = ('≤, or from … to: a bound of what too few tiles support; each ratio has a threshold of its own, with '
+               'other objects, so a bound can be higher where slumps are rarer')
+
 def metric_rows(found:dict,                  # {ratio: {metric: …}}
                 ious:tuple=(0.3,),           # IoUs of a match
                 pixels:bool=True             # with the metrics of pixels
                ) -> list[tuple[str, str]]:   # (label, name)
     "The metrics that a table shows"
-    rows = []
-    if pixels:
-        rows += [(label, name) for name, label in METRICS.items()]
-        first = next(iter(found.values()))
-        boundary = [name for name in first if name.startswith('boundary_iou_')]
-        rows += [(f'boundary IoU, {name.removeprefix("boundary_iou_")} px', name) for name in boundary]
-    for iou in ious:
-        rows += [(f'{label} (IoU {iou:g})', f'{name}_{100 * iou:.0f}') for name, label in OBJECT_METRICS.items()]
-    return rows
+    of_objects = [(f'{label} (IoU {iou:g})', f'{name}_{100 * iou:.0f}')
+                  for iou in ious for name, label in OBJECT_METRICS.items()]
+    if not pixels:
+        return of_objects
+    first = next(iter(found.values()))
+    boundary = [name for name in first if name.startswith('boundary_iou_')]
+    return [*((label, name) for name, label in METRICS.items()),
+            *((f'boundary IoU, {name.removeprefix("boundary_iou_")} px', name) for name in boundary), *of_objects]
+
+def count_rows(results:PixelResults, split:str, ratios:list) -> list[list]:
+    "How many objects stand behind their precision and recall at each threshold, each counted once"
+    def cells(counts):
+        return [listed(dict.fromkeys(counts(run, matches_at(run, split, ratio)) for run in results.runs))
+                for ratio in ratios]
+
+    def of_predicted(run, matched):
+        return f'{matched.tp.sum()} of {len(matched.predicted)}'
+
+    def of_labelled(run, matched):
+        return f'{matched.tp.sum()} of {len(matched.truth)}'
+
+    return [['slumps among the predicted objects', *cells(of_predicted)],
+            ['found among the labelled slumps', *cells(of_labelled)]]
 
 def basis_rows(results:PixelResults, split:str, ratios:list) -> list[list]:
     "What the metrics rest on: thresholds, tiles, weight and prevalence"
@@ -219,11 +237,20 @@ def results_table(results:PixelResults,    # of one configuration
                  ) -> Table:
     "Metric × ratio, and what the numbers rest on"
     found = results.found[split]
-    rows = [[label, *(found[r][name] for r in ratios)] for label, name in metric_rows(found, ious, pixels)]
+    of_objects = metric_rows(found, ious, pixels=False)
+    rows = [[label, *(found[r][name] for r in ratios)] for label, name in of_objects]
+    if pixels:
+        # a map is about objects: they come first
+        rows = [['objects'], *rows, *count_rows(results, split, ratios), ['pixels']]
+        of_pixels = metric_rows(found, ())
+        rows += [[label, *(found[r][name] for r in ratios)] for label, name in of_pixels]
     rows += basis_rows(results, split, ratios)
     if pixels:
         rows += bound_rows(results, split, ratios)
-    return Table(['metric', *map(ratio_name, ratios)], rows, [*spread_notes(results, split), NEAREST])
+    notes = [*spread_notes(results, split), NEAREST]
+    if any(found[r][name].value is None for r in ratios for _, name in of_objects):
+        notes.append(BOUNDS_NOTE)
+    return Table(['metric', *map(ratio_name, ratios)], rows, notes)
 
 # %% ../nbs/06f_tables.ipynb #ctables3
 def seeds_table(results:PixelResults, split:str) -> Table:
@@ -452,8 +479,11 @@ def region_table(run:PixelRun, split:str) -> Table:
     return Table(head, rows, [REGION_NOTE.format(ratio=ratio_name(ratio))], hints=region_hints(recalls))
 
 # %% ../nbs/06f_tables.ipynb #ctables10
-SIZE_NOTE = ('at the threshold of {ratio}, found from an IoU of 0.3 on; '
-             'unknown: the tile has no CRS, so no size in metres')
+SIZE_NOTE = 'at the threshold of {ratio}, found from an IoU of 0.3 on; {unit}'
+
+METRES_NOTE = 'unknown: the tile has no CRS, so no size in metres'
+
+PIXELS_NOTE = 'in pixels (px): the tiles have no CRS, so no size in metres'
 
 SIZE_HINT = ('Recall of slumps over 1 km is {large:.2f}, of smaller ones at least {rest:.2f}: '
              'consider training at several resolutions (guide 8.3).')
@@ -469,11 +499,13 @@ def size_hints(found:pd.DataFrame    # of `recall_by_size`
     return [SIZE_HINT.format(large=large, rest=min(recalls.values()))]
 
 def size_table(run:PixelRun, split:str) -> Table:
-    "Object recall by size, the longest side of the object's rectangle on the ground"
-    found = recall_by_size(run.evidence[split], **match_settings(run))
+    "Object recall by size, the longest side of the object's rectangle"
+    evidence = run.evidence[split]
+    found = recall_by_size(evidence, **match_settings(run))
     rows = [[size, int(x.objects), int(x.found), Number(x.recall), int(x.edge)] for size, x in found.iterrows()]
     head = ['longest side', 'slumps', 'found', 'recall', 'cut by a tile edge']
-    note = SIZE_NOTE.format(ratio=ratio_name(run.calibration.ratio))
+    unit = PIXELS_NOTE if size_classes(evidence) is PIXEL_CLASSES else METRES_NOTE
+    note = SIZE_NOTE.format(ratio=ratio_name(run.calibration.ratio), unit=unit)
     return Table(head, rows, [note], 'Slumps found, by size', size_hints(found))
 
 # %% ../nbs/06f_tables.ipynb #ctables11
@@ -515,13 +547,14 @@ MISSES = {'unseen': 'no prediction on it: not recognised',
 
 def misses_table(run:PixelRun, split:str) -> Table:
     "Why slumps were missed, by size"
-    missed = misses(run.evidence[split], **match_settings(run))
+    evidence = run.evidence[split]
+    missed, classes = misses(evidence, **match_settings(run)), list(size_classes(evidence))
     rows = []
     for kind, meaning in MISSES.items():
         found = missed[missed.kind == kind]
-        by_size = [int((found['size'] == size).sum()) for size in SIZE_CLASSES]
+        by_size = [int((found['size'] == size).sum()) for size in classes]
         rows.append([kind, len(found), *by_size, int(found.edge.sum()), meaning])
-    head = ['missed', 'slumps', *SIZE_CLASSES, 'cut by a tile edge', 'meaning']
+    head = ['missed', 'slumps', *classes, 'cut by a tile edge', 'meaning']
     note = f'at the threshold of {ratio_name(run.calibration.ratio)}, missed where no prediction has an IoU of 0.3'
     return Table(head, rows, [note], 'Slumps missed, by kind')
 
@@ -533,18 +566,21 @@ def false_alarm_kinds(run:PixelRun,
                       false:pd.DataFrame,    # of `false_alarms`
                       regions:list[str]      # of the split
                      ) -> dict:              # {heading: [(kind, which rows)]}
-    "False objects by size, by region and by confidence"
+    "False objects by size, by region where there are several, and by confidence"
     score = run.calibration.probability(logit(np.clip(false.score, 1e-12, 1 - 1e-12)))
-    sizes = [(size, false['size'] == size) for size in SIZE_CLASSES]
+    sizes = [(size, false['size'] == size) for size in false['size'].cat.categories]
     confidence = []
     for tenth in range(10):
         low, high = tenth / 10, (tenth + 1) / 10
         # the last class holds 1 too
         below = score <= high if tenth == 9 else score < high
         confidence.append((f'{low:.1f} to {high:.1f}', (score >= low) & below))
-    return {'by size': [*sizes, ('unknown', false['size'].isna())],
-            'by region': [(region, false.region == region) for region in regions],
-            'by confidence': confidence}
+    kinds = {'by size': [*sizes, ('unknown', false['size'].isna())],
+             'by region': [(region, false.region == region) for region in regions],
+             'by confidence': confidence}
+    if len(regions) < 2:
+        del kinds['by region']
+    return kinds
 
 def false_alarms_table(run:PixelRun, split:str) -> Table:
     "What was taken for a slump: by size, by region, by confidence"
@@ -729,7 +765,7 @@ def region_point_rows(run:PixelRun, name:str, region:Region) -> list[list]:
     return rows
 
 def region_points_table(run:PixelRun) -> Table:
-    "The thresholds of each region"
+    "The thresholds of each region, of several"
     rows = []
     for name, region in run.calibration.regions.items():
         rows += region_point_rows(run, name, region)
@@ -739,8 +775,9 @@ def region_points_table(run:PixelRun) -> Table:
     return Table(head, rows, [note], f'Thresholds by region, {run.title}')
 
 def operating_tables(run:PixelRun) -> list[Table]:
-    "Thresholds for pixels, for objects and by region"
-    return [pixel_points_table(run), object_points_table(run), region_points_table(run)]
+    "Thresholds for pixels, for objects, and by region where there are several"
+    tables = [pixel_points_table(run), object_points_table(run)]
+    return [*tables, region_points_table(run)] if len(run.calibration.regions) > 1 else tables
 
 # %% ../nbs/06f_tables.ipynb #ctables14
 FIT_NAMES = dict(before='scores as they are', temperature='temperature',

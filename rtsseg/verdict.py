@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FIT_RECALL', 'REVIEW_PRECISION', 'KINDS', 'VERDICT_RULE', 'FOUND', 'DOUBT', 'RANGE', 'RATIO_MEANS', 'ENOUGH',
-           'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'NEXT_LEVER', 'NEXT_MEND',
-           'NEXT_TEST', 'NEXT_MAP', 'NEXT_DATA', 'MISS_TEXTS', 'EXCESS_FINDING', 'of_hundred', 'found_words',
-           'mapping_kind', 'RatioVerdict', 'judge_range', 'judge_ratio', 'FalseShare', 'false_share', 'ranged',
-           'range_words', 'judged', 'ObjectOutcome', 'outcome', 'Lever', 'best_floor', 'floor_lever', 'point_lever',
-           'biggest_lever', 'calibration_mend', 'next_step', 'VerdictBox', 'mapping_verdict', 'CostlyGroup', 'Errors',
-           'split_errors', 'gained', 'costliest', 'region_findings', 'size_findings', 'kind_findings', 'small_findings',
-           'calibration_findings', 'Findings', 'findings']
+           'TOO_FEW', 'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'MISSED', 'ALARMED',
+           'FALSE', 'MOST_STEPS', 'MEND_STEP', 'TILES_STEP', 'LEVER_STEP', 'LONGER_STEP', 'NEGATIVES_STEP',
+           'REVIEW_TILES', 'LABELS_STEP', 'EVERY_REGION', 'TEST_STEP', 'MAP_STEP', 'MISS_TEXTS', 'EXCESS_FINDING',
+           'MOST_GROUPS', 'of_hundred', 'found_words', 'mapping_kind', 'RatioVerdict', 'judge_range', 'judge_ratio',
+           'range_words', 'with_range', 'with_choice', 'judged', 'ObjectOutcome', 'outcome', 'Lever', 'best_floor',
+           'floor_lever', 'point_lever', 'biggest_lever', 'calibration_mend', 'Rate', 'clearly_worst', 'Errors',
+           'split_errors', 'rates_by', 'Breakdown', 'breakdowns', 'Step', 'more_data', 'mend_step', 'tiles_step',
+           'lever_step', 'longer_step', 'place_of', 'data_step', 'use_step', 'next_steps', 'VerdictBox',
+           'mapping_verdict', 'CostlyGroup', 'gained', 'kind_words', 'total_findings', 'counts_of', 'worst_findings',
+           'alike_findings', 'small_findings', 'calibration_findings', 'Findings', 'findings']
 
 # %% ../nbs/06f_verdict.ipynb #verdimpo
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -23,10 +25,11 @@ from scipy.stats import binomtest
 from .bootstrap import Estimate
 from .calibration import METHODS, about_times, adds_up
 from .evidence import Evidence
+from .intervals import MIN_SUPPORT
 from .metrics import negative_weight
-from .objects import MISS_KINDS, SIZE_CLASSES, described_objects, match_objects, misses, object_grid
+from .objects import MISS_KINDS, described_objects, match_objects, misses, object_grid, size_classes
 from .page import Link, markdown_text, render
-from .pixel_results import PixelResults, PixelRun, ratio_thresholds
+from .pixel_results import FalseShare, PixelResults, PixelRun, false_shares
 from .results import listed, ratio_name, shell_path
 from .tables import match_settings
 
@@ -42,24 +45,25 @@ KINDS = dict(fit='Fit for mapping', review='Usable with review', unfit='Not usab
 VERDICT_RULE = ('Fit for mapping: object precision of at least {target:g}, the target of this run, and at least '
                 '{recall:g} of the slumps found (IoU 0.3). Not usable: precision below {review:g}, so that more '
                 'than nine of ten objects that somebody looks at are false. Usable with review: what lies between. '
-                'Both numbers are those of the headline table. Where too few tiles without a slump stand behind a '
-                'precision, it is a range, from the exact 95% interval of the share of such tiles that hold a false '
-                'object; it decides where both ends are of one kind.')
+                'Both numbers are those of the headline table, rounded to whole ones of 100. Where too few tiles '
+                'without a slump stand behind a precision, it is a range, from the exact 95% interval of the share of '
+                'such tiles that hold a false object; it decides where both ends are of one kind. Not known, too: what '
+                'would be not usable at a threshold that was chosen with fewer than {needed} tiles without a slump.')
 
 FOUND = 'Of 100 predicted objects {precision}, and of 100 slumps {recall}.'
 
 DOUBT = ' On other land it could be otherwise: the 95% interval of precision is {low:.3f} to {high:.3f}.'
 
 def of_hundred(estimate:Estimate) -> str:
-    "A share in words"
+    "A share in words, rounded to whole ones of 100"
     if estimate.value is not None:
         return 'fewer than 1' if estimate.value < .01 else f'about {100 * estimate.value:.0f}'
     if estimate.high is None:
         return 'an unknown number'
-    most = max(1, np.ceil(100 * estimate.high))
+    most = max(1, 100 * estimate.high)
     if estimate.low is None or estimate.low < .01:
         return f'at most {most:.0f}'
-    return f'between {np.floor(100 * estimate.low):.0f} and {most:.0f}'
+    return f'between {100 * estimate.low:.0f} and {most:.0f}'
 
 def found_words(precision:Estimate, recall:Estimate) -> str:
     "What precision and recall of objects mean, in a sentence"
@@ -83,8 +87,10 @@ class RatioVerdict:
     kind: str
     # what follows from the numbers
     meaning: str
-    # where a range comes from; '' for a number
-    basis: str = ''
+    # where a range comes from, and what is not known; () for a number
+    basis: tuple[str, ...] = ()
+    # {split: tiles without a slump that would have to be added to it}
+    lacking: dict[str, int] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -121,92 +127,61 @@ def judge_ratio(ratio:int|str,
     return RatioVerdict(ratio, kind, meaning)
 
 # %% ../nbs/06f_verdict.ipynb #verdrang
-@dataclass(frozen=True)
-class FalseShare:
-    "Tiles without a slump that hold a false object, and what they mean for the precision of objects"
-    false: int
-    tiles: int
-    # false objects in such a tile
-    each: float
-    # found slumps, and false objects in tiles with a slump
-    found: int
-    beside: int
-    # tiles without a slump at the ratio, of as many with one as the split has
-    expected: float
+RANGE = ('{found} of {predicted} predicted objects are slumps, and {false} of the {tiles} tiles without a slump {hold} '
+         'a false object, which allows for up to {most:.2g}%.')
 
-    def ends(self, tiles:int|None=None    # None: those of the split
-            ) -> tuple[float, float]:
-        "The exact 95% interval of the share, were it the same in so many tiles"
-        n = tiles or self.tiles
-        interval = binomtest(round(self.false * n / self.tiles), n).proportion_ci()
-        return float(interval.low), float(interval.high)
-
-    def precision(self, share:float) -> float:
-        "The precision of objects at the ratio, where this share of tiles without a slump holds a false object"
-        return self.found / (self.found + self.beside + share * self.each * self.expected)
-
-    def tiles_that_tell(self, precision:float) -> int|None:    # two digits; None where no number of tiles would
-        "How many tiles without a slump would tell on which side of a precision the model is, were the share the same"
-        most = (self.found / precision - self.found - self.beside) / (self.each * self.expected)
-        if most <= 0:
-            return None
-        for n in np.unique(np.geomspace(self.tiles, 1e7, 200).astype(int)):
-            low, high = self.ends(int(n))
-            if high <= most or low > most:
-                return int(np.ceil(n / 10**(len(str(n)) - 2)) * 10**(len(str(n)) - 2))
-        return None
-
-def false_share(run:PixelRun, split:str, ratio:int) -> FalseShare|None:
-    "What tiles without a slump say at the threshold of a ratio; None without such tiles, or where nothing is found"
-    evidence = run.evidence[split]
-    threshold = ratio_thresholds(run, [ratio])[ratio]
-    matched = match_objects(evidence, threshold, .3, run.cfg.metrics.min_area)
-    positive = evidence['positive'].astype(bool)
-    false, tiles, found = matched.fp[~positive], int((~positive).sum()), int(matched.tp.sum())
-    if not tiles or not found:
-        return None
-    held = int((false > 0).sum())
-    return FalseShare(held, tiles, float(false.sum()) / held if held else 1., found, int(matched.fp[positive].sum()),
-                      ratio * float(positive.sum()))
-
-RANGE = ('{false} of the {tiles} tiles without a slump {hold} a false object; that allows for up to {most:.2g}% (95%, '
-         'tiles taken as independent).')
-
-RATIO_MEANS = 'At 1:r, each tile with a slump comes with r without.'
+RATIO_MEANS = ('At 1:r, each tile with a slump comes with r without. Ranges are of exact 95% intervals, tiles taken as '
+               'independent.')
 
 ENOUGH = 'About {n} tiles without a slump would tell.'
 
-def ranged(precision:Estimate, shares:list[FalseShare]    # of each seed
-          ) -> Estimate:
-    "A precision without a value, with the ends that these tiles leave possible"
-    ends = [share.precision(end) for share in shares for end in share.ends()]
-    bound = 1. if precision.high is None else precision.high
-    return Estimate(None, min(*ends, bound), min(max(ends), bound), precision.why)
+TOO_FEW = ('Validation chose it with {n} of the {needed} tiles without a slump that are needed, so what another one '
+           'would do is not known.')
 
 def range_words(share:FalseShare) -> str:
     "Where a range comes from"
     hold = 'holds' if share.false < 2 else 'hold'
-    return RANGE.format(false=share.false or 'None', tiles=share.tiles, hold=hold, most=100 * share.ends()[1])
+    return RANGE.format(found=share.found, predicted=share.predicted, false=share.false or 'none', tiles=share.tiles,
+                        hold=hold, most=100 * share.ends()[1])
+
+def with_range(row:RatioVerdict,
+               precision:Estimate,         # of objects, without a value
+               shares:list[FalseShare],    # of each seed
+               target:float,               # precision that was asked for
+               split:str                   # of the headline
+              ) -> RatioVerdict:
+    "A verdict with what its range rests on; where it is not known, with the tiles that would tell"
+    # the seed with the widest range
+    widest = min(shares, key=lambda share: share.precision(share.ends()[1]))
+    row = replace(row, basis=(range_words(widest),))
+    if row.kind != 'unknown':
+        return row
+    goal = REVIEW_PRECISION if precision.low < REVIEW_PRECISION else target
+    enough = [share.tiles_that_tell(goal) for share in shares]
+    # seeds that differ stay different
+    if None in enough or max(enough) <= widest.tiles:
+        return row
+    meaning = f'{row.meaning} {ENOUGH.format(n=max(enough))}'
+    return replace(row, meaning=meaning, lacking={split: max(enough) - widest.tiles})
+
+def with_choice(row:RatioVerdict, run:PixelRun) -> RatioVerdict:
+    "A verdict; not known in place of not usable where validation had too few tiles without a slump for a threshold"
+    point, tiles = run.calibration.thresholds.get(row.ratio), run.calibration.n_neg_tiles
+    if row.kind not in ('unfit', 'unknown') or point is None or point.w <= 1 or tiles >= MIN_SUPPORT:
+        return row
+    basis = (*row.basis, TOO_FEW.format(n=tiles, needed=MIN_SUPPORT))
+    missing = max(MIN_SUPPORT - tiles, row.lacking.get('val', 0))
+    return replace(row, kind='unknown', basis=basis, lacking=row.lacking | dict(val=missing))
 
 def judged(results:PixelResults, ratio:int|str, found:dict[str, Estimate]) -> RatioVerdict:
     "The verdict at a ratio, by its column of the headline"
     target = results.first.calibration.target_precision
     precision, recall = found['object_precision_30'], found['object_recall_30']
-    shares = []
-    if precision.value is None and ratio != 'native':
-        shares = [false_share(run, results.split, ratio) for run in results.runs]
-    if not shares or None in shares:
-        return judge_ratio(ratio, precision, recall, target)
-    precision = ranged(precision, shares)
     row = judge_ratio(ratio, precision, recall, target)
-    # the seed with the widest range
-    widest = min(shares, key=lambda share: share.precision(share.ends()[1]))
-    goal = REVIEW_PRECISION if precision.low < REVIEW_PRECISION else target
-    enough = [share.tiles_that_tell(goal) for share in shares] if row.kind == 'unknown' else [None]
-    # seeds that differ stay different
-    most = None if None in enough or max(enough) <= widest.tiles else max(enough)
-    meaning = f'{row.meaning} {ENOUGH.format(n=most)}' if most else row.meaning
-    return RatioVerdict(ratio, row.kind, meaning, range_words(widest))
+    shares = false_shares(results.runs, results.split, ratio) if precision.value is None else []
+    if shares:
+        row = with_range(row, precision, shares, target, results.split)
+    return with_choice(row, results.first)
 
 # %% ../nbs/06f_verdict.ipynb #verdoutc
 @dataclass(frozen=True)
@@ -326,41 +301,236 @@ def calibration_mend(run:PixelRun) -> Lever|None:
             return Lever(0., text, command)
     return None
 
+# %% ../nbs/06f_verdict.ipynb #verdrate
+@dataclass(frozen=True)
+class Rate:
+    "How many cases of a group fail"
+    name: str
+    failed: int
+    cases: int
+
+    @property
+    def share(self) -> float:
+        "Of all cases; 0 without a case"
+        return self.failed / self.cases if self.cases else 0.
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        "The exact 95% interval of the share"
+        found = binomtest(self.failed, self.cases).proportion_ci()
+        return float(found.low), float(found.high)
+
+    @property
+    def words(self) -> str:
+        "Counts, share and interval"
+        low, high = self.ends
+        return f'{self.failed} of {self.cases} ({self.share:.0%}, 95%: {low:.0%} to {high:.0%})'
+
+def clearly_worst(rates:list[Rate]) -> tuple[Rate, Rate]|None:    # the group, and all others together
+    "The group that fails most, where its interval lies wholly above that of all others together; else None"
+    failed, cases = sum(rate.failed for rate in rates), sum(rate.cases for rate in rates)
+    pairs = [(rate, Rate('all others', failed - rate.failed, cases - rate.cases)) for rate in rates]
+    worse = [(rate, others) for rate, others in pairs
+             if rate.cases and others.cases and rate.ends[0] > others.ends[1]]
+    return max(worse, key=lambda pair: pair[0].share, default=None)
+
+@dataclass
+class Errors:
+    "What a split holds, what is missed of it, and what is false, with what each counts"
+    now: ObjectOutcome
+    # region, size, kind
+    missed: pd.DataFrame
+    # region, size, positive, area, weight
+    false: pd.DataFrame
+    # all labelled slumps, and all predicted objects: region, size, area, match (0 for none)
+    truth: pd.DataFrame
+    predicted: pd.DataFrame
+    # tiles without a slump: region, failed (whether it holds a false object)
+    empty: pd.DataFrame
+    regions: list[str]
+    sizes: list[str]
+
+    def cost(self, missed:pd.Series|None=None, false:pd.Series|None=None) -> float:
+        "The F1 that is gained where these are found, and those are gone"
+        more = 0 if missed is None else int(missed.sum())
+        fewer = 0. if false is None else float(self.false.weight[false].sum())
+        return ObjectOutcome(self.now.found + more, self.now.missed - more, self.now.false - fewer).f1 - self.now.f1
+
+def split_errors(run:PixelRun, split:str) -> Errors:
+    "The errors of a split, at threshold and ratio of the tables about objects"
+    evidence, settings = run.evidence[split], match_settings(run)
+    matched = match_objects(evidence, **settings)
+    weight = negative_weight(evidence, run.calibration.ratio)
+    truth, predicted = (described_objects(evidence, objects) for objects in (matched.truth, matched.predicted))
+    false = predicted[predicted.match == 0]
+    false = false.assign(weight=np.where(false.positive, 1., weight))
+    now = ObjectOutcome(float(matched.tp.sum()), float(matched.fn.sum()), float(false.weight.sum()))
+    empty = pd.DataFrame(dict(region=evidence['region'], failed=matched.fp > 0))[~evidence['positive'].astype(bool)]
+    return Errors(now, misses(evidence, **settings), false, truth, predicted, empty, sorted(set(evidence['region'])),
+                  list(size_classes(evidence)))
+
+def rates_by(cases:pd.DataFrame,    # with the column
+             failed:pd.Series,      # bool, of each case
+             column:str,
+             groups:list[str]       # those that are asked for
+            ) -> list[Rate]:
+    "A rate for each group that has a case"
+    inside = {name: cases[column] == name for name in groups}
+    return [Rate(name, int(failed[own].sum()), int(own.sum())) for name, own in inside.items() if own.any()]
+
+@dataclass
+class Breakdown:
+    "How often something fails, by group"
+    # of `Errors`: missed or false
+    kind: str
+    # of its tables: region or size
+    column: str
+    what: str
+    rates: list[Rate]
+
+    @property
+    def compares(self) -> bool:
+        "Whether there are several groups, and something fails"
+        return len(self.rates) > 1 and any(rate.failed for rate in self.rates)
+
+    @property
+    def worst(self) -> Rate|None:
+        "The group that clearly fails most"
+        found = clearly_worst(self.rates)
+        return found and found[0]
+
+MISSED, ALARMED, FALSE = ('Labelled slumps that are missed', 'Tiles without a slump that hold a false object',
+                          'Predicted objects that are false')
+
+def breakdowns(errors:Errors) -> dict[tuple[str, str], Breakdown]:    # {(kind, column): …}
+    "Misses and false objects by region and by size"
+    regions, sizes, empty = errors.regions, errors.sizes, errors.empty
+    missed, false = errors.truth.match == 0, errors.predicted.match == 0
+    found = [Breakdown('missed', 'region', MISSED, rates_by(errors.truth, missed, 'region', regions)),
+             Breakdown('missed', 'size', MISSED, rates_by(errors.truth, missed, 'size', sizes)),
+             Breakdown('false', 'region', ALARMED, rates_by(empty, empty.failed, 'region', regions)),
+             Breakdown('false', 'size', FALSE, rates_by(errors.predicted, false, 'size', sizes))]
+    return {(each.kind, each.column): each for each in found}
+
 # %% ../nbs/06f_verdict.ipynb #verdstep
-NEXT_LEVER = 'Try the lever. It was chosen on validation, so the test split stays unused for it.'
+@dataclass(frozen=True)
+class Step:
+    "Something to do"
+    name: str
+    text: str
+    command: str
 
-NEXT_MEND = 'Make probabilities add up: until then areas on a map mean nothing.'
+# more than these are not read
+MOST_STEPS = 3
 
-NEXT_TEST = 'Measure it once on the test split.'
+MEND_STEP = 'Until then areas on a map mean nothing. {mend}'
 
-NEXT_MAP = 'Map a scene, and have a sample of what it finds reviewed.'
+TILES_STEP = 'Without them it is not known what a map at {ratios} is worth: {splits}.'
 
-NEXT_DATA = ('Look at errors.gpkg beside this page over imagery, add tiles where the first finding below points to, '
-             'and train again.')
+LEVER_STEP = '{lever} It was chosen on validation.'
 
-def next_step(results:PixelResults, rows:list[RatioVerdict], lever:Lever|None) -> tuple[str, str]:    # words, command
-    "What to do next, by what is missing"
-    run = results.first
-    folder = shell_path(run.folder)
+LONGER_STEP = 'The best epoch was the last of {epochs}, so the model may not have learnt all that it can.'
+
+NEGATIVES_STEP = 'To the training split, from {place}: {rate} hold a false object{size}. {review}'
+
+REVIEW_TILES = 'rtsseg-review-tiles makes such tiles of the false alarms of a reviewed map.'
+
+LABELS_STEP = 'In {place}{size}: {rate} labelled ones are missed.'
+
+EVERY_REGION = 'every region (all fail alike)'
+
+TEST_STEP = 'Nothing was chosen on it.'
+
+MAP_STEP = 'And have a sample of what it finds reviewed.'
+
+def more_data(run:PixelRun) -> str:
+    "The command that trains on another manifest"
+    return f'rtsseg-run --config {shell_path(run.folder)}/config.yaml --manifest NEW_MANIFEST.csv'
+
+def mend_step(run:PixelRun) -> Step|None:
+    "Another way to calibrate"
     mend = calibration_mend(run)
-    if mend:
-        return f'{NEXT_MEND} {mend.text}', mend.command
-    if lever:
-        return NEXT_LEVER, lever.command
+    return mend and Step('Make probabilities add up', MEND_STEP.format(mend=mend.text), mend.command)
+
+def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> Step|None:
+    "Tiles without a slump that validation or the split of the headline lack"
+    unsure = [row for row in rows if row.lacking]
+    if not unsure:
+        return None
+    most = {}
+    for row in unsure:
+        for split, n in row.lacking.items():
+            most[split] = max(n, most.get(split, 0))
+    splits = listed(f'about {n} more in {SPLIT_WORDS[split]}' for split, n in most.items())
+    text = TILES_STEP.format(ratios=listed(ratio_name(row.ratio) for row in unsure), splits=splits)
+    return Step('Add tiles without a slump', text, more_data(run))
+
+def lever_step(run:PixelRun, split:str) -> Step|None:
+    "The biggest lever"
+    lever = biggest_lever(run, split)
+    return lever and Step('Biggest lever', LEVER_STEP.format(lever=lever.text), lever.command)
+
+def longer_step(run:PixelRun) -> Step|None:
+    "More epochs, where the best one was the last"
+    if run.ensemble or run.best['epoch'] < run.cfg.epochs:
+        return None
+    command = f'rtsseg-run --config {shell_path(run.folder)}/config.yaml --epochs {2 * run.cfg.epochs}'
+    return Step('Train longer', LONGER_STEP.format(epochs=run.cfg.epochs), command)
+
+def place_of(errors:Errors, by_region:Breakdown) -> tuple[str, Rate]:
+    "Where the split fails: the region that clearly fails most, or all of it"
+    worst = by_region.worst
+    whole = Rate('', sum(rate.failed for rate in by_region.rates), sum(rate.cases for rate in by_region.rates))
+    if worst:
+        return worst.name, worst
+    return (EVERY_REGION if len(errors.regions) > 1 else 'the same land'), whole
+
+def data_step(run:PixelRun, errors:Errors) -> Step|None:
+    "What to label more of, by what costs more: false objects, or misses"
+    groups = breakdowns(errors)
+    missed, false = errors.cost(missed=errors.missed.id > 0), errors.cost(false=errors.false.id > 0)
+    kind = 'false' if false >= missed else 'missed'
+    place, rate = place_of(errors, groups[kind, 'region'])
+    worst = groups[kind, 'size'].worst
+    if not max(missed, false) or not rate.cases:
+        return None
+    if kind == 'missed':
+        size = f', above all {worst.name} long' if worst else ''
+        return Step('Label more slumps', LABELS_STEP.format(place=place, size=size, rate=rate.words), more_data(run))
+    size = f', mostly {worst.name} long' if worst else ''
+    tiles = f'{rate.words} tiles without a slump'
+    text = NEGATIVES_STEP.format(place=place, rate=tiles, size=size, review=REVIEW_TILES)
+    return Step('Add look-alikes without a slump', text, more_data(run))
+
+def use_step(results:PixelResults, rows:list[RatioVerdict]) -> Step|None:
+    "The test split, and after it a map"
+    folder = shell_path(results.first.folder)
     if results.split == 'val':
-        return NEXT_TEST, f'rtsseg-evaluate --run {folder} --split test\nrtsseg-report --run {folder}'
+        command = f'rtsseg-evaluate --run {folder} --split test\nrtsseg-report --run {folder}'
+        return Step('Measure once on the test split', TEST_STEP, command)
     if any(row.kind in ('fit', 'review') for row in rows):
-        return NEXT_MAP, f'rtsseg-map --model {folder}/model --scenes SCENES --out maps'
-    return NEXT_DATA, f'rtsseg-run --config {folder}/config.yaml --manifest NEW_MANIFEST.csv'
+        return Step('Map a scene', MAP_STEP, f'rtsseg-map --model {folder}/model --scenes SCENES --out maps')
+    return None
+
+def next_steps(results:PixelResults, rows:list[RatioVerdict]) -> list[Step]:
+    "What to do, the first thing first; more training and more data only for a model that is not fit at every ratio"
+    run, split = results.first, results.split
+    steps = [lever_step(run, split), tiles_step(run, rows)]
+    if any('val' in row.lacking for row in rows):
+        # a lever that was chosen on too few tiles can wait
+        steps.reverse()
+    steps.insert(0, mend_step(run))
+    if all(row.kind == 'fit' for row in rows):
+        steps.append(use_step(results, rows))
+    else:
+        steps += [longer_step(run), use_step(results, rows), data_step(run, split_errors(run, split))]
+    return [step for step in steps if step][:MOST_STEPS]
 
 @dataclass
 class VerdictBox:
-    "A block: the verdict at each ratio, the biggest lever, and the next step"
+    "A block: the verdict at each ratio, and what to do next"
     rows: list[RatioVerdict]
-    # '' for none
-    lever: str
-    step: str
-    command: str
+    steps: list[Step]
 
     @property
     def title(self) -> str:
@@ -374,14 +544,22 @@ class VerdictBox:
         return KINDS[kinds.pop()] if len(kinds) == 1 else 'Fit for mapping at none of the ratios'
 
     @property
-    def basis(self) -> str:
-        "Where ranges come from, each text once with its ratios; '' without a range"
+    def lines(self) -> list[tuple[str, str, str]]:    # kind, words, meaning
+        "A line for each verdict, with all ratios that share it"
         ratios = {}
         for row in self.rows:
-            if row.basis:
-                ratios.setdefault(row.basis, []).append(ratio_name(row.ratio))
+            ratios.setdefault((row.kind, row.meaning), []).append(ratio_name(row.ratio))
+        return [(kind, f'{KINDS[kind]} at {listed(names)}.', meaning) for (kind, meaning), names in ratios.items()]
+
+    @property
+    def basis(self) -> list[str]:
+        "Where ranges come from, each text once with its ratios; [] without a range"
+        ratios = {}
+        for row in self.rows:
+            for text in row.basis:
+                ratios.setdefault(text, []).append(ratio_name(row.ratio))
         texts = [f'At the threshold of {listed(names)}: {text[0].lower()}{text[1:]}' for text, names in ratios.items()]
-        return ' '.join([*texts, RATIO_MEANS]) if texts else ''
+        return [*texts, RATIO_MEANS] if texts else []
 
     @property
     def worst(self) -> str:
@@ -390,35 +568,31 @@ class VerdictBox:
 
     def html(self) -> str:
         "A box"
-        return render('verdict.html', title=self.title, worst=self.worst, rows=self.rows, basis=self.basis,
-                      lever=self.lever, step=self.step, command=self.command)
+        return render('verdict.html', title=self.title, worst=self.worst, lines=self.lines, basis=self.basis,
+                      steps=self.steps)
 
     def markdown(self, link:Link) -> str:
-        "A bold title, and a list"
+        "A bold title, and lists"
         lines = [f'**{markdown_text(self.title)}**', '']
-        lines += [f'- **{markdown_text(row.words)}** {markdown_text(row.meaning)}' for row in self.rows]
+        lines += [f'- **{markdown_text(words)}** {markdown_text(meaning)}' for _, words, meaning in self.lines]
         if self.basis:
-            lines += ['', markdown_text(self.basis)]
-        if self.lever:
-            lines += ['', f'**Biggest lever.** {markdown_text(self.lever)}']
-        lines += ['', f'**Next step.** {markdown_text(self.step)}', '']
-        lines += [f'    {line}' for line in self.command.splitlines()]
+            lines += ['', markdown_text(' '.join(self.basis))]
+        for number, step in enumerate(self.steps, 1):
+            lines += ['', f'{number}. **{markdown_text(step.name)}.** {markdown_text(step.text)}', '']
+            lines += [f'       {line}' for line in step.command.splitlines()]
         return '\n'.join(lines)
 
     def __str__(self):
-        lines = [self.title, *(f'  {row.words} {row.meaning}' for row in self.rows)]
-        if self.basis:
-            lines.append(f'  {self.basis}')
-        if self.lever:
-            lines.append(f'biggest lever: {self.lever}')
-        return '\n'.join([*lines, f'next: {self.step}', *(f'  {line}' for line in self.command.splitlines())])
+        lines = [self.title, *(f'  {words} {meaning}' for _, words, meaning in self.lines)]
+        lines += [f'  {text}' for text in self.basis]
+        for number, step in enumerate(self.steps, 1):
+            lines += [f'next {number}: {step.name}. {step.text}', *(f'  {line}' for line in step.command.splitlines())]
+        return '\n'.join(lines)
 
 def mapping_verdict(results:PixelResults) -> VerdictBox:
     "The verdict on a configuration, by the numbers of its headline"
     rows = [judged(results, ratio, found) for ratio, found in results.headline.items()]
-    lever = biggest_lever(results.first, results.split)
-    step, command = next_step(results, rows, lever)
-    return VerdictBox(rows, lever.text if lever else '', step, command)
+    return VerdictBox(rows, next_steps(results, rows))
 
 # %% ../nbs/06f_verdict.ipynb #verdfind
 MISS_TEXTS = dict(zip(MISS_KINDS, (
@@ -436,87 +610,83 @@ class CostlyGroup:
     figure: str
     text: str
 
-@dataclass
-class Errors:
-    "Missed slumps and false objects of a split, with what each counts"
-    now: ObjectOutcome
-    # region, size, kind
-    missed: pd.DataFrame
-    # region, size, positive, area, weight
-    false: pd.DataFrame
-
-    def cost(self, missed:pd.Series|None=None, false:pd.Series|None=None) -> float:
-        "The F1 that is gained where these are found, and those are gone"
-        more = 0 if missed is None else int(missed.sum())
-        fewer = 0. if false is None else float(self.false.weight[false].sum())
-        return ObjectOutcome(self.now.found + more, self.now.missed - more, self.now.false - fewer).f1 - self.now.f1
-
-def split_errors(run:PixelRun, split:str) -> Errors:
-    "The errors of a split, at threshold and ratio of the tables about objects"
-    evidence, settings = run.evidence[split], match_settings(run)
-    matched = match_objects(evidence, **settings)
-    weight = negative_weight(evidence, run.calibration.ratio)
-    false = described_objects(evidence, matched.predicted[matched.predicted.match == 0])
-    false = false.assign(weight=np.where(false.positive, 1., weight))
-    now = ObjectOutcome(float(matched.tp.sum()), float(matched.fn.sum()), float(false.weight.sum()))
-    return Errors(now, misses(evidence, **settings), false)
-
 def gained(cost:float) -> str:
     "A cost in words"
     return f'{cost:.3f} of object F1' if cost >= .001 else 'less than 0.001 of object F1'
 
-def costliest(names:list, of:Callable[[str], CostlyGroup]) -> list[CostlyGroup]:    # one, or none
-    "The finding of those groups that costs most"
-    found = [finding for finding in map(of, names) if finding.cost > 0]
-    return sorted(found, key=lambda finding: -finding.cost)[:1]
+def kind_words(errors:Errors) -> str:
+    "The kind of miss that is clearly the most frequent, or the kinds there are"
+    n = len(errors.missed)
+    kinds = [Rate(kind, int((errors.missed.kind == kind).sum()), n) for kind in MISS_KINDS]
+    kinds = sorted((kind for kind in kinds if kind.failed), key=lambda kind: -kind.failed)
+    first, second = [*kinds, Rate('', 0, n)][:2]
+    if first.ends[0] > second.ends[1]:
+        return f'Mostly {MISS_TEXTS[first.name]} ({first.name}): {first.failed} of {n}.'
+    return f'By kind: {listed(f"{kind.name} {kind.failed}" for kind in kinds)}.'
 
-def region_findings(errors:Errors) -> list[CostlyGroup]:
-    "The region whose errors cost most"
-    def of(region):
-        missed, false = errors.missed.region == region, errors.false.region == region
-        text = (f'{region}: {missed.sum()} of {len(missed)} missed slumps, and '
-                f'{errors.false.weight[false].sum():.0f} of {errors.now.false:.0f} false objects.')
-        cost = errors.cost(missed, false)
-        return CostlyGroup(cost, gained(cost), text)
+def total_findings(errors:Errors) -> list[CostlyGroup]:
+    "All misses, and all false objects"
+    found = []
+    missed, false = errors.truth.match == 0, errors.predicted.match == 0
+    if missed.any():
+        cost = errors.cost(missed=errors.missed.id > 0)
+        rate = Rate('', int(missed.sum()), len(missed))
+        found.append(CostlyGroup(cost, gained(cost), f'{MISSED}: {rate.words}. {kind_words(errors)}'))
+    if false.any():
+        cost = errors.cost(false=errors.false.id > 0)
+        texts = [f'{FALSE}: {Rate("", int(false.sum()), len(false)).words}.']
+        if len(errors.empty):
+            texts.append(f'{ALARMED}: {Rate("", int(errors.empty.failed.sum()), len(errors.empty)).words}.')
+        found.append(CostlyGroup(cost, gained(cost), ' '.join(texts)))
+    return found
 
-    return costliest(sorted({*errors.missed.region, *errors.false.region}), of)
+# a longer list of groups is given by its ends
+MOST_GROUPS = 4
 
-def size_findings(errors:Errors) -> list[CostlyGroup]:
-    "The size class whose missed slumps cost most, and that whose false objects do"
-    def missed_of(size):
-        which = errors.missed['size'] == size
-        cost = errors.cost(missed=which)
-        return CostlyGroup(cost, gained(cost), f'Slumps {size} long: {which.sum()} of {len(which)} missed slumps.')
+def counts_of(breakdown:Breakdown) -> str:
+    "What fails, with the counts of the groups, the worst first"
+    rates = sorted(breakdown.rates, key=lambda rate: -rate.share)
+    more = ''
+    if len(rates) > MOST_GROUPS:
+        more = f', the most and the least of {len(rates)}'
+        rates = [rates[0], rates[-1]]
+    counts = listed(f'{rate.name} {rate.failed} of {rate.cases}' for rate in rates)
+    return f'{breakdown.what}: {counts}{more}.'
 
-    def false_of(size):
-        which = errors.false['size'] == size
-        cost, number = errors.cost(false=which), errors.false.weight[which].sum()
-        return CostlyGroup(cost, gained(cost), f'False objects {size} long: {number:.0f} of {errors.now.false:.0f}.')
+def worst_findings(errors:Errors, compared:list[Breakdown]) -> list[CostlyGroup]:
+    "The groups that clearly fail most"
+    found = []
+    for breakdown in compared:
+        if not breakdown.worst:
+            continue
+        worst, others = clearly_worst(breakdown.rates)
+        own = getattr(errors, breakdown.kind)
+        cost = errors.cost(**{breakdown.kind: own[breakdown.column] == worst.name})
+        name = f'{worst.name} long' if breakdown.column == 'size' else worst.name
+        text = f'Clearly worst: {name}. {breakdown.what}: {worst.words}; {others.name}: {others.words}.'
+        found.append(CostlyGroup(cost, gained(cost), text))
+    return found
 
-    return costliest(list(SIZE_CLASSES), missed_of) + costliest(list(SIZE_CLASSES), false_of)
-
-def kind_findings(errors:Errors) -> list[CostlyGroup]:
-    "The kind of miss that costs most, and false objects in tiles without a slump"
-    def of(kind):
-        which = errors.missed.kind == kind
-        cost = errors.cost(missed=which)
-        text = f'Missed because {MISS_TEXTS[kind]} ({kind}): {which.sum()} of {len(which)} missed slumps.'
-        return CostlyGroup(cost, gained(cost), text)
-
-    negative = ~errors.false.positive.astype(bool)
-    cost, number = errors.cost(false=negative), errors.false.weight[negative].sum()
-    text = f'False objects in tiles without a slump: {number:.0f} of {errors.now.false:.0f} at this ratio.'
-    empty = [CostlyGroup(cost, gained(cost), text)] if cost > 0 else []
-    return costliest(list(MISS_KINDS), of) + empty
+def alike_findings(compared:list[Breakdown]) -> list[CostlyGroup]:    # one for regions, one for sizes
+    "That all groups fail alike, where none is clearly the worst"
+    texts = {}
+    for breakdown in compared:
+        if not breakdown.worst:
+            texts.setdefault(breakdown.column, []).append(counts_of(breakdown))
+    return [CostlyGroup(0., 'alike', f'All {column}s fail alike, as far as these tiles tell. {" ".join(counts)}')
+            for column, counts in texts.items()]
 
 def small_findings(run:PixelRun, errors:Errors) -> list[CostlyGroup]:
     "False objects below the floor that loses no found slump of validation"
-    floor = best_floor(run)
-    which = errors.false.area < (floor or 0)
-    cost, number = errors.cost(false=which), errors.false.weight[which].sum()
-    text = (f'False objects under {floor} pixels, a floor that loses no found slump of validation: {number:.0f} of '
-            f'{errors.now.false:.0f}.')
-    return [CostlyGroup(cost, gained(cost), text)] if cost > 0 else []
+    floor = best_floor(run) or 0
+    small, false = errors.predicted.area < floor, errors.predicted.match == 0
+    cost = errors.cost(false=errors.false.area < floor)
+    if cost <= 0:
+        return []
+    rate = Rate('', int((small & false).sum()), int(small.sum()))
+    text = (f'Predicted objects under {floor} pixels that are false: {rate.words}. '
+            'That floor loses no found slump of validation.')
+    return [CostlyGroup(cost, gained(cost), text)]
 
 def calibration_findings(run:PixelRun) -> list[CostlyGroup]:
     "Probabilities that do not add up, and how to mend them"
@@ -551,6 +721,8 @@ class Findings:
 def findings(run:PixelRun, split:str) -> Findings:
     "What the model fails at, the costliest first; calibration comes first where areas are wrong by a factor of two"
     errors = split_errors(run, split)
-    ranked = [*region_findings(errors), *size_findings(errors), *kind_findings(errors), *small_findings(run, errors)]
+    ranked = [*total_findings(errors), *small_findings(run, errors)]
+    compared = [each for each in breakdowns(errors).values() if each.compares]
+    ranked += worst_findings(errors, compared)
     ranked.sort(key=lambda finding: -finding.cost)
-    return Findings(calibration_findings(run) + ranked)
+    return Findings(calibration_findings(run) + ranked + alike_findings(compared))

@@ -20,7 +20,6 @@ from rtsseg.metrics import (
     ap_bounds,
     average_precision,
     histogram,
-    informative_tiles,
     is_resolved,
     negative_weight,
     pixel_metrics,
@@ -38,27 +37,6 @@ def valid_pixels(seeds, evidence, ratio):
     truth = np.concatenate([mask[v] == 1 for (_, mask), v in zip(tiles, valid)])
     scores = np.concatenate([logits[v] for (logits, _), v in zip(tiles, valid)]).astype(float)
     return truth, scores, np.repeat(tile_weights(evidence, ratio), [v.sum() for v in valid])
-
-
-# ------------------------------------------------ informative tiles
-
-@quick
-@given(seeds, st.integers(1, 3))
-def test_telling_tiles_are_told_again_by_those_that_were_kept(seeds, n):
-    "Evaluation keeps the tiles of several thresholds; at each of these the kept ones alone give the same choice"
-    def chosen(evidence, threshold):
-        rows = informative_tiles(evidence, threshold, n)
-        return {kind: list(evidence['tile_id'][row]) for kind, row in rows.items()}
-
-    evidence = make_evidence(seeds)
-    whole = {t: chosen(evidence, t) for t in THRESHOLDS}
-    kept = {tile for kinds in whole.values() for tiles in kinds.values() for tile in tiles}
-    part = evidence.select(np.isin(evidence['tile_id'], list(kept)))
-    for t, kinds in whole.items():
-        assert chosen(part, t) == kinds
-        tiles = sum(kinds.values(), [])
-        assert len(set(tiles)) == len(tiles)
-        assert all(len(tiles) <= n for tiles in kinds.values())
 
 
 # ------------------------------------------------ pixels

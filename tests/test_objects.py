@@ -17,6 +17,7 @@ from rtsseg.objects import (
     false_alarms,
     found_slumps,
     grid_counts,
+    informative_tiles,
     match_objects,
     misses,
     object_grid,
@@ -289,6 +290,25 @@ def test_an_object_without_a_pixel_size_is_of_unknown_size():
     assert misses(evidence)['size'].isna().any()
     known = evidence.select(np.arange(0, 8, 2))
     assert 'unknown' not in recall_by_size(known).index
+
+
+# ------------------------------------------------ informative tiles
+
+@quick
+@given(seeds, st.integers(1, 3))
+def test_telling_tiles_are_told_again_by_those_that_were_kept(seeds, n):
+    "Evaluation keeps the tiles of several thresholds; at each of these the kept ones alone give the same choice"
+    def chosen(evidence, threshold):
+        rows = informative_tiles(evidence, threshold, n)
+        return {kind: list(evidence['tile_id'][row]) for kind, row in rows.items()}
+
+    evidence = make_evidence(seeds)
+    whole = {t: chosen(evidence, t) for t in THRESHOLDS}
+    kept = {tile for kinds in whole.values() for tiles in kinds.values() for tile in tiles}
+    part = evidence.select(np.isin(evidence['tile_id'], list(kept)))
+    for t, kinds in whole.items():
+        assert chosen(part, t) == kinds
+        assert all(len(set(tiles)) == len(tiles) <= n for tiles in kinds.values())
 
 
 # ------------------------------------------------ order, ratio, nothing

@@ -14,6 +14,7 @@ import cv2
 import mistune
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,26 +28,36 @@ from helpers.by_hand import Split, band_iou, nearest, read_pixel_run
 from helpers.runs import toy_world
 from helpers.shell import shell
 from rtsseg.bootstrap import Estimate
-from rtsseg.calibration import HeldOut, calibrate_evidence
+from rtsseg.calibration import HeldOut, calibrate_evidence, show_calibration
 from rtsseg.cli import rtsseg_report
 from rtsseg.config import CurriculumRow, load, to_yaml
-from rtsseg.evidence import Meter, evidence_path
+from rtsseg.evidence import Evidence, Meter, evidence_path
 from rtsseg.figures import gallery
 from rtsseg.files import check_seal, seal_model, write_atomic
 from rtsseg.invented import invent_run
 from rtsseg.manifest import read_manifest, write_manifest
-from rtsseg.objects import match_objects
+from rtsseg.objects import PIXEL_CLASSES, match_objects
 from rtsseg.operating import selection_rule
 from rtsseg.page import BLANK, Bullets, Letters, Table, Text, markdown_text
 from rtsseg.pixel_report import headline_warnings
 from rtsseg.pixel_results import pixel_results
-from rtsseg.reporting import card_results, report, tables
+from rtsseg.reporting import card_results, collect, report, tables
 from rtsseg.results import ReportError, read_results, read_run
 from rtsseg.runs import judge_run, run_config
 from rtsseg.shared import training_figure
-from rtsseg.tables import METRICS, Several, match_settings, region_table, slumps_tables, threshold_cell
+from rtsseg.tables import (
+    METRICS,
+    Several,
+    false_alarms_table,
+    match_settings,
+    misses_table,
+    region_table,
+    size_table,
+    slumps_tables,
+    threshold_cell,
+)
 from rtsseg.toy import tiny_toy
-from rtsseg.verdict import KINDS, mapping_verdict
+from rtsseg.verdict import KINDS, Findings, findings, mapping_verdict
 
 HOSTILE = '<script>alert(1)</script>&"\''
 
@@ -214,6 +225,22 @@ def test_objects_by_other_libraries(runs, single):
         assert [row[1] + row[2] for row in rows if row[0] == name] == [counts[split.region == name, 1].sum()]
     # by size, by region, by confidence, and all
     assert sum(row[1] + row[2] for row in rows) == 4 * (in_positive + in_negative)
+
+def test_sizes_are_in_pixels_where_nothing_is_known_of_the_ground(runs):
+    "Without a CRS no metre is made up: classes, notes and findings are of pixels, and nothing is of unknown size"
+    run, split = read_pixel_run(runs[0].folder), Split(runs[0], 1)
+    seen = run.evidence['test']
+    nowhere = pa.array(np.full(len(seen), np.nan))
+    at = seen.table.column_names.index('pixel_size')
+    run.evidence['test'] = Evidence(seen.table.set_column(at, 'pixel_size', nowhere), **seen.meta)
+    sizes, missed, false = (table(run, 'test') for table in (size_table, misses_table, false_alarms_table))
+    split.metres = np.ones(len(seen))
+    edges = [0, *(high for _, high in PIXEL_CLASSES.values())]
+    assert list(sizes.frame.slumps) == list(np.histogram(object_lengths(split), edges)[0])
+    assert list(sizes.frame.index) == list(PIXEL_CLASSES) == missed.head[2:6]
+    said = f'{sizes}{missed}{false}{findings(run, "test").markdown(str)}'
+    assert 'in pixels (px)' in said
+    assert not re.search(r'\d k?m\b|unknown', said)
 
 def test_regions_are_at_the_ratio_too(runs):
     "At 1:200 a number that rests on fewer than 30 negative tiles is a bound, and the bound holds; recall is a number"
@@ -412,9 +439,18 @@ def test_the_verdict_follows_from_the_numbers(folders, precision, recall, kind):
     results = pixel_numbers(folders[0])
     bound = Estimate(None, high=.004) if precision is None else Estimate(precision)
     results.headline[200] |= dict(object_precision_30=bound, object_recall_30=Estimate(recall))
+    results.first.calibration = results.first.calibration.model_copy(update=dict(n_neg_tiles=30))
     row = mapping_verdict(results).rows[list(RATIOS).index(200)]
     assert row.kind == kind
     assert row.words == f'{KINDS[kind]} at 1:200.'
+    # one tile without a slump in validation chooses no threshold: a model is not called unusable for that
+    results.first.calibration = results.first.calibration.model_copy(update=dict(n_neg_tiles=1))
+    box = mapping_verdict(results)
+    row = box.rows[list(RATIOS).index(200)]
+    assert row.kind == ('unknown' if kind == 'unfit' else kind)
+    if kind == 'unfit':
+        assert '1 of the 30 tiles without a slump' in str(box)
+        assert '29 more in validation' in str(box)
 
 def test_what_is_used_instead(folders):
     "A target that is missed on validation is named with its seed, and numbers stay with their ratio"
@@ -688,14 +724,33 @@ def test_a_comparison_on_the_test_split(configurations, cfg, forced):
     finally:
         ledger.unlink()
 
-def test_other_tiles_are_not_compared(folders, cfg, tmp_path):
-    world = read_manifest(tiny_toy(tmp_path, regions=1))
-    away = dict(runs=tmp_path, data=cfg.data.model_copy(update=dict(manifest=world.path)))
-    other = make_run(cfg.model_copy(update=away)).folder
-    with pytest.raises(ReportError, match=f'evaluated on different tiles.*{world.hash}'):
+@pytest.fixture(scope='module')
+def one_region(cfg, tmp_path_factory):
+    "A run on a world of a single region"
+    root = tmp_path_factory.mktemp('one')
+    world = read_manifest(tiny_toy(root, regions=1))
+    return make_run(cfg.model_copy(update=dict(runs=root, data=cfg.data.model_copy(update=dict(manifest=world.path)))))
+
+def test_other_tiles_are_not_compared(folders, one_region):
+    other = one_region.folder
+    data = read_run(other).environment['manifest_hash']
+    with pytest.raises(ReportError, match=f'evaluated on different tiles.*{data}'):
         report([folders[0], other])
     with pytest.raises(ReportError, match='named twice'):
         report([folders[0]] * 2)
+
+def test_one_region_is_not_compared_with_itself(one_region, single):
+    "Neither a section, nor thresholds, nor a warning, nor a finding by region; where there are two, all of them"
+    content = collect(read_results(one_region.folder))
+    assert 'Regions' in single.tables and 'Regions' not in content.tables
+    assert len(single.tables['Operating point']) == 3
+    assert len(content.tables['Operating point']) == 2
+    false, there = content.tables['Objects'][2], single.tables['Objects'][2]
+    assert ['by region'] in there.rows and ['by region'] not in false.rows
+    shown, = (block for block in content.sections[0]['Findings'] if isinstance(block, Findings))
+    assert 'region' not in shown.markdown(str)
+    assert 'Region' in show_calibration(read_pixel_run(single.results[0].first.folder).calibration)
+    assert 'Region' not in show_calibration(one_region.calibration)
 
 # ---------------------------------------------------------------- figures
 
@@ -711,34 +766,30 @@ def test_training_is_drawn_with_its_phases(folders):
     assert {text.get_text() for text in figure.axes[0].texts} == {'1:1', '1:5'}
 
 def test_gallery_shows_what_the_report_counts(runs, single):
-    """The most informative tiles at the calibrated threshold, each once; beside each the calibrated probability of its
-    own scores, on a scale with the threshold"""
+    """Tiles with false objects, missed and found slumps, as SciPy counts them at the threshold of the tables; beside
+    each the calibrated probability of its own scores, on a scale with the threshold"""
     run, point = read_pixel_run(runs[0].folder), runs[0].calibration.thresholds[1]
-    part = run.manifest.of('test')
-    scores, masks = runs[0].splits['test'].logits.astype(float), runs[0].splits['test'].masks
-    hit = scores >= point.logit
-    found = (hit & (masks == 1)).sum((1, 2))
-    false = (hit & (masks == 0)).sum((1, 2))
-    missed = (~hit & (masks == 1)).sum((1, 2))
-    weight = dict(false_alarms=false, misses=missed, finds=found - false - missed)
-    most = np.max(list(weight.values()), 0)
-    shown = []
+    part, split = run.manifest.of('test'), Split(runs[0], 1)
+    scores = runs[0].splits['test'].logits.astype(float)
+    counts = split.objects(split.grid)
+    columns = dict(false_alarms=1, misses=2, finds=0)
+    alarmed = []
     for kind, items in gallery(run, 'test').items():
-        own = [i for i in range(len(part)) if weight[kind][i] == most[i] > 0]
-        want = sorted((weight[kind][i] for i in own), reverse=True)
-        assert len(items) == min(4, len(own)) > 0
-        for item, weighs in zip(items, want, strict=False):
-            i = list(part.table.tile_id).index(item.caption.split()[0])
-            shown.append(i)
-            assert i in own and weight[kind][i] == weighs
-            assert item.caption.endswith(f'): {found[i]} pixels found, {false[i]} false, {missed[i]} missed')
+        assert len(items) == min(4, (counts[:, columns[kind]] > 0).sum()) > 0
+        for item in items:
+            i = list(part.table.tile_id).index(item.tile)
+            found, false, missed = counts[i]
+            assert counts[i, columns[kind]] > 0
+            assert item.caption.endswith(f'): slumps: {found} found, {missed} missed; false objects: {false}')
+            alarmed += [split.positive[i]] if kind == 'false_alarms' else []
             left, middle, right, scale = item.figure.axes
             image, = right.images
             assert len(left.images) == len(middle.images) == 1
             np.testing.assert_allclose(image.get_array(), runs[0].calibration.probability(scores[i]))
             assert image.get_clim() == (0, 1)
             assert scale.lines[-1].get_ydata()[0] == pytest.approx(point.threshold)
-    assert len(set(shown)) == len(shown)
+    # false alarms beside a slump too
+    assert any(alarmed)
     assert f'pixels of at least {point.threshold:.3f}, the threshold of 1:1' in single.path.read_text()
 
 def test_validation_pictures_come_before_its_calibration(folder):
@@ -1000,7 +1051,7 @@ def test_the_command_explains_itself():
 def test_the_command_finds_the_runs_of_a_config(folders, cfg):
     named = shell('rtsseg-report', '--run', *folders)
     assert named.returncode == 0
-    assert 'PR-AUC at 1:1 ' in named.stdout
+    assert 'PR-AUC of pixels at 1:1 ' in named.stdout
     assert os.path.relpath(folders[0].parent/'report.html') in named.stdout
     config = cfg.runs/'c.yaml'
     config.write_text(to_yaml(cfg))

@@ -75,7 +75,7 @@ for (const image of document.querySelectorAll('.tiles img')) {
 // a tile that has no picture: its part of the map, with the outlines of its objects
 const zoom = (map, tile) => {
   const svg = tile.closest('svg'), box = tile.getBBox(), edge = .1 * Math.max(box.width, box.height);
-  const view = svg.cloneNode(false), legend = map.querySelector('.legend').cloneNode(true), about = document.createElement('p'), hint = document.createElement('p');
+  const view = svg.cloneNode(false), legend = map.querySelector('.legends').cloneNode(true), about = document.createElement('p'), hint = document.createElement('p');
   view.setAttribute('viewBox', [box.x - edge, box.y - edge, box.width + 2 * edge, box.height + 2 * edge].join(' '));
   view.setAttribute('role', 'img');
   view.setAttribute('aria-label', 'Outlines of the tile');
