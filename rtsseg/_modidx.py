@@ -2563,6 +2563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'rtsseg.prediction.map_settings': ('predict.html#map_settings', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.map_strips': ('predict.html#map_strips', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.matches_note': ('predict.html#matches_note', 'rtsseg/prediction.py'),
+                                   'rtsseg.prediction.named_crs': ('predict.html#named_crs', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.needed_rows': ('predict.html#needed_rows', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.other_settings': ('predict.html#other_settings', 'rtsseg/prediction.py'),
                                    'rtsseg.prediction.point_settings': ('predict.html#point_settings', 'rtsseg/prediction.py'),

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from .config import ConfigError, EarlyStopping, PositiveInt, RtsConfig, Strict, TrackerConfig, package_folder
-from .console import DataError, some_names
+from .console import DataError, in_words_of, some_names
 from .filecheck import check_files
 from .files import read_json, typed, write_atomic
 from .findings import LEVELS, Finding, FindingTable, error_lines, has_errors, readiness
@@ -416,7 +416,7 @@ def check(cfg:RtsConfig,          # of the run
     if not has_errors([*seen, *answers.values()]):
         seen += check_loaders(cfg, manifest, batches)
     lines = checklist(seen, _of_batches(seen), cfg, stats_path(cfg, manifest), answers)
-    print(FindingTable(seen))
+    print(in_words_of(str(FindingTable(seen)), cfg.data.object))
     print('\nPre-training checklist (guide 10.1)')
     print(FindingTable(lines))
     found = without_repeats(seen, lines)

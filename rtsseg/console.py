@@ -60,8 +60,16 @@ def in_words_of(text:str,    # that speaks of slumps
         return f'{before[0]}{article[1:]}{before[-1]}{word}'
 
     text = re.sub(r'(?<![\w/.=-])([Aa]\s)?([Ss])lump(s?)(?![\w/=-]|\.\w)', renamed, text)
-    # names of metrics, also as Markdown escapes them
-    return re.sub(r'\b(IoU|F1)(\\?_)RTS\b', rf'\1\2{name.replace(" ", "_")}', text)
+    metric_name = name.replace(' ', '_')
+
+    def padded(match):
+        label, rest, spaces = match.groups()
+        return f'{label}_{metric_name}{rest}' + ' ' * max(len(spaces) + 3 - len(metric_name), 2)
+
+    # columns of a printed table stay where they are
+    text = re.sub(r'\b(IoU|F1)_RTS((?: \S+)*?)( {2,})', padded, text)
+    # as Markdown escapes them too
+    return re.sub(r'\b(IoU|F1)(\\?_)RTS\b', rf'\1\2{metric_name}', text)
 
 # %% ../nbs/00_console.ipynb #d0066680
 def nearest(name:str,             # what was written

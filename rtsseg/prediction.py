@@ -7,7 +7,7 @@ __all__ = ['STRIP_COLUMNS', 'FORMS', 'TILE_DRIVERS', 'READ_ROWS', 'READ_COLUMNS'
            'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE', 'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'ROWS_CODEC',
            'FINDING_FIELDS', 'DESCRIBED', 'MANY_WINDOWS', 'window_starts', 'window_weight', 'MapStrip', 'map_strips',
            'map_parts', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'WindowRows',
-           'ground_side', 'resize_factor', 'resized_grid', 'check_own_crs', 'choose_crs', 'spread_windows',
+           'ground_side', 'resize_factor', 'resized_grid', 'check_own_crs', 'named_crs', 'choose_crs', 'spread_windows',
            'ValueScale', 'value_scale', 'check_values', 'check_extra', 'DeviceError', 'window_logits', 'BlendedRows',
            'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows',
            'predict_strip', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock',
@@ -235,9 +235,7 @@ class Scene:
             date = dataset.tags().get('TIFFTAG_DATETIME', '')[:10].replace(':', '-')
         # for the note: the bytes of a map do not depend on names
         self.label = dict(scene_name=path.name, scene_date=date)
-        # where training had no place on the map, nothing has to be said of a scene without one
-        assumed = 'none' if self.stats.without_crs and not grid.crs else ''
-        self.given_crs = crs or assumed
+        self.given_crs = named_crs(grid.crs, crs, self.stats)
         self.crs = choose_crs(path.name, grid.crs, self.given_crs)
         grid = grid._replace(crs=self.crs)
         self.longer = self._resize_factor(grid, resample) / scale
@@ -472,6 +470,13 @@ def check_own_crs(name:str, found:rasterio.crs.CRS) -> None:
     except DataError as error:
         raise DataError(f'crs: {name}: {error}. Warp it to a projected CRS (gdalwarp -t_srs EPSG:3413, for '
                         'example)') from None
+
+def named_crs(found:rasterio.crs.CRS|None,    # of a scene
+              given:str,                      # what the user named
+              stats:Stats
+             ) -> str:
+    "What the user named, or none where neither the scene nor the images of training have a CRS"
+    return given or ('none' if stats.without_crs and not found else '')
 
 def choose_crs(name:str,                        # file name of the scene
                found:rasterio.crs.CRS|None,     # its own CRS

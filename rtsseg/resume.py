@@ -56,8 +56,8 @@ def keep_config(folder:Path, cfg:RunConfig, data_hash:str) -> None:
     changes = changed_settings(folder, cfg, data_hash)
     if changes:
         raise ConfigError(f'{folder.parent.name}/{folder.name}/config.yaml has been changed since the run began '
-                          f'({describe_changes(changes)}). Put it back, start over with --fresh, or continue with '
-                          '--force, which the report mentions')
+                          f'({describe_changes(changes)}). Put it back, start over with rtsseg-train '
+                          '--fresh, or continue with rtsseg-train --force, which the report mentions')
     keep_post_hoc(folder, cfg)
 
 # %% ../nbs/04m_resume.ipynb #creenv
@@ -97,7 +97,7 @@ def is_exported(folder:Path    # a run folder
     except FileError as e:
         if not has_checkpoint(folder):
             raise RunError(f'{e}\nNo checkpoint is left to export the model from: '
-                           'put a good copy back, or start over with --fresh', 2) from None
+                           'put a good copy back, or start over (rtsseg-train --fresh)', 2) from None
         logger.info('the model is exported again; run rtsseg-calibrate again afterwards: %s', e)
         for name in CALIBRATED:
             (model/name).unlink(missing_ok=True)
