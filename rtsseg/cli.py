@@ -680,11 +680,15 @@ def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
                 force:bool=False,      # replace a file of this name
                 points:str='pixels',   # pixels, or objects: thresholds and floors of objects
                 regions:str='',        # a layer of regions, which take thresholds of their own
-                region_column:str='region'    # its column that names the region
+                region_column:str='region',   # its column that names the region
+                probability:bool=False        # no mask: the probabilities as uint8, in steps of 1/254
                ) -> None:
     "The mask of a map as a Cloud Optimized GeoTIFF; with regions or points of objects that of its polygons"
     require(map=map, out=out)
-    from rtsseg.mosaic import write_mask
+    from rtsseg.mosaic import write_byte_map, write_mask
+    if probability:
+        print(show_facts(write_byte_map(map, out, force)))
+        return
     print(show_facts(write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)))
 
 @command()
