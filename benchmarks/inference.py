@@ -38,11 +38,11 @@ from rtsseg.prediction import (
     FinishedRows,
     MapJob,
     Scene,
+    WindowReader,
     finish_rows,
     map_parts,
     map_strips,
     predict_rows,
-    read_windows,
     window_starts,
 )
 from rtsseg.raster import write_raster
@@ -181,8 +181,9 @@ def rate_beside(folder, rounds, height, width, views, passes, goal):
     job = open_job(write_scene(folder, height, width), model, views)
     count = count_windows(job)
     assert count % BATCH == 0
-    (strip,), rows = map_strips(width, TILE), [*range(len(window_starts(height, TILE)))]
-    windows = [batch.x.clone() for batch in read_windows(job, strip, rows)]
+    rows = {*range(len(window_starts(height, TILE)))}
+    windows = [batch.x.clone() for batch in WindowReader(job, map_strips(width, TILE)).read({0: rows})]
+    assert len(windows) == count // BATCH
 
     @torch.inference_mode()
     def bare():

@@ -515,7 +515,7 @@ def rtsseg_report(run:list[str]=(),     # run folders, of several seeds or confi
     print(visible(report(folders or find_runs(cfg, seed_list(seeds)), out or None)))
 
 @command()
-def rtsseg_predict(model:str='',          # model directory, as runs/…/model
+def rtsseg_predict(model:list[str]=(),    # model directory, as runs/…/model; of several the mean of probabilities
                    scene:str='',          # GeoTIFF or a file as in data.source; landcover, plants: a folder of images
                    out:str='',            # the map, a .tif, with a .tif.json; landcover, plants: a folder
                    extra:str='',          # GeoTIFF on the same grid with the model's EXTRA bands
@@ -531,9 +531,15 @@ def rtsseg_predict(model:str='',          # model directory, as runs/…/model
                   ) -> None:
     "A map of calibrated probabilities from a scene, or labels of a folder of images; resumes where it was cut off"
     require(model=model, scene=scene, out=out)
+    from rtsseg.ensemble import model_of_several
     from rtsseg.weights import model_errors
-    with model_errors(model):
-        system = system_of(Path(model))
+    models = as_list(model)
+    with model_errors(models[0]):
+        system = system_of(Path(models[0]))
+    if system != 'rts' and len(models) > 1:
+        from rtsseg.config import ConfigError
+        raise ConfigError(f'model: of {system}, rtsseg-ensemble makes one model of several')
+    model = model_of_several(models)
     if system != 'rts':
         from rtsseg.class_predict import label_images
         made = label_images(system, model, scene, out, views, device, force)
@@ -588,7 +594,7 @@ def rtsseg_model_verify(model:str=''    # model directory, as runs/…/model
     print(f'{len(verify_model(model))} files are what was written')
 
 @command(resumes=True)
-def rtsseg_map(model:str='',             # model directory, as runs/…/model
+def rtsseg_map(model:list[str]=(),       # model directory, as runs/…/model; of several the mean of probabilities
                scenes:str='',            # a table with a column scene, a folder, a GeoTIFF, a VRT, or STAC items
                out:str='',               # folder of the job, or a URL that fsspec knows; maps come to maps/ in it
                workers:int=1,            # processes of this machine, or actors of Ray
@@ -608,10 +614,11 @@ def rtsseg_map(model:str='',             # model directory, as runs/…/model
               ) -> None:
     "Maps of many scenes; resumes, and the same command on further machines helps"
     require(model=model, scenes=scenes, out=out)
+    from rtsseg.ensemble import model_of_several
     from rtsseg.fleet import map_scenes
     from rtsseg.rayengine import find_engine
-    made = map_scenes(model, scenes, out, workers, share, views, device, batch, resample, windows, expiry, form,
-                      registry, tiles, remote, as_list(asset), find_engine(engine))['maps']
+    made = map_scenes(model_of_several(as_list(model)), scenes, out, workers, share, views, device, batch, resample,
+                      windows, expiry, form, registry, tiles, remote, as_list(asset), find_engine(engine))['maps']
     if share:
         print('this share is done; the same command without --share joins the maps, once all shares are')
     else:
@@ -680,11 +687,15 @@ def rtsseg_mask(map:str='',            # a map of rtsseg-predict, or a mosaic
                 force:bool=False,      # replace a file of this name
                 points:str='pixels',   # pixels, or objects: thresholds and floors of objects
                 regions:str='',        # a layer of regions, which take thresholds of their own
-                region_column:str='region'    # its column that names the region
+                region_column:str='region',   # its column that names the region
+                probability:bool=False        # no mask: the probabilities as uint8, in steps of 1/254
                ) -> None:
     "The mask of a map as a Cloud Optimized GeoTIFF; with regions or points of objects that of its polygons"
     require(map=map, out=out)
-    from rtsseg.mosaic import write_mask
+    from rtsseg.mosaic import write_byte_map, write_mask
+    if probability:
+        print(show_facts(write_byte_map(map, out, force)))
+        return
     print(show_facts(write_mask(map, out, threshold or None, ratio, force, points, regions, region_column)))
 
 @command()

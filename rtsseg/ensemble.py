@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['MADE_OF', 'Candidate', 'run_of', 'read_candidate', 'common_settings', 'membership_problems', 'read_candidates',
-           'ensemble_config', 'ensemble_card', 'save_ensemble', 'ensemble_run', 'ensemble_folder', 'ensemble']
+           'ensemble_config', 'ensemble_card', 'save_ensemble', 'ensemble_run', 'plan_ensemble', 'shared_folder',
+           'ensemble_folder', 'ensemble', 'listed_models', 'missing_calibration', 'model_of_several']
 
 # %% ../nbs/04p_ensemble.ipynb #en000007
+import hashlib
 import html
 import json
 import os
@@ -18,7 +20,7 @@ from typing import Any
 
 from .card import card_section, stated_sections, with_section
 from .config import MOST_MEMBERS, ConfigError, Member, RtsConfig, to_yaml
-from .console import read_each
+from .console import logger, read_each
 from .files import inside, read_json, read_seal, typed, whole_folder, write_atomic
 from rtsseg.infer import (
     CARD_HEAD,
@@ -193,13 +195,25 @@ def ensemble_run(folder:Path,                     # the run folder
     save_ensemble(folder/'model', cfg, candidates, env)
 
 # %% ../nbs/04p_ensemble.ipynb #en000017
+def plan_ensemble(models:Iterable[str|Path]                # run folders, or model directories
+                 ) -> tuple[RtsConfig, list[Candidate]]:   # the config of the ensemble, and its members in their order
+    "What an ensemble would be; raises one `ConfigError` with all that stands against it"
+    candidates = read_candidates(models)
+    cfg = ensemble_config(candidates)
+    if candidates[0].run:
+        # where the ledger of the test split is, whatever a config that was moved says
+        cfg = cfg.model_copy(update=dict(runs=candidates[0].run.resolve().parents[2]))
+    return cfg, candidates
+
+def shared_folder(cfg:RtsConfig, candidates:list[Candidate]) -> Path|None:    # None where one lies in no run folder
+    "The run folder of an ensemble, beside those of its members"
+    if all(one.run for one in candidates):
+        return cfg.runs/cfg.name/config_hash(cfg, candidates[0].data)/cfg.folder_name
+
 def ensemble_folder(cfg:RtsConfig, candidates:list[Candidate], out:str|Path) -> Path:
     "A new folder for an ensemble; raises `ConfigError`"
-    if out:
-        folder = Path(out)
-    elif all(one.run for one in candidates):
-        folder = cfg.runs/cfg.name/config_hash(cfg, candidates[0].data)/cfg.folder_name
-    else:
+    folder = Path(out) if out else shared_folder(cfg, candidates)
+    if folder is None:
         alone = ', '.join(one.name for one in candidates if not one.run)
         raise ConfigError(f'out: name a folder for the model directory; {alone} lies in no run folder, so no run '
                           'folder is made')
@@ -213,11 +227,7 @@ def ensemble(models:Iterable[str|Path],     # run folders, or model directories
     """Make one model of several: its probability is the mean of theirs, at a forward pass for each of them
 
     Raises `ConfigError` with all that stands against it, and writes all or nothing."""
-    candidates = read_candidates(models)
-    cfg = ensemble_config(candidates)
-    if candidates[0].run:
-        # where the ledger of the test split is, whatever a config that was moved says
-        cfg = cfg.model_copy(update=dict(runs=candidates[0].run.resolve().parents[2]))
+    cfg, candidates = plan_ensemble(models)
     folder = ensemble_folder(cfg, candidates, out)
     with whole_folder(folder) as made:
         if out:
@@ -225,3 +235,54 @@ def ensemble(models:Iterable[str|Path],     # run folders, or model directories
         else:
             ensemble_run(made, cfg, candidates)
     return folder
+
+# %% ../nbs/04p_ensemble.ipynb #en000027
+def listed_models(folder:str|Path    # a run folder, a model directory, or a folder above several
+                 ) -> list[Path]:    # the folder itself, or what lies in it
+    "The models that a folder stands for"
+    folder = Path(folder)
+    if (folder/'config.yaml').exists() or not folder.is_dir():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob('*/config.yaml'))
+    # what was made of them lies beside them
+    return [path for path in found if not path.name.startswith('ensemble-')] or [folder]
+
+def missing_calibration(model:Path,                     # the model directory of an ensemble
+                        candidates:list[Candidate]
+                       ) -> str:                        # '' where it has one
+    "What to do where an ensemble is not calibrated"
+    if (model/'calibration.json').exists():
+        return ''
+    how = 'an ensemble of run folders can be calibrated'
+    if all(one.run for one in candidates):
+        run = os.path.relpath(model.parent)
+        how = f'rtsseg evaluate --run {run}, then rtsseg calibrate --run {run}'
+    return (f'the ensemble of {len(candidates)} models is not calibrated, and the calibrations of its members do not '
+            f'hold for it: maps hold raw scores, not probabilities ({how})')
+
+def model_of_several(models:Iterable[str|Path]    # run folders, model directories, or folders above several
+                    ) -> Path:                    # the one that is named, or the model directory of their ensemble
+    """One model of all that are named: the ensemble of several is found beside them, or made there
+
+    Raises `ConfigError` with all that stands against it."""
+    named = [path for folder in models for path in listed_models(folder)]
+    if len(named) == 1:
+        return named[0]
+    cfg, candidates = plan_ensemble(named)
+    run = shared_folder(cfg, candidates)
+    if run is None:
+        members = hashlib.sha256(' '.join(one.weights for one in candidates).encode()).hexdigest()
+        model = candidates[0].model.folder.resolve().parent/f'{cfg.folder_name}-{members[:12]}'
+    else:
+        model = run/'model'
+    if not model.exists():
+        try:
+            made = ensemble(named, '' if run else model)
+            logger.info(f'{os.path.relpath(made)} is the ensemble of {len(candidates)} models')
+        except (ConfigError, OSError):
+            # the same command on another machine may have made it first
+            if not model.exists():
+                raise
+    if problem := missing_calibration(model, candidates):
+        logger.warning(problem)
+    return model

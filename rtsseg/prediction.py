@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['STRIP_COLUMNS', 'FORMS', 'TILE_DRIVERS', 'READ_ROWS', 'READ_COLUMNS', 'RESOLUTION_FACTOR', 'LOOKED_AT', 'CLIPPED',
            'ALL_CLIPPED', 'DARK', 'EXTRA_DISTANCE', 'HALF_PRECISION', 'CACHED_ROWS', 'HASH_BYTES', 'ROWS_CODEC',
-           'FINDING_FIELDS', 'DESCRIBED', 'MANY_WINDOWS', 'window_starts', 'window_weight', 'MapStrip', 'map_strips',
-           'map_parts', 'fitting_forms', 'described_forms', 'choose_form', 'check_picture', 'Scene', 'WindowRows',
-           'ground_side', 'resize_factor', 'resized_grid', 'check_own_crs', 'named_crs', 'choose_crs', 'spread_windows',
-           'ValueScale', 'value_scale', 'check_values', 'check_extra', 'DeviceError', 'window_logits', 'BlendedRows',
-           'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows', 'WindowBatch', 'read_windows', 'predict_rows',
-           'predict_strip', 'add_windows', 'stop_if_asked', 'other_settings', 'FinishedRows', 'map_lock',
-           'map_settings', 'calibration_settings', 'point_settings', 'write_note', 'describe_scene', 'shift_findings',
-           'warning_lines', 'matches_note', 'write_geotiff', 'check_written', 'write_map', 'check_arguments',
-           'load_calibration', 'refuse_to_replace', 'is_finished', 'finish_rows', 'announce_duration', 'make_map',
-           'predict']
+           'MAP_CACHE', 'FINDING_FIELDS', 'DESCRIBED', 'MANY_WINDOWS', 'window_starts', 'window_weight', 'MapStrip',
+           'equal_strips', 'map_strips', 'map_parts', 'fitting_forms', 'described_forms', 'choose_form',
+           'check_picture', 'Scene', 'WindowRows', 'ground_side', 'resize_factor', 'resized_grid', 'check_own_crs',
+           'named_crs', 'choose_crs', 'spread_windows', 'ValueScale', 'value_scale', 'check_values', 'check_extra',
+           'DeviceError', 'window_logits', 'BlendedRows', 'ahead', 'behind', 'MapJob', 'MapRows', 'needed_rows',
+           'WindowBatch', 'WindowReader', 'TwoParts', 'predict_rows', 'finished_part', 'add_windows', 'stop_if_asked',
+           'other_settings', 'FinishedRows', 'map_lock', 'map_settings', 'calibration_settings', 'point_settings',
+           'write_note', 'describe_scene', 'shift_findings', 'warning_lines', 'matches_note', 'write_geotiff',
+           'check_written', 'write_map', 'check_arguments', 'load_calibration', 'refuse_to_replace', 'is_finished',
+           'finish_rows', 'announce_duration', 'make_map', 'predict']
 
 # %% ../nbs/08_predict.ipynb #ipredict
 import hashlib
@@ -53,7 +53,7 @@ from tqdm import tqdm
 from .calibration import NO_THRESHOLD, Calibration
 from .config import ConfigError, parse_views, ratio_text
 from .console import DataError, logger, nearest, progress
-from .files import FileError, digest, inside, read_json, write_atomic
+from .files import FileError, atomic_file, digest, inside, read_json, write_atomic
 from .findings import Finding
 from .folders import is_turned
 from .ground import crs_name, ground_size
@@ -85,8 +85,8 @@ def window_weight(tile:int           # side of a window, pixels
     return np.outer(ramp, ramp)
 
 # %% ../nbs/08_predict.ipynb #stripcode
-# widest strip, pixels
-STRIP_COLUMNS = 4608
+# that the windows of a strip span at most, pixels
+STRIP_COLUMNS = 4096
 
 class MapStrip(NamedTuple):
     "Columns of a map that are finished together"
@@ -98,18 +98,34 @@ class MapStrip(NamedTuple):
     begin: int
     end: int
 
-def map_strips(width:int,                # of the map, pixels
-               tile:int,                 # side of a window, pixels
-               most:int=STRIP_COLUMNS    # widest strip, pixels
-              ) -> list[MapStrip]:
-    "The strips of a map, from the left"
+    def span(self, tile:int    # side of a window, pixels
+            ) -> int:
+        "Columns that its windows see together"
+        return self.lefts[-1] + tile - self.lefts[0]
+
+def equal_strips(width:int,    # of the map, pixels
+                 tile:int,     # side of a window, pixels
+                 count:int     # how many strips
+                ) -> list[MapStrip]:
+    "Strips with about as many windows each, from the left"
     lefts = window_starts(width, tile)
-    groups = np.array_split(lefts, math.ceil(width / most))
+    groups = np.array_split(lefts, count)
     begins = [int(group[0]) for group in groups]
     strips = []
     for number, (own, begin, end) in enumerate(zip(groups, begins, [*begins[1:], width])):
         reaching = [left for left in lefts if left < end and left + tile > begin]
         strips.append(MapStrip(number, reaching, set(own.tolist()), begin, end))
+    return strips
+
+def map_strips(width:int,                # of the map, pixels
+               tile:int,                 # side of a window, pixels
+               most:int=STRIP_COLUMNS    # columns that the windows of a strip span, unless a strip has one of its own
+              ) -> list[MapStrip]:
+    "As few strips as that allows, from the left"
+    for count in range(1, len(window_starts(width, tile)) + 1):
+        strips = equal_strips(width, tile, count)
+        if max(strip.span(tile) for strip in strips) <= most:
+            break
     return strips
 
 def map_parts(height:int,    # of the map, pixels
@@ -385,20 +401,25 @@ class WindowRows:
     "The pixels of a row of windows, which move down a strip: what the row above has read is kept"
 
     def __init__(self, scene:Scene,
-                 left:int,     # first column
-                 width:int     # pixels
+                 widest:int    # columns of the widest strip
                 ):
-        self.scene, self.left, self.width = scene, left, width
-        rows, stats = (scene.tile, width), scene.stats
+        self.scene = scene
+        rows, stats = (scene.tile, widest), scene.stats
         # a scene has no labels
         self.pixels = RawTile(np.zeros((3, *rows), stats.dtype), np.zeros((len(scene.bands), *rows), 'float32'),
-                              np.zeros((0, width), 'uint8'), np.zeros(rows, bool))
-        # above the scene
-        self.top = -scene.tile
+                              np.zeros((0, widest), 'uint8'), np.zeros(rows, bool))
+        self.begin(0, widest)
+
+    def begin(self,
+              left:int,     # first column
+              width:int     # pixels, at most as many as the widest strip has
+             ) -> None:
+        "Go above the scene, where another strip begins"
+        self.left, self.width, self.top = left, width, -self.scene.tile
 
     def move_to(self,
                 top:int        # first row of pixels
-               ) -> RawTile:   # (…, tile, width), without labels; changed by the next call
+               ) -> RawTile:   # (…, tile, widest), without labels; changed by the next call
         "Move down, and read what was not read before; raises `DataError`"
         tile = self.scene.tile
         step = min(top - self.top, tile)
@@ -689,7 +710,7 @@ class MapRows:
     "A part of a map that is final"
     # its place among the parts
     index: int
-    # float32, of the shape of the part: log-odds; filled again two parts later
+    # float32, of the shape of the part: log-odds; overwritten by the part after the next
     logits: np.ndarray
     # bool, of the same shape
     valid: np.ndarray
@@ -707,7 +728,8 @@ def needed_rows(tops:list[int],    # where rows of windows start
 
 @dataclass
 class WindowBatch:
-    "Windows of one row, as the model sees them"
+    "Windows of one row of a strip, as the model sees them"
+    strip: MapStrip
     # row of windows
     row: int
     # bool (rows, …): which pixels that are final after the row hold data
@@ -721,32 +743,69 @@ class WindowBatch:
     # whether the row has no further batch
     is_last: bool
 
-def read_windows(job:MapJob,
-                 strip:MapStrip,
-                 needed:list[int],            # rows of windows
-                 what:str='rows of windows'   # in lines of progress
-                ) -> Iterator[WindowBatch]:
-    "Read rows of windows; each has one batch at least"
-    scene, first_left = job.scene, strip.lefts[0]
-    tops, lefts = window_starts(scene.height, scene.tile), [left - first_left for left in strip.lefts]
-    ends = [*tops[1:], scene.height]
-    own = {left - first_left for left in strip.own}
-    shape = min(job.batch, len(lefts)), len(scene.stats.channels), scene.tile, scene.tile
-    on_gpu = next(job.model.model.parameters()).is_cuda
-    buffers = itertools.cycle([torch.zeros(shape, pin_memory=on_gpu) for _ in range(2)])
-    moving = WindowRows(scene, first_left, lefts[-1] + scene.tile)
-    for i in progress(needed, what):
-        rows = moving.move_to(tops[i])
-        valid = rows.valid[:ends[i] - tops[i]].copy()
-        seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
-        counted = len(own.intersection(seen))
-        counts = dict(windows=counted, empty=len(own) - counted)
-        for first in range(0, max(len(seen), 1), shape[0]):
-            x, some = next(buffers), seen[first:first + shape[0]]
-            for left, out in zip(some, x.numpy()):
-                scene.window(rows, left, out)
-            x[len(some):] = 0
-            yield WindowBatch(i, valid, counts, some, x, first + shape[0] >= len(seen))
+class WindowReader:
+    "Reads windows; its memory is that of the widest strip, and serves all, since what is given back may stay unused"
+
+    def __init__(self, job:MapJob,
+                 strips:list[MapStrip]    # of the scene
+                ):
+        self.scene, self.strips = job.scene, strips
+        tile, most = job.scene.tile, max(len(strip.lefts) for strip in strips)
+        shape = min(job.batch, most), len(job.scene.stats.channels), tile, tile
+        on_gpu = next(job.model.model.parameters()).is_cuda
+        self.batch = shape[0]
+        self.buffers = itertools.cycle([torch.zeros(shape, pin_memory=on_gpu) for _ in range(2)])
+        self.moving = WindowRows(job.scene, max(strip.span(tile) for strip in strips))
+
+    def read(self,
+             wanted:dict[int, set[int]]    # rows of windows whose pixels are wanted, by number of the strip
+            ) -> Iterator[WindowBatch]:
+        "The windows that reach into wanted rows, strip by strip"
+        tops = window_starts(self.scene.height, self.scene.tile)
+        for strip in self.strips:
+            which = f', strip {strip.number + 1} of {len(self.strips)}' if len(self.strips) > 1 else ''
+            needed = needed_rows(tops, self.scene.tile, wanted.get(strip.number, set()))
+            if needed:
+                yield from self.read_strip(strip, needed, f'rows of windows{which}')
+
+    def read_strip(self, strip:MapStrip,
+                   needed:list[int],            # rows of windows
+                   what:str='rows of windows'   # in lines of progress
+                  ) -> Iterator[WindowBatch]:
+        "Read rows of windows; each has one batch at least"
+        scene, first_left = self.scene, strip.lefts[0]
+        tops, lefts = window_starts(scene.height, scene.tile), [left - first_left for left in strip.lefts]
+        ends = [*tops[1:], scene.height]
+        own = {left - first_left for left in strip.own}
+        self.moving.begin(first_left, strip.span(scene.tile))
+        for i in progress(needed, what):
+            rows = self.moving.move_to(tops[i])
+            valid = rows.valid[:ends[i] - tops[i]].copy()
+            seen = [left for left in lefts if rows.valid[:, left:left + scene.tile].any()]
+            counted = len(own.intersection(seen))
+            counts = dict(windows=counted, empty=len(own) - counted)
+            for first in range(0, max(len(seen), 1), self.batch):
+                x, some = next(self.buffers), seen[first:first + self.batch]
+                for left, out in zip(some, x.numpy()):
+                    scene.window(rows, left, out)
+                x[len(some):] = 0
+                yield WindowBatch(strip, i, valid, counts, some, x, first + self.batch >= len(seen))
+
+class TwoParts:
+    "Room for the log-odds of a part while those of the part before are written: each has an end of it in turn"
+
+    def __init__(self,
+                 heights:list[int],     # of the parts, in their order
+                 width:int,             # of the widest, pixels
+                 device:torch.device
+                ):
+        most = max(map(sum, itertools.pairwise([0, *heights])), default=0)
+        self.rows, self.is_upper = torch.empty(most, width, device=device), False
+
+    def next(self, height:int) -> torch.Tensor:    # float32 (height, width)
+        "The room of the next part"
+        self.is_upper = not self.is_upper
+        return self.rows[:height] if self.is_upper else self.rows[-height:]
 
 def predict_rows(job:MapJob,
                  wanted:set[int],        # numbers of parts, as in `map_parts`
@@ -754,47 +813,41 @@ def predict_rows(job:MapJob,
                 ) -> Iterator[MapRows]:
     "The wanted parts of a map; close it where it is not used up"
     tile, device = job.scene.tile, next(job.model.model.parameters()).device
-    count, strips = len(window_starts(job.scene.height, tile)), map_strips(job.scene.width, tile)
-    widest = max(strip.lefts[-1] + tile - strip.lefts[0] for strip in strips)
-    # one for all strips, since memory that is given back is not always used again
+    tops, strips = window_starts(job.scene.height, tile), map_strips(job.scene.width, tile)
+    rows = {}
+    for number in wanted:
+        rows.setdefault(number // len(tops), set()).add(number % len(tops))
+    parts = map_parts(job.scene.height, job.scene.width, tile)
+    reader = WindowReader(job, strips)
+    widest = reader.moving.width
     blended = BlendedRows(tile, widest, device, parse_views(job.views).merging)
-    results = itertools.cycle(torch.empty(2, tile, widest, device=device))
-    for strip in strips:
-        rows = {number % count for number in wanted if number // count == strip.number}
-        which = f', strip {strip.number + 1} of {len(strips)}' if len(strips) > 1 else ''
-        if rows:
-            blended.leave()
-            parts = predict_strip(job, strip, rows, signals, f'rows of windows{which}', blended, results)
-            with closing(parts):
-                yield from parts
-
-def predict_strip(job:MapJob, strip:MapStrip,
-                  wanted:set[int],        # rows of windows
-                  signals:StopSignals,
-                  what:str,               # in lines of progress
-                  blended:BlendedRows,    # as wide as the strip at least
-                  results:Iterator[torch.Tensor]    # of `BlendedRows.merged`
-                 ) -> Iterator[MapRows]:
-    "The parts of a strip"
-    scene = job.scene
-    tops = window_starts(scene.height, scene.tile)
-    begin, end = strip.begin - strip.lefts[0], strip.end - strip.lefts[0]
-    needed = needed_rows(tops, scene.tile, wanted)
-    with closing(ahead(read_windows(job, strip, needed, what))) as batches:
+    room = TwoParts([parts[number].height for number in sorted(wanted)], widest, device)
+    now = None
+    with closing(ahead(reader.read(rows))) as batches:
         for batch in batches:
-            i = batch.row
-            if blended.top < tops[i]:
-                blended.move_to(tops[i])
-            add_windows(blended, job, batch, strip.lefts[0], signals)
-            if batch.is_last and i in wanted:
-                valid = batch.valid[:, begin:end]
-                counts = dict(pixels=valid.size, valid=int(valid.sum())) | batch.counts
-                logits = blended.merged(valid, begin, next(results))
-                yield MapRows(strip.number * len(tops) + i, logits, valid, counts)
+            if batch.strip is not now:
+                now = batch.strip
+                blended.leave()
+            if blended.top < tops[batch.row]:
+                blended.move_to(tops[batch.row])
+            add_windows(blended, job, batch, signals)
+            if batch.is_last and batch.row in rows[now.number]:
+                yield finished_part(blended, batch, len(tops), room)
 
-def add_windows(blended:BlendedRows, job:MapJob, batch:WindowBatch,
-                first_left:int,    # first column of the strip, for messages
-                signals:StopSignals) -> None:
+def finished_part(blended:BlendedRows,
+                  batch:WindowBatch,    # the last of its row of windows, merged
+                  count:int,            # of rows of windows
+                  room:TwoParts         # gets the log-odds
+                 ) -> MapRows:
+    "What is final after a row of windows"
+    strip = batch.strip
+    begin, end = strip.begin - strip.lefts[0], strip.end - strip.lefts[0]
+    valid = batch.valid[:, begin:end]
+    counts = dict(pixels=valid.size, valid=int(valid.sum())) | batch.counts
+    logits = blended.merged(valid, begin, room.next(len(valid)))
+    return MapRows(strip.number * count + batch.row, logits, valid, counts)
+
+def add_windows(blended:BlendedRows, job:MapJob, batch:WindowBatch, signals:StopSignals) -> None:
     "Run a batch of windows, and merge them"
     stop_if_asked(signals)
     if batch.lefts:
@@ -802,7 +855,7 @@ def add_windows(blended:BlendedRows, job:MapJob, batch:WindowBatch,
         # the largest number is NaN where one is
         is_wrong = logits.amax((1, 2)).isnan().cpu()
         if is_wrong.any():
-            left = first_left + batch.lefts[int(is_wrong.int().argmax())]
+            left = batch.strip.lefts[0] + batch.lefts[int(is_wrong.int().argmax())]
             raise ModelError(f'the model gives scores that are not finite in the window at row {blended.top}, '
                              f'column {left}')
         for left, each in zip(batch.lefts, logits):
@@ -831,14 +884,15 @@ class FinishedRows:
     def __init__(self,
                  folder:Path,           # beside the map
                  settings:dict,         # everything that decides the map
-                 parts:list[Window]     # pixels of each; those that begin at one row have one height
+                 parts:list[Window]     # pixels of each
                 ):
         self.folder, self.settings, self.parts = folder, settings, parts
         self.key = hashlib.sha256(f'{ROWS_CODEC} {json.dumps(settings)}'.encode()).hexdigest()
 
-    def _hash(self, i, data):
+    def _hash(self, i, *pieces):
         found = hashlib.sha256(f'{self.key} {i} '.encode())
-        found.update(data)
+        for data in pieces:
+            found.update(data)
         return found.digest()
 
     def write_settings(self) -> None:
@@ -869,8 +923,10 @@ class FinishedRows:
               values:np.ndarray         # uint16, of its shape
              ) -> None:
         "Write a finished part, with its hash"
-        data = json.dumps(counts).encode() + b'\n' + pa.compress(values, ROWS_CODEC, asbytes=True)
-        write_atomic(self.folder/f'{i:06}', self._hash(i, data) + data)
+        pieces = json.dumps(counts).encode() + b'\n', pa.compress(values, ROWS_CODEC)
+        with atomic_file(self.folder/f'{i:06}') as file:
+            # without a copy of them together
+            file.writelines([self._hash(i, *pieces), *pieces])
 
     def read(self,
              i:int                                     # number of the part
@@ -896,19 +952,12 @@ class FinishedRows:
         return {i for i in range(len(self.parts)) if self.read(i) is None}
 
     def blocks(self) -> Iterator[tuple[dict[str, int], np.ndarray, Window]]:
-        "Counts, values and place of whole rows of pixels, from the top; raises `OSError` where a part is not finished"
-        by_top = {}
+        "Counts, values and place of each part, in their order; raises `OSError` where one is not finished"
         for i, part in enumerate(self.parts):
-            by_top.setdefault(part.row_off, []).append(i)
-        for top in sorted(by_top):
-            finished, total = [self.read(i) for i in by_top[top]], Counter()
-            if None in finished:
-                i = by_top[top][finished.index(None)]
+            finished = self.read(i)
+            if finished is None:
                 raise OSError(f'part {i:06} of the map is missing or was damaged since it was checked')
-            for counts, _ in finished:
-                total.update(counts)
-            values = np.hstack([values for _, values in finished])
-            yield dict(total), values, Window(0, top, values.shape[1], len(values))
+            yield *finished, part
 
 # %% ../nbs/08_predict.ipynb #05699095
 @contextmanager
@@ -982,6 +1031,8 @@ def point_settings(thresholds:dict, objects:dict    # points of `Calibration` or
               for ratio, point in objects.items()}
     return dict(thresholds=pixels, objects=floors)
 
+# bytes of pixels that GDAL keeps of a map; its own limit grows with the memory of the machine
+MAP_CACHE = 2**24
 # what a note keeps of a finding, and what in a note does not decide whether it belongs to a map
 FINDING_FIELDS = 'level', 'what', 'value', 'note'
 DESCRIBED = 'input', 'findings', 'scene_name', 'scene_date'
@@ -1000,7 +1051,7 @@ def describe_scene(out:Path, job:MapJob) -> dict:
     "Statistics of a scene as the model sees it, and of its map (guide 4)"
     scene, threshold = job.scene, job.calibration.counted_from if job.calibration else NO_THRESHOLD
     opened = OpenScene(scene.stats.channels, scene.grid, scene.read_channels)
-    with open_map(out, ROWS) as predicted:
+    with rasterio.Env(GDAL_CACHEMAX=MAP_CACHE), open_map(out, ROWS) as predicted:
         return input_summary(tally_scene(opened, predicted, threshold))
 
 def shift_findings(summary:dict,    # of `input_summary` or `pooled_summary`
@@ -1032,7 +1083,9 @@ def write_geotiff(path:Path, grid:Grid, finished:FinishedRows) -> None:
     total = Counter()
     layout = dict(driver='GTiff', count=1, dtype='uint16', nodata=NODATA, height=grid.shape[0], width=grid.shape[1])
     place = dict(crs=grid.crs, transform=grid.transform)
-    with rasterio.open(path, 'w', compress='deflate', zlevel=1, bigtiff='if_safer', **layout, **place) as dataset:
+    # a strip fills tiles from the top; rows of the whole map would be packed again for each strip
+    form = dict(compress='deflate', zlevel=1, bigtiff='if_safer', tiled=True, blockxsize=512, blockysize=512)
+    with rasterio.open(path, 'w', **form, **layout, **place) as dataset:
         for counts, values, window in finished.blocks():
             dataset.write(values, 1, window=window)
             total.update(counts)
@@ -1054,7 +1107,7 @@ def write_map(out:Path, grid:Grid, finished:FinishedRows) -> None:
         path.unlink(missing_ok=True)
     cog = dict(driver='COG', compress='deflate', predictor='yes', overview_resampling='average', bigtiff='if_safer')
     try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS):
+        with warnings.catch_warnings(), rasterio.Env(**GDAL_OPTIONS, GDAL_CACHEMAX=MAP_CACHE):
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             write_geotiff(plain, grid, finished)
             rasterio.shutil.copy(plain, optimized, **cog)

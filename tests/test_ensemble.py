@@ -1,5 +1,6 @@
 "An ensemble is the mean of its members, and a model like any other: whole, evaluated, calibrated, mapped, exported"
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import nn
 from helpers.maps import map_bytes, noise, read_map, statistics, untrained_model, write_scene
 from helpers.runs import trained
 from rtsseg.calibration import Calibration, calibrate
+from rtsseg.cli import rtsseg_predict
 from rtsseg.config import ConfigError, RtsConfig, find_system, hashed_settings, load
-from rtsseg.ensemble import ensemble
+from rtsseg.ensemble import ensemble, model_of_several
 from rtsseg.evaluation import Locked, evaluate
 from rtsseg.evidence import Evidence
 from rtsseg.export import MOST_DIFFERENCE, export_model, inspect_model, show_model, verify_model
@@ -184,6 +186,20 @@ def test_an_ensemble_is_calibrated_as_one(members, judged, scene, tmp_path):
     predict(judged/'model', scene, out=tmp_path/'map.tif')
     note = json.loads((tmp_path/'map.tif.json').read_text())
     assert note['calibration'] == calibration_settings(found)
+
+def test_models_named_together_are_their_ensemble(members, judged, scene, tmp_path, capsys):
+    "The run folder that is there, with its calibration; once that is gone, a map says so"
+    named = [str(members[0]), str(members[1]/'model')]
+    rtsseg_predict(model=named, scene=str(scene), out=str(tmp_path/'named.tif'))
+    predict(judged/'model', scene, out=tmp_path/'one.tif')
+    assert (tmp_path/'named.tif').read_bytes() == (tmp_path/'one.tif').read_bytes()
+    assert 'not calibrated' not in capsys.readouterr().err
+    hidden = (judged/'model'/'calibration.json').rename(tmp_path/'calibration.json')
+    try:
+        assert model_of_several(named) == judged/'model'
+    finally:
+        hidden.rename(judged/'model'/'calibration.json')
+    assert f'rtsseg calibrate --run {os.path.relpath(judged)}' in capsys.readouterr().err
 
 def test_a_report_says_what_an_ensemble_is(judged, tmp_path):
     made = report(judged, tmp_path/'report.html')

@@ -51,17 +51,20 @@ def test_objects_are_counted_in_any_strips(height, width, strip, share, seed):
     assert found.count == ndimage.label(mask, np.ones((3, 3)))[1]
 
 @settings(max_examples=30, deadline=None)
-@given(height=st.integers(1, 90), width=st.integers(1, 90), strip=st.integers(1, 91), seed=st.integers(0, 99))
-def test_a_summary_does_not_depend_on_the_strips(height, width, strip, seed):
+@given(height=st.integers(1, 90), width=st.integers(1, 90), strip=st.integers(1, 91), columns=st.integers(1, 91),
+       seed=st.integers(0, 99))
+def test_a_summary_does_not_depend_on_the_pieces(height, width, strip, columns, seed):
     "And its means are those of NumPy; the noise is that of a hand-made ratio estimator"
     rng = np.random.default_rng(seed)
     planes, valid = rng.normal(50, 9, (2, height, width)), rng.random((height, width)) < .8
     probability = np.where(valid, rng.random((height, width)), np.nan)
     tally = SceneTally(['a', 'b'], (height, width))
     for top in range(0, height, strip):
-        part = np.s_[top:top + strip]
-        tally.add(top, planes[:, part], valid[part], probability[part])
+        for left in range(0, width, columns):
+            part = np.s_[top:top + strip, left:left + columns]
+            tally.add(top, planes[:, *part], valid[part], probability[part], left)
     found = input_summary(tally)
+    assert tally.objects.count == ndimage.label(np.nan_to_num(probability) >= .5, np.ones((3, 3)))[1]
     json.dumps(found, allow_nan=False)
     if not valid.any():
         assert (found['valid'], found['channels']['a']['mean']) == (0, None)
