@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT_RECALL', 'REVIEW_PRECISION', 'KINDS', 'VERDICT_RULE', 'FOUND', 'DOUBT', 'RANGE', 'RATIO_MEANS', 'ENOUGH',
-           'TOO_FEW', 'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'MISSED', 'ALARMED',
-           'FALSE', 'MOST_STEPS', 'MEND_STEP', 'TILES_STEP', 'LEVER_STEP', 'LONGER_STEP', 'NEGATIVES_STEP',
+           'MOST_TIMES', 'TOO_FEW', 'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'MISSED',
+           'ALARMED', 'FALSE', 'MOST_STEPS', 'MEND_STEP', 'TILES_STEP', 'LEVER_STEP', 'LONGER_STEP', 'NEGATIVES_STEP',
            'REVIEW_TILES', 'LABELS_STEP', 'EVERY_REGION', 'TEST_STEP', 'MAP_STEP', 'MISS_TEXTS', 'EXCESS_FINDING',
            'MOST_GROUPS', 'of_hundred', 'found_words', 'mapping_kind', 'RatioVerdict', 'judge_range', 'judge_ratio',
            'range_words', 'with_range', 'with_choice', 'judged', 'ObjectOutcome', 'outcome', 'Lever', 'best_floor',
@@ -89,7 +89,7 @@ class RatioVerdict:
     meaning: str
     # where a range comes from, and what is not known; () for a number
     basis: tuple[str, ...] = ()
-    # {split: tiles without a slump that would have to be added to it}
+    # {split: tiles without a slump that it would have to hold}
     lacking: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -135,6 +135,9 @@ RATIO_MEANS = ('At 1:r, each tile with a slump comes with r without. Ranges are 
 
 ENOUGH = 'About {n} tiles without a slump would tell.'
 
+# so many times the tiles of a split are not asked for
+MOST_TIMES = 10
+
 TOO_FEW = ('Validation chose it with {n} of the {needed} tiles without a slump that are needed, so what another one '
            'would do is not known.')
 
@@ -161,8 +164,8 @@ def with_range(row:RatioVerdict,
     # seeds that differ stay different
     if None in enough or max(enough) <= widest.tiles:
         return row
-    meaning = f'{row.meaning} {ENOUGH.format(n=max(enough))}'
-    return replace(row, meaning=meaning, lacking={split: max(enough) - widest.tiles})
+    lacking = {split: max(enough)} if max(enough) <= MOST_TIMES * widest.tiles else {}
+    return replace(row, meaning=f'{row.meaning} {ENOUGH.format(n=max(enough))}', lacking=lacking)
 
 def with_choice(row:RatioVerdict, run:PixelRun) -> RatioVerdict:
     "A verdict; not known in place of not usable where validation had too few tiles without a slump for a threshold"
@@ -170,8 +173,8 @@ def with_choice(row:RatioVerdict, run:PixelRun) -> RatioVerdict:
     if row.kind not in ('unfit', 'unknown') or point is None or point.w <= 1 or tiles >= MIN_SUPPORT:
         return row
     basis = (*row.basis, TOO_FEW.format(n=tiles, needed=MIN_SUPPORT))
-    missing = max(MIN_SUPPORT - tiles, row.lacking.get('val', 0))
-    return replace(row, kind='unknown', basis=basis, lacking=row.lacking | dict(val=missing))
+    needed = max(MIN_SUPPORT, row.lacking.get('val', 0))
+    return replace(row, kind='unknown', basis=basis, lacking=row.lacking | dict(val=needed))
 
 def judged(results:PixelResults, ratio:int|str, found:dict[str, Estimate]) -> RatioVerdict:
     "The verdict at a ratio, by its column of the headline"
@@ -429,7 +432,7 @@ TILES_STEP = 'Without them it is not known what a map at {ratios} is worth: {spl
 
 LEVER_STEP = '{lever} It was chosen on validation.'
 
-LONGER_STEP = 'The best epoch was the last of {epochs}, so the model may not have learnt all that it can.'
+LONGER_STEP = 'The best epoch was the last, {epoch} of {epochs}, so the model may not have learnt all that it can.'
 
 NEGATIVES_STEP = 'To the training split, from {place}: {rate} hold a false object{size}. {review}'
 
@@ -453,7 +456,7 @@ def mend_step(run:PixelRun) -> Step|None:
     return mend and Step('Make probabilities add up', MEND_STEP.format(mend=mend.text), mend.command)
 
 def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> Step|None:
-    "Tiles without a slump that validation or the split of the headline lack"
+    "Tiles without a slump that validation or the split of the headline lacks"
     unsure = [row for row in rows if row.lacking]
     if not unsure:
         return None
@@ -461,7 +464,8 @@ def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> Step|None:
     for row in unsure:
         for split, n in row.lacking.items():
             most[split] = max(n, most.get(split, 0))
-    splits = listed(f'about {n} more in {SPLIT_WORDS[split]}' for split, n in most.items())
+    held = {split: int((~run.evidence[split]['positive'].astype(bool)).sum()) for split in most}
+    splits = listed(f'{SPLIT_WORDS[split]} has {held[split]} and needs about {n}' for split, n in most.items())
     text = TILES_STEP.format(ratios=listed(ratio_name(row.ratio) for row in unsure), splits=splits)
     return Step('Add tiles without a slump', text, more_data(run))
 
@@ -471,11 +475,13 @@ def lever_step(run:PixelRun, split:str) -> Step|None:
     return lever and Step('Biggest lever', LEVER_STEP.format(lever=lever.text), lever.command)
 
 def longer_step(run:PixelRun) -> Step|None:
-    "More epochs, where the best one was the last"
-    if run.ensemble or run.best['epoch'] < run.cfg.epochs:
+    "Twice the epochs, or the minutes that they were fitted to, where the best epoch was the last"
+    if run.ensemble or run.best['epoch'] < run.epochs.epoch.max():
         return None
-    command = f'rtsseg-run --config {shell_path(run.folder)}/config.yaml --epochs {2 * run.cfg.epochs}'
-    return Step('Train longer', LONGER_STEP.format(epochs=run.cfg.epochs), command)
+    epochs, minutes = run.cfg.epochs, run.cfg.budget_minutes
+    twice = f'--override budget_minutes={2 * minutes:g}' if minutes else f'--epochs {2 * epochs}'
+    text = LONGER_STEP.format(epoch=run.best['epoch'], epochs=epochs)
+    return Step('Train longer', text, f'rtsseg-run --config {shell_path(run.folder)}/config.yaml {twice}')
 
 def place_of(errors:Errors, by_region:Breakdown) -> tuple[str, Rate]:
     "Where the split fails: the region that clearly fails most, or all of it"
@@ -489,10 +495,10 @@ def data_step(run:PixelRun, errors:Errors) -> Step|None:
     "What to label more of, by what costs more: false objects, or misses"
     groups = breakdowns(errors)
     missed, false = errors.cost(missed=errors.missed.id > 0), errors.cost(false=errors.false.id > 0)
-    kind = 'false' if false >= missed else 'missed'
+    kind = 'false' if false >= missed and errors.empty.failed.any() else 'missed'
     place, rate = place_of(errors, groups[kind, 'region'])
     worst = groups[kind, 'size'].worst
-    if not max(missed, false) or not rate.cases:
+    if not rate.failed:
         return None
     if kind == 'missed':
         size = f', above all {worst.name} long' if worst else ''
@@ -515,16 +521,15 @@ def use_step(results:PixelResults, rows:list[RatioVerdict]) -> Step|None:
 def next_steps(results:PixelResults, rows:list[RatioVerdict]) -> list[Step]:
     "What to do, the first thing first; more training and more data only for a model that is not fit at every ratio"
     run, split = results.first, results.split
-    steps = [lever_step(run, split), tiles_step(run, rows)]
-    if any('val' in row.lacking for row in rows):
-        # a lever that was chosen on too few tiles can wait
-        steps.reverse()
-    steps.insert(0, mend_step(run))
+    tiles, lever = tiles_step(run, rows), lever_step(run, split)
     if all(row.kind == 'fit' for row in rows):
-        steps.append(use_step(results, rows))
+        steps = [lever, use_step(results, rows)]
     else:
-        steps += [longer_step(run), use_step(results, rows), data_step(run, split_errors(run, split))]
-    return [step for step in steps if step][:MOST_STEPS]
+        steps = [lever, longer_step(run), tiles, use_step(results, rows), data_step(run, split_errors(run, split))]
+    if any('val' in row.lacking for row in rows):
+        # what too few tiles chose can wait
+        steps = [tiles, *(step for step in steps if step != tiles)]
+    return [step for step in [mend_step(run), *steps] if step][:MOST_STEPS]
 
 @dataclass
 class VerdictBox:
