@@ -443,7 +443,7 @@ def test_the_verdict_follows_from_the_numbers(folders, precision, recall, kind):
     row = mapping_verdict(results).rows[list(RATIOS).index(200)]
     assert row.kind == kind
     assert row.words == f'{KINDS[kind]} at 1:200.'
-    # one tile without a slump in validation chooses no threshold: a model is not called unusable for that
+    # one tile without a slump in validation chooses no threshold, and so makes nothing unusable
     results.first.calibration = results.first.calibration.model_copy(update=dict(n_neg_tiles=1))
     box = mapping_verdict(results)
     row = box.rows[list(RATIOS).index(200)]
