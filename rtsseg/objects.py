@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IOUS', 'MISS_KINDS', 'SIZE_CLASSES', 'PIXEL_CLASSES', 'Matches', 'match_objects', 'object_metrics', 'grid_counts',
-           'object_grid', 'size_classes', 'described_objects', 'misses', 'recall_by_size', 'slump_bounds',
+           'object_grid', 'length_classes', 'described_objects', 'misses', 'recall_by_size', 'slump_bounds',
            'found_slumps', 'false_alarms', 'informative_tiles']
 
 # %% ../nbs/03e_objects.ipynb #iobjects
@@ -196,17 +196,17 @@ PIXEL_CLASSES = {
     'over 100 px': (100, np.inf)
 }
 
-def size_classes(evidence:Evidence) -> dict[str, tuple[float, float]]:    # {name: (from, below)}
+def length_classes(evidence:Evidence) -> dict[str, tuple[float, float]]:    # {name: (from, below)}
     "The classes of the longest side: in metres, and in pixels where no tile has a size on the ground"
     return PIXEL_CLASSES if np.isnan(evidence['pixel_size']).all() else SIZE_CLASSES
 
 def described_objects(evidence:Evidence,
                       objects:pd.DataFrame    # with tile and size, as of `match_objects`
                      ) -> pd.DataFrame:
-    """Objects with the identity of their tiles, their longest side in metres, and its class of `size_classes`
+    """Objects with the identity of their tiles, their longest side in metres, and its class of `length_classes`
 
     Without a pixel size of the tile, metres are NaN; there is a class only where no tile has one."""
-    classes = size_classes(evidence)
+    classes = length_classes(evidence)
     metres = objects['size'] * evidence['pixel_size'][objects.tile]
     identity = {name: evidence[name][objects.tile] for name in ('tile_id', 'region', 'positive')}
     limits = [low for low, _ in classes.values()] + [np.inf]
@@ -259,7 +259,7 @@ def recall_by_size(evidence:Evidence,     # of a split
                   ) -> pd.DataFrame:      # one row per class: objects, found, recall (NaN without objects), edge
     """How many true objects are found, by their longest side
 
-    A row for each of `size_classes`, and 'unknown' for objects of tiles without a pixel size among others with one.
+    A row for each of `length_classes`, and 'unknown' for objects of tiles without a pixel size among others with one.
     `edge` counts the objects that touch a tile's edge."""
     truth = described_objects(evidence, match_objects(evidence, threshold, iou, min_area).truth)
     size = truth['size'].cat.add_categories('unknown').fillna('unknown')

@@ -48,11 +48,11 @@ from rtsseg.objects import (
     false_alarms,
     found_slumps,
     grid_counts,
+    length_classes,
     match_objects,
     misses,
     object_grid,
     recall_by_size,
-    size_classes,
 )
 from .operating import ObjectOperatingPoint, OperatingPoint, Replicates, probability_text
 from .page import Number, Table
@@ -504,7 +504,7 @@ def size_table(run:PixelRun, split:str) -> Table:
     found = recall_by_size(evidence, **match_settings(run))
     rows = [[size, int(x.objects), int(x.found), Number(x.recall), int(x.edge)] for size, x in found.iterrows()]
     head = ['longest side', 'slumps', 'found', 'recall', 'cut by a tile edge']
-    unit = PIXELS_NOTE if size_classes(evidence) is PIXEL_CLASSES else METRES_NOTE
+    unit = PIXELS_NOTE if length_classes(evidence) is PIXEL_CLASSES else METRES_NOTE
     note = SIZE_NOTE.format(ratio=ratio_name(run.calibration.ratio), unit=unit)
     return Table(head, rows, [note], 'Slumps found, by size', size_hints(found))
 
@@ -548,7 +548,7 @@ MISSES = {'unseen': 'no prediction on it: not recognised',
 def misses_table(run:PixelRun, split:str) -> Table:
     "Why slumps were missed, by size"
     evidence = run.evidence[split]
-    missed, classes = misses(evidence, **match_settings(run)), list(size_classes(evidence))
+    missed, classes = misses(evidence, **match_settings(run)), list(length_classes(evidence))
     rows = []
     for kind, meaning in MISSES.items():
         found = missed[missed.kind == kind]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIT_RECALL', 'REVIEW_PRECISION', 'KINDS', 'VERDICT_RULE', 'FOUND', 'DOUBT', 'RANGE', 'RATIO_MEANS', 'ENOUGH',
-           'TOO_FEW', 'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'MISSED', 'ALARMED',
-           'FALSE', 'MOST_STEPS', 'MEND_STEP', 'TILES_STEP', 'LEVER_STEP', 'LONGER_STEP', 'NEGATIVES_STEP',
+           'MOST_TIMES', 'TOO_FEW', 'FLOOR_LEVER', 'POINT_LEVER', 'SPLIT_WORDS', 'MENDED', 'ASKED_METHODS', 'MISSED',
+           'ALARMED', 'FALSE', 'MOST_ADVICE', 'MEND_STEP', 'TILES_STEP', 'LEVER_STEP', 'LONGER_STEP', 'NEGATIVES_STEP',
            'REVIEW_TILES', 'LABELS_STEP', 'EVERY_REGION', 'TEST_STEP', 'MAP_STEP', 'MISS_TEXTS', 'EXCESS_FINDING',
            'MOST_GROUPS', 'of_hundred', 'found_words', 'mapping_kind', 'RatioVerdict', 'judge_range', 'judge_ratio',
            'range_words', 'with_range', 'with_choice', 'judged', 'ObjectOutcome', 'outcome', 'Lever', 'best_floor',
-           'floor_lever', 'point_lever', 'biggest_lever', 'calibration_mend', 'Rate', 'clearly_worst', 'Errors',
-           'split_errors', 'rates_by', 'Breakdown', 'breakdowns', 'Step', 'more_data', 'mend_step', 'tiles_step',
+           'floor_lever', 'point_lever', 'biggest_lever', 'calibration_mend', 'FailureRate', 'clearly_worst', 'Errors',
+           'split_errors', 'rates_by', 'Breakdown', 'breakdowns', 'NextStep', 'more_data', 'mend_step', 'tiles_step',
            'lever_step', 'longer_step', 'place_of', 'data_step', 'use_step', 'next_steps', 'VerdictBox',
            'mapping_verdict', 'CostlyGroup', 'gained', 'kind_words', 'total_findings', 'counts_of', 'worst_findings',
            'alike_findings', 'small_findings', 'calibration_findings', 'Findings', 'findings']
@@ -27,7 +27,7 @@ from .calibration import METHODS, about_times, adds_up
 from .evidence import Evidence
 from .intervals import MIN_SUPPORT
 from .metrics import negative_weight
-from .objects import MISS_KINDS, described_objects, match_objects, misses, object_grid, size_classes
+from .objects import MISS_KINDS, described_objects, length_classes, match_objects, misses, object_grid
 from .page import Link, markdown_text, render
 from .pixel_results import FalseShare, PixelResults, PixelRun, false_shares
 from .results import listed, ratio_name, shell_path
@@ -89,7 +89,7 @@ class RatioVerdict:
     meaning: str
     # where a range comes from, and what is not known; () for a number
     basis: tuple[str, ...] = ()
-    # {split: tiles without a slump that would have to be added to it}
+    # {split: tiles without a slump that it would have to hold}
     lacking: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -135,6 +135,9 @@ RATIO_MEANS = ('At 1:r, each tile with a slump comes with r without. Ranges are 
 
 ENOUGH = 'About {n} tiles without a slump would tell.'
 
+# so many times the tiles of a split are not asked for
+MOST_TIMES = 10
+
 TOO_FEW = ('Validation chose it with {n} of the {needed} tiles without a slump that are needed, so what another one '
            'would do is not known.')
 
@@ -161,8 +164,8 @@ def with_range(row:RatioVerdict,
     # seeds that differ stay different
     if None in enough or max(enough) <= widest.tiles:
         return row
-    meaning = f'{row.meaning} {ENOUGH.format(n=max(enough))}'
-    return replace(row, meaning=meaning, lacking={split: max(enough) - widest.tiles})
+    lacking = {split: max(enough)} if max(enough) <= MOST_TIMES * widest.tiles else {}
+    return replace(row, meaning=f'{row.meaning} {ENOUGH.format(n=max(enough))}', lacking=lacking)
 
 def with_choice(row:RatioVerdict, run:PixelRun) -> RatioVerdict:
     "A verdict; not known in place of not usable where validation had too few tiles without a slump for a threshold"
@@ -170,8 +173,8 @@ def with_choice(row:RatioVerdict, run:PixelRun) -> RatioVerdict:
     if row.kind not in ('unfit', 'unknown') or point is None or point.w <= 1 or tiles >= MIN_SUPPORT:
         return row
     basis = (*row.basis, TOO_FEW.format(n=tiles, needed=MIN_SUPPORT))
-    missing = max(MIN_SUPPORT - tiles, row.lacking.get('val', 0))
-    return replace(row, kind='unknown', basis=basis, lacking=row.lacking | dict(val=missing))
+    needed = max(MIN_SUPPORT, row.lacking.get('val', 0))
+    return replace(row, kind='unknown', basis=basis, lacking=row.lacking | dict(val=needed))
 
 def judged(results:PixelResults, ratio:int|str, found:dict[str, Estimate]) -> RatioVerdict:
     "The verdict at a ratio, by its column of the headline"
@@ -303,7 +306,7 @@ def calibration_mend(run:PixelRun) -> Lever|None:
 
 # %% ../nbs/06f_verdict.ipynb #verdrate
 @dataclass(frozen=True)
-class Rate:
+class FailureRate:
     "How many cases of a group fail"
     name: str
     failed: int
@@ -326,10 +329,11 @@ class Rate:
         low, high = self.ends
         return f'{self.failed} of {self.cases} ({self.share:.0%}, 95%: {low:.0%} to {high:.0%})'
 
-def clearly_worst(rates:list[Rate]) -> tuple[Rate, Rate]|None:    # the group, and all others together
+def clearly_worst(rates:list[FailureRate]
+                 ) -> tuple[FailureRate, FailureRate]|None:    # the group, and all others together
     "The group that fails most, where its interval lies wholly above that of all others together; else None"
     failed, cases = sum(rate.failed for rate in rates), sum(rate.cases for rate in rates)
-    pairs = [(rate, Rate('all others', failed - rate.failed, cases - rate.cases)) for rate in rates]
+    pairs = [(rate, FailureRate('all others', failed - rate.failed, cases - rate.cases)) for rate in rates]
     worse = [(rate, others) for rate, others in pairs
              if rate.cases and others.cases and rate.ends[0] > others.ends[1]]
     return max(worse, key=lambda pair: pair[0].share, default=None)
@@ -367,16 +371,16 @@ def split_errors(run:PixelRun, split:str) -> Errors:
     now = ObjectOutcome(float(matched.tp.sum()), float(matched.fn.sum()), float(false.weight.sum()))
     empty = pd.DataFrame(dict(region=evidence['region'], failed=matched.fp > 0))[~evidence['positive'].astype(bool)]
     return Errors(now, misses(evidence, **settings), false, truth, predicted, empty, sorted(set(evidence['region'])),
-                  list(size_classes(evidence)))
+                  list(length_classes(evidence)))
 
 def rates_by(cases:pd.DataFrame,    # with the column
              failed:pd.Series,      # bool, of each case
              column:str,
              groups:list[str]       # those that are asked for
-            ) -> list[Rate]:
+            ) -> list[FailureRate]:
     "A rate for each group that has a case"
     inside = {name: cases[column] == name for name in groups}
-    return [Rate(name, int(failed[own].sum()), int(own.sum())) for name, own in inside.items() if own.any()]
+    return [FailureRate(name, int(failed[own].sum()), int(own.sum())) for name, own in inside.items() if own.any()]
 
 @dataclass
 class Breakdown:
@@ -386,7 +390,7 @@ class Breakdown:
     # of its tables: region or size
     column: str
     what: str
-    rates: list[Rate]
+    rates: list[FailureRate]
 
     @property
     def compares(self) -> bool:
@@ -394,7 +398,7 @@ class Breakdown:
         return len(self.rates) > 1 and any(rate.failed for rate in self.rates)
 
     @property
-    def worst(self) -> Rate|None:
+    def worst(self) -> FailureRate|None:
         "The group that clearly fails most"
         found = clearly_worst(self.rates)
         return found and found[0]
@@ -414,14 +418,14 @@ def breakdowns(errors:Errors) -> dict[tuple[str, str], Breakdown]:    # {(kind, 
 
 # %% ../nbs/06f_verdict.ipynb #verdstep
 @dataclass(frozen=True)
-class Step:
+class NextStep:
     "Something to do"
     name: str
     text: str
     command: str
 
 # more than these are not read
-MOST_STEPS = 3
+MOST_ADVICE = 3
 
 MEND_STEP = 'Until then areas on a map mean nothing. {mend}'
 
@@ -429,7 +433,7 @@ TILES_STEP = 'Without them it is not known what a map at {ratios} is worth: {spl
 
 LEVER_STEP = '{lever} It was chosen on validation.'
 
-LONGER_STEP = 'The best epoch was the last of {epochs}, so the model may not have learnt all that it can.'
+LONGER_STEP = 'The best epoch was the last, {epoch} of {epochs}, so the model may not have learnt all that it can.'
 
 NEGATIVES_STEP = 'To the training split, from {place}: {rate} hold a false object{size}. {review}'
 
@@ -447,13 +451,13 @@ def more_data(run:PixelRun) -> str:
     "The command that trains on another manifest"
     return f'rtsseg-run --config {shell_path(run.folder)}/config.yaml --manifest NEW_MANIFEST.csv'
 
-def mend_step(run:PixelRun) -> Step|None:
+def mend_step(run:PixelRun) -> NextStep|None:
     "Another way to calibrate"
     mend = calibration_mend(run)
-    return mend and Step('Make probabilities add up', MEND_STEP.format(mend=mend.text), mend.command)
+    return mend and NextStep('Make probabilities add up', MEND_STEP.format(mend=mend.text), mend.command)
 
-def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> Step|None:
-    "Tiles without a slump that validation or the split of the headline lack"
+def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> NextStep|None:
+    "Tiles without a slump that validation or the split of the headline lacks"
     unsure = [row for row in rows if row.lacking]
     if not unsure:
         return None
@@ -461,76 +465,79 @@ def tiles_step(run:PixelRun, rows:list[RatioVerdict]) -> Step|None:
     for row in unsure:
         for split, n in row.lacking.items():
             most[split] = max(n, most.get(split, 0))
-    splits = listed(f'about {n} more in {SPLIT_WORDS[split]}' for split, n in most.items())
+    held = {split: int((~run.evidence[split]['positive'].astype(bool)).sum()) for split in most}
+    splits = listed(f'{SPLIT_WORDS[split]} has {held[split]} and needs about {n}' for split, n in most.items())
     text = TILES_STEP.format(ratios=listed(ratio_name(row.ratio) for row in unsure), splits=splits)
-    return Step('Add tiles without a slump', text, more_data(run))
+    return NextStep('Add tiles without a slump', text, more_data(run))
 
-def lever_step(run:PixelRun, split:str) -> Step|None:
+def lever_step(run:PixelRun, split:str) -> NextStep|None:
     "The biggest lever"
     lever = biggest_lever(run, split)
-    return lever and Step('Biggest lever', LEVER_STEP.format(lever=lever.text), lever.command)
+    return lever and NextStep('Biggest lever', LEVER_STEP.format(lever=lever.text), lever.command)
 
-def longer_step(run:PixelRun) -> Step|None:
-    "More epochs, where the best one was the last"
-    if run.ensemble or run.best['epoch'] < run.cfg.epochs:
+def longer_step(run:PixelRun) -> NextStep|None:
+    "Twice the epochs, or the minutes that they were fitted to, where the best epoch was the last"
+    if run.ensemble or run.best['epoch'] < run.epochs.epoch.max():
         return None
-    command = f'rtsseg-run --config {shell_path(run.folder)}/config.yaml --epochs {2 * run.cfg.epochs}'
-    return Step('Train longer', LONGER_STEP.format(epochs=run.cfg.epochs), command)
+    epochs, minutes = run.cfg.epochs, run.cfg.budget_minutes
+    twice = f'--override budget_minutes={2 * minutes:g}' if minutes else f'--epochs {2 * epochs}'
+    text = LONGER_STEP.format(epoch=run.best['epoch'], epochs=epochs)
+    return NextStep('Train longer', text, f'rtsseg-run --config {shell_path(run.folder)}/config.yaml {twice}')
 
-def place_of(errors:Errors, by_region:Breakdown) -> tuple[str, Rate]:
+def place_of(errors:Errors, by_region:Breakdown) -> tuple[str, FailureRate]:
     "Where the split fails: the region that clearly fails most, or all of it"
     worst = by_region.worst
-    whole = Rate('', sum(rate.failed for rate in by_region.rates), sum(rate.cases for rate in by_region.rates))
+    whole = FailureRate('', sum(rate.failed for rate in by_region.rates), sum(rate.cases for rate in by_region.rates))
     if worst:
         return worst.name, worst
     return (EVERY_REGION if len(errors.regions) > 1 else 'the same land'), whole
 
-def data_step(run:PixelRun, errors:Errors) -> Step|None:
+def data_step(run:PixelRun, errors:Errors) -> NextStep|None:
     "What to label more of, by what costs more: false objects, or misses"
     groups = breakdowns(errors)
     missed, false = errors.cost(missed=errors.missed.id > 0), errors.cost(false=errors.false.id > 0)
-    kind = 'false' if false >= missed else 'missed'
+    kind = 'false' if false >= missed and errors.empty.failed.any() else 'missed'
     place, rate = place_of(errors, groups[kind, 'region'])
     worst = groups[kind, 'size'].worst
-    if not max(missed, false) or not rate.cases:
+    if not rate.failed:
         return None
     if kind == 'missed':
         size = f', above all {worst.name} long' if worst else ''
-        return Step('Label more slumps', LABELS_STEP.format(place=place, size=size, rate=rate.words), more_data(run))
+        text = LABELS_STEP.format(place=place, size=size, rate=rate.words)
+        return NextStep('Label more slumps', text, more_data(run))
     size = f', mostly {worst.name} long' if worst else ''
     tiles = f'{rate.words} tiles without a slump'
     text = NEGATIVES_STEP.format(place=place, rate=tiles, size=size, review=REVIEW_TILES)
-    return Step('Add look-alikes without a slump', text, more_data(run))
+    return NextStep('Add look-alikes without a slump', text, more_data(run))
 
-def use_step(results:PixelResults, rows:list[RatioVerdict]) -> Step|None:
+def use_step(results:PixelResults, rows:list[RatioVerdict]) -> NextStep|None:
     "The test split, and after it a map"
     folder = shell_path(results.first.folder)
     if results.split == 'val':
         command = f'rtsseg-evaluate --run {folder} --split test\nrtsseg-report --run {folder}'
-        return Step('Measure once on the test split', TEST_STEP, command)
+        return NextStep('Measure once on the test split', TEST_STEP, command)
     if any(row.kind in ('fit', 'review') for row in rows):
-        return Step('Map a scene', MAP_STEP, f'rtsseg-map --model {folder}/model --scenes SCENES --out maps')
+        return NextStep('Map a scene', MAP_STEP, f'rtsseg-map --model {folder}/model --scenes SCENES --out maps')
     return None
 
-def next_steps(results:PixelResults, rows:list[RatioVerdict]) -> list[Step]:
+def next_steps(results:PixelResults, rows:list[RatioVerdict]) -> list[NextStep]:
     "What to do, the first thing first; more training and more data only for a model that is not fit at every ratio"
     run, split = results.first, results.split
-    steps = [lever_step(run, split), tiles_step(run, rows)]
-    if any('val' in row.lacking for row in rows):
-        # a lever that was chosen on too few tiles can wait
-        steps.reverse()
-    steps.insert(0, mend_step(run))
+    tiles, lever = tiles_step(run, rows), lever_step(run, split)
     if all(row.kind == 'fit' for row in rows):
-        steps.append(use_step(results, rows))
+        steps = [lever, use_step(results, rows)]
     else:
-        steps += [longer_step(run), use_step(results, rows), data_step(run, split_errors(run, split))]
-    return [step for step in steps if step][:MOST_STEPS]
+        steps = [lever, longer_step(run), tiles, use_step(results, rows), data_step(run, split_errors(run, split))]
+    if any('val' in row.lacking for row in rows):
+        # what too few tiles chose can wait
+        steps = [tiles, *(step for step in steps if step != tiles)]
+    return [step for step in [mend_step(run), *steps] if step][:MOST_ADVICE]
 
 @dataclass
 class VerdictBox:
     "A block: the verdict at each ratio, and what to do next"
     rows: list[RatioVerdict]
-    steps: list[Step]
+    steps: list[NextStep]
 
     @property
     def title(self) -> str:
@@ -617,9 +624,9 @@ def gained(cost:float) -> str:
 def kind_words(errors:Errors) -> str:
     "The kind of miss that is clearly the most frequent, or the kinds there are"
     n = len(errors.missed)
-    kinds = [Rate(kind, int((errors.missed.kind == kind).sum()), n) for kind in MISS_KINDS]
+    kinds = [FailureRate(kind, int((errors.missed.kind == kind).sum()), n) for kind in MISS_KINDS]
     kinds = sorted((kind for kind in kinds if kind.failed), key=lambda kind: -kind.failed)
-    first, second = [*kinds, Rate('', 0, n)][:2]
+    first, second = [*kinds, FailureRate('', 0, n)][:2]
     if first.ends[0] > second.ends[1]:
         return f'Mostly {MISS_TEXTS[first.name]} ({first.name}): {first.failed} of {n}.'
     return f'By kind: {listed(f"{kind.name} {kind.failed}" for kind in kinds)}.'
@@ -630,13 +637,13 @@ def total_findings(errors:Errors) -> list[CostlyGroup]:
     missed, false = errors.truth.match == 0, errors.predicted.match == 0
     if missed.any():
         cost = errors.cost(missed=errors.missed.id > 0)
-        rate = Rate('', int(missed.sum()), len(missed))
+        rate = FailureRate('', int(missed.sum()), len(missed))
         found.append(CostlyGroup(cost, gained(cost), f'{MISSED}: {rate.words}. {kind_words(errors)}'))
     if false.any():
         cost = errors.cost(false=errors.false.id > 0)
-        texts = [f'{FALSE}: {Rate("", int(false.sum()), len(false)).words}.']
+        texts = [f'{FALSE}: {FailureRate("", int(false.sum()), len(false)).words}.']
         if len(errors.empty):
-            texts.append(f'{ALARMED}: {Rate("", int(errors.empty.failed.sum()), len(errors.empty)).words}.')
+            texts.append(f'{ALARMED}: {FailureRate("", int(errors.empty.failed.sum()), len(errors.empty)).words}.')
         found.append(CostlyGroup(cost, gained(cost), ' '.join(texts)))
     return found
 
@@ -683,7 +690,7 @@ def small_findings(run:PixelRun, errors:Errors) -> list[CostlyGroup]:
     cost = errors.cost(false=errors.false.area < floor)
     if cost <= 0:
         return []
-    rate = Rate('', int((small & false).sum()), int(small.sum()))
+    rate = FailureRate('', int((small & false).sum()), int(small.sum()))
     text = (f'Predicted objects under {floor} pixels that are false: {rate.words}. '
             'That floor loses no found slump of validation.')
     return [CostlyGroup(cost, gained(cost), text)]
