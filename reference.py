@@ -159,7 +159,8 @@ def first_sentence(prose):
 
 def describe_picture(cell, prose):
     "Let a picture that a cell shows be read out as the words before it"
-    shows_one = any('image/png' in output.get('data', {}) for output in cell.get('outputs', []))
+    kinds = {kind for output in cell.get('outputs', []) for kind in output.get('data', {})}
+    shows_one = bool(kinds & {'image/png', 'image/jpeg'})
     text = first_sentence(prose)
     if shows_one and text and '#| fig-alt' not in cell.source:
         cell.source = f'#| fig-alt: {json.dumps(text, ensure_ascii=False)}\n{cell.source}'
