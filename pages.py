@@ -84,9 +84,9 @@ def kind_of(field, definitions):
     if 'anyOf' in field:
         return ' or '.join(dict.fromkeys(kind_of(part, definitions) for part in field['anyOf']))
     if 'const' in field:
-        return json.dumps(field['const'])
+        return f'`{json.dumps(field["const"])}`'
     if 'enum' in field:
-        return ' or '.join(json.dumps(value) for value in field['enum'])
+        return ' or '.join(f'`{json.dumps(value)}`' for value in field['enum'])
     if field.get('type') == 'array' and 'items' in field:
         return f'list of {kind_of(field["items"], definitions)}'
     return f'{field.get("type", "any")}{limits_of(field)}'
@@ -121,7 +121,7 @@ def table_of(settings):
     "A Markdown table of settings"
     lines = ['| setting | type | default | meaning |', '|------|------|----|----------|']
     for setting in settings:
-        cells = f'`{setting.name}`', cell(setting.kind), f'`{cell(setting.default)}`', cell(setting.meaning)
+        cells = f'`{setting.name}`', cell(setting.kind), f'`{setting.default}`', cell(setting.meaning)
         lines.append(f'| {" | ".join(cells)} |')
     return lines
 

@@ -4,6 +4,7 @@ A processor of nbdev (settings.ini, `procs`). nbdev's own executes cells of the 
 fields of a config node, and makes links that break where the site does not lie at the root of its host.
 """
 import ast
+import json
 import os
 import re
 from functools import cache
@@ -46,9 +47,11 @@ def link_names(text, folder):
     return ''.join(block if block.startswith('```') else NAME.sub(link, block) for block in blocks)
 
 def without_tags(text):
-    "Markdown in which `<name>` is a word and not a tag, outside of code"
+    """Markdown in which `<name>` is a word and not a tag, and `|` ends no cell of a table, outside of code: there
+    Pandoc shows a backslash"""
     parts = CODE.split(text)
-    return ''.join(part if CODE.fullmatch(part) else part.replace('<', '&lt;') for part in parts)
+    plain = str.maketrans({'<': '&lt;', '|': '\\|'})
+    return ''.join(part if CODE.fullmatch(part) else part.translate(plain) for part in parts)
 
 # the widths of columns follow the dashes
 COLUMNS = '|-----|------|----|----------|'
@@ -61,7 +64,7 @@ def table(first, rows):
     for name, kind, default, meaning in rows:
         words = without_tags(' '.join((meaning or '').split()))
         cells = [f'`{name}`', kind and f'`{kind}`', default and f'`{default}`', words]
-        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 def source(node):
@@ -145,6 +148,23 @@ def embed_tables(cell):
             html = ''.join(data.pop('text/html'))
             data['text/markdown'] = f'```{{=html}}\n{html}\n```'
 
+PICTURE = re.compile(r'^!\[([^\]"]+)\]\(([^)]+)\)$', re.MULTILINE)
+
+def first_sentence(prose):
+    "The first sentence of the last paragraph of Markdown, without marks; '' where it has only other blocks"
+    paragraphs = [text for text in prose.split('\n\n') if text[:1].isalnum()]
+    plain = re.sub(r'\[([^\]]+)\]\([^)]+\)', r'\1', paragraphs[-1]) if paragraphs else ''
+    words = ' '.join(re.sub('[`*$]', '', plain).split())
+    return re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
+
+def describe_picture(cell, prose):
+    "Let a picture that a cell shows be read out as the words before it"
+    kinds = {kind for output in cell.get('outputs', []) for kind in output.get('data', {})}
+    shows_one = bool(kinds & {'image/png', 'image/jpeg'})
+    text = first_sentence(prose)
+    if shows_one and text and '#| fig-alt' not in cell.source:
+        cell.source = f'#| fig-alt: {json.dumps(text, ensure_ascii=False)}\n{cell.source}'
+
 def fold(cell, summary):
     "Let the site show a cell as one line that opens"
     cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
@@ -157,11 +177,15 @@ class add_reference(Processor):
         path = Path(self.nb.path_).resolve()
         folder = path.parent.relative_to(Path(get_config().nbs_path).resolve())
         module = re.search(r'#\| *default_exp +([\w.]+)', path.read_text())
-        cells = []
+        cells, prose = [], ''
         for cell in self.nb.cells:
             if cell.cell_type == 'markdown':
-                cell.source = link_names(cell.source, folder)
-            elif module and 'export' in cell.directives_:
+                prose = cell.source
+                cell.source = PICTURE.sub(r'![\1](\2){fig-alt="\1"}', link_names(prose, folder))
+                cells.append(cell)
+                continue
+            describe_picture(cell, prose)
+            if module and 'export' in cell.directives_:
                 exported = import_module(f'rtsseg.{module[1]}')
                 for node in definitions(cell):
                     text = link_names(describe(node, getattr(exported, node.name)), folder)

@@ -126,12 +126,12 @@ def survives(root):
         lines += [f'## {_cell(group.title)}', '', '| | what happens | what then |', '|---|---|---|']
         for number, (event, outcome) in group.table.items():
             lines.append(f'| {number} | {_cell(event)} | {_cell(outcome)} |')
-        lines += ['', ':::{.callout-note collapse="true"}', '## How it is shown', '']
+        lines += ['', '<details>', '<summary>How it is shown</summary>', '']
         for number in group.table:
             for name, docstring in group.tests.get(number, []):
                 explanation = f': {_cell(docstring)}' if docstring else ''
                 lines.append(f'- **{number}** `{name}`{explanation}')
-        lines += [':::', '']
+        lines += ['', '</details>', '']
     (root/'nbs/survives.qmd').write_text('\n'.join([*lines, figures(root)]))
 
 def figures(root):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbformat import NotebookNode
 
 from rtsseg.cli import COMMANDS
 from rtsseg.config import BUILT_IN_SYSTEMS, find_system
@@ -11,6 +12,7 @@ from rtsseg.config import BUILT_IN_SYSTEMS, find_system
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pages  # noqa: E402
+import reference  # noqa: E402
 
 sys.path.pop(0)
 
@@ -55,3 +57,15 @@ def test_what_is_loaded_from_other_hosts_is_found(tmp_path):
     found = pages.asked_hosts(tmp_path)
     assert [line.split('/')[-1] for line in found] == ['a.js', 'b.css', 'f.css']
     assert found[2] == 'e.css: loads https://example.org/f.css'
+
+def test_bars_end_cells_outside_of_code_alone():
+    "Pandoc shows a backslash inside of code"
+    row = reference.table('field', [('a', 'int | None', '', 'x | `y | z` <t>')]).splitlines()[-1]
+    assert row == '| `a` | `int | None` |  | x \\| `y | z` &lt;t> |'
+
+def test_a_picture_is_read_out_as_the_sentence_before_it():
+    shown = {'output_type': 'display_data', 'data': {'image/jpeg': ''}}
+    cell = NotebookNode(cell_type='code', source='show()', outputs=[shown])
+    prose = '## Head\n\nNot this.\n\nLosses of [`train`](05_train.ipynb) fall. More.\n\n- not this'
+    reference.describe_picture(cell, prose)
+    assert cell.source == '#| fig-alt: "Losses of train fall"\nshow()'
