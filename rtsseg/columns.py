@@ -56,7 +56,7 @@ def check_columns(source:str,           # what to call the table in messages
             hint = ': make_splits makes one' if name == 'split' else ''
             problems.append(f'column {name!r} is missing{nearest(name, table.columns)}{hint}')
     for name in (*COLUMNS, *OPTIONAL):
-        if name in table and table[name].map(lambda value: isinstance(value, (list, np.ndarray))).any():
+        if name in table and any(isinstance(value, (list, np.ndarray)) for value in table[name]):
             problems.append(f'column {name!r} holds lists, and a cell is one value')
     raise_problems(source, problems)
     if not len(table):

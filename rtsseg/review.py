@@ -630,6 +630,9 @@ def _read_sample(folder):
         raise DataError(f'{folder.name}/{SAMPLE} lacks raters of {UNITS}: {", ".join(sorted(unknown))}')
     texts = ['unit', 'stratum', 'raters']
     units = units.astype({name: float for name in units if name not in texts})
+    if not settings['largest'] >= units.area.max():
+        raise DataError(f"{folder.name}/{SAMPLE}: largest is {settings['largest']:g}, less than the area of a drawn "
+                        f'cell, {units.area.max():g}: put the written file back')
     strata = strata.set_index('stratum')
     predicted = strata.pop('predicted') == 'True'
     return settings, strata.astype(float).assign(predicted=predicted), units

@@ -97,7 +97,8 @@ def change_cells(draw, table):
             table = table.iloc[:, [i for i in range(len(columns)) if i != at]]
         elif action == 'rename':
             columns[at] = draw(texts)
-            table = table.set_axis(columns, axis=1)
+            # pandas would refuse half of a character in names that are texts
+            table = table.set_axis(pd.Index(columns, dtype=object), axis=1)
         elif action == 'double':
             table = pd.concat([table, table.iloc[:, [at]]], axis=1)
         else:

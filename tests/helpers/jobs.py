@@ -50,7 +50,7 @@ JOBS = {
 OWN_TIME = ('log.jsonl', 'test_ledger.json', 'environment.json', 'study.db', 'study.pkl', 'history.png',
             'importance.png')
 
-# folders of an attempt; a worker that outlives the command that started it may still claim a part that is done
+# folders of an attempt; a worker that outlives its command may still claim a part that is done
 OF_ATTEMPTS = {'checkpoints', 'claims', 'clocks'}
 
 def is_result(path, folder):
