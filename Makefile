@@ -101,6 +101,7 @@ docs: $(STAMP)
 	$(if $(shell command -v quarto),,$(error the site needs Quarto 1.7 or later: `.venv/bin/pip install quarto-cli` \
 	  fetches it where the network allows; or https://quarto.org/docs/get-started))
 	@touch README.md   # else nbdev writes its own
+	rm -rf _proc       # nbdev keeps pages there that it made with another reference.py
 	PYTHONPATH=. nbdev_docs
 	@echo "_docs/index.html"
 

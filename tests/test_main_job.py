@@ -74,7 +74,7 @@ def test_the_run_folder_is_whole(job):
 
 def test_the_report_says_the_headline(job):
     folder, printed = job
-    for word in ('PR-AUC at 1:200', 'object recall at 1:200', 'report.html', 'report_files'):
+    for word in ('PR-AUC of pixels at 1:200', 'object recall at 1:200', 'report.html', 'report_files'):
         assert word in printed
     page = (folder/'report.html').read_text()
     assert '1:1000' in page
