@@ -1457,6 +1457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'rtsseg.infer.Predictor': ('infer.html#predictor', 'rtsseg/infer.py'),
                               'rtsseg.infer.Predictor.sha256': ('infer.html#predictor.sha256', 'rtsseg/infer.py'),
                               'rtsseg.infer.apply_view': ('infer.html#apply_view', 'rtsseg/infer.py'),
+                              'rtsseg.infer.card_head': ('infer.html#card_head', 'rtsseg/infer.py'),
                               'rtsseg.infer.check_scale': ('infer.html#check_scale', 'rtsseg/infer.py'),
                               'rtsseg.infer.continued': ('infer.html#continued', 'rtsseg/infer.py'),
                               'rtsseg.infer.described_member': ('infer.html#described_member', 'rtsseg/infer.py'),

@@ -23,14 +23,13 @@ from .config import MOST_MEMBERS, ConfigError, Member, RtsConfig, to_yaml
 from .console import logger, read_each
 from .files import inside, read_json, read_seal, typed, whole_folder, write_atomic
 from rtsseg.infer import (
-    CARD_HEAD,
     MACHINE_FIELDS,
     SOURCE,
     STATS,
     Ensemble,
     Predictor,
+    card_head,
     described_member,
-    described_model,
     first_weights,
     load_model,
 )
@@ -157,8 +156,7 @@ def ensemble_card(cfg:RtsConfig,                  # of the ensemble
         manifest=first.data, scale=stats.scale, sources=', '.join(sources))
     data = card_section(inside(first.model.folder/'README.md', first.model.folder).read_text(), 'Data')
     sections = stated_sections(cfg.card) | (dict(Data=data) if data else {}) | {'How it was made': made}
-    card = CARD_HEAD.format(name=cfg.name, network=described_model(cfg), channels=cfg.model.in_channels,
-                            bands=', '.join(stats.channels))
+    card = card_head(cfg, stats)
     for heading, body in sections.items():
         card = with_section(card, heading, body)
     return card

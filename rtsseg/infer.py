@@ -6,8 +6,8 @@
 __all__ = ['VIEWS', 'MOST_LOGIT', 'SIDE_STEP', 'MACHINE_FIELDS', 'STATS', 'SOURCE', 'CARD_HEAD', 'MADE', 'apply_view',
            'undo_view', 'judged_part', 'mean_log_odds', 'mean_logits', 'scaled_side', 'check_scale', 'mirrored',
            'continued', 'largest_logits', 'predict_logits', 'Ensemble', 'networks_in', 'member_logits',
-           'described_network', 'described_model', 'described_member', 'first_weights', 'model_card', 'save_model',
-           'read_stats', 'read_conversion', 'untrained_network', 'Predictor', 'load_model']
+           'described_network', 'described_model', 'described_member', 'first_weights', 'card_head', 'model_card',
+           'save_model', 'read_stats', 'read_conversion', 'untrained_network', 'Predictor', 'load_model']
 
 # %% ../nbs/04a_infer.ipynb #iinfer
 import hashlib
@@ -224,6 +224,11 @@ def first_weights(network:Model) -> str:
     path = Path(network.weights or 'none, random')
     return '/'.join(path.parts[-4:]) if path.is_dir() else path.name
 
+def card_head(cfg:RtsConfig, stats:Stats) -> str:
+    "The first lines of a card: what the model finds, and in which bands"
+    return CARD_HEAD.format(name=cfg.name, objects=plural(cfg.data.object), network=described_model(cfg),
+                            channels=cfg.model.in_channels, bands=', '.join(stats.channels))
+
 def model_card(cfg:RtsConfig,                # what built the model
                stats:Stats,                  # what normalised its training data
                best:dict,                    # epoch and value of its best validation
@@ -232,9 +237,7 @@ def model_card(cfg:RtsConfig,                # what built the model
               ) -> str:                      # Markdown
     "The card of a segmentation model, without what calibration and report add"
     exported = 'the moving average (EMA) at the best validation' if cfg.ema.enabled else 'those of the best validation'
-    card = CARD_HEAD.format(name=cfg.name, objects=plural(cfg.data.object), network=described_model(cfg),
-                            channels=cfg.model.in_channels,
-                            bands=', '.join(stats.channels))
+    card = card_head(cfg, stats)
     made = MADE.format(
         rtsseg=env.get('rtsseg'), commit=env.get('git_commit', 'unknown'), seed=cfg.seed,
         manifest=stats.manifest_hash, scale=stats.scale, weights=exported,

@@ -20,6 +20,7 @@ PATIENCE = 120
 
 SETUP = """
 %matplotlib inline
+from time import sleep
 from rtsseg.config import RtsConfig, load
 from rtsseg.manifest import read_manifest
 from rtsseg.toy import tiny_toy
@@ -30,8 +31,12 @@ cfg = RtsConfig(
     sampler=dict(curriculum=[dict(first=1, last=12, ratio=1)]), tracker=dict(kind='none'),
     model=dict(architecture='unet', encoder='tu-test_efficientnet', weights=None,
                options=dict(decoder_channels=[16, 8, 8, 8, 8])), loader=dict(num_workers=0))
+
+class SlowSecondEpoch:
+    def on_step(self, run):
+        sleep(1 if run.epoch == 2 else 0)
 """
-CELLS = [SETUP, 'train(cfg, plot=True)', 'read_manifest(cfg.data.manifest)', "load(overrides=['epoch=3'])"]
+CELLS = [SETUP, 'train(cfg, observers=[SlowSecondEpoch()], plot=True)', 'read_manifest(cfg.data.manifest)', "load(overrides=['epoch=3'])"]
 TRAIN, SHOW, FAIL = 1, 2, 3
 
 def write_notebook(path):

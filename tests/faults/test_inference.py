@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -595,17 +596,21 @@ def test_42_a_full_disk(model, tmp_path, monkeypatch, n):
     "A disk that is full at the n-th file: no map, and finished rows from which the same command resumes"
     path, valid = scene(tmp_path/'scene.tif', 200, 70)
     predict(model, path, tmp_path/'undisturbed.tif')
-    out, write, written = tmp_path/'map.tif', rtsseg.prediction.write_atomic, 0
+    out, write, written = tmp_path/'map.tif', rtsseg.files.atomic_file, 0
 
-    def full(*args):
+    @contextmanager
+    def full(path):
         nonlocal written
         if written == n:
             raise OSError(28, 'No space left on device')
-        write(*args)
+        with write(path) as file:
+            yield file
         written += 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(rtsseg.prediction, 'write_atomic', full)
+        # of finished rows, and of whole files
+        for module in (rtsseg.prediction, rtsseg.files):
+            patch.setattr(module, 'atomic_file', full)
         with pytest.raises(RunError, match='No space left on device.*the same command resumes') as error:
             predict(model, path, out)
     assert error.value.code == 3
