@@ -36,7 +36,12 @@ class SlowSecondEpoch:
     def on_step(self, run):
         sleep(1 if run.epoch == 2 else 0)
 """
-CELLS = [SETUP, 'train(cfg, observers=[SlowSecondEpoch()], plot=True)', 'read_manifest(cfg.data.manifest)', "load(overrides=['epoch=3'])"]
+CELLS = [
+    SETUP,
+    'train(cfg, observers=[SlowSecondEpoch()], plot=True)',
+    'read_manifest(cfg.data.manifest)',
+    "load(overrides=['epoch=3'])",
+]
 TRAIN, SHOW, FAIL = 1, 2, 3
 
 def write_notebook(path):
