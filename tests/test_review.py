@@ -500,6 +500,7 @@ def test_a_yes_without_a_share_leaves_no_area(world, sample):
 @pytest.mark.parametrize('change, why', [
     (dict(raters='ana'), 'raters: Input should be a valid list'),
     (dict(raters=['ana']), 'lacks raters of units.csv: bo'),
+    (dict(largest=0), 'largest is 0, less than the area of a drawn cell'),
     (dict(largest=None), 'largest: Input should be a valid number'),
 ])
 def test_notes_of_a_sample_that_were_changed(world, sample, change, why):
