@@ -461,6 +461,52 @@ def results(study):
     done = [trial for trial in study.trials if trial.state.name == 'COMPLETE']
     return {str(trial.params): (trial.value, trial.intermediate_values) for trial in done}
 
+def search_by_rate(config, space):
+    "A search whose trials are not trained: their value is their rate"
+    rtsseg.tuning.train_and_score = lambda cfg, *_: cfg.lr.base_lr
+    rtsseg.tuning.HEARTBEAT = rtsseg.tuning.STEP_SECONDS = 1
+    return search(load(config), space, 3)
+
+def killed_at_call(count, step):
+    "A step; the call of this number kills the process"
+    calls = iter(range(1, count))
+
+    def begin(*args):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+    return begin
+
+OWNERS = dict(sampler=rtsseg.tuning.KeyedSampler, module=rtsseg.tuning)
+
+def search_until(owner, step, count, config, space):
+    "In a process of its own: kill -9 before a step"
+    owner = OWNERS[owner]
+    setattr(owner, step, killed_at_call(count, getattr(owner, step)))
+    search_by_rate(config, space)
+
+BETWEEN_STEPS = {
+    'created': [('sampler', 'send_heartbeat', 2)],
+    'drawn, and not drawn again': [('module', 'run_folder', 2), ('module', 'suggest_fields', 1)],
+    'failed, not queued': [('module', 'suggest_fields', 2), ('module', 'queue_again', 1)],
+}
+
+@pytest.mark.parametrize('kills', BETWEEN_STEPS.values(), ids=BETWEEN_STEPS)
+def test_a_search_killed_between_two_steps_of_a_trial_tries_the_same_parameters(kills, cfg, tmp_path):
+    space = write_axes(tmp_path, SPACE)
+    configs = tmp_path/'undisturbed.yaml', tmp_path/'tiny.yaml'
+    configs[0].write_text(to_yaml(cfg.model_copy(update=dict(runs=tmp_path/'undisturbed'))))
+    configs[1].write_text(to_yaml(cfg))
+    for kill in kills:
+        victim = processes.Process(target=search_until, args=[*kill, configs[1], space])
+        victim.start()
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
+    with processes.Pool(1) as pool:
+        expected, found = (results(pool.apply(search_by_rate, [config, space])) for config in configs)
+    assert len(expected) == 3
+    assert found == expected
+
 def test_a_terminated_search_stops_and_resumes(cfg, tmp_path):
     space = write_axes(tmp_path, SPACE)
     with pytest.raises(Stopped, match='SIGTERM'):
