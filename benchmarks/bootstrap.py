@@ -50,16 +50,15 @@ def plain(evidence, ratio, draw, block):
     weights = times*np.where(positive, 1., ratio*times[positive].sum()/times[~positive].sum())
     counts = np.zeros((2, CODES))
     for label, name in enumerate(('neg', 'pos')):
-        for i in np.flatnonzero(weights):
-            codes = evidence.table[f'{name}_codes'][i].values.to_numpy()
-            np.add.at(counts[label], codes, weights[i]*evidence.table[f'{name}_counts'][i].values.to_numpy())
+        for codes, count, tile in evidence.histograms(name):
+            np.add.at(counts[label], codes, weights[tile]*count)
     used = np.flatnonzero(counts.sum(0))
     scores = np.tile(decode(evidence.bins)[used], 2)
     return average_precision_score(np.repeat([0, 1], len(used)), scores, sample_weight=counts[:, used].ravel())
 
 def main(tiles=20_000, replicates=1000, rounds=3):
     evidence = split(tiles)
-    scores = sum(len(evidence.table[f'{name}_codes'].combine_chunks().values) for name in ('pos', 'neg'))
+    scores = sum(len(codes) for name in ('pos', 'neg') for codes, *_ in evidence.histograms(name))
     draws, block = draw_groups(evidence['block'], replicates)
     value = resample(evidence, [200], ious=(), replicates=replicates)[200]['pr_auc'][0]
     error = abs(value - plain(evidence, 200, draws[0], block))
@@ -68,7 +67,7 @@ def main(tiles=20_000, replicates=1000, rounds=3):
     ours, peer = [], []
     for i in range(rounds):
         # its caches are empty
-        fresh = Evidence(evidence.table, **evidence.meta)
+        fresh = Evidence(evidence.groups, **evidence.meta)
         ours.append(timed(lambda evidence: bootstrap(evidence, RATIOS, replicates=replicates), fresh))
         peer.append(timed(plain, fresh, 200, draws[i], block)*replicates)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20

@@ -141,8 +141,8 @@ def on_disk(rows, kind):
     "Writing, reading and size, beside pyarrow with its defaults"
     evidence = Evidence.from_rows(rows, thresholds=THRESHOLDS)
     with tempfile.TemporaryDirectory() as folder:
-        ours, peer = Path(folder)/'ours', Path(folder)/'peer'
-        written = turns(lambda: evidence.write(ours), lambda: pq.write_table(evidence.table, peer), 7)
+        ours, peer, table = Path(folder)/'ours', Path(folder)/'peer', evidence.table
+        written = turns(lambda: evidence.write(ours), lambda: pq.write_table(table, peer), 7)
         emit(f'writing evidence, {kind}, beside Parquet at its defaults', *written)
         sizes = [round(path.stat().st_size/len(evidence)*20_000/1e6) for path in (ours, peer)]
         objects = len(evidence.nested('predicted'))//len(evidence)

@@ -8,13 +8,12 @@ __all__ = ['IDENTITY', 'HISTOGRAMS', 'NESTED', 'SCHEMA', 'FORMAT', 'UNITS', 'til
 
 # %% ../nbs/03c_evidence.ipynb #ievidenc
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .console import DataError
-from .files import check_parquet, digest, inside, write_atomic
+from .files import atomic_file, check_parquet, digest, inside
+from rtsseg.rowgroups import (
+    GROUP_ROWS,
+    GroupKeeper,
+    RowGroup,
+    RowGroups,
+    arrange,
+    in_groups,
+    keep,
+    pack,
+    read_groups,
+    read_table,
+    unpack,
+    write_groups,
+)
 from .scores import CODES, Bins, clipped_scores, decode, tile_histograms
 from .shapes import BAND_FIELDS, PAIRS, PREDICTED, TRUTH, WIDTHS, as_columns, tile_bands, tile_objects
 
@@ -84,44 +97,43 @@ def _table_of_rows(rows):
     return pa.table(columns)
 
 # %% ../nbs/03c_evidence.ipynb #bf5cc502
-def _first_of_repeats(table, rows):
+def _first_of_repeats(groups, rows):
     "Of the rows of one tile, the one whose text comes first, whatever the order was"
-    repeats = table.take(rows).to_pylist()
+    repeats = groups.select(rows).table().to_pylist()
     identities = {repr([row[name] for name in IDENTITY]) for row in repeats}
     if len(identities) > 1:
         raise ValueError(f'tile {repeats[0]["tile_id"]!r} occurs twice, with different {", ".join(IDENTITY)}')
     texts = [repr(row) for row in repeats]
     return rows[texts.index(min(texts))]
 
-def _one_row_a_tile(table):
+def _one_row_a_tile(groups):
     "Rows in the order of tile_id, one for each tile"
-    ids = table['tile_id'].to_numpy()
+    ids = groups.table(['tile_id'])['tile_id'].to_numpy()
     order = np.argsort(ids, kind='stable')
     repeated = ids[order][1:] == ids[order][:-1]
     if repeated.any():
         tiles = np.split(order, np.flatnonzero(~repeated) + 1)
-        order = np.array([rows[0] if len(rows) == 1 else _first_of_repeats(table, rows) for rows in tiles])
-    return table if np.array_equal(order, np.arange(len(table))) else table.take(order)
+        order = np.array([rows[0] if len(rows) == 1 else _first_of_repeats(groups, rows) for rows in tiles])
+    if (np.diff(order) > 0).all():
+        return groups.select(order)
+    return arrange(groups, order)
 
 def pixel_counts(evidence:'Evidence',   # of a split
-                 weight:np.ndarray,     # of each tile
-                 rows:int=256           # at a time: as many as a cache holds
+                 weight:np.ndarray      # of each tile
                 ) -> np.ndarray:
     "Mass of negative and of positive pixels by code, tiles weighted: float64 (2, 65536), exact for whole weights"
     mass, weight = np.zeros((2, CODES)), np.asarray(weight, float)
-    for start in range(0, len(evidence), rows):
-        part = evidence.table.slice(start, rows)
-        for sign, name in enumerate(('neg', 'pos')):
-            codes, counts = (part[f'{name}_{what}'].combine_chunks() for what in ('codes', 'counts'))
-            each = np.repeat(weight[start:start + rows], codes.value_lengths().to_numpy())
-            np.add.at(mass[sign], codes.flatten().to_numpy(), each * counts.flatten().to_numpy())
+    for sign, name in enumerate(('neg', 'pos')):
+        for codes, counts, tile in evidence.histograms(name):
+            np.add.at(mass[sign], codes, weight[tile] * counts)
     return mass
 
 # %% ../nbs/03c_evidence.ipynb #9730ec48
 def _regions(evidence):
     "One row per region and one for all: tiles, pixels, true objects"
-    truth = evidence.nested('truth')
-    positive = np.bincount(evidence.flat('pos_counts')[1], evidence.flat('pos_counts')[0], len(evidence))
+    truth, positive = evidence.nested('truth'), np.zeros(len(evidence))
+    for _, counts, tile in evidence.histograms('pos'):
+        np.add.at(positive, tile, counts)
     tiles = pd.DataFrame({
         'region': evidence['region'],
         'positive tiles': evidence['positive'],
@@ -171,15 +183,23 @@ UNITS = dict(
 def _content_hash(evidence):
     sha = hashlib.sha256(json.dumps(evidence.meta).encode())
     for name in IDENTITY:
-        sha.update(repr(evidence.table[name].to_pylist()).encode())
+        sha.update(repr(evidence.identity[name].to_pylist()).encode())
     for name in HISTOGRAMS:
-        sha.update(np.concatenate(evidence.flat(name)).astype(np.int64).tobytes())
+        # all values, and then the row of each
+        lengths = []
+        for table in evidence.groups.tables([name]):
+            lists = table[name].combine_chunks()
+            sha.update(lists.flatten().to_numpy().astype(np.int64).tobytes())
+            lengths.append(lists.value_lengths().to_numpy())
+        for start, length in zip(evidence.groups.starts, lengths):
+            sha.update(np.repeat(start + np.arange(len(length)), length).tobytes())
     for name in NESTED:
-        sha.update(evidence.nested(name).to_numpy(np.float64).tobytes())
+        for table in evidence.nested_tables(name):
+            sha.update(table.to_numpy(np.float64).tobytes())
     return sha.hexdigest()[:12]
 
-def _as_parquet(evidence):
-    "Bytes of a Parquet file"
+def _write(evidence, file):
+    "Write a Parquet file"
     fields = {}
     for name, dtypes in NESTED.items():
         fields |= {f'{name}.list.element.{field}': dtype for field, dtype in dtypes.items()}
@@ -187,29 +207,34 @@ def _as_parquet(evidence):
     encoding = {f'{name}.list.element': 'DELTA_BINARY_PACKED' for name in HISTOGRAMS}
     encoding |= {name: 'BYTE_STREAM_SPLIT' for name, dtype in fields.items() if 'int' in dtype}
     meta = dict(format=FORMAT, **evidence.meta, model=evidence.model, connectivity=8, units=UNITS)
-    table = evidence.table.replace_schema_metadata({b'rtsseg': json.dumps(meta).encode()})
-    file = io.BytesIO()
-    pq.write_table(table, file, compression='zstd', row_group_size=1024, use_dictionary=numbered,
-                   column_encoding=encoding)
-    return file.getvalue()
+    write_groups(evidence.groups, file, {b'rtsseg': json.dumps(meta).encode()}, compression='zstd',
+                 use_dictionary=numbered, column_encoding=encoding)
 
 # %% ../nbs/03c_evidence.ipynb #f0aacd10
+def _no_objects(name):
+    "One of the nested tables without rows"
+    columns = {field: np.empty(0, dtype) for field, dtype in NESTED[name].items()}
+    return pd.DataFrame(dict(tile=np.empty(0, int)) | columns)
+
 class Evidence:
     """What one pass over a split saw: one row per tile
 
     `evidence['region']` is a column as an array, `a + b` joins what two processes saw."""
-    # outlines of the objects, as a pass keeps them beside its table; not part of the content
-    outlines:bytes = b''
+    # an open file with outlines of the objects, as a pass keeps them beside its table; not part of the content
+    outlines:BinaryIO|None = None
 
     def __init__(self,
-                 table:pa.Table,         # with the columns of `SCHEMA`
+                 rows:pa.Table|RowGroups,     # with the columns of `SCHEMA`
                  thresholds=(0.5,),      # probabilities at which objects were kept
                  bins:Bins='float16',    # the grid of scores
                  views:str='none',       # the views that were averaged
                  exact:bool=True,        # whether different scores kept different codes
                  model:str=''            # digest of the weights that made the scores; not part of the content
                 ):
-        self.table = _one_row_a_tile(table.select(SCHEMA.names).cast(SCHEMA))
+        if isinstance(rows, pa.Table):
+            rows = keep([rows.select(SCHEMA.names).cast(SCHEMA)], SCHEMA)
+        self.groups = _one_row_a_tile(rows)
+        self.identity = self.groups.table([*IDENTITY, 'n_valid'])
         self.thresholds = tuple(sorted(map(float, thresholds)))
         self.bins = bins if isinstance(bins, str) else tuple(bins)
         self.views, self.exact, self.model = views, exact, model
@@ -233,7 +258,15 @@ class Evidence:
 
     def write(self, path:str|Path) -> Path:
         "Write one Parquet file, whole or not at all"
-        return write_atomic(path, _as_parquet(self))
+        path = Path(path)
+        with atomic_file(path) as file:
+            _write(self, file)
+        return path
+
+    @property
+    def table(self) -> pa.Table:
+        "All rows, in memory"
+        return self.groups.table()
 
     @property
     def meta(self) -> dict:
@@ -245,10 +278,13 @@ class Evidence:
         "Identity of the content: 12 hexadecimal digits"
         return _content_hash(self)
 
-    def __len__(self): return len(self.table)
-    def __getitem__(self, column): return self.table[column].to_numpy()
+    def __len__(self): return len(self.groups)
+    def __getitem__(self, column): return self.identity[column].to_numpy()
     def __eq__(self, other:object) -> bool:
-        return self.meta == other.meta and self.table.equals(other.table)
+        if self.meta != other.meta or len(self) != len(other):
+            return False
+        pairs = zip(in_groups(self.groups.tables()), in_groups(other.groups.tables()), strict=True)
+        return all(own.equals(others) for own, others in pairs)
 
     def __repr__(self) -> str:
         positive = int(self['positive'].sum())
@@ -266,53 +302,72 @@ class Evidence:
                                  f'{self.meta[name]} and {other.meta[name]}')
         meta = self.meta | dict(exact=self.exact and other.exact)
         model = self.model if self.model == other.model else ''
-        return Evidence(pa.concat_tables([self.table, other.table]), **meta, model=model)
+        return Evidence(self.groups + other.groups, **meta, model=model)
 
     def select(self,
                rows:np.ndarray   # a mask, or row numbers
               ) -> 'Evidence':
         "The evidence of some tiles"
         rows = np.asarray(rows)
-        table = self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows.astype(int))
-        return Evidence(table, **self.meta, model=self.model)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else np.unique(rows.astype(int))
+        return Evidence(self.groups.select(rows), **self.meta, model=self.model)
 
-    def flat(self,
-             column:str   # of `HISTOGRAMS`
-            ) -> tuple[np.ndarray, np.ndarray]:
-        "A list column as one array, and the row that each value belongs to"
-        lists = self.table[column]
-        lengths = pc.list_value_length(lists).to_numpy()
-        return pc.list_flatten(lists).to_numpy(), np.repeat(np.arange(len(self)), lengths)
+    def parts(self) -> Iterator[tuple[int, 'Evidence']]:    # number of its first tile, and a part
+        "The same evidence, a row group at a time, which is in memory: for what is added up over tiles"
+        if not len(self):
+            yield 0, self
+        for start, table in zip(self.groups.starts, self.groups.tables()):
+            yield int(start), Evidence(table, **self.meta, model=self.model)
+
+    def histograms(self,
+                   sign:str    # pos or neg: of positive or of negative pixels
+                  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        "Codes, counts, and the row of the tile of each, of some tiles at a time"
+        columns = [f'{sign}_codes', f'{sign}_counts']
+        for start, table in zip(self.groups.starts, self.groups.tables(columns)):
+            codes, counts = (table[name].combine_chunks() for name in columns)
+            tile = start + np.repeat(np.arange(len(table)), codes.value_lengths())
+            yield codes.flatten().to_numpy(), counts.flatten().to_numpy(), tile
+
+    def nested_tables(self,
+                      name:str    # predicted, truth, pairs or bands
+                     ) -> Iterator[pd.DataFrame]:
+        "One of the nested tables, with the row of the tile as its first column, some tiles at a time"
+        for start, table in zip(self.groups.starts, self.groups.tables([name])):
+            lists = table[name].combine_chunks()
+            columns = dict(tile=start + np.repeat(np.arange(len(table)), lists.value_lengths()))
+            for field, values in zip(NESTED[name], lists.flatten().flatten()):
+                columns[field] = values.to_numpy(zero_copy_only=False)
+            yield pd.DataFrame(columns)
 
     def nested(self,
-               name:str   # predicted, truth, pairs or bands
+               name:str,                           # predicted, truth, pairs or bands
+               thresholds:Sequence[float]=()       # at which objects are asked for; (): all
               ) -> pd.DataFrame:
         "One of the nested tables, with the row of the tile as its first column"
-        lists = self.table[name]
-        lengths = pc.list_value_length(lists).to_numpy()
-        if len(self):
-            structs = pc.list_flatten(lists).combine_chunks()
-        else:
-            # no rows, no chunks
-            structs = pa.array([], lists.type.value_type)
-        columns = dict(tile=np.repeat(np.arange(len(self)), lengths))
-        for field, values in zip(NESTED[name], structs.flatten()):
-            columns[field] = values.to_numpy(zero_copy_only=False)
-        return pd.DataFrame(columns)
+        tables = [_no_objects(name)]
+        for table in self.nested_tables(name):
+            tables.append(table[table.threshold.isin(thresholds)] if thresholds else table)
+        return pd.concat(tables[1:] or tables, ignore_index=True)
 
     @cached_property
     def pooled(self) -> np.ndarray:
         "Pixels by tile (negative, positive), label (negative, positive) and code: int64 (2, 2, 65536)"
-        return np.stack([pixel_counts(self, self['positive'] == kind).astype(np.int64) for kind in (False, True)])
+        mass, positive = np.zeros((2, 2, CODES), np.int64), self['positive']
+        for sign, name in enumerate(('neg', 'pos')):
+            for codes, counts, tile in self.histograms(name):
+                sums = np.bincount(positive[tile] * CODES + codes, counts, 2 * CODES)
+                mass[:, sign] += sums.reshape(2, CODES).astype(np.int64)
+        return mass
 
     @cached_property
     def top_code(self) -> np.ndarray:
         "The highest code of each tile, int (tiles,); 0 where it has no valid pixel"
         top = np.zeros((2, len(self)), int)
-        for sign, name in enumerate(('pos_codes', 'neg_codes')):
-            codes, tile = self.flat(name)
-            # codes of a tile ascend: the last one is kept
-            top[sign, tile] = codes
+        for sign, name in enumerate(('pos', 'neg')):
+            for codes, _, tile in self.histograms(name):
+                # codes of a tile ascend: the last one is kept
+                top[sign, tile] = codes
         return top.max(0)
 
     @property
@@ -358,28 +413,32 @@ _META = dict(
     model=lambda value: isinstance(value, str)
 )
 
-def _check_columns(table):
+def _check_schema(schema):
     for name, kind in zip(SCHEMA.names, SCHEMA.types):
-        _need(table.column_names.count(name) == 1, f'no column {name!r}, or two')
-        column = table[name]
-        _need(column.type == kind, f'{name} is {column.type}, not {kind}')
+        _need(schema.names.count(name) == 1, f'no column {name!r}, or two')
+        found = schema.field(name).type
+        _need(found == kind, f'{name} is {found}, not {kind}')
+
+def _check_cells(table):
+    for name, kind in zip(SCHEMA.names, SCHEMA.types):
         if name == 'pixel_size':
             continue
-        parts = [column]
+        parts = [table[name]]
         if pa.types.is_list(kind):
-            values = pc.list_flatten(column).combine_chunks()
+            values = pc.list_flatten(table[name]).combine_chunks()
             parts += [values, *(values.flatten() if pa.types.is_struct(values.type) else [])]
         _need([part.null_count == 0 for part in parts], f'{name} has empty cells')
+    for sign in ('pos', 'neg'):
+        codes, counts = (pc.list_value_length(table[f'{sign}_{what}']) for what in ('codes', 'counts'))
+        _need(codes.equals(counts), f'{sign}_codes and {sign}_counts differ in length')
 
 def _check_histograms(evidence):
     seen = np.zeros(len(evidence))
     for sign in ('pos', 'neg'):
-        codes, tile = evidence.flat(f'{sign}_codes')
-        counts, tile_of_count = evidence.flat(f'{sign}_counts')
-        _need(np.array_equal(tile, tile_of_count), f'{sign}_codes and {sign}_counts differ in length')
-        _need((np.diff(codes.astype(int)) > 0) | (np.diff(tile) > 0), f'{sign}_codes do not ascend')
-        _need(counts > 0, f'{sign}_counts of 0')
-        seen += np.bincount(tile, counts, len(evidence))
+        for codes, counts, tile in evidence.histograms(sign):
+            _need((np.diff(codes.astype(int)) > 0) | (np.diff(tile) > 0), f'{sign}_codes do not ascend')
+            _need(counts > 0, f'{sign}_counts of 0')
+            seen += np.bincount(tile, counts, len(evidence))
     valid = evidence['n_valid']
     _need((seen == valid) & (valid < 1 << 24), 'n_valid is not the number of pixels in the histograms')
 
@@ -417,24 +476,28 @@ def _check_objects(evidence):
     possible = (bands.width > 0) & (bands.intersection >= 0) & (bands.intersection <= smaller)
     _need(possible & (larger <= valid[bands.tile]), 'bands do not fit their tile')
 
-def _checked(table, meta):
+def _checked(groups, meta):
     "Evidence from a file that anybody may have written"
     for name, fits in _META.items():
         _need(name in meta and fits(meta[name]), f'{name} {meta.get(name)!r}'[:200])
-    _check_columns(table)
-    evidence = Evidence(table, **meta)
-    _need(len(evidence) == len(table), 'a tile_id stands twice')
-    _check_histograms(evidence)
-    _check_objects(evidence)
+    _check_schema(groups.schema)
+    groups = RowGroups(groups.groups, SCHEMA)
+    for table in groups.tables():
+        _check_cells(table)
+        part = Evidence(table, **meta)
+        _need(len(part) == len(table), 'a tile_id stands twice')
+        _check_histograms(part)
+        _check_objects(part)
+    evidence = Evidence(groups, **meta)
+    _need(len(evidence) == len(groups), 'a tile_id stands twice')
     return evidence
 
 # %% ../nbs/03c_evidence.ipynb #be655332
 def _read(path):
     try:
         check_parquet(path)
-        with pq.ParquetFile(path) as file:
-            meta = json.loads((file.schema_arrow.metadata or {}).get(b'rtsseg', b'{}'))
-            table = file.read()
+        meta = json.loads((pq.read_schema(path).metadata or {}).get(b'rtsseg', b'{}'))
+        groups = read_groups(path)
     except (pa.ArrowException, OSError, ValueError) as e:
         raise DataError(f'{path.name} is not an evidence file: {" ".join(str(e).split())}') from None
     found = meta.get('format', 'a Parquet file of something else') if isinstance(meta, dict) else repr(meta)
@@ -442,8 +505,8 @@ def _read(path):
         raise DataError(f'{path.name} holds no evidence of format {FORMAT}: {found}')
     meta = {'model': ''} | {name: value for name, value in meta.items() if name in _META}
     try:
-        return _checked(table.replace_schema_metadata(None), meta)
-    except ValueError as e:
+        return _checked(groups, meta)
+    except (pa.ArrowException, OSError, ValueError) as e:
         raise DataError(f'{path.name} holds what no pass can have seen: {e}') from None
 
 # %% ../nbs/03c_evidence.ipynb #64900305
@@ -469,7 +532,8 @@ class Meter:
         self.identity = table[list(IDENTITY)].astype(texts).to_dict('list')
         self.meta = dict(thresholds=tuple(thresholds), bins=bins, views=views)
         self.widths = tuple(widths)
-        self.rows = []
+        # full row groups, the rows of the next one, and whether all scores kept codes of their own
+        self.keeper, self.rows, self.exact = GroupKeeper(SCHEMA), [], True
 
     def update(self,
                logits:Any,    # tensor or array, float (B, 1, H, W) or (B, H, W)
@@ -481,23 +545,35 @@ class Meter:
         settings = self.meta['thresholds'], self.meta['bins'], self.widths
         for scores, mask, tile in zip(logits.reshape(target.shape), target.astype(np.uint8), tiles):
             identity = {name: values[tile] for name, values in self.identity.items()}
-            self.rows.append(identity | tile_evidence(scores, mask, *settings))
+            row = tile_evidence(scores, mask, *settings)
+            self.exact = self.exact and row['exact']
+            self.rows.append(identity | row)
+            if len(self.rows) == GROUP_ROWS:
+                self.keeper.add(_table_of_rows(self.rows))
+                self.rows = []
 
-    def state(self) -> list:
+    def groups(self) -> RowGroups:
+        "The rows so far"
+        last = partial(read_table, _table_of_rows(self.rows))
+        return self.keeper.kept() + RowGroups([RowGroup.whole(last, len(self.rows))], SCHEMA)
+
+    def state(self) -> dict:
         "What other processes need to know"
-        return self.rows
+        return dict(exact=self.exact, groups=[pack(table) for table in self.groups().tables()])
 
     def merge(self,
-              states:list[list]    # `state()` of other meters
+              states:list[dict]    # `state()` of other meters
              ) -> 'Meter':
         "Add what others saw"
-        for rows in states:
-            self.rows = self.rows + rows
+        for state in states:
+            self.exact = self.exact and state['exact']
+            for content in state['groups']:
+                self.keeper.add(unpack(content))
         return self
 
     def evidence(self) -> Evidence:
         "What was seen so far"
-        return Evidence.from_rows(self.rows, **self.meta)
+        return Evidence(self.groups(), exact=self.exact, **self.meta)
 
 # %% ../nbs/03c_evidence.ipynb #4aad9fcf
 def evidence_path(folder:str|Path,     # a run folder

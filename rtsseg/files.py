@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,12 +54,15 @@ def atomic_file(path:Path    # the target
     sync_folder(path.parent)
 
 def write_atomic(path:str|Path,        # the target
-                 content:str|bytes     # what it is to hold
+                 content:str|bytes|BinaryIO    # what it is to hold, or an open file, read from its place on
                 ) -> Path:             # the target
     "Write a file atomically"
     path = Path(path)
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        if hasattr(content, 'read'):
+            shutil.copyfileobj(content, file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
     return path
 
 @contextmanager

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from .bootstrap import MIN_GROUPS, Estimate, draw_groups, expanded_interval
 from .console import DataError
@@ -127,27 +126,22 @@ def _bin_starts(positive,        # positive pixels by code
     first_codes = [code for code in first_codes if code < CODES]
     return np.union1d(starts, first_codes).astype(int), lossless
 
-def _resampled_histograms(evidence, starts, draws, block, rows=2048):
+def _resampled_histograms(evidence, starts, draws, block):
     """Histograms of all replicates, computed for some tiles at a time
 
     Returns float64 (2, 2, replicates, bins): tile and label, negative and positive."""
     # -1: below the first bin
     bin_of_code = np.searchsorted(starts, np.arange(CODES), 'right') - 1
     positive, n_bins = evidence['positive'], len(starts)
-    # tiles of one block come together
-    order = np.argsort(block, kind='stable')
     hists = np.zeros((2, 2, len(draws), n_bins))
-    for start in range(0, len(order), rows):
-        tiles = order[start:start + rows]
-        blocks, index = np.unique(block[tiles], return_inverse=True)
-        for label, name in enumerate(('neg', 'pos')):
-            codes, counts = (evidence.table[f'{name}_{what}'].take(tiles) for what in ('codes', 'counts'))
-            n_codes = pc.list_value_length(codes).to_numpy()
-            bins, counts = bin_of_code[pc.list_flatten(codes).to_numpy()], pc.list_flatten(counts).to_numpy()
-            # a row for each kind of tile and block
-            row = np.repeat(positive[tiles] * len(blocks) + index, n_codes)
+    for label, name in enumerate(('neg', 'pos')):
+        for codes, counts, tile in evidence.histograms(name):
+            bins = bin_of_code[codes]
             seen = bins >= 0
-            sums = np.bincount((row * n_bins + bins)[seen], counts[seen], 2 * len(blocks) * n_bins)
+            blocks, index = np.unique(block[tile[seen]], return_inverse=True)
+            # a row for each kind of tile and block
+            row = positive[tile[seen]] * len(blocks) + index
+            sums = np.bincount(row * n_bins + bins[seen], counts[seen], 2 * len(blocks) * n_bins)
             sums = sums.reshape(2, len(blocks), n_bins)
             for kind in np.flatnonzero(sums.any((1, 2))):
                 hists[kind, label] += draws[:, blocks] @ sums[kind]
@@ -295,7 +289,7 @@ def _cells(evidence, ratios, thresholds, ious, min_area):
 def _check_same_tiles(evidences, unit):
     "Raises `DataError` where the tiles, or the blocks that they lie in, are not the same"
     columns = ['tile_id', unit, 'positive']
-    tables = [evidence.table.select(columns) for evidence in evidences]
+    tables = [evidence.identity.select(columns) for evidence in evidences]
     for table in tables[1:]:
         if table.equals(tables[0]):
             continue

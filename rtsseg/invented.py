@@ -20,7 +20,7 @@ from .evidence import Evidence, Meter, evidence_path
 from .files import write_atomic
 from .intervals import summary
 from .manifest import Manifest
-from .objects import informative_tiles
+from .objects import informative_at
 from .operating import selection_rule
 from .outlines import OutlineWriter, outline_codes
 from .runs import config_hash, run_folder
@@ -65,11 +65,8 @@ def invent_split(world:Manifest,
 # %% ../nbs/06b_invented.ipynb #cinvented2
 def informative_rows(evidence:Evidence) -> list[int]:
     "Rows of the tiles that are informative at any threshold"
-    rows = set()
-    for threshold in evidence.thresholds:
-        for found in informative_tiles(evidence, threshold).values():
-            rows.update(found.tolist())
-    return sorted(rows)
+    by_threshold = informative_at(evidence, evidence.thresholds)
+    return sorted({row for by_kind in by_threshold for found in by_kind.values() for row in found.tolist()})
 
 def write_split(folder:Path,          # a run folder
                 split:str,            # val or test
@@ -84,7 +81,7 @@ def write_split(folder:Path,          # a run folder
     outlines = OutlineWriter()
     for tile, logits, mask in zip(tiles, found.logits, found.masks, strict=True):
         outlines.add(tile, outline_codes(logits, mask, found.evidence.thresholds, found.evidence.bins))
-    write_atomic(path.with_suffix('.outlines.npz'), outlines.content())
+    write_atomic(path.with_suffix('.outlines.npz'), outlines.finish())
 
 # %% ../nbs/06b_invented.ipynb #cinvented3
 STEPS_PER_EPOCH = 10

@@ -168,10 +168,11 @@ def tile_counts(evidence:Evidence,   # of a split
     cut = first_code(threshold, evidence.bins)
 
     def count(sign, predicted):
-        codes, tile = evidence.flat(f'{sign}_codes')
-        counts, _ = evidence.flat(f'{sign}_counts')
-        here = (codes >= cut) == predicted
-        return np.bincount(tile[here], counts[here], len(evidence)).astype(np.int64)
+        found = np.zeros(len(evidence))
+        for codes, counts, tile in evidence.histograms(sign):
+            here = (codes >= cut) == predicted
+            found += np.bincount(tile[here], counts[here], len(evidence))
+        return found.astype(np.int64)
 
     return np.stack([count('pos', True), count('neg', True), count('pos', False)], 1)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IOUS', 'MISS_KINDS', 'SIZE_CLASSES', 'PIXEL_CLASSES', 'Matches', 'match_objects', 'object_metrics', 'grid_counts',
            'object_grid', 'length_classes', 'described_objects', 'misses', 'recall_by_size', 'slump_bounds',
-           'found_slumps', 'false_alarms', 'informative_tiles']
+           'found_slumps', 'false_alarms', 'information', 'first_rows', 'informative_at', 'informative_tiles']
 
 # %% ../nbs/03e_objects.ipynb #iobjects
 from collections import Counter
@@ -39,9 +39,8 @@ def _overlaps(evidence, thresholds):
     Overlaps of one prediction lie together, the best first. Each has the rows of its two objects and their
     IoU, the area of the prediction and of the smaller object, the confidence rank of the prediction, and the
     key that predictions share which overlap the same true object at the same threshold."""
-    predicted, truth, overlaps = (evidence.nested(name) for name in ('predicted', 'truth', 'pairs'))
-    predicted = predicted[predicted.threshold.isin(thresholds)].reset_index(drop=True)
-    overlaps = overlaps[overlaps.threshold.isin(thresholds)].reset_index(drop=True)
+    predicted, overlaps = (evidence.nested(name, thresholds) for name in ('predicted', 'pairs'))
+    truth = evidence.nested('truth')
     # a cell is a tile at a threshold
     for objects in (predicted, overlaps):
         objects['cell'] = np.searchsorted(thresholds, objects.threshold) * len(evidence) + objects.tile
@@ -132,13 +131,8 @@ def _thresholds(evidence, thresholds):
         return list(evidence.thresholds)
     return sorted({evidence.nearest_threshold(t) for t in thresholds})
 
-def grid_counts(evidence:Evidence,                    # of a split
-                iou:float=0.3,                        # smallest IoU of a match
-                min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
-                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
-               ) -> np.ndarray:                       # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn
-    "What `match_objects` counts at each threshold and floor, in the order of `object_grid`"
-    thresholds = _thresholds(evidence, thresholds)
+def _part_counts(evidence, iou, min_areas, thresholds):
+    "`grid_counts` of some tiles"
     predicted, truth, overlaps = _overlaps(evidence, thresholds)
     cells = len(thresholds), len(evidence)
     counts = np.empty((len(thresholds), len(min_areas), len(evidence), 3), np.int32)
@@ -153,6 +147,18 @@ def grid_counts(evidence:Evidence,                    # of a split
         all_true = np.bincount(truth.tile[truth.area >= min_area], minlength=len(evidence))
         counts[:, i] = np.stack([tp, all_predicted - tp, all_true - tp], -1)
     return counts.reshape(len(thresholds) * len(min_areas), len(evidence), 3)
+
+def grid_counts(evidence:Evidence,                    # of a split
+                iou:float=0.3,                        # smallest IoU of a match
+                min_areas:Sequence[int]=(0,),         # smallest objects that count, pixels, on both sides
+                thresholds:Sequence[float]|None=None  # probabilities: the evidence's nearest are used; None: all
+               ) -> np.ndarray:                       # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn
+    "What `match_objects` counts at each threshold and floor, in the order of `object_grid`"
+    thresholds = _thresholds(evidence, thresholds)
+    counts = np.empty((len(thresholds) * len(min_areas), len(evidence), 3), np.int32)
+    for start, part in evidence.parts():
+        counts[:, start:start + len(part)] = _part_counts(part, iou, min_areas, thresholds)
+    return counts
 
 def object_grid(evidence:Evidence,                    # of a split
                 ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
@@ -319,19 +325,47 @@ def false_alarms(evidence:Evidence,     # of a split
     return described_objects(evidence, predicted[predicted.match == 0])[columns].reset_index(drop=True)
 
 # %% ../nbs/03e_objects.ipynb #informc
-def informative_tiles(evidence:Evidence,    # of a split
-                      threshold:float,      # a probability; the nearest one of the evidence's is used
-                      n:int=4,              # of each kind
-                      min_area:int=0        # smallest object that counts, pixels, on both sides
-                     ) -> dict[str, np.ndarray]:    # {kind: rows, most informative first}
-    "Tiles with false_alarms and with misses by the area of these objects, and with finds by the best IoU of a match"
+def information(evidence:Evidence,    # of some tiles
+                threshold:float,      # a probability; the nearest one of the evidence's is used
+                min_area:int          # smallest object that counts, pixels, on both sides
+               ) -> dict[str, np.ndarray]:    # {kind: float (tiles,)}
+    "How much each tile shows: the area of its false_alarms and of its misses, and the best IoU of its finds"
     matched = match_objects(evidence, threshold, 0.3, min_area)
     is_found = matched.predicted.match > 0
     false, found = matched.predicted[~is_found], matched.predicted[is_found]
     missed = matched.truth[matched.truth.match == 0]
     best = np.zeros(len(evidence))
     np.maximum.at(best, found.tile.to_numpy(), found.iou.to_numpy())
-    weights = dict(false_alarms=np.bincount(false.tile, false.area, len(evidence)),
-                   misses=np.bincount(missed.tile, missed.area, len(evidence)), finds=best)
-    order = {kind: np.argsort(-weight, kind='stable') for kind, weight in weights.items()}
-    return {kind: rows[weights[kind][rows] > 0][:n] for kind, rows in order.items()}
+    return dict(
+        false_alarms=np.bincount(false.tile, false.area, len(evidence)),
+        misses=np.bincount(missed.tile, missed.area, len(evidence)),
+        finds=best
+    )
+
+def first_rows(weight:np.ndarray,    # float (tiles,)
+               n:int
+              ) -> np.ndarray:       # rows of the largest weights above 0, the largest first
+    "Rows of at most `n` tiles"
+    rows = np.argsort(-weight, kind='stable')
+    return rows[weight[rows] > 0][:n]
+
+def informative_at(evidence:Evidence,             # of a split
+                   thresholds:Sequence[float],    # probabilities; the nearest ones of the evidence's are used
+                   n:int=4,                       # of each kind
+                   min_area:int=0                 # smallest object that counts, pixels, on both sides
+                  ) -> list[dict[str, np.ndarray]]:    # at each threshold, {kind: rows, most informative first}
+    "The tiles with most `information` of each kind"
+    parts = [[information(part, t, min_area) for t in thresholds] for _, part in evidence.parts()]
+    by_threshold = []
+    for found in zip(*parts):
+        kinds = {kind: np.concatenate([of_part[kind] for of_part in found]) for kind in found[0]}
+        by_threshold.append({kind: first_rows(weight, n) for kind, weight in kinds.items()})
+    return by_threshold
+
+def informative_tiles(evidence:Evidence,    # of a split
+                      threshold:float,      # a probability; the nearest one of the evidence's is used
+                      n:int=4,              # of each kind
+                      min_area:int=0        # smallest object that counts, pixels, on both sides
+                     ) -> dict[str, np.ndarray]:    # {kind: rows, most informative first}
+    "The tiles with most `information` of each kind at one threshold"
+    return informative_at(evidence, [threshold], n, min_area)[0]

@@ -24,7 +24,7 @@ from .files import FileError, read_json, typed
 from .infer import Predictor, check_scale, judged_part, predict_logits
 from .manifest import Manifest
 from .metrics import ap_bounds, average_precision, histogram, is_resolved, negative_weight
-from .objects import informative_tiles
+from .objects import informative_at
 from .outlines import OutlineWriter, outline_codes
 from .runs import StoredThresholds
 from .scores import Bins
@@ -34,7 +34,8 @@ from .system import Pass
 # %% ../nbs/04n_observe.ipynb #cobpic
 def picture_tiles(evidence:Evidence) -> list[str]:
     "Ids of the tiles that show best what is found, missed and false at some threshold"
-    rows = {row for t in evidence.thresholds for found in informative_tiles(evidence, t).values() for row in found}
+    by_threshold = informative_at(evidence, evidence.thresholds)
+    rows = {row for by_kind in by_threshold for found in by_kind.values() for row in found}
     return sorted({evidence['tile_id'][row] for row in rows})
 
 def pack_arrays(arrays:dict[str, np.ndarray]    # name: array
@@ -143,7 +144,7 @@ def observe_tiles(packed:Predictor,          # a model on the device of the pass
         keep_outlines(outlines, part, logits, batch, thresholds, bins)
     skip_unreadable(ask.split, loader.dataset.lost(), len(part))
     evidence = meter.evidence()
-    evidence.outlines = outlines.content()
+    evidence.outlines = outlines.finish()
     return evidence
 
 # a grid over less than this share of the one before it is finer

@@ -84,12 +84,9 @@ class Replicates:
         "Pixels by group of tiles (blocks of negative tiles, blocks of positive tiles) and code"
         out = [csr_array((2 * len(self.draws[0]), CODES))] * 2
         # a part of the tiles at a time bounds the memory
-        for start in range(0, len(self.group), 2048):
-            part = self.evidence.select(np.arange(start, min(start + 2048, len(self.group))))
-            for k, sign in enumerate(('neg', 'pos')):
-                code, tile = part.flat(f'{sign}_codes')
-                count, _ = part.flat(f'{sign}_counts')
-                out[k] = out[k] + csr_array((count.astype(float), (self.group[start + tile], code)), out[k].shape)
+        for k, sign in enumerate(('neg', 'pos')):
+            for code, count, tile in self.evidence.histograms(sign):
+                out[k] = out[k] + csr_array((count.astype(float), (self.group[tile], code)), out[k].shape)
         return out
 
     def draw(self,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -305,8 +305,8 @@ class System:
         "What the metrics of a table leave uncertain after all passes; '' for nothing"
         return ''
 
-    def attachments(self, packed:Any, feed:Feed, ask:Pass, table:Any) -> dict[str, bytes]:
-        "Files that are kept beside a table: {suffix: content}"
+    def attachments(self, packed:Any, feed:Feed, ask:Pass, table:Any) -> dict[str, bytes|BinaryIO]:
+        "Files that are kept beside a table: {suffix: content, or an open file with it}"
         return {}
 
     def read_table(self, path:Path) -> Any:

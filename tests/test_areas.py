@@ -13,6 +13,7 @@ from scipy.special import expit
 from shapely import Polygon
 
 import rtsseg.areas
+from helpers.evidence import counted_codes
 from helpers.maps import read_map, write_map
 from rtsseg.areas import PixelAreas, cell_grid, draw_calibrations, expected_area
 from rtsseg.bootstrap import draw_groups, expanded_interval
@@ -164,8 +165,8 @@ def test_the_interval_is_that_of_full_refits(tmp_path, evidence, calibrations, r
         weight = np.where(positive, 1, 200 * times[positive].sum() / times[~positive].sum()) * times
         neg, pos = np.zeros(len(z)), np.zeros(len(z))
         for sign, mass in (('neg', neg), ('pos', pos)):
-            code, tile = evidence.flat(f'{sign}_codes')
-            np.add.at(mass, code, weight[tile] * evidence.flat(f'{sign}_counts')[0])
+            code, count, tile = counted_codes(evidence, sign)
+            np.add.at(mass, code, weight[tile] * count)
         seen = (neg + pos) > 0
         slope, intercept = refit(neg[seen], pos[seen], z[seen], method == 'slope_intercept')
         totals.append((expit(slope * scores() + intercept) * area).sum() / 1e6)

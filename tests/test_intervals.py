@@ -10,6 +10,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
+from helpers.evidence import counted_codes
 from rtsseg.bootstrap import Estimate, draw_groups
 from rtsseg.config import ToySource
 from rtsseg.evidence import Evidence, tile_evidence
@@ -64,8 +65,7 @@ def make_run(shift):
 
 def counted_scores(evidence, sign):
     "Score, number of pixels and tile of each code"
-    codes, tile = evidence.flat(f'{sign}_codes')
-    counts, _ = evidence.flat(f'{sign}_counts')
+    codes, counts, tile = counted_codes(evidence, sign)
     return decode(evidence.bins)[codes], counts, tile
 
 

@@ -24,6 +24,7 @@ import rtsseg.launch
 import rtsseg.observe
 import rtsseg.prepare
 from helpers.commands import fork_trainers_without_room
+from helpers.evidence import counted_codes
 from helpers.loop import unmeasured
 from helpers.pair import free_port
 from helpers.runs import MODEL, in_time, toy_world
@@ -671,10 +672,9 @@ def drawn_average_precision(evidence, block, draw):
     positive, n = evidence['positive'], draw[block]
     negative_weight = 200 * n[positive].sum() / max(n[~positive].sum(), 1)
     weight = np.where(positive, n, n * negative_weight)
-    parts = {name: evidence.flat(name) for name in ('pos_codes', 'pos_counts', 'neg_codes', 'neg_counts')}
     labels, codes, weights = [], [], []
     for label, kind in ((1, 'pos'), (0, 'neg')):
-        (code, tile), (count, _) = parts[f'{kind}_codes'], parts[f'{kind}_counts']
+        code, count, tile = counted_codes(evidence, kind)
         labels.append(np.full(len(code), label))
         codes.append(code)
         weights.append(weight[tile] * count)

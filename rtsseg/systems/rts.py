@@ -9,7 +9,7 @@ __all__ = ['IOU_GAP', 'BALANCED_GAP', 'RtsFeed', 'segmentation_signs', 'RTS']
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..config import SYMMETRIES, ConfigError, RtsConfig, parse_views
 from ..console import in_words_of
@@ -231,7 +231,7 @@ class RTS(System):
         from rtsseg.observe import left_uncertain
         return left_uncertain(table, cfg.metrics.ratios)
 
-    def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes]:
+    def attachments(self, packed:Any, feed:RtsFeed, ask:Pass, table:Any) -> dict[str, bytes|BinaryIO]:
         "Outlines of all objects, and logits of the tiles that a report shows, as .npz files"
         from rtsseg.observe import logits_for_pictures
         part = feed.manifest.of(ask.split)

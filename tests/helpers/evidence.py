@@ -34,6 +34,11 @@ def make_row(i, seed, **changes):
     return identity | dict(positive=positive) | tile_evidence(logits, mask, THRESHOLDS) | changes
 
 
+def counted_codes(evidence, sign):
+    "Codes of all tiles, their counts, and the row of the tile of each; sign: pos or neg"
+    return tuple(map(np.concatenate, zip(*evidence.histograms(sign), strict=True)))
+
+
 def evidence_of(rows, **meta):
     return Evidence.from_rows(rows, **dict(thresholds=THRESHOLDS) | meta)
 
