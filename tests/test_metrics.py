@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +14,17 @@ from scipy import ndimage
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score
 
-from helpers.evidence import THRESHOLDS, evidence_of, make_evidence, make_row, make_tile, quick, seeds
+from helpers.evidence import (
+    THRESHOLDS,
+    evidence_of,
+    in_small_groups,
+    make_evidence,
+    make_row,
+    make_tile,
+    quick,
+    seeds,
+)
+from rtsseg.console import DataError
 from rtsseg.evidence import FORMAT, HISTOGRAMS, IDENTITY, NESTED, Evidence, Meter, tile_evidence
 from rtsseg.intervals import bootstrap, resample, summary
 from rtsseg.metrics import (
@@ -23,8 +34,11 @@ from rtsseg.metrics import (
     is_resolved,
     negative_weight,
     pixel_metrics,
+    tile_counts,
     tile_weights,
 )
+from rtsseg.objects import grid_counts, informative_at
+from rtsseg.operating import Replicates
 from rtsseg.scores import CODES, decode, encode, first_code, tile_histograms
 
 ratios = st.sampled_from(['native', 1, 3, 200, 1000])
@@ -345,6 +359,62 @@ def test_twenty_thousand_tiles_stay_under_200_MB(tmp_path, noise, level):
     bytes_a_tile = evidence.write(tmp_path/'evidence').stat().st_size / len(evidence)
     assert bytes_a_tile * 20_000 < 200e6
 
+
+# ------------------------------------------------ row groups
+
+def all_answers(evidence):
+    "What metrics, objects, thresholds and intervals read of evidence"
+    areas = [0, 5]
+    return [
+        evidence.hash,
+        evidence.pooled,
+        evidence.top_code,
+        tile_counts(evidence, 0.5),
+        histogram(evidence, np.linspace(0, 1, len(evidence))),
+        *[evidence.nested(name).to_numpy(float) for name in NESTED],
+        evidence.nested('predicted', [0.5]).to_numpy(float),
+        grid_counts(evidence, 0.3, areas),
+        *[rows for found in informative_at(evidence, THRESHOLDS) for rows in found.values()],
+        *[counts.toarray() for counts in Replicates(evidence, 10).counts],
+        *resample(evidence, ['native', 2], replicates=20)[2].values(),
+    ]
+
+@quick
+@given(seeds, st.integers(1, 3))
+def test_evidence_in_a_file_answers_as_evidence_in_memory(seeds, rows):
+    evidence = make_evidence(seeds + list(range(5)))
+    filed = in_small_groups(evidence, rows)
+    for found, expected in zip(all_answers(filed), all_answers(evidence), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert filed == evidence
+    chosen = evidence['region'] == 'A'
+    assert filed.select(chosen) == evidence.select(chosen)
+    assert filed.select(~chosen) + filed.select(chosen) == evidence
+
+def test_a_file_does_not_depend_on_the_groups_in_memory(tmp_path):
+    evidence = make_evidence(range(20))
+    paths = [found.write(tmp_path/f'{k}.parquet') for k, found in enumerate((evidence, in_small_groups(evidence)))]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+def many_tiles(n):
+    "Evidence of so many tiles, which are all alike"
+    row = make_row(0, 1)
+    return evidence_of([row | dict(tile_id=f't{i:05}') for i in range(n)])
+
+def test_a_large_file_is_read_group_by_group(tmp_path):
+    evidence = many_tiles(1500)
+    path = evidence.write(tmp_path/'val.parquet')
+    found = Evidence.read(path)
+    path.unlink()
+    assert found == evidence
+    assert found.hash == evidence.hash
+    # an id that stands twice is found where its rows lie in different groups
+    rows = evidence.table
+    twice = pa.concat_tables([rows.slice(0, 1400), rows.slice(0, 10)])
+    meta = pq.read_schema(many_tiles(3).write(tmp_path/'few.parquet')).metadata
+    pq.write_table(twice.replace_schema_metadata(meta), path, row_group_size=256)
+    with pytest.raises(DataError, match='stands twice'):
+        Evidence.read(path)
 
 # ------------------------------------------------ the meter
 

@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from rtsseg.evidence import Evidence, tile_evidence
+from rtsseg.evidence import SCHEMA, Evidence, tile_evidence
+from rtsseg.rowgroups import GroupKeeper, in_groups
 
 THRESHOLDS = (0.25, 0.5, 0.8)
 
@@ -52,3 +53,11 @@ def components(mask, min_area=0):
     labels, n = ndimage.label(mask, np.ones((3, 3)))
     objects = [labels == k for k in range(1, n + 1)]
     return [one for one in objects if one.sum() >= min_area]
+
+
+def in_small_groups(evidence, rows=3):
+    "The same evidence in row groups of so many tiles, of which the first ones are in memory and the others in a file"
+    keeper = GroupKeeper(SCHEMA)
+    for table in in_groups(evidence.groups.tables(), rows):
+        keeper.add(table)
+    return Evidence(keeper.kept(), **evidence.meta)
