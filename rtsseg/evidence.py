@@ -31,10 +31,10 @@ from rtsseg.rowgroups import (
     arrange,
     in_groups,
     keep,
-    pack,
+    pack_table,
     read_groups,
     read_table,
-    unpack,
+    unpack_table,
     write_groups,
 )
 from .scores import CODES, Bins, clipped_scores, decode, tile_histograms
@@ -220,7 +220,7 @@ class Evidence:
     """What one pass over a split saw: one row per tile
 
     `evidence['region']` is a column as an array, `a + b` joins what two processes saw."""
-    # an open file with outlines of the objects, as a pass keeps them beside its table; not part of the content
+    # open file of outlines, which a pass keeps beside its table; not part of the content
     outlines:BinaryIO|None = None
 
     def __init__(self,
@@ -559,7 +559,7 @@ class Meter:
 
     def state(self) -> dict:
         "What other processes need to know"
-        return dict(exact=self.exact, groups=[pack(table) for table in self.groups().tables()])
+        return dict(exact=self.exact, groups=[pack_table(table) for table in self.groups().tables()])
 
     def merge(self,
               states:list[dict]    # `state()` of other meters
@@ -568,7 +568,7 @@ class Meter:
         for state in states:
             self.exact = self.exact and state['exact']
             for content in state['groups']:
-                self.keeper.add(unpack(content))
+                self.keeper.add(unpack_table(content))
         return self
 
     def evidence(self) -> Evidence:

@@ -153,8 +153,8 @@ WINGS = {
             'folders toy pretrained windows prepare stage card class_world leaf_world photos shards season '
             'series series_stats exams phantom',
     'feed': 'sampler augment tiles mixing order class_tiles photo_feed series_feed exam_feed',
-    'measure': 'scores shapes evidence metrics objects outlines bootstrap intervals class_metrics plant_metrics '
-               'cleanup survival_metrics',
+    'measure': 'scores shapes rowgroups evidence metrics objects outlines bootstrap intervals class_metrics '
+               'plant_metrics cleanup survival_metrics',
     'learn': 'losses class_losses models weights infer checkpoint workers processes schedule loop budget sliding '
              'label_losses routed distil refine series_models registration risk_models',
     'seam': 'system',
