@@ -66,7 +66,10 @@ def invent_split(world:Manifest,
 def informative_rows(evidence:Evidence) -> list[int]:
     "Rows of the tiles that are informative at any threshold"
     by_threshold = informative_at(evidence, evidence.thresholds)
-    return sorted({row for by_kind in by_threshold for found in by_kind.values() for row in found.tolist()})
+    rows = set()
+    for by_kind in by_threshold:
+        rows.update(np.concatenate(list(by_kind.values())).tolist())
+    return sorted(rows)
 
 def write_split(folder:Path,          # a run folder
                 split:str,            # val or test

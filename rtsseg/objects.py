@@ -155,10 +155,8 @@ def grid_counts(evidence:Evidence,                    # of a split
                ) -> np.ndarray:                       # int32 (thresholds × min_areas, tiles, 3): tp, fp, fn
     "What `match_objects` counts at each threshold and floor, in the order of `object_grid`"
     thresholds = _thresholds(evidence, thresholds)
-    counts = np.empty((len(thresholds) * len(min_areas), len(evidence), 3), np.int32)
-    for start, part in evidence.parts():
-        counts[:, start:start + len(part)] = _part_counts(part, iou, min_areas, thresholds)
-    return counts
+    parts = [_part_counts(part, iou, min_areas, thresholds) for part in evidence.object_parts()]
+    return np.concatenate(parts, 1)
 
 def object_grid(evidence:Evidence,                    # of a split
                 ratio:int|str|np.ndarray='native',    # r of 1:r, 'native', or tile weights
@@ -345,7 +343,7 @@ def information(evidence:Evidence,    # of some tiles
 def first_rows(weight:np.ndarray,    # float (tiles,)
                n:int
               ) -> np.ndarray:       # rows of the largest weights above 0, the largest first
-    "Rows of at most `n` tiles"
+    "At most `n` rows"
     rows = np.argsort(-weight, kind='stable')
     return rows[weight[rows] > 0][:n]
 
@@ -355,7 +353,7 @@ def informative_at(evidence:Evidence,             # of a split
                    min_area:int=0                 # smallest object that counts, pixels, on both sides
                   ) -> list[dict[str, np.ndarray]]:    # at each threshold, {kind: rows, most informative first}
     "The tiles with most `information` of each kind"
-    parts = [[information(part, t, min_area) for t in thresholds] for _, part in evidence.parts()]
+    parts = [[information(part, t, min_area) for t in thresholds] for part in evidence.object_parts()]
     by_threshold = []
     for found in zip(*parts):
         kinds = {kind: np.concatenate([of_part[kind] for of_part in found]) for kind in found[0]}

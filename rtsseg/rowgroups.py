@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['GROUP_ROWS', 'GROUPS_IN_MEMORY', 'OPEN_GROUPS', 'RowGroup', 'read_table', 'pack_table', 'unpack_table', 'read_packed',
-           'RowGroups', 'in_groups', 'GroupKeeper', 'keep', 'arrange', 'write_groups', 'read_group', 'read_groups']
+           'RowGroups', 'in_groups', 'in_temporary_folder', 'GroupKeeper', 'keep', 'restored', 'arrange',
+           'write_groups', 'read_group', 'read_groups']
 
 # %% ../nbs/03b_rowgroups.ipynb #rgimports
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,27 +27,24 @@ import pyarrow.parquet as pq
 @dataclass
 class RowGroup:
     "Some rows of a table, wherever they lie"
-    read: Callable[[list[str]|None], pa.Table]    # what lies there: the columns that are asked for, None: all
-    size: int                                     # rows that lie there
-    rows: np.ndarray                              # int: those that count, ascending
-
-    @classmethod
-    def whole(cls, read:Callable[[list[str]|None], pa.Table], size:int) -> 'RowGroup':
-        "A group of which all rows count"
-        return cls(read, size, np.arange(size))
+    read: Callable[[list[str]|None], pa.Table]    # the columns that are asked for, None: all
+    size: int                                     # rows that `read` gives
+    rows: np.ndarray|None = None                  # int, ascending: those that belong to the group; None: all
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.size if self.rows is None else len(self.rows)
 
     def table(self, columns:list[str]|None=None) -> pa.Table:
-        "The rows that count"
+        "The rows of the group"
         table = self.read(columns)
-        return table if len(self) == self.size else table.take(self.rows)
+        return table if self.rows is None else table.take(self.rows)
 
     def select(self, rows:np.ndarray    # int: numbers of rows of this group, ascending
               ) -> 'RowGroup':
         "Some of the rows"
-        return RowGroup(self.read, self.size, self.rows[rows])
+        if len(rows) == len(self):
+            return self
+        return RowGroup(self.read, self.size, rows if self.rows is None else self.rows[rows])
 
 def read_table(table:pa.Table, columns:list[str]|None) -> pa.Table:
     "Columns of a table in memory, None: all"
@@ -55,7 +54,7 @@ def read_table(table:pa.Table, columns:list[str]|None) -> pa.Table:
 def pack_table(table:pa.Table) -> bytes:
     "A table as the bytes of an Arrow file"
     out = io.BytesIO()
-    feather.write_feather(table, out, compression='zstd', compression_level=1)
+    feather.write_feather(table, out, compression='lz4')
     return out.getvalue()
 
 def unpack_table(content:bytes, columns:list[str]|None=None) -> pa.Table:
@@ -100,8 +99,15 @@ class RowGroups:
               ) -> 'RowGroups':
         "Some of the rows; nothing is read"
         cuts = np.searchsorted(rows, self.starts)
-        parts = zip(self.groups, self.starts[:-1], cuts[:-1], cuts[1:])
-        return RowGroups((group.select(rows[low:high] - start) for group, start, low, high in parts), self.schema)
+        chosen = []
+        for k, group in enumerate(self.groups):
+            own = rows[cuts[k]:cuts[k + 1]] - self.starts[k]
+            chosen.append(group.select(own))
+        return RowGroups(chosen, self.schema)
+
+    def __reduce__(self) -> tuple:
+        "Pickled, as for another process, each group is packed"
+        return restored, ([pack_table(table) for table in self.tables()], self.schema)
 
 # %% ../nbs/03b_rowgroups.ipynb #rgkeepcode
 # rows of a group, where a table is cut into groups
@@ -113,7 +119,7 @@ GROUPS_IN_MEMORY = 4
 def in_groups(tables:Iterable[pa.Table],
               rows:int=GROUP_ROWS
              ) -> Iterator[pa.Table]:
-    "The rows of some tables, so many in each table but the last"
+    "The rows of some tables, cut into tables of `rows` rows; the last one may be shorter"
     waiting, n = [], 0
     for table in tables:
         waiting, n = [*waiting, table], n + len(table)
@@ -124,6 +130,15 @@ def in_groups(tables:Iterable[pa.Table],
     if n:
         yield pa.concat_tables(waiting).combine_chunks()
 
+@contextmanager
+def in_temporary_folder() -> Iterator[None]:
+    "Name the temporary folder in an `OSError`, as of a full disk: the file in it has no name"
+    try:
+        yield
+    except OSError as error:
+        where = f'{gettempdir()} (temporary files; TMPDIR names another folder)'
+        raise OSError(error.errno, error.strerror, where) from None
+
 class GroupKeeper:
     "Keeps tables as row groups: the first ones in memory, the others in a temporary file"
 
@@ -132,16 +147,20 @@ class GroupKeeper:
 
     def add(self, table:pa.Table) -> None:
         "Keep a group"
-        if len(self.groups) < GROUPS_IN_MEMORY:
-            read = partial(read_table, table)
-        else:
+        in_memory = len(self.groups) < GROUPS_IN_MEMORY
+        read = partial(read_table, table) if in_memory else self._write(table)
+        self.groups.append(RowGroup(read, len(table)))
+
+    def _write(self, table):
+        "Write a group into the temporary file; how to read it"
+        content = pack_table(table)
+        with in_temporary_folder():
             # opened for the first group that needs it; gone when no group refers to it
             self._file = self._file or TemporaryFile()
-            content = pack_table(table)
-            read = partial(read_packed, self._file, self._file.seek(0, io.SEEK_END), len(content))
+            place = self._file.seek(0, io.SEEK_END)
             self._file.write(content)
             self._file.flush()
-        self.groups.append(RowGroup.whole(read, len(table)))
+        return partial(read_packed, self._file, place, len(content))
 
     def kept(self) -> RowGroups:
         "All groups so far"
@@ -156,6 +175,15 @@ def keep(tables:Iterable[pa.Table],    # of one schema; they need not be in memo
         keeper.add(table)
     return keeper.kept()
 
+def restored(contents:list[bytes],    # of `pack_table`
+             schema:pa.Schema
+            ) -> RowGroups:
+    "Row groups that another process has pickled"
+    keeper = GroupKeeper(schema)
+    for content in contents:
+        keeper.add(unpack_table(content))
+    return keeper.kept()
+
 # %% ../nbs/03b_rowgroups.ipynb #rgordercode
 # groups that are open at a time while rows are put into another order
 OPEN_GROUPS = 8
@@ -168,10 +196,9 @@ def arrange(table:RowGroups,
     group = np.searchsorted(table.starts, rows, 'right') - 1
 
     def taken(part):
-        # group after group, and then back into the order
+        found = [read(k).take(rows[part][group[part] == k] - table.starts[k]) for k in np.unique(group[part])]
+        # they are in the order of their groups: where each of them belongs
         order = np.argsort(group[part], kind='stable')
-        held = np.unique(group[part])
-        found = [read(k).take(rows[part][group[part] == k] - table.starts[k]) for k in held]
         return pa.concat_tables(found).take(np.argsort(order))
 
     parts = np.split(np.arange(len(rows)), np.arange(GROUP_ROWS, len(rows), GROUP_ROWS))
@@ -189,17 +216,22 @@ def write_groups(table:RowGroups,
         for rows in in_groups(table.tables()):
             writer.write_table(rows.cast(schema), GROUP_ROWS)
 
-def read_group(file:pq.ParquetFile, k:int, columns:list[str]|None) -> pa.Table:
-    "Columns of a row group of a Parquet file, None: all"
-    return file.read_row_group(k, columns).replace_schema_metadata(None)
+def read_group(file:pq.ParquetFile, k:int, size:int, columns:list[str]|None) -> pa.Table:
+    "Columns of a row group of a Parquet file, None: all; raises `ValueError` where it has not so many rows"
+    table = file.read_row_group(k, columns).replace_schema_metadata(None)
+    if len(table) != size:
+        raise ValueError(f'row group {k} has {len(table)} rows and claims {size}')
+    return table
 
-def read_groups(path:str|Path    # a Parquet file
+def read_groups(path:str|Path,      # a Parquet file
+                schema:pa.Schema    # whose columns the file has, of types that can be cast
                ) -> RowGroups:
     "The table of a file; raises what pyarrow raises where it is none"
     file = pq.ParquetFile(path)
-    schema = file.schema_arrow.remove_metadata()
-    sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
-    groups = [RowGroup.whole(partial(read_group, file, k), size) for k, size in enumerate(sizes)]
+    groups = []
+    for k in range(file.num_row_groups):
+        size = file.metadata.row_group(k).num_rows
+        groups.append(RowGroup(partial(read_group, file, k, size), size))
     table = RowGroups(groups, schema)
     if len(table) > GROUP_ROWS * GROUPS_IN_MEMORY:
         return table
