@@ -31,7 +31,7 @@ from .calibration import balancing_intercept, fit_lines, minimise_logistic, summ
 from .config import ConfigError, parse_judged_ratio, ratio_text
 from .console import DataError, logger, progress
 from .evidence import Evidence, evidence_path, run_evidence
-from .files import write_atomic
+from .files import temporary_path, write_atomic
 from .ground import crs_name, equal_area_crs, transformer
 from .intervals import drawn_weight
 from .mapfile import NODATA, STEPS, OpenMap, note_path, open_map
@@ -351,7 +351,7 @@ def write_areas(out:Path,
                 made:dict             # goes into the tags
                ) -> None:
     "Write the area raster under a temporary name, then give it its own"
-    temporary = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+    temporary = temporary_path(out)
     layout = dict(driver='GTiff', count=3, dtype='float32', nodata=np.nan, compress='deflate', photometric='minisblack')
     height, width = cells.shape
     place = dict(height=height, width=width, crs=cells.crs, transform=cells.transform)

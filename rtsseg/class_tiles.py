@@ -32,6 +32,7 @@ from .importers import read_mask_values
 from .manifest import read_table_file
 from .order import KeyedBatches
 from .raster import open_raster
+from .rawtile import rgb_bands
 
 # %% ../nbs/02d_class_tiles.ipynb #ctlconfig
 # value of a mask for pixels that count for nothing
@@ -185,7 +186,7 @@ def read_colours(path:Path) -> np.ndarray:    # uint8 (H, W, 3)
     with open_raster(path, pictures=True) as ds:
         if ds.count < 3 or ds.dtypes[0] != 'uint8':
             raise DataError(f'an image has three bands of uint8, this one has {ds.count} of {ds.dtypes[0]}')
-        return np.ascontiguousarray(ds.read([1, 2, 3]).transpose(1, 2, 0))
+        return np.ascontiguousarray(ds.read(rgb_bands(ds)).transpose(1, 2, 0))
 
 @contextmanager
 def errors_named(name:str    # of a file in its set

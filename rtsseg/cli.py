@@ -186,7 +186,9 @@ def error_outcome(error:Exception,
     if is_full:
         return 3, f'error: {error}. {NO_ROOM}'
     # where a model or a system of the user runs, a bug needs its traceback
-    is_message = is_of_disk or isinstance(error, ValueError) and not resumes
+    # pathlib's own error for a link that leads to itself
+    is_loop = isinstance(error, RuntimeError) and 'Symlink loop' in str(error)
+    is_message = is_of_disk or is_loop or isinstance(error, ValueError) and not resumes
     return (2, f'error: {error}') if is_message else None
 
 def call(work:Callable,         # a function without arguments

@@ -442,7 +442,8 @@ class TableSource(Strict):
     columns: dict[str, str] = Field({}, description='our column: their column')
     image: str = Field(..., description="where an image lies, relative to the table, as 'images/{tile_id}.tif'")
     mask: str = Field(..., description="where its mask lies, as 'masks/{tile_id}.tif'")
-    bands: list[PositiveInt] = Field([1, 2, 3], description='bands of the image that are R, G, B')
+    bands: list[PositiveInt] = Field(
+        [1, 2, 3], description='bands of the image that are R, G, B; [1, 2, 3] follows the order that a file declares')
     extra_bands: dict[str, PositiveInt] = Field(
         {}, description='name: band of the image that becomes an EXTRA band')
     classes: dict[int, int] = Field({0: 0, 1: 1, 255: 255}, description='their mask value: ours (0, 1, 255)')
@@ -499,7 +500,8 @@ class ImagesSource(Strict):
     unmasked: Literal['error', 'negative'] = Field(
         'error', description='an image without a mask: refuse it, or take it as one without objects')
     bands: list[PositiveInt] = Field(
-        [1, 2, 3], min_length=3, max_length=3, description='bands of the image that are R, G, B; [1, 1, 1] for grey')
+        [1, 2, 3], min_length=3, max_length=3, description='bands of the image that are R, G, B; [1, 1, 1] for grey; '
+        '[1, 2, 3] follows the order that a file declares')
     extra_bands: dict[str, PositiveInt] = Field(
         {}, description='name: band of the image that becomes an EXTRA band')
     classes: dict[int, Literal[0, 1, 255]] = Field(

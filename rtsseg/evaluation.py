@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVALUATED_SPLITS', 'MORE_PASSES', 'Locked', 'look_of', 'TestLedger', 'ask_ledger', 'split_views',
-           'changed_since_training', 'Evaluation', 'prepare_evaluation', 'observe', 'observe_resolved', 'evaluate']
+           'changed_since_training', 'Evaluation', 'read_feed', 'prepare_evaluation', 'observe', 'observe_resolved',
+           'evaluate']
 
 # %% ../nbs/05a_evaluate.ipynb #ievaluat
 import json
@@ -124,6 +125,16 @@ class Evaluation:
     weights: str       # digest of the weights
     changed: str       # of `changed_since_training`
 
+def read_feed(system:System, cfg:RunConfig, folder:Path) -> Feed:
+    "The data of a run; the `DataError` of a missing file says where the run names it"
+    try:
+        return system.feed(cfg)
+    except DataError as error:
+        if not str(error).endswith('no such file'):
+            raise
+        raise DataError(f'{error}; data that were moved: write their new place into '
+                        f'{os.path.relpath(folder/"config.yaml")}') from None
+
 def prepare_evaluation(folder:Path, split:str, views:str, force:bool) -> Evaluation:
     "Load the model and read the data; raises `ConfigError`, `DataError` and `ModelError`"
     if split not in EVALUATED_SPLITS:
@@ -138,7 +149,7 @@ def prepare_evaluation(folder:Path, split:str, views:str, force:bool) -> Evaluat
     names = split_views(views, cfg)
     if len(names) != 1:
         raise ConfigError(f'views: one name was expected, not {views!r}')
-    feed = system.feed(cfg)
+    feed = read_feed(system, cfg, folder)
     changed = changed_since_training(folder, cfg, feed)
     if changed and not force:
         raise DataError(f'{feed.source}, {os.path.relpath(folder/"config.yaml")}: this is {changed}. '

@@ -168,7 +168,8 @@ def colour_order(tiles:dict[str, int]    # how many hold their colours in the or
     if len(tiles) > 1:
         value = ', '.join(f'{", ".join(order)} in {n} tiles' for order, n in sorted(tiles.items()))
         return Finding('error', 'colour order', value, 'one of them may be declared wrongly',
-                       remedy='write all images in one order, or declare it in each (ds.colorinterp in rasterio)')
+                       remedy='look at an image of each order; where one is declared wrongly, declare it as it is '
+                              '(ds.colorinterp in rasterio), or write all images in one order')
     order, = tiles
     note = '' if order == 'RGB' else 'not R, G, B in the files, which say so: read by their meaning'
     return Finding('note' if note else 'ok', 'colour order', ', '.join(order), note)

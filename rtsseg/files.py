@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_UNPACKED', 'FEW_VALUES', 'VALUES_OF_BYTE', 'SEAL', 'CALIBRATED', 'SEALED', 'NOT_YET', 'sync_folder',
-           'atomic_file', 'write_atomic', 'whole_folder', 'FileError', 'inside', 'read_bytes', 'bytes_of_texts',
-           'check_parquet', 'finite_number', 'object_without_repeats', 'parse_json', 'read_json', 'typed', 'digest',
-           'read_seal', 'write_seal', 'seal_model', 'seal_problem', 'check_seal', 'write_sealed']
+           'temporary_path', 'atomic_file', 'write_atomic', 'whole_folder', 'FileError', 'regular_file', 'inside',
+           'read_bytes', 'bytes_of_texts', 'check_parquet', 'finite_number', 'object_without_repeats', 'parse_json',
+           'read_json', 'typed', 'digest', 'read_seal', 'write_seal', 'seal_model', 'seal_problem', 'check_seal',
+           'write_sealed']
 
 # %% ../nbs/00a_files.ipynb #ifiles
 import hashlib
@@ -36,14 +37,19 @@ def sync_folder(folder:Path) -> None:
     finally:
         os.close(handle)
 
+def temporary_path(path:Path    # the target
+                  ) -> Path:    # beside it
+    "A hidden name that nobody can know, short enough for a target whose name is as long as a name may be"
+    return path.with_name(f'.{path.name[:50]}.{secrets.token_hex(8)}.tmp')
+
 @contextmanager
 def atomic_file(path:Path    # the target
                ) -> Iterator[BinaryIO]:
     "An open file that becomes the target at the end of the block, and is removed where that fails"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # no one else can know the name, or have put a link there: 'x' refuses what exists
-    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    temporary = temporary_path(path)
     try:
+        # nobody can have put a link there: 'x' refuses what exists
         with open(temporary, 'xb') as file:
             yield file
             file.flush()
@@ -79,6 +85,13 @@ def whole_folder(target:Path    # does not exist
 # %% ../nbs/00a_files.ipynb #c1f5078e
 class FileError(RtssegError, ValueError):
     "An invalid file of a model directory or a run folder: the message names it"
+
+def regular_file(path:str|Path) -> Path:
+    "The path of a file, or of nothing; raises `FileError` for a pipe, which would be waited for, and for a folder"
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileError(f'{path.name} is not a regular file')
+    return path
 
 def inside(path:str|Path,     # below the folder
            folder:str|Path    # that a user named
@@ -150,7 +163,7 @@ def check_parquet(path:str|Path) -> None:
     # slow to import, and needed for tables only
     import pyarrow as pa
     import pyarrow.parquet as pq
-    path = Path(path)
+    path = regular_file(path)
     try:
         with pq.ParquetFile(path) as file:
             leaves = [file.schema.column(j) for j in range(file.metadata.num_columns)]
@@ -158,6 +171,9 @@ def check_parquet(path:str|Path) -> None:
         chunks = [group.column(j) for group in groups for j in range(len(leaves))]
         values = sum(chunk.num_values for chunk in chunks)
         size = sum(chunk.total_uncompressed_size for chunk in chunks)
+        # a dictionary may hold a long value once
+        widths = [leaf.length if leaf.physical_type == 'FIXED_LEN_BYTE_ARRAY' else 0 for leaf in leaves]
+        size += sum(group.column(j).num_values * width for group in groups for j, width in enumerate(widths))
         texts = [leaf.path for leaf in leaves if leaf.physical_type == 'BYTE_ARRAY']
         if size <= MOST_UNPACKED and texts:
             size += _unpacked_texts(path, texts)
@@ -239,8 +255,8 @@ SEALED = ('README.md', *CALIBRATED, 'config.yaml', 'metrics.json', 'model.safete
 NOT_YET = '0' * 64
 
 def digest(path:str|Path) -> str:
-    "SHA-256 of a file, hexadecimal"
-    with open(path, 'rb') as f:
+    "SHA-256 of a file, hexadecimal; raises `FileError` for a pipe"
+    with open(regular_file(path), 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def read_seal(folder:str|Path              # a model directory

@@ -41,7 +41,7 @@ from rtsseg.config import (
 from .console import DataError, nearest, progress, raise_problems, some_names
 from .manifest import Manifest, read_manifest, read_table_file, write_manifest
 from .raster import Grid, check_same_grid, open_raster, resolve_inside, valid_pixels, write_raster
-from .rawtile import BAND_COLUMN, RawTile, parse_bands, shrink, tile_offsets
+from .rawtile import BAND_COLUMN, RawTile, parse_bands, rgb_bands, shrink, tile_offsets
 from .splits import make_splits
 
 # %% ../nbs/01j_importers.ipynb #b2140942
@@ -133,7 +133,11 @@ def read_planes(ds:DatasetReader,        # an open image
                 window:Window|None=None  # a part of the image; None: all
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:    # R, G, B in their type, EXTRA, valid
     "RGB and EXTRA of an image as they are, and where both hold data. Raises `DataError`"
-    bands = [*source.bands, *source.extra_bands.values()]
+    colours = list(source.bands)
+    if colours == [1, 2, 3] and ds.count >= 3:
+        # bands as they stand, unless the file says which of them is which
+        colours = rgb_bands(ds)
+    bands = [*colours, *source.extra_bands.values()]
     if max(bands) > ds.count:
         raise DataError(f'band {max(bands)} is asked for, the image has {ds.count}')
     if ds.transform.b or ds.transform.d:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HASH_COLUMNS', 'BAND_COLUMN', 'COLOUR_NAMES', 'NUMBER_NAME', 'COLOURS_SEEN', 'LARGEST_IMAGE_MB', 'EXAMPLE_SIDE',
-           'RawTile', 'colour_bands', 'parse_bands', 'read_pixels', 'row_opener', 'tile_name', 'Square', 'own_square',
-           'ignore_seen', 'read_square', 'cut_square', 'read_row', 'ImageCache', 'RowReader', 'show_tile', 'shrink',
-           'tile_offsets', 'distance_to', 'example_tiles']
+           'RawTile', 'band_texts', 'rgb_bands', 'colour_bands', 'parse_bands', 'read_pixels', 'row_opener',
+           'tile_name', 'Square', 'own_square', 'ignore_seen', 'read_square', 'cut_square', 'read_row', 'ImageCache',
+           'RowReader', 'show_tile', 'shrink', 'tile_offsets', 'distance_to', 'example_tiles']
 
 # %% ../nbs/01b_rawtile.ipynb #irawtile
 import re
@@ -64,18 +64,31 @@ COLOUR_NAMES = dict(r='R', red='R', g='G', green='G', b='B', blue='B')
 NUMBER_NAME = re.compile(r'((band|layer)?[ _-]*\d+)?')
 COLOURS_SEEN = {ColorInterp.red: 'R', ColorInterp.green: 'G', ColorInterp.blue: 'B'}
 
+def band_texts(ds:DatasetReader    # an open image
+              ) -> list[str]:
+    "How the first three bands are described, in small letters"
+    return [(text or '').strip().lower() for text in ds.descriptions[:3]]
+
+def rgb_bands(ds:DatasetReader    # an open image of 3 bands or more
+                ) -> list[int]:
+    "Numbers of the bands R, G and B among the first three: by descriptions, else by meaning, else as they stand"
+    by_description = [COLOUR_NAMES.get(text) for text in band_texts(ds)]
+    by_meaning = [COLOURS_SEEN.get(meaning) for meaning in ds.colorinterp[:3]]
+    for named in (by_description, by_meaning):
+        if {*named} == {*'RGB'}:
+            return [named.index(colour) + 1 for colour in 'RGB']
+    return [1, 2, 3]
+
 def colour_bands(ds:DatasetReader    # an open image of 3 bands, and perhaps alpha
                 ) -> list[int]:
     "Numbers of the bands R, G and B, by their names where they have some; raises `DataError` for other names"
-    described = [(text or '').strip().lower() for text in ds.descriptions[:3]]
-    named = [COLOUR_NAMES.get(text) for text in described]
-    if all(map(NUMBER_NAME.fullmatch, described)):
-        named = [COLOURS_SEEN.get(meaning) for meaning in ds.colorinterp[:3]]
-    elif {*named} != {*'RGB'}:
+    described = band_texts(ds)
+    is_numbered = all(map(NUMBER_NAME.fullmatch, described))
+    if not is_numbered and {COLOUR_NAMES.get(text) for text in described} != {*'RGB'}:
         texts = ', '.join(repr(text) for text in ds.descriptions[:3])
         raise DataError(f'its bands are described as {texts}, and an image has R, G and B: describe them as these '
                         '(ds.descriptions in rasterio), or take another file')
-    return [named.index(colour) + 1 for colour in 'RGB'] if {*named} == {*'RGB'} else [1, 2, 3]
+    return rgb_bands(ds)
 
 def _read_image(ds, window):
     "R, G and B, and where they hold data"

@@ -21,7 +21,7 @@ from rasterio.transform import Affine
 
 from .config import ConfigError, parse_judged_ratio, parse_views, ratio_text
 from .console import DataError, nearest, raise_problems
-from .files import check_parquet
+from .files import check_parquet, regular_file
 from .mapfile import read_map_settings
 from .operating import usual_ratio
 
@@ -31,6 +31,9 @@ def read_features(path:Path    # GeoParquet, or any layer that GDAL reads
     "A layer as it is; raises `DataError`"
     if not path.exists():
         raise DataError(f'{path.name}: no such file')
+    # some layers are folders
+    if not path.is_dir():
+        regular_file(path)
     is_parquet = path.suffix in ('.parquet', '.geoparquet')
     if is_parquet:
         check_parquet(path)

@@ -36,6 +36,7 @@ from .manifest import Manifest, write_manifest
 from .mapfile import OpenMap, open_map
 from .prepare import find_manifest
 from .raster import Grid, check_same_grid, unwritten_pixels, valid_pixels, write_raster
+from .rawtile import rgb_bands
 from .regions import read_layer
 from .review import Rated, read_ratings
 from .runs import note_review, require_folder, run_config
@@ -207,7 +208,7 @@ def cut_tile(source:TileSource,
         return {}
     part = Window(window.column, window.row, window.width, window.height)
     files = {what: f'{what}s/{window.tile_id}.tif' for what in ('image', 'mask')}
-    cut_raster(source.scene, [1, 2, 3], part, folder/files['image'])
+    cut_raster(source.scene, rgb_bands(source.scene), part, folder/files['image'])
     grid = grid_of(source.scene, part)
     write_raster(folder/files['mask'], mask[None], grid, source.scene.crs)
     if source.extra:

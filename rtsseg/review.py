@@ -46,6 +46,7 @@ from .manifest import read_table_file
 from .mapfile import open_map, read_map_settings
 from .page import STYLE, Table, Text, escape, safe_json
 from .raster import Grid, check_same_grid
+from .rawtile import rgb_bands
 from .regions import RegionLayer, map_rules, read_region_layer
 from .shapes import label_objects
 from .vrt import open_named, raster_digest
@@ -207,7 +208,7 @@ def read_chips(path:str|Path,          # the scene
         if max(bands, default=1) > ds.count:
             raise DataError(f'{Path(path).name}: the model of the map reads band {max(bands)}, the image has '
                             f'{ds.count}')
-        bands = list(bands) or ([1, 2, 3] if ds.count >= 3 else [1, 1, 1])
+        bands = list(bands) or (rgb_bands(ds) if ds.count >= 3 else [1, 1, 1])
         def read(window):
             return ds.read(bands, window=window).transpose(1, 2, 0)
         chips = []

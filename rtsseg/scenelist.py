@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from .config import ConfigError
 from .console import DataError, nearest, raise_problems, some_names
-from .files import FileError, check_parquet, parse_json, typed
+from .files import FileError, check_parquet, parse_json, regular_file, typed
 from .manifest import read_table_file
 from .vrt import stack_bands, vrt_xml
 
@@ -103,7 +103,7 @@ def parse_assets(texts:list[str]      # as image=visual, extra=elevation; or R=B
 def stac_items(path:Path) -> list[dict]:
     "The items of a file; raises `DataError`"
     try:
-        data = path.read_bytes()
+        data = regular_file(path).read_bytes()
         if path.suffix.lower() == '.ndjson':
             lines = enumerate(data.splitlines(), 1)
             items = [parse_json(line, f'{path.name}, line {i}', nan=True) for i, line in lines if line.strip()]

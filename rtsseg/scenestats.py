@@ -30,6 +30,7 @@ from .importers import Conversion, convert
 from .mapfile import OpenMap, open_map, reaches
 from .operating import SCORE_EDGES, score_histogram
 from .raster import Grid, check_same_grid, resampled_raster, unwritten_pixels, valid_pixels
+from .rawtile import rgb_bands
 from .vrt import open_named
 
 # %% ../nbs/07a_scenestats.ipynb #cscst1
@@ -187,7 +188,10 @@ def channel_names(dataset:DatasetReader    # an open scene
     "Names of the channels: descriptions, R, G and B, or numbers"
     count = dataset.count - (dataset.colorinterp[-1] == ColorInterp.alpha)
     names = list(dataset.descriptions[:count])
-    usual = ['R', 'G', 'B'] if count == 3 else [f'band {number}' for number in range(1, count + 1)]
+    usual = [f'band {number}' for number in range(1, count + 1)]
+    if count == 3:
+        for colour, number in zip('RGB', rgb_bands(dataset), strict=True):
+            usual[number - 1] = colour
     return [name or other for name, other in zip(names, usual, strict=True)]
 
 def read_channels(dataset:DatasetReader,    # an open scene

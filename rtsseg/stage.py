@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .columns import CONTROL, check_columns, text_column
 from .console import DataError, progress, raise_problems, some_names
-from .files import SEAL, digest, write_atomic
+from .files import SEAL, digest, temporary_path, write_atomic
 from .manifest import read_table_file
 from .raster import FilesInside, check_regular
 from .rawtile import HASH_COLUMNS
@@ -122,7 +122,7 @@ def copy_whole(original:Original,
     "Copy a file, whole or not at all. Raises `DataError` for the original, and `OSError` for the disk"
     target = out/original.place
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f'.{target.name}.part')
+    part = temporary_path(target)
     try:
         found = _write_part(part, original)
         os.replace(part, target)

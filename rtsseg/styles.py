@@ -31,7 +31,7 @@ def style_owner(out:Path     # a file beside a style
                ) -> str:     # its ending; '' where another program wrote the style, or nobody
     "What kind of file the style of this name is for"
     path = out.with_suffix('.qml')
-    found = re.search(r'<qgis [^>]*\bof="(\.\w+)"', path.read_text(errors='replace')) if path.exists() else None
+    found = re.search(r'<qgis [^>]*\bof="(\.\w+)"', path.read_text(errors='replace')) if path.is_file() else None
     return found[1] if found else ''
 
 def write_style(out:Path,         # the file that it is for

@@ -1,6 +1,10 @@
 "Evidence and what is computed from it, against scikit-learn and against loops, on inputs that hypothesis makes up"
+import errno
 import json
+import pickle
+from io import BytesIO
 from itertools import permutations
+from tempfile import gettempdir
 
 import numpy as np
 import pandas as pd
@@ -397,9 +401,9 @@ def test_a_file_does_not_depend_on_the_groups_in_memory(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 def many_tiles(n):
-    "Evidence of so many tiles, which are all alike"
-    row = make_row(0, 1)
-    return evidence_of([row | dict(tile_id=f't{i:05}') for i in range(n)])
+    "Evidence of so many tiles, made from seven seeds"
+    rows = [make_row(0, seed) for seed in range(7)]
+    return evidence_of([rows[i % 7] | dict(tile_id=f't{i:05}') for i in range(n)])
 
 def test_a_large_file_is_read_group_by_group(tmp_path):
     evidence = many_tiles(1500)
@@ -416,7 +420,47 @@ def test_a_large_file_is_read_group_by_group(tmp_path):
     with pytest.raises(DataError, match='stands twice'):
         Evidence.read(path)
 
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    table = pq.read_table(make_evidence(range(6)).write(tmp_path/'val.parquet'))
+    pq.write_table(table.append_column('tile_id', table['tile_id']), tmp_path/'val.parquet')
+    with pytest.raises(DataError, match="no column 'tile_id', or two"):
+        Evidence.read(tmp_path/'val.parquet')
+
+def test_columns_may_stand_in_another_order(tmp_path):
+    evidence = make_evidence(range(6))
+    table = pq.read_table(evidence.write(tmp_path/'val.parquet'))
+    pq.write_table(table.select(table.column_names[::-1]), tmp_path/'val.parquet')
+    assert Evidence.read(tmp_path/'val.parquet') == evidence
+
+def test_a_row_beyond_the_last_one_is_not_selected():
+    evidence = make_evidence(range(6))
+    with pytest.raises(IndexError):
+        evidence.select([6])
+    assert evidence.select([-1])['tile_id'].tolist() == ['t005']
+
+def test_a_full_folder_of_temporary_files_is_named(monkeypatch):
+    class Full(BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr('rtsseg.rowgroups.TemporaryFile', Full)
+    with pytest.raises(OSError, match='No space left on device') as error:
+        in_small_groups(make_evidence(range(20)))
+    assert gettempdir() in str(error.value)
+    assert 'TMPDIR' in str(error.value)
+
 # ------------------------------------------------ the meter
+
+def test_a_meter_of_many_tiles_keeps_them_in_a_file(monkeypatch):
+    monkeypatch.setattr('rtsseg.evidence.GROUP_ROWS', 3)
+    table = pd.DataFrame([make_row(i, i) for i in range(40)])[list(IDENTITY)]
+    meters = [Meter(table, THRESHOLDS) for _ in range(2)]
+    for i in range(40):
+        logits, mask = make_tile(i)
+        # two processes take turns
+        meters[i % 2].update(logits[None], mask[None], [i])
+    sent = pickle.loads(pickle.dumps(meters[1].state()))
+    assert meters[0].merge([sent]).evidence() == make_evidence(range(40))
 
 def test_meter_takes_every_float_and_any_process():
     evidence = make_evidence(range(4))

@@ -10,6 +10,7 @@ from helpers.runs import run
 from rtsseg.calibration import calibrate
 from rtsseg.console import DataError, RtssegError
 from rtsseg.evaluation import evaluate
+from rtsseg.evidence import Evidence
 from rtsseg.prediction import predict
 from rtsseg.reporting import report
 
@@ -85,8 +86,24 @@ def test_data_that_were_moved_are_missed_by_name(copied, usual, tmp_path):
     shutil.rmtree(copied/'evidence')
     with pytest.raises(RtssegError, match='manifest.csv') as error:
         evaluate(copied)
-    assert os.path.relpath(gone) in str(error.value) or str(gone) in str(error.value)
+    message = str(error.value)
+    assert os.path.relpath(gone) in message or str(gone) in message
+    assert message.endswith(f'write their new place into {os.path.relpath(config)}')
     assert not (copied/'evidence').exists()
+    moved = shutil.move(home(usual)/'manifest.csv', home(usual)/'elsewhere.csv')
+    try:
+        config.write_text(config.read_text().replace(str(gone), str(moved)))
+        assert Evidence.read(evaluate(copied)) == Evidence.read(usual/'evidence'/'val.parquet')
+    finally:
+        shutil.move(moved, home(usual)/'manifest.csv')
+
+def test_a_map_with_the_longest_name(usual, tmp_path):
+    "Its note and its style, whose names are longer, too"
+    scene = home(usual)/'scene of a place.tif'
+    out = tmp_path/f'{"n" * 240}.tif'
+    predict(usual/'model', scene, out)
+    assert out.read_bytes() == map_bytes(home(usual)/'map of a place.tif')[0]
+    assert {path.suffix for path in tmp_path.iterdir()} == {'.tif', '.json', '.qml'}
 
 def test_a_model_directory_predicts_anywhere(usual, tmp_path):
     "It needs nothing but itself, also where the run, its data and its config are gone"

@@ -346,3 +346,13 @@ def test_03_a_parquet_that_unpacks_to_gigabytes(world, kind):
     assert (world/'m.parquet').stat().st_size < 1_000_000
     with pytest.raises(DataError, match='m.parquet would unpack to far more'):
         read_manifest(world/'m.parquet')
+
+def test_03_a_parquet_of_values_of_one_long_width(world):
+    "Each of 20,000 values is the same one of 400,000 bytes"
+    column = pa.array([b'x' * 400_000] * 500, pa.binary(400_000))
+    with pq.ParquetWriter(world/'m.parquet', pa.schema([('tile_id', column.type)]), compression='zstd') as writer:
+        for _ in range(40):
+            writer.write_table(pa.table(dict(tile_id=column)))
+    assert (world/'m.parquet').stat().st_size < 100_000
+    with pytest.raises(DataError, match='m.parquet would unpack to far more'):
+        read_manifest(world/'m.parquet')

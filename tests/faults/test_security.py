@@ -50,17 +50,20 @@ from helpers.hostile import (
 from rtsseg.calibration import Calibration, calibrate, calibrate_evidence
 from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
 from rtsseg.config import ConfigError, Model, load
-from rtsseg.console import DataError
+from rtsseg.console import DataError, RtssegError
 from rtsseg.evaluation import evaluate
 from rtsseg.evidence import Evidence, evidence_path
-from rtsseg.files import SEAL, SEALED, FileError, seal_model
+from rtsseg.files import SEAL, SEALED, FileError, digest, seal_model
 from rtsseg.importers import Conversion
 from rtsseg.infer import load_model, predict_logits
 from rtsseg.models import build
 from rtsseg.raster import write_raster
+from rtsseg.regions import read_features
 from rtsseg.reporting import report, tables
 from rtsseg.results import ReportError
 from rtsseg.runs import judge_run, run_config
+from rtsseg.scenelist import read_scenes
+from rtsseg.styles import mask_style, write_style
 from rtsseg.track import deliver, left
 from rtsseg.training import force_config, launch, train
 from rtsseg.weights import ModelError
@@ -697,6 +700,27 @@ def test_S6_evidence_that_unfolds_without_end(folder):
     assert path.stat().st_size < 20_000
     with pytest.raises(ValueError, match='would unpack to far more'):
         Evidence.read(path)
+
+# a reader of files that a user names, and the endings that it knows
+READERS = {
+    read_scenes: ['.csv', '.parquet', '.geoparquet', '.gpkg', '.json', '.geojson', '.ndjson'],
+    read_features: ['.gpkg', '.parquet', '.geojson'],
+    digest: ['.csv'],
+    Evidence.read: ['.parquet'],
+}
+
+@pytest.mark.parametrize('read, suffix', [(read, suffix) for read, suffixes in READERS.items() for suffix in suffixes])
+def test_S6_no_reader_waits_for_a_pipe(tmp_path, read, suffix):
+    path = tmp_path/f'pipe{suffix}'
+    os.mkfifo(path)
+    with small_run.in_time(), pytest.raises(RtssegError, match=f'pipe{suffix}'):
+        read(path)
+
+def test_S6_a_pipe_in_the_place_of_a_style_stays(tmp_path):
+    os.mkfifo(tmp_path/'map.qml')
+    with small_run.in_time():
+        write_style(tmp_path/'map.tif', mask_style())
+    assert (tmp_path/'map.qml').is_fifo()
 
 @pytest.mark.parametrize('name', [CONFIG, CALIBRATION, 'evidence/val.parquet', ENVIRONMENT, LOG])
 @pytest.mark.parametrize('kind', ['pipe', 'folder', 'link out'])
