@@ -2893,6 +2893,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'rtsseg.reporting.Report.tables': ('report.html#report.tables', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.Report.title': ('report.html#report.title', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.card_results': ('report.html#card_results', 'rtsseg/reporting.py'),
+                                  'rtsseg.reporting.check_cards': ('report.html#check_cards', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.collect': ('report.html#collect', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.compared_split': ('report.html#compared_split', 'rtsseg/reporting.py'),
                                   'rtsseg.reporting.comparison_lead': ('report.html#comparison_lead', 'rtsseg/reporting.py'),

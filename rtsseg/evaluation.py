@@ -217,7 +217,10 @@ def evaluate(folder:str|Path,       # a run folder with a model
         # before anything of the table is printed or written
         ledger.record(look, force)
     table = observe_resolved(job, table)
+    attached = job.system.attachments(job.packed, job.feed, job.ask, table)
+    # what cannot be written is refused before anything is
+    targets = {inside(path.with_suffix(suffix), folder): content for suffix, content in attached.items()}
     table.write(path)
-    for suffix, content in job.system.attachments(job.packed, job.feed, job.ask, table).items():
-        write_atomic(inside(path.with_suffix(suffix), folder), content)
+    for target, content in targets.items():
+        write_atomic(target, content)
     return path

@@ -168,6 +168,7 @@ def colour_order(tiles:dict[str, int]    # how many hold their colours in the or
     if len(tiles) > 1:
         value = ', '.join(f'{", ".join(order)} in {n} tiles' for order, n in sorted(tiles.items()))
         return Finding('error', 'colour order', value, 'one of them may be declared wrongly',
+                       [f'{value} (one of them may be declared wrongly)'],
                        remedy='look at an image of each order; where one is declared wrongly, declare it as it is '
                               '(ds.colorinterp in rasterio), or write all images in one order')
     order, = tiles

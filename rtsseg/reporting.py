@@ -7,7 +7,7 @@ __all__ = ['ON_TEST', 'ON_DOUBTFUL_TEST', 'ON_VALIDATION', 'SPLIT_TITLES', 'LEAD
            'ONE_LOOK', 'SYNTHETIC', 'NOT_SYNTHETIC', 'ORIGIN', 'measured_on', 'warnings_for', 'configuration_sections',
            'figures_in', 'compared_split', 'comparison_sections', 'title_of', 'seeds_of', 'lead_of', 'comparison_lead',
            'reworded', 'is_synthetic', 'origin_of', 'Content', 'collect', 'tables', 'write', 'named_path',
-           'default_path', 'card_results', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
+           'default_path', 'card_results', 'check_cards', 'write_cards', 'Report', 'report', 'seed_list', 'find_runs']
 
 # %% ../nbs/07_report.ipynb #ireporti
 import os
@@ -271,6 +271,12 @@ def card_results(results:Results,
     found[first] = f'{lead}\n\n{found[first]}'
     return {heading: reworded(text, results) for heading, text in found.items()}
 
+def check_cards(results:list[Results]) -> None:
+    "Raise `FileError` for a model card that is a pipe, or leads elsewhere by a link"
+    for result in results:
+        for run in result.runs:
+            inside(run.folder/'model'/'README.md', run.folder/'model')
+
 def write_cards(content:Content) -> None:
     "Write results with their intervals on the model cards of the runs; a folder that is read-only keeps its card"
     for results, sections in zip(content.results, content.sections, strict=True):
@@ -367,6 +373,7 @@ def report(runs:str|Path|Iterable[str|Path],    # a run folder, or several: seed
     "Write report.html, report.md for an appendix, and the results on the model cards; raises `ReportError`"
     path = named_path(out) if out else None
     results = read_results(runs)
+    check_cards(results)
     content = collect(results)
     path = path or default_path(results)
     beside = write(content, path)
