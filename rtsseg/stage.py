@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .columns import CONTROL, check_columns, text_column
 from .console import DataError, progress, raise_problems, some_names
-from .files import SEAL, digest, temporary_path, write_atomic
+from .files import SEAL, digest, write_atomic
 from .manifest import read_table_file
 from .raster import FilesInside, check_regular
 from .rawtile import HASH_COLUMNS
@@ -104,7 +104,8 @@ def _pieces(original):
 def _write_part(part, original):
     "Write a copy under another name, with the time of its original; its digest"
     found, size = hashlib.sha256(), 0
-    with open(part, 'wb') as file:
+    # 'x' follows no link
+    with open(part, 'xb') as file:
         for piece in _pieces(original):
             found.update(piece)
             size += file.write(piece)
@@ -122,7 +123,9 @@ def copy_whole(original:Original,
     "Copy a file, whole or not at all. Raises `DataError` for the original, and `OSError` for the disk"
     target = out/original.place
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = temporary_path(target)
+    # a name that is the same each time: what a killed copy left is removed
+    part = target.with_name(f'.{target.name}.part')
+    part.unlink(missing_ok=True)
     try:
         found = _write_part(part, original)
         os.replace(part, target)
