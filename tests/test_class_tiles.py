@@ -6,10 +6,12 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rasterio.enums import ColorInterp
 from torch.utils.data import DataLoader
 
 from rtsseg.class_tiles import (
@@ -22,15 +24,31 @@ from rtsseg.class_tiles import (
     crop_at_scale,
     cut_padded,
     image_weights,
+    read_colours,
     read_pair,
 )
 from rtsseg.config import Augment
 from rtsseg.console import DataError
 from rtsseg.mixing import KeyedSamples, Mixing, MixingCollate
+from rtsseg.raster import write_raster
+from rtsseg.scenestats import channel_names
 
 LOVEDA = Path(__file__).resolve().parents[2]/'shared'/'data'/'loveda_three'
 quick = settings(max_examples=60, deadline=None)
 NAMES = ['field', 'road', 'wood']
+
+RED, GREEN, BLUE = ColorInterp.red, ColorInterp.green, ColorInterp.blue
+
+@pytest.mark.parametrize('order', [(BLUE, GREEN, RED), (GREEN, RED, BLUE)])
+def test_colours_are_read_by_what_the_file_declares(tmp_path, order):
+    planes = np.arange(3 * 16 * 16).reshape(3, 16, 16).astype(np.uint8)
+    write_raster(tmp_path/'image.tif', planes)
+    with rasterio.open(tmp_path/'image.tif', 'r+') as ds:
+        ds.colorinterp = order
+    places = [order.index(colour) for colour in (RED, GREEN, BLUE)]
+    np.testing.assert_array_equal(read_colours(tmp_path/'image.tif'), planes[places].transpose(1, 2, 0))
+    with rasterio.open(tmp_path/'image.tif') as ds:
+        assert channel_names(ds) == [colour.name[0].upper() for colour in order]
 
 def write_set(root, n=6, side=40, masks=None):
     "A table of pictures whose red says the class, and their masks"

@@ -48,7 +48,7 @@ from helpers.hostile import (
     weight_file,
 )
 from rtsseg.calibration import Calibration, calibrate, calibrate_evidence
-from rtsseg.cli import rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
+from rtsseg.cli import error_outcome, rtsseg_calibrate, rtsseg_evaluate, rtsseg_predict, rtsseg_report, rtsseg_track
 from rtsseg.config import ConfigError, Model, load
 from rtsseg.console import DataError, RtssegError
 from rtsseg.evaluation import evaluate
@@ -715,6 +715,15 @@ def test_S6_no_reader_waits_for_a_pipe(tmp_path, read, suffix):
     os.mkfifo(path)
     with small_run.in_time(), pytest.raises(RtssegError, match=f'pipe{suffix}'):
         read(path)
+
+def test_S6_a_link_to_itself_is_a_message(tmp_path):
+    loop = tmp_path/'scene.tif'
+    loop.symlink_to(loop)
+    with pytest.raises((RuntimeError, OSError)) as error:
+        loop.resolve(strict=True)
+    code, message = error_outcome(error.value, resumes=False)
+    assert code == 2
+    assert 'scene.tif' in message
 
 def test_S6_a_pipe_in_the_place_of_a_style_stays(tmp_path):
     os.mkfifo(tmp_path/'map.qml')
